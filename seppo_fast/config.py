@@ -1,0 +1,141 @@
+"""The "seppo" section of the configuration: typed, frozen, with its defaults. `configfile.py` reads the file around it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Lora(Section):
+    """A PEFT LoRA on the UNet. `targets` are module names or suffixes, as in `peft.LoraConfig.target_modules`."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+class Model(Section):
+    """A diffusers pipeline directory (Stable Diffusion or SDXL), or its id on the hub."""
+
+    path: str
+    revision: str | None = None
+    variant: str | None = None
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
+
+
+class Data(Section):
+    """Demonstrations and how they become latents. `max_skipped` is the share of unusable rows that stops the run."""
+
+    source: str | None = None
+    format: Literal["auto", "imagefolder", "pickapic", "datasets", "webdataset"] = "auto"
+    split: str = "train"
+    image_column: str | None = None
+    caption_column: str | None = None
+    choose: Literal["winner", "random"] = "winner"
+    resolution: Annotated[int, Field(gt=0, multiple_of=8)] = 512
+    crop: Literal["center", "random"] = "center"
+    flip: bool = True
+    posterior: Literal["sample", "mean"] = "sample"
+    cache_dir: str | None = None
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    encode_batch_size: Positive = 8
+    workers: Positive = 4
+    max_skipped: Share = 0.05
+
+
+class Sampler(Section):
+    """How reference samples are made. `window`: for how much training ahead, one optimizer update or one iteration."""
+
+    solver: Literal["ddim", "dpmsolver++", "pndm", "unipc", "euler"] = "ddim"
+    steps: Positive = 50
+    guidance_scale: Annotated[float, Field(ge=0)] = 7.5
+    batch_size: Positive = 16
+    window: Literal["update", "iteration"] = "update"
+
+
+class Pool(Section):
+    """Past policies. `dtype` auto: the policy's own (fp32 when that is fp16)."""
+
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    host_memory_gb: Annotated[float, Field(ge=0)] = 16.0
+
+
+class Samples(Section):
+    """Grids of the policy's samples, from fixed prompts and seeds, every `every` updates (0: never)."""
+
+    every: NotNegative = 0
+    prompts: list[str] = []
+    per_prompt: Positive = 1
+    seed: int = 0
+
+
+class Checkpoint(Section):
+    """`every` counts updates; null means once an iteration."""
+
+    every: Positive | None = None
+    keep_last: Positive = 2
+
+
+class Method(Section):
+    """A row of the methods' table: where losers come from, and what reference and flipper it may have (default first)."""
+
+    losers: Literal["reference", "data"] | None
+    references: list[str]
+    flippers: list[str]
+
+
+METHODS = {
+    "seppo": Method(losers="reference", references=["uniform", "initial", "latest"], flippers=["aaf", "indicator", "none"]),
+    "spin": Method(losers="reference", references=["latest"], flippers=["none"]),
+    "ditto": Method(losers="reference", references=["initial"], flippers=["none"]),
+    "dpo": Method(losers="data", references=["initial"], flippers=["none"]),
+    "sft": Method(losers=None, references=[], flippers=[]),
+}
+
+
+class Seppo(Section):
+    model: Model
+    data: Data = Data()
+    output_dir: str = "runs/seppo"
+    method: Literal["seppo", "spin", "ditto", "dpo", "sft"] = "seppo"
+    reference: Literal["uniform", "latest", "initial"] | None = None
+    flipper: Literal["aaf", "indicator", "none"] | None = None
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2000.0
+    noise: Literal["independent", "shared"] = "independent"
+    caption_dropout: Share = 0.0
+    iterations: Positive = 7
+    updates_per_iteration: Positive = 30
+    seed: int = 0
+    sampler: Sampler = Sampler()
+    pool: Pool = Pool()
+    samples: Samples = Samples()
+    checkpoint: Checkpoint = Checkpoint()
+    max_nonfinite: Positive = 5
+
+    @model_validator(mode="before")
+    @classmethod
+    def method_decides(cls, values: Any) -> Any:
+        """Fill `reference` and `flipper` from the method's row of the table, and refuse what contradicts it."""
+        if not isinstance(values, dict) or values.get("method", "seppo") not in METHODS:
+            return values
+        method = values.get("method", "seppo")
+        row = METHODS[method]
+        filled = dict(values)
+        for key, allowed in (("reference", row.references), ("flipper", row.flippers)):
+            if filled.get(key) is None:
+                filled[key] = allowed[0] if allowed else None
+            elif allowed and filled[key] not in allowed:
+                raise ValueError(f"{key}={filled[key]!r} does not go with method={method!r}, which has {allowed[0]!r};"
+                                 " method='seppo' takes every reference and flipper")
+            elif not allowed:
+                raise ValueError(f"{key}={filled[key]!r} does not go with method={method!r}, which has no {key}")
+        return filled

@@ -1,0 +1,58 @@
+"""The specification of the SePPO loss (Eq. 8, App. B.2) in plain PyTorch: every other backend is measured against it.
+
+Eq. 9 and App. B.2 write the same flipper with opposite signs: Eq. 9's is +1 where the policy beats the reference on the
+winner, and Eq. 8 subtracts it; App. B.2's is +1 where the policy is *worse* there, and it is added. They part only at
+a tie, where both fall to -1, which means "keep the reference sample as the loser" in App. B.2 and the contrary in Eq. 9
+as printed. This is App. B.2's convention: a tie is -1, so the first step from a fresh checkpoint is Diffusion-DPO's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pair_losses(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float,
+                flipper: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, sign and logit of each pair, `(B,)` each, from predictions `(2B, ...)` and a target of all or half of that.
+
+    fp32, or fp64 when an input is fp64; differentiable in `model_pred` alone.
+    """
+    policy, reference, target = _widened(model_pred, ref_pred.detach(), target.detach())
+    # The policy's squared error minus the reference's, as a product: subtracting the two MSEs would cancel nearly all
+    # of their digits just where the sign is decided, and would not be exactly zero for equal predictions.
+    difference = ((policy - reference) * (policy + reference - 2 * target)).mean(_elements(policy))
+    winner, loser = difference
+    sign = _sign(winner.detach(), flipper)
+    logits = -0.5 * beta * (winner + sign * loser)
+    return -F.logsigmoid(logits), sign, logits
+
+
+@torch.no_grad()
+def mean_squared_errors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """MSE of the policy and of the reference for each sample, `(2B,)` each, winners first."""
+    policy, reference, target = _widened(model_pred, ref_pred, target)
+    dims = _elements(policy)
+    return (policy - target).square().mean(dims).flatten(), (reference - target).square().mean(dims).flatten()
+
+
+def _widened(policy: Tensor, reference: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs as `(2, B, ...)` in the dtype of the arithmetic; a target that both halves share is `(1, B, ...)`."""
+    pairs = policy.shape[0] // 2
+    wide = torch.float64 if torch.float64 in (policy.dtype, reference.dtype, target.dtype) else torch.float32
+    halves = target.shape[0] // pairs
+    return (policy.to(wide).unflatten(0, (2, pairs)), reference.to(wide).unflatten(0, (2, pairs)),
+            target.to(wide).unflatten(0, (halves, pairs)))
+
+
+def _elements(halves: Tensor) -> list[int]:
+    return list(range(2, halves.dim()))
+
+
+def _sign(winner: Tensor, flipper: str) -> Tensor:
+    """`(B,)`, what multiplies the loser's difference: -1 pushes the policy away from it, +1 towards it, 0 neither."""
+    worse = (winner > 0).to(winner.dtype)
+    if flipper == "aaf":
+        return 2 * worse - 1
+    if flipper == "indicator":
+        return worse - 1
+    return torch.full_like(winner, -1)

@@ -1,0 +1,155 @@
+"""Past policies: which one is the reference of an iteration (Section 4.1), and where their weights are kept."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from seppo_fast.errors import UserError
+from seppo_fast.seeds import generator
+
+Weights = dict[str, Tensor]
+
+
+def pick(strategy: Literal["uniform", "latest", "initial"], k: int, seed: int) -> int:
+    """Index in 0..k-1 of the reference of iteration k = 1, 2, ...; depends on its arguments alone: ranks agree."""
+    if k < 1:
+        raise ValueError(f"k counts iterations from 1, got {k}")
+    if strategy == "initial":
+        return 0
+    if strategy == "latest":
+        return k - 1
+    if strategy == "uniform":
+        return int(torch.randint(k, (), generator=generator(seed, "reference", k)))
+    raise ValueError(f"strategy must be uniform, latest or initial, got {strategy!r}")
+
+
+class Pool:
+    """Past policies by index, as `policy_00007.safetensors` in `folder`, the ones last used in host memory as well.
+
+    One rank writes, and all ranks read the same folder: put a barrier between an `add` and the next `load_into`.
+    `host_memory_bytes` is this process's share. No device memory is held.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, host_memory_bytes: int) -> None:
+        self.folder, self.dtype, self.host_memory_bytes = Path(folder), dtype, host_memory_bytes
+        self._host: OrderedDict[int, Weights] = OrderedDict()  # least recently used first
+
+    def add(self, index: int, weights: Mapping[str, Tensor], *, write: bool) -> None:
+        """Put a policy into the pool, copied and in the pool's dtype; with `write`, on disk when this returns."""
+        self._host.pop(index, None)
+        size = sum(weight.numel() for weight in weights.values()) * self.dtype.itemsize
+        fits = size <= self.host_memory_bytes
+        if not (fits or write):
+            return
+        copy = {name: torch.empty(weight.shape, dtype=self.dtype).copy_(weight.detach())
+                for name, weight in weights.items()}
+        if write:
+            self._write(index, copy)
+        if fits:
+            self._host[index] = copy
+            while sum(map(_size, self._host.values())) > self.host_memory_bytes:
+                self._host.popitem(last=False)
+
+    def load_into(self, index: int, module: nn.Module) -> None:
+        """Copy policy `index` over those parameters of `module` that it has, in place: their storage stays."""
+        parameters = dict(module.named_parameters())
+        if index in self._host:
+            self._host.move_to_end(index)
+            _check(self._path(index), {name: tuple(w.shape) for name, w in self._host[index].items()}, parameters)
+            _copy(iter(self._host[index].items()), parameters)
+            return
+        path = self._path(index)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                _check(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, parameters)
+                _copy(((name, file.get_tensor(name)) for name in file.keys()), parameters)
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: past policy {index} is not there (the pool has {self.indices()}); resume from a"
+                            " checkpoint, or start anew in another output_dir") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); it is torn or not a safetensors file: remove it and"
+                            " resume from the checkpoint before it") from error
+
+    def indices(self) -> list[int]:
+        """Indices of the policies that `load_into` can load, ascending."""
+        return sorted({*self._host, *self._on_disk()})
+
+    def truncate(self, last: int, *, write: bool = True) -> None:
+        """Forget the policies later than `last`; with `write`, remove their files and what a crash left half done."""
+        for index in [index for index in self._host if index > last]:
+            del self._host[index]
+        if not write:
+            return
+        for index in self._on_disk():
+            if index > last:
+                self._path(index).unlink(missing_ok=True)
+        for pattern in ("policy_*.safetensors.tmp", ".tmp*"):  # ours, and the name that safetensors itself writes under
+            for torn in self.folder.glob(pattern):
+                torn.unlink(missing_ok=True)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"policy_{index:05d}.safetensors"
+
+    def _on_disk(self) -> list[int]:
+        numbers = (path.stem.removeprefix("policy_") for path in self.folder.glob("policy_*.safetensors"))
+        return [int(number) for number in numbers if number.isdecimal()]
+
+    def _write(self, index: int, weights: Weights) -> None:
+        """A complete file under its own name, or none: a killed process leaves a `.tmp` at most."""
+        path = self._path(index)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # One key of metadata only: safetensors writes several in no fixed order, and the bytes must repeat.
+            save_file(weights, temporary, metadata={"format": "pt"})
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(self.folder)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise UserError(f"{path}: past policy {index} ({_size(weights) / 1e9:.2f} GB) cannot be written ({error});"
+                            f" make room under {self.folder} and resume, the checkpoints so far are valid") from error
+
+
+def _size(weights: Weights) -> int:
+    return sum(weight.nbytes for weight in weights.values())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check(path: Path, stored: dict[str, tuple[int, ...]], parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse a policy of another model before anything is overwritten."""
+    unknown = sorted(stored.keys() - parameters.keys())
+    missing = sorted(name for name, parameter in parameters.items() if parameter.requires_grad and name not in stored)
+    for problem, names in (("holds weights that the model does not have", unknown), ("lacks trained weights", missing)):
+        if names:
+            raise UserError(f"{path}: {problem}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                            f" ({len(names)}); it was written for another model or another LoRA")
+    for name, shape in stored.items():
+        if shape != tuple(parameters[name].shape):
+            raise UserError(f"{path}: {name} has shape {shape}, the model's has {tuple(parameters[name].shape)};"
+                            " it was written for another model or another LoRA rank")
+
+
+@torch.no_grad()
+def _copy(weights: Iterator[tuple[str, Tensor]], parameters: dict[str, nn.Parameter]) -> None:
+    for name, weight in weights:
+        storage = parameters[name].data_ptr()
+        parameters[name].copy_(weight)
+        # A captured graph and the parameters shared with the policy go on reading the old address.
+        assert parameters[name].data_ptr() == storage, f"{name} was moved by the copy"

@@ -1,0 +1,99 @@
+"""A diffusers scheduler as a table of coefficients.
+
+Every deterministic diffusers solver is linear in the initial noise and the network's outputs, so one pass over the
+identity reads all of it out: what the scheduler returns for one-hot vectors *is* its row of coefficients. Sampling is
+then the network and one weighted sum a step, with no tables on the host and no branches on values.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from seppo_fast.errors import UserError
+
+# Clipping and thresholding are made for pixels, and are not linear. The rest is what each name stands for.
+SOLVERS = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "thresholding": False}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2,
+                                                  "variance_type": None, "thresholding": False}),
+    "pndm": (PNDMScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {"thresholding": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+}
+
+
+@dataclass(frozen=True)
+class SolverTable:
+    """S calls of the network; a row weighs [initial noise N(0, I), output 0, ..., output S-1].
+
+    `inputs[i]` gives the latents that call i sees, `outputs[i]` the latents after it, so `outputs[-1]` the sample.
+    PNDM calls the network more than `steps` times.
+    """
+
+    timesteps: Tensor  # (S,) long; fp32 where the scheduler's lie between training timesteps (Euler)
+    inputs: Tensor  # (S, S + 1) fp32
+    outputs: Tensor  # (S, S + 1) fp32
+
+    def to(self, device: torch.device | str) -> "SolverTable":
+        """The same table on `device`."""
+        return SolverTable(self.timesteps.to(device), self.inputs.to(device), self.outputs.to(device))
+
+
+def open_scheduler(scheduler_config: Mapping[str, Any], solver: str) -> Any:
+    """The diffusers scheduler that `solver` names, with the noise schedule and settings of `scheduler_config`."""
+    if solver not in SOLVERS:
+        raise UserError(f"sampler.solver: {solver!r} is not one of {', '.join(SOLVERS)}")
+    prediction = scheduler_config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(f"the model's scheduler config has prediction_type {prediction!r};"
+                        " only 'epsilon' and 'v_prediction' can be sampled from")
+    cls, settings = SOLVERS[solver]
+    if solver == "pndm":
+        # Its Runge-Kutta start costs nine calls more. Stable Diffusion skips it; other schedulers' configs are silent.
+        settings = {"skip_prk_steps": scheduler_config.get("skip_prk_steps", True)}
+    return cls.from_config(dict(scheduler_config), **settings)
+
+
+def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int) -> SolverTable:
+    """`solver` of `steps` steps on the schedule of `scheduler_config` as a table on the CPU, deterministic (eta 0)."""
+    scheduler = open_scheduler(scheduler_config, solver)
+    trained = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= trained:
+        raise UserError(f"sampler.steps: {steps} is not between 1 and the model's {trained} training timesteps")
+    try:
+        timesteps, inputs, outputs = _coefficients(scheduler, steps)
+    except (ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"sampler: the model's scheduler config does not work with solver {solver!r} and {steps} steps"
+                        f" ({type(error).__name__}: {error}); choose another solver or number of steps") from error
+    if not (inputs.isfinite().all() and outputs.isfinite().all()):
+        raise UserError(f"sampler: solver {solver!r} divides by zero on the model's noise schedule at {steps} steps (an"
+                        " epsilon model with rescale_betas_zero_snr?); choose another solver or number of steps")
+    return SolverTable(timesteps, inputs, outputs)
+
+
+def _coefficients(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Timesteps, inputs and outputs of a `SolverTable`, by one pass of `scheduler` over the identity."""
+    scheduler.set_timesteps(steps)
+    calls = len(scheduler.timesteps)
+    # UniPC insists on 4-D latents
+    one_hot = torch.eye(calls + 1, dtype=torch.float64).view(calls + 1, 1, calls + 1, 1, 1)
+    latents = one_hot[0] * float(scheduler.init_noise_sigma)
+    inputs, outputs = [], []
+    for i, timestep in enumerate(scheduler.timesteps):
+        inputs.append(scheduler.scale_model_input(latents, timestep).flatten())
+        latents = scheduler.step(one_hot[i + 1], timestep, latents, return_dict=False)[0]
+        outputs.append(latents.flatten())
+    timesteps = scheduler.timesteps
+    whole = all(math.isclose(t, round(t), abs_tol=0) for t in timesteps.tolist())
+    return timesteps.long() if whole else timesteps.float(), torch.stack(inputs).float(), torch.stack(outputs).float()

@@ -1,0 +1,72 @@
+"""Train: `deepspeed seppo_fast/train.py --config ds_a100.json [--set seppo.data.source=PATH] [--resume auto] [--dry-run]`."""
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+# Run by path, Python puts this file's folder first, where our `data` and `models` would pass for top-level packages.
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `--local_rank` is what DeepSpeed's launcher adds."""
+    parser = argparse.ArgumentParser(prog="seppo_fast/train.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="a JSON file, or the name of one in seppo_fast/configs")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override keys of the configuration, e.g. seppo.sampler.steps=20 optimizer.params.lr=1e-6")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the run folder's newest complete checkpoint, or from PATH")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the plan, train nothing")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Exit status: 0 done or stopped by SIGTERM, 130 stopped by SIGINT, 2 bad input, 1 anything else."""
+    arguments = parse_arguments()
+    from seppo_fast.configfile import load_config
+    from seppo_fast.errors import UserError
+    from seppo_fast.training.ranks import FirstFailure, Stop, StopSignals, join, quiet_libraries
+
+    quiet_libraries()
+    failure = FirstFailure()
+    rank = int(os.environ.get("RANK", 0))
+    status = 1
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from seppo_fast.training.dry_run import dry_run
+
+            if rank == 0:
+                print(dry_run(config, int(os.environ.get("WORLD_SIZE", 1))), flush=True)
+            return 0
+        signals = StopSignals()
+        ranks = join()
+        from seppo_fast.training.run import run
+
+        final = run(config, arguments.resume, ranks, signals)
+        if rank == 0:
+            print(f"done: the trained model is in {final}", flush=True)
+        return 0
+    except Stop as stop:
+        if rank == 0:
+            print(f"stopped by {stop}; checkpoint: {stop.checkpoint}. Go on with --resume auto", file=sys.stderr, flush=True)
+        return 130 if stop.signum == signal.SIGINT else 0
+    except UserError as error:
+        status = 2
+        if failure.is_ours():
+            print(f"seppo_fast: {error}", file=sys.stderr, flush=True)
+    except Exception:
+        if failure.is_ours():
+            print(f"seppo_fast: rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    # Ordinary exit would wait for the other ranks in destructors of the process group; they are told by our absence.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

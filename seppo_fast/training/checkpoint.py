@@ -1,0 +1,176 @@
+"""Checkpoints: complete or ignored. DeepSpeed's files, the policy as safetensors, the rest as JSON, then a marker.
+
+    checkpoints/update_00000030/
+        deepspeed/             DeepSpeed's shards: weights, optimizer, schedule (pickles: read only if this run wrote them)
+        policy.safetensors     the trainable weights, for people and other programs
+        rank_0.safetensors     reference samples not used yet, random states; one file a rank
+        state.json             how far the run was, of which configuration and data
+        complete.json          every file and its size, written last
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from seppo_fast.errors import UserError
+from seppo_fast.training.engine import policy_weights
+from seppo_fast.training.ranks import Ranks
+
+MARKER = "complete.json"
+
+# Keys that may change between a run and its resumption: they decide where and how often, never what is learned.
+FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.checkpoint", "seppo.max_nonfinite",
+             "seppo.pool.host_memory_gb", "seppo.data.cache_dir", "seppo.data.workers", "seppo.data.encode_batch_size",
+             "seppo.data.max_skipped", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler",
+             "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "log_level")
+
+
+@dataclass
+class State:
+    """How far a run is. `update` counts completed optimizer updates, skipped ones included."""
+
+    run_id: str
+    world: int
+    data: str  # the cache's fingerprint
+    config: dict[str, Any]
+    update: int = 0
+    skipped: int = 0
+    nonfinite_in_a_row: int = 0
+
+
+def save(folder: Path, engine: DeepSpeedEngine, state: State, losers: Mapping[int, Tensor], ranks: Ranks,
+         keep_last: int) -> Path:
+    """Write a checkpoint; every rank must call. A crash, a kill or a full disk leaves the earlier ones as they were.
+
+    Its name counts the updates, and the reference samples each rank holds for those to come: the later one sorts last.
+    """
+    final = folder / (f"update_{state.update:08d}" + (f"_{len(losers):08d}" if losers else ""))
+    if missing(final) is None:
+        return final
+    temporary = folder / f".{final.name}.tmp"
+    if ranks.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    ranks.barrier()
+    weights = policy_weights(engine)
+    try:
+        engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
+        save_file(_rank_tensors(losers), temporary / f"rank_{ranks.rank}.safetensors")
+        if ranks.rank == 0:
+            save_file(weights, temporary / "policy.safetensors")
+            (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        ranks.barrier()
+        if ranks.rank == 0:
+            sizes = {str(file.relative_to(temporary)): _synced_size(file) for file in sorted(temporary.rglob("*")) if file.is_file()}
+            (temporary / MARKER).write_text(json.dumps(sizes, indent=1))
+            _synced_size(temporary / MARKER)
+            temporary.rename(final)
+            _sync_folder(folder)
+            for old in complete(folder)[:-keep_last]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three, by who was writing
+        previous = complete(folder)
+        valid = f"the last complete checkpoint is {previous[-1]}" if previous else "there is no complete checkpoint yet"
+        raise UserError(f"could not write the checkpoint {final}: {error}; {valid}. Free some space (lower"
+                        " seppo.checkpoint.keep_last) and resume with --resume auto") from error
+    ranks.barrier()
+    return final
+
+
+def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, Tensor]:
+    """Restore engine and random states; returns the reference samples not used yet, by slot. Check `state_of` first."""
+    engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+    tensors = load_file(path / f"rank_{ranks.rank}.safetensors")
+    torch.set_rng_state(tensors["rng_cpu"])
+    if "rng_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng_cuda"])
+    return dict(zip(tensors["slots"].tolist(), tensors["losers"], strict=True)) if "slots" in tensors else {}
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return [path for path in sorted(folder.glob("update_*")) if missing(path) is None]
+
+
+def torn(folder: Path) -> list[tuple[Path, str]]:
+    """Checkpoints that are not complete, with what they lack."""
+    return [(path, lack) for path in sorted(folder.glob("update_*")) if (lack := missing(path)) is not None]
+
+
+def missing(path: Path) -> str | None:
+    """What a checkpoint lacks, or None when it is complete."""
+    try:
+        sizes = json.loads((path / MARKER).read_text())
+    except FileNotFoundError:
+        return f"it has no {MARKER}"
+    except (OSError, ValueError):
+        return f"its {MARKER} cannot be read"
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+    return None
+
+
+def state_of(path: Path, run_id: str, world: int, data: str, config: dict[str, Any]) -> State:
+    """A checkpoint's state, after making sure that this run wrote it, with this configuration, data and world size."""
+    state = State(**json.loads((path / "state.json").read_text()))
+    if state.run_id != run_id:
+        raise UserError(f"{path} was written by another run; checkpoints hold pickles, so only this run's own are read."
+                        " Resume with the output_dir of the run that wrote it")
+    if state.world != world:
+        raise UserError(f"{path} was written by {state.world} ranks and this run has {world}: resume with {state.world}"
+                        " (DeepSpeed's shards are per rank)")
+    differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(state.config, config)
+                 if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)]
+    if differing:
+        raise UserError(f"{path} is of another configuration; use its values or another output_dir:\n  "
+                        + "\n  ".join(differing))
+    if state.data != data:
+        raise UserError(f"{path} was trained on other data or another model's latents (cache {state.data}, now {data}):"
+                        " restore seppo.data.source and seppo.model.path, or use another output_dir")
+    return state
+
+
+def _rank_tensors(losers: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    tensors = {"rng_cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng_cuda"] = torch.cuda.get_rng_state()
+    if losers:
+        slots = sorted(losers)
+        tensors |= {"slots": torch.tensor(slots), "losers": torch.stack([losers[slot] for slot in slots])}
+    return tensors
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [(path, old, new)]
+
+
+def _synced_size(file: Path) -> int:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+        return os.fstat(handle.fileno()).st_size
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

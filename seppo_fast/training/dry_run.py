@@ -1,0 +1,36 @@
+"""--dry-run: everything that can be checked without training, and the plan."""
+
+from pathlib import Path
+
+from seppo_fast.config import METHODS
+from seppo_fast.configfile import Config, batch_plan
+from seppo_fast.data.sources import open_source
+from seppo_fast.models import open_model
+from seppo_fast.reference.solver import solver_table
+from seppo_fast.training.cost import estimate
+from seppo_fast.training.engine import check_engine_config
+from seppo_fast.training.plan import plan
+
+
+def dry_run(config: Config, world: int) -> str:
+    """The plan, and what is still to be provided; raises `UserError` for what is there and wrong."""
+    ours = config.seppo
+    batch = batch_plan(config.deepspeed, world)
+    check_engine_config(config, batch)
+    cost, rows, missing = None, None, []
+    # A hub id is not fetched by a dry run; whatever else is not a directory, open_model refuses.
+    if Path(ours.model.path).is_dir() or ours.model.path.count("/") != 1:
+        model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant)
+        table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
+        cost = estimate(model, config, batch, len(table.timesteps))
+    else:
+        missing.append(f"seppo.model.path {ours.model.path} is no directory here: it will be looked up on the hub, and compute and"
+                       " memory cannot be estimated before")
+    if ours.data.source is None:
+        missing.append("seppo.data.source is not set: --set seppo.data.source=PATH (an image folder with metadata.jsonl,"
+                       " Pick-a-Pic parquet files, a datasets directory, webdataset tars)")
+    else:
+        source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed)
+        rows = sum(part.count for part in source.parts if part.count is not None) or None
+    lines = [plan(config, batch, cost, rows), *(f"before you train: {line}" for line in missing)]
+    return "\n".join([*lines, "dry run: nothing was trained or written"])

@@ -1,0 +1,70 @@
+"""The run folder: whose it is, and where a run in it begins."""
+
+import json
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from seppo_fast.configfile import Config
+from seppo_fast.errors import UserError
+from seppo_fast.training import checkpoint
+from seppo_fast.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`run_id` is in every checkpoint of the run; `resume_from` is None for a run that starts at update 0."""
+
+    path: Path
+    run_id: str
+    resume_from: Path | None
+
+
+def open_folder(config: Config, resume: str | None, ranks: Ranks) -> RunFolder:
+    """Make or find the run folder and decide where to begin; every rank must call. Nothing of an earlier run is lost."""
+    path = Path(config.seppo.output_dir)
+    identity = path / "run.json"
+    if ranks.rank == 0:
+        _prepare(path, identity, resume)
+    ranks.barrier()
+    try:
+        run_id = json.loads(identity.read_text())["run_id"]
+    except OSError as error:
+        raise UserError(f"{identity}: {error.strerror}; every rank needs the same folder as seppo.output_dir") from None
+    return RunFolder(path, run_id, _start(path, resume, quiet=ranks.rank != 0))
+
+
+def _prepare(path: Path, identity: Path, resume: str | None) -> None:
+    if identity.exists() and resume is None:
+        raise UserError(f"{path} already holds a run: add --resume auto to go on with it, or choose another"
+                        " seppo.output_dir")
+    if not identity.exists() and resume not in (None, "auto"):
+        raise UserError(f"--resume {resume}: {path} (seppo.output_dir) holds no run, and checkpoints are only read from"
+                        " the folder of the run that wrote them")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not identity.exists():
+            identity.write_text(json.dumps({"run_id": uuid.uuid4().hex}) + "\n")
+    except OSError as error:
+        raise UserError(f"seppo.output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
+    for leftover in (path / "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def _start(path: Path, resume: str | None, quiet: bool) -> Path | None:
+    if resume is None:
+        return None
+    folder = path / "checkpoints"
+    good = checkpoint.complete(folder)
+    if resume == "auto":
+        for name, lack in [] if quiet else checkpoint.torn(folder):
+            print(f"ignored the checkpoint {name}: {lack}", flush=True)
+        if not quiet:
+            print(f"resuming from {good[-1]}" if good else f"{path} has no complete checkpoint: starting at update 0", flush=True)
+        return good[-1] if good else None
+    chosen = Path(resume)
+    lack = checkpoint.missing(chosen) if chosen.is_dir() else "there is no such folder"
+    if lack:
+        raise UserError(f"--resume {resume}: {lack}; complete checkpoints: {', '.join(map(str, good)) or 'none'}")
+    return chosen

@@ -1,0 +1,67 @@
+"""One micro-batch: noise the pairs, predict with policy and reference, compare (Eq. 8; Algorithm 1, line 4)."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from seppo_fast.models import Conditions
+from seppo_fast.ops import seppo_loss
+
+Denoise = Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A micro-batch of B pairs on the device: winners first, then losers; B winners alone for SFT."""
+
+    latents: Tensor  # (2B, C, h, w), scaled
+    noise: Tensor  # (2B, C, h, w), or (B, C, h, w) when both halves share it
+    timesteps: Tensor  # (B,) one a pair
+    conditions: Conditions  # (B, ...)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What turns a micro-batch into a loss; `flipper` None is SFT. `dtype` and `autocast` hold for policy and reference."""
+
+    denoise: Denoise
+    scheduler: DDPMScheduler
+    beta: float
+    flipper: str | None
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+
+    def __call__(self, policy: nn.Module, reference: nn.Module | None, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """The scalar loss, and `(B, 6)` detached: MSEs of policy (w, l) and reference (w, l), sign, logit; `(B, 1)` for SFT."""
+        halves = len(pairs.latents) // len(pairs.timesteps)
+        timesteps = pairs.timesteps.repeat(halves)
+        noise = torch.cat([pairs.noise] * (len(pairs.latents) // len(pairs.noise)))
+        conditions = {name: torch.cat([value] * halves) for name, value in pairs.conditions.items()}
+        noisy = self.scheduler.add_noise(pairs.latents, noise, timesteps)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            target = self.scheduler.get_velocity(pairs.latents, noise, timesteps)
+        else:
+            target = pairs.noise
+
+        model_pred = self._predict(policy, noisy, timesteps, conditions)
+        if self.flipper is None:
+            mse = mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+            return mse.mean(), mse.detach()[:, None]
+        with torch.no_grad():
+            ref_pred = self._predict(reference, noisy, timesteps, conditions)
+        loss, stats = seppo_loss(model_pred, ref_pred, target, self.beta, flipper=self.flipper, return_stats=True)
+        columns = [*stats.model_mse.chunk(2), *stats.ref_mse.chunk(2), stats.sign, stats.logits]
+        return loss, torch.stack(columns, dim=1)
+
+    def _predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        with self.precision(noisy.device):
+            return self.denoise(module, noisy.to(self.dtype), timesteps, conditions)
+
+    def precision(self, device: torch.device) -> AbstractContextManager:
+        """The mode in which policy and reference both run: a rounding difference between them would decide the first signs."""
+        return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()

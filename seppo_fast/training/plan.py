@@ -1,0 +1,66 @@
+"""The plan: what will be done and what it costs, in words, before anything is done."""
+
+import math
+
+from seppo_fast import __version__
+from seppo_fast.config import METHODS
+from seppo_fast.configfile import Batch, Config
+from seppo_fast.training.cost import Cost
+
+
+def plan(config: Config, batch: Batch, cost: Cost | None, rows: int | None) -> str:
+    """The plan of a run. `cost` and `rows` are None where the model or the data are not here yet."""
+    ours = config.seppo
+    method = METHODS[ours.method]
+    updates = ours.iterations * ours.updates_per_iteration
+    samples = updates * batch.size if method.losers == "reference" else 0
+    lines = {
+        "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {ours.beta:g}, noise"
+                                 f" {ours.noise}" if ours.flipper else ""),
+        "model": ours.model.path + _size(cost) + (f", LoRA rank {ours.model.lora.rank}" if ours.model.lora else ", all weights"),
+        "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
+                + (f", {rows} demonstrations" if rows is not None else ""),
+        "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
+                           f" rank{'s' * (batch.world > 1)}",
+        "updates": f"{updates} = {ours.iterations} iterations x {ours.updates_per_iteration}",
+        "learning rate": _learning_rate(config),
+        "checkpoints": f"every {ours.checkpoint.every or ours.updates_per_iteration} updates, the last"
+                       f" {ours.checkpoint.keep_last} kept",
+    }
+    if samples:
+        lines["reference samples"] = (f"{samples} in all, {batch.size} an update; {ours.sampler.solver},"
+                                      f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}, in batches of"
+                                      f" {ours.sampler.batch_size}")
+    if method.references:
+        size = "" if cost is None else f", {_gb(cost.trained * _pool_bytes(config))} each"
+        kept = f"{ours.pool.host_memory_gb:g} GB of host memory, the rest on disk"
+        lines["pool"] = f"{ours.iterations + 1} past policies at the end{size}; {kept}"
+    if cost:
+        lines["compute"] = (f"{cost.forward / 1e12:.3g} TFLOP a forward, {(cost.sampling + cost.training) / 1e12:.3g} a pair,"
+                            f" {cost.sampling_share:.0%} of it for reference samples")
+        lines["memory a rank"] = (f"about {_gb(cost.memory)}: weights {_gb(cost.weights)}, gradients {_gb(cost.gradients)},"
+                                  f" optimizer {_gb(cost.optimizer)}, reference {_gb(cost.reference)}, activations"
+                                  f" {_gb(cost.activations)} (an estimate, without the allocator's slack)")
+    width = max(map(len, lines))
+    return "\n".join([f"seppo_fast {__version__}: the plan", *(f"  {k:<{width}}  {v}" for k, v in lines.items())])
+
+
+def _learning_rate(config: Config) -> str:
+    optimizer, scheduler = config.deepspeed["optimizer"], config.deepspeed.get("scheduler", {})
+    params = scheduler.get("params", {})
+    rate = params.get("warmup_max_lr", optimizer["params"]["lr"])
+    warm_up = params.get("warmup_num_steps", 0)
+    return f"{rate:g} as it is, not scaled by the batch ({optimizer['type']}, schedule {scheduler.get('type', 'constant')}, warm-up {warm_up} updates)"
+
+
+def _size(cost: Cost | None) -> str:
+    return "" if cost is None else f", {cost.parameters / 1e6:.4g} M parameters ({cost.trained / 1e6:.4g} M trained)"
+
+
+def _pool_bytes(config: Config) -> int:
+    half = any(config.deepspeed.get(key, {}).get("enabled") for key in ("bf16",))
+    return {"bf16": 2, "fp32": 4, "auto": 2 if half else 4}[config.seppo.pool.dtype]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB" if math.isfinite(size) else "?"

@@ -1,0 +1,123 @@
+"""The ranks of a run: who we are, and how all of us agree on something small without touching the accelerator."""
+
+import logging
+import os
+import signal
+import socket
+import tempfile
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others; `control` is a gloo group, so that agreeing never waits for a stream."""
+
+    rank: int
+    world: int
+    local_world: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values; every rank must call."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+    def gather(self, table: Tensor) -> Tensor:
+        """The ranks' equally shaped CPU tables, one below the other; every rank must call."""
+        if self.world == 1:
+            return table
+        tables = [torch.empty_like(table) for _ in range(self.world)]
+        dist.all_gather(tables, table.contiguous(), group=self.control)
+        return torch.cat(tables)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.largest(0)
+
+
+def join() -> Ranks:
+    """Join the ranks that the launcher started, or be the only one when there was no launcher."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+    deepspeed.init_distributed(verbose=False)
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device(get_accelerator().current_device_name())
+    # Caching, checkpoints and reference windows may keep one rank away from the others for long.
+    control = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_world, device, control)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the run's own words: only what libraries call a problem is shown."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+
+
+class Stop(Exception):
+    """The run was asked to stop by a signal; raised where a checkpoint can be written, which `checkpoint` then names."""
+
+    checkpoint: Path | None = None
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignals:
+    """Remembers the first SIGTERM or SIGINT, and raises `Stop` on all ranks at the same place."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._remember)
+
+    def check(self, ranks: Ranks) -> None:
+        """Raise `Stop` if any rank was signalled; every rank must call."""
+        signum = ranks.largest(self.received)
+        if signum:
+            raise Stop(signum)
+
+    def _remember(self, signum: int, _frame: object) -> None:
+        self.received = self.received or signum
+
+
+class FirstFailure:
+    """Lets one process a machine print why the run failed: when a rank dies, the others die of broken connections."""
+
+    def __init__(self) -> None:
+        launch = f"{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', os.getpid())}"
+        self._claim = Path(tempfile.gettempdir()) / f"seppo-fast-failure-{launch}"
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            self._claim.unlink(missing_ok=True)
+
+    def is_ours(self) -> bool:
+        """Whether this process is the first to fail."""
+        try:
+            self._claim.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True

@@ -1,0 +1,44 @@
+"""What the person sees while it runs: progress bars, metrics.jsonl, and DeepSpeed's monitors."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from deepspeed.monitor.monitor import MonitorMaster
+from tqdm import tqdm
+
+from seppo_fast.training.metrics import append_row
+
+
+class Reporter:
+    """Rank 0's bars and files; on other ranks it is silent."""
+
+    def __init__(self, folder: Path, total_updates: int, done: int, monitor: MonitorMaster, rank: int) -> None:
+        self._silent = rank != 0
+        self._rows = folder / "metrics.jsonl"
+        self._monitor = monitor
+        self._bar = tqdm(total=total_updates, initial=done, desc="training", unit="update", disable=self._silent)
+
+    def sampling(self, count: int) -> AbstractContextManager[tqdm]:
+        """A bar for reference samples."""
+        return tqdm(total=count, desc="reference samples", unit="sample", leave=False, disable=self._silent or not count)
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Record one update."""
+        if self._silent:
+            return
+        append_row(self._rows, row)
+        if self._monitor.enabled:
+            numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+            self._monitor.write_events([(f"seppo/{name}", value, row["update"]) for name, value in numbers.items()])
+        seconds = row["seconds_sampling"] + row["seconds_training"] + row["seconds_data"]
+        shown = {"k": row["iteration"], "ref": row["reference"], "loss": f"{row['loss']:.4f}"}
+        if "aaf_rate" in row:
+            shown |= {"aaf": f"{row['aaf_rate']:.2f}", "acc": f"{row['implicit_acc']:.2f}"}
+        shown |= {"pairs/s": f"{row['pairs_per_s']:.1f}", "sampling": f"{row['seconds_sampling'] / max(seconds, 1e-9):.0%}"}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leave the bar as it is and the terminal free."""
+        self._bar.close()

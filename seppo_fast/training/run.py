@@ -1,0 +1,172 @@
+"""A run from its configuration to `final/`: what Algorithm 1 needs, in the order in which it can be had."""
+
+import gc
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.monitor.monitor import MonitorMaster
+from diffusers import DDPMScheduler
+from torch import nn
+
+from seppo_fast.config import METHODS
+from seppo_fast.configfile import Batch, Config, batch_plan
+from seppo_fast.data.cache import build_cache
+from seppo_fast.data.latents import LatentCache
+from seppo_fast.data.sources import Source, open_source
+from seppo_fast.errors import UserError
+from seppo_fast.models import StableDiffusion, StableDiffusionXL, open_model
+from seppo_fast.models.export import save_pipeline
+from seppo_fast.models.lora import add_lora, share_frozen
+from seppo_fast.reference.pool import Pool
+from seppo_fast.reference.solver import solver_table
+from seppo_fast.training import checkpoint
+from seppo_fast.training.card import model_card
+from seppo_fast.training.checkpoint import State
+from seppo_fast.training.cost import estimate
+from seppo_fast.training.engine import check_engine_config, policy_weights, precision, start_engine
+from seppo_fast.training.folder import RunFolder, open_folder
+from seppo_fast.training.metrics import keep_rows
+from seppo_fast.training.objective import Objective
+from seppo_fast.training.pairs import PairSource
+from seppo_fast.training.plan import plan
+from seppo_fast.training.ranks import Ranks, StopSignals
+from seppo_fast.training.reporter import Reporter
+from seppo_fast.training.samples import Grids
+from seppo_fast.training.trainer import Trainer
+
+Model = StableDiffusion | StableDiffusionXL
+
+
+def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) -> Path:
+    """Train from `config` and return the folder of the trained model; every rank calls."""
+    ours = config.seppo
+    batch = batch_plan(config.deepspeed, ranks.world)
+    check_engine_config(config, batch)
+    model, source = open_inputs(config, ranks)
+    folder = open_folder(config, resume, ranks)
+    cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].losers == "data",
+                        rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
+                        progress=ranks.rank == 0, output_dir=folder.path)
+    state = starting_state(folder, config, cache, ranks)
+    table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
+    if ranks.rank == 0:
+        print(plan(config, batch, estimate(model, config, batch, len(table.timesteps)), len(cache)), flush=True)
+
+    policy, reference = load_policies(model, config, ranks)
+    engine = start_engine(policy, config, batch)
+    if reference is not None and ours.model.lora:
+        share_frozen(reference, engine.module)
+    objective = Objective(model.denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta, ours.flipper,
+                          *precision(config.deepspeed))
+    pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
+    losers = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
+    trainer = Trainer(
+        settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs, reference=reference,
+        pool=open_pool(config, folder, engine, state, ranks), table=table.to(ranks.device),
+        grids=prepare_grids(model, config, cache, folder, ranks),
+        reporter=Reporter(folder.path, ours.iterations * ours.updates_per_iteration, state.update,
+                          MonitorMaster(engine._config.monitor_config), ranks.rank),
+        signals=signals, folder=folder.path, state=state, losers=losers,
+    )
+    try:
+        trainer.train()
+    finally:
+        trainer.reporter.close()
+    return export(model, config, batch, trainer, len(cache))
+
+
+def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Source]:
+    """The model directory and the demonstrations, checked but not loaded; a hub id is fetched by rank 0 first."""
+    ours = config.seppo
+    if ours.data.source is None:
+        raise UserError("seppo.data.source is not set: give an image folder with metadata.jsonl, Pick-a-Pic parquet files, a"
+                        " datasets directory or webdataset tars, e.g. --set seppo.data.source=PATH")
+    for turn in (ranks.rank == 0, ranks.rank != 0):
+        if turn:
+            model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant)
+            source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed)
+        ranks.barrier()
+    return model, source
+
+
+def starting_state(folder: RunFolder, config: Config, cache: LatentCache, ranks: Ranks) -> State:
+    """The checkpoint's state, or update 0 with the run folder's later traces removed; writes config.json."""
+    fresh = State(folder.run_id, ranks.world, cache.fingerprint, config.as_dict())
+    state = fresh
+    if folder.resume_from:
+        state = checkpoint.state_of(folder.resume_from, folder.run_id, ranks.world, cache.fingerprint, fresh.config)
+        state.config = fresh.config
+    ranks.barrier()  # every rank has agreed to the checkpoint before anything in the folder changes
+    if ranks.rank == 0:
+        keep_rows(folder.path / "metrics.jsonl", state.update)
+        (folder.path / "config.json").write_text(json.dumps(fresh.config, indent=2) + "\n")
+    return state
+
+
+def load_policies(model: Model, config: Config, ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
+    """The policy, for the engine, and one reference of the same architecture and dtype outside it (for grids, too)."""
+    ours = config.seppo
+    dtype = precision(config.deepspeed).dtype
+    torch.manual_seed(ours.seed + ranks.rank)
+    policy = model.load_unet(dtype).train()
+    reference = None
+    if ours.flipper or ours.samples.every:
+        reference = model.load_unet(dtype).train()  # train mode like the policy: dropout-free models do the same in both
+    if ours.model.lora:
+        for unet in filter(None, (policy, reference)):
+            add_lora(unet, ours.model.lora, ours.seed)
+    if ours.model.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    return policy, reference.to(ranks.device) if reference is not None else None
+
+
+def open_pool(config: Config, folder: RunFolder, engine: DeepSpeedEngine, state: State, ranks: Ranks) -> Pool | None:
+    """The past policies up to the state's iteration, the initial one first; None for SFT."""
+    ours = config.seppo
+    if not METHODS[ours.method].references:
+        return None
+    own = precision(config.deepspeed).dtype
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32,
+             "auto": torch.bfloat16 if own == torch.bfloat16 else torch.float32}[ours.pool.dtype]
+    pool = Pool(folder.path / "pool", dtype, int(ours.pool.host_memory_gb * 1e9 / ranks.local_world))
+    iterations_done = state.update // ours.updates_per_iteration
+    if ranks.rank == 0:
+        pool.truncate(iterations_done if folder.resume_from else -1)
+    if folder.resume_from is None:
+        pool.add(0, policy_weights(engine), write=ranks.rank == 0)
+    ranks.barrier()
+    lost = sorted(set(range(iterations_done + 1)) - set(pool.indices()))
+    if lost:
+        raise UserError(f"{pool.folder} lacks past policies {lost}, which the checkpoint needs: restore them, or start anew in"
+                        " another seppo.output_dir")
+    return pool
+
+
+def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunFolder, ranks: Ranks) -> Grids | None:
+    """What sample grids need, or None when none are wanted. The prompts default to the data's first four."""
+    ours = config.seppo
+    if not ours.samples.every:
+        return None
+    prompts = ours.samples.prompts or cache.rows(range(min(4, len(cache)))).captions
+    samples = ours.samples.model_copy(update={"prompts": prompts})
+    embed = model.load_text(ranks.device)
+    dtype = precision(config.deepspeed).dtype
+    conditions = {name: value.to(dtype) for name, value in embed([p for p in prompts for _ in range(samples.per_prompt)]).items()}
+    del embed
+    gc.collect()
+    return Grids(folder.path / "samples", model, samples, conditions, cache.shape, ranks.device, ours.sampler.batch_size)
+
+
+def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: int) -> Path:
+    """Write `final/`: a diffusers directory, or a LoRA that diffusers loads. The last checkpoint stays for continuing."""
+    final = trainer.folder / "final"
+    weights = policy_weights(trainer.engine)
+    if trainer.ranks.rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        card = model_card(config, batch, rows, trainer.state.update, trainer.state.skipped)
+        save_pipeline(model, weights, final, config.seppo.model.lora, card)
+    trainer.ranks.barrier()
+    return final

@@ -1,0 +1,58 @@
+"""Sample grids: one row a prompt, from noise that never changes, so that two grids differ by the policy alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seppo_fast.config import Samples
+from seppo_fast.models import Conditions, StableDiffusion, StableDiffusionXL
+from seppo_fast.seeds import normal
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Draws grids into `folder`; `conditions` are the prompts' embeddings, repeated per sample."""
+
+    folder: Path
+    model: StableDiffusion | StableDiffusionXL
+    settings: Samples
+    conditions: Conditions
+    shape: tuple[int, int, int]
+    device: torch.device
+    batch_size: int
+
+    def write(self, update: int, draw: Callable[[Tensor, Conditions], Tensor]) -> Path:
+        """Draw and decode every sample, write `update_00000030.png`."""
+        count = len(self.settings.prompts) * self.settings.per_prompt
+        noise = normal(self.shape, self.settings.seed, "grid", range(count)).to(self.device)
+        images = []
+        vae = self._vae.to(self.device)
+        for start in range(0, count, self.batch_size):
+            some = slice(start, start + self.batch_size)
+            latents = draw(noise[some], {name: value[some] for name, value in self.conditions.items()})
+            images.append(self.model.decode(vae, latents).cpu())
+        vae.to("cpu")  # the memory is the training's
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"update_{update:08d}.png"
+        tile(torch.cat(images), self.settings.per_prompt).save(path)
+        return path
+
+    @cached_property
+    def _vae(self) -> torch.nn.Module:
+        return self.model.load_vae("cpu")
+
+
+def tile(images: Tensor, columns: int) -> Image.Image:
+    """`(N, 3, H, W)` in [0, 1] as one picture with `columns` a row and a pixel of white between."""
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = torch.ones(3, rows * (height + 1) - 1, columns * (width + 1) - 1)
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        sheet[:, top : top + height, left : left + width] = image
+    return Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())

@@ -1,0 +1,194 @@
+"""SePPO (Algorithm 1); other rows of the methods' table make the same loop SPIN, DITTO, Diffusion-DPO or SFT."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
+
+from seppo_fast.config import METHODS, Seppo
+from seppo_fast.configfile import Batch
+from seppo_fast.errors import UserError
+from seppo_fast.models import Conditions
+from seppo_fast.reference.pool import Pool, pick
+from seppo_fast.reference.sampler import sample
+from seppo_fast.reference.solver import SolverTable
+from seppo_fast.training import checkpoint
+from seppo_fast.training.checkpoint import State
+from seppo_fast.training.engine import Step, finite_or_nan, policy_weights, step
+from seppo_fast.training.metrics import peak_memory_gb, summarise
+from seppo_fast.training.objective import Objective
+from seppo_fast.training.pairs import PairSource
+from seppo_fast.training.ranks import Ranks, Stop, StopSignals
+from seppo_fast.training.reporter import Reporter
+from seppo_fast.training.samples import Grids
+
+
+@dataclass
+class Trainer:
+    """One run. `reference` and `pool` are None for SFT; `losers` are reference samples by slot, scaled latents on the CPU."""
+
+    settings: Seppo
+    batch: Batch
+    ranks: Ranks
+    engine: DeepSpeedEngine
+    objective: Objective
+    pairs: PairSource
+    reference: nn.Module | None
+    pool: Pool | None
+    table: SolverTable
+    grids: Grids | None
+    reporter: Reporter
+    signals: StopSignals
+    folder: Path
+    state: State
+    losers: dict[int, Tensor] = field(default_factory=dict)
+    reference_index: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def train(self) -> None:
+        """Algorithm 1 from the state's update on; `Stop` leaves a checkpoint behind."""
+        try:
+            if self.state.update == 0:
+                self.draw_grid()
+            for k in range(self.iteration_of(self.state.update), self.settings.iterations + 1):  # line 1
+                self.take_reference(k)  # line 2
+                for update in range(self.state.update, k * self.settings.updates_per_iteration):
+                    self.generate_losers(k, update)  # line 3
+                    done = self.update_policy(update)  # line 4
+                    self.finish_update(k, *done)
+        except Stop as stop:
+            stop.checkpoint = self.save()
+            raise
+
+    def iteration_of(self, update: int) -> int:
+        """The 1-based iteration of a 0-based update."""
+        return update // self.settings.updates_per_iteration + 1
+
+    def take_reference(self, k: int) -> None:
+        """Line 2: sample a past policy among 0..k-1, the same on every rank, into the one reference model."""
+        if self.pool is not None:
+            self.reference_index = pick(self.settings.reference, k, self.settings.seed)
+            self.pool.load_into(self.reference_index, self.reference)
+
+    def generate_losers(self, k: int, update: int) -> None:
+        """Line 3: the reference's samples for this update's prompts, or for all that is left of the iteration."""
+        if METHODS[self.settings.method].losers != "reference":
+            return
+        last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
+        slots = [slot for u in range(update, last) for slot in self.slots(u) if slot not in self.losers]
+        with self.timed("sampling"), self.reporter.sampling(len(slots)) as progress:
+            for some in chunks(slots, self.settings.sampler.batch_size):
+                latents = self.draw(self.pairs.initial_noise(some), self.pairs.prompts(some))
+                self.losers.update(zip(some, latents.cpu(), strict=True))
+                progress.update(len(some))
+                self.signals.check(self.ranks)
+
+    def update_policy(self, update: int) -> tuple[Step, Tensor]:
+        """Line 4: one optimizer update over the accumulation window; returns how it went and all ranks' per-pair table."""
+        tables = []
+        micro_batches = list(chunks(self.slots(update), self.batch.micro))
+        for slots in micro_batches:
+            with self.timed("data"):
+                pairs = self.pairs.pairs(slots, self.losers)
+            with self.timed("training"):
+                loss, table = self.objective(self.engine, self.reference, pairs)
+                self.engine.backward(finite_or_nan(loss))
+                done = step(self.engine)
+            tables.append(table)
+            if slots is not micro_batches[-1]:  # after the last one the update is made and must be counted first
+                self.signals.check(self.ranks)
+        with self.timed("training"):
+            return done, self.ranks.gather(torch.cat(tables).cpu())
+
+    def finish_update(self, k: int, done: Step, table: Tensor) -> None:
+        """Count the update, report it, and at its turn add the policy to the pool, write a checkpoint, draw a grid."""
+        for slot in self.slots(self.state.update):
+            self.losers.pop(slot, None)
+        self.state.update += 1
+        self.state.skipped += done.skipped
+        self.state.nonfinite_in_a_row = self.state.nonfinite_in_a_row + 1 if done.skipped and not done.harmless else 0
+        self.report(k, done, table)
+        self.give_up_if_lost()
+
+        end_of_iteration = self.state.update == k * self.settings.updates_per_iteration
+        if end_of_iteration and self.pool is not None:
+            self.pool.add(k, policy_weights(self.engine), write=self.ranks.rank == 0)
+            self.ranks.barrier()
+        every = self.settings.checkpoint.every
+        if self.state.update % every == 0 if every else end_of_iteration:
+            self.save()
+        if self.grids and self.state.update % self.settings.samples.every == 0:
+            self.draw_grid()
+            if not end_of_iteration:
+                self.take_reference(k)
+        self.signals.check(self.ranks)
+
+    def slots(self, update: int) -> range:
+        """This rank's share of an update's slots."""
+        share = self.batch.size // self.batch.world
+        first = update * self.batch.size + self.ranks.rank * share
+        return range(first, first + share)
+
+    def draw(self, noise: Tensor, conditions: Conditions) -> Tensor:
+        """`(B, C, h, w)` scaled latents by the model that is in `reference`."""
+        with self.objective.precision(noise.device):
+            return sample(partial(self.objective.denoise, self.reference), self.table, noise, conditions,
+                          self.pairs.unconditional, self.settings.sampler.guidance_scale, self.objective.dtype)
+
+    def draw_grid(self) -> None:
+        """Samples of the present policy from fixed prompts and noise; passes through the reference model's storage."""
+        if self.grids is None:
+            return
+        weights = policy_weights(self.engine)
+        if self.ranks.rank == 0:
+            with torch.no_grad():
+                for name, parameter in self.reference.named_parameters():
+                    if name in weights:
+                        parameter.copy_(weights[name])
+            self.grids.write(self.state.update, self.draw)
+        self.ranks.barrier()
+
+    def save(self) -> Path:
+        """A checkpoint of this moment; in the middle of a window, of the window's start and the samples made for it."""
+        return checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.losers, self.ranks,
+                               self.settings.checkpoint.keep_last)
+
+    def report(self, k: int, done: Step, table: Tensor) -> None:
+        """One row of metrics.jsonl."""
+        seconds = {name: round(self.seconds.pop(name, 0.0), 4) for name in ("sampling", "training", "data")}
+        row = {"update": self.state.update, "iteration": k, "reference": self.reference_index, **summarise(table),
+               "grad_norm": done.grad_norm, "lr": self.engine.get_lr()[0], "skipped_steps": self.state.skipped,
+               "pairs_per_s": round(self.batch.size / max(sum(seconds.values()), 1e-9), 3),
+               "peak_memory_gb": round(peak_memory_gb(self.ranks.device), 3),
+               **{f"seconds_{name}": value for name, value in seconds.items()}}
+        self.reporter.update(row)
+
+    def give_up_if_lost(self) -> None:
+        """Stop when too many updates in a row were skipped because loss or gradients were not finite."""
+        if self.state.nonfinite_in_a_row < self.settings.max_nonfinite:
+            return
+        good = checkpoint.complete(self.folder / "checkpoints")
+        raise UserError(
+            f"{self.state.nonfinite_in_a_row} updates in a row had a loss or gradients that are not finite"
+            f" (seppo.max_nonfinite), the last one update {self.state.update}; all of them were skipped. Last good"
+            f" checkpoint: {good[-1] if good else 'none yet'}. Lower optimizer.params.lr or seppo.beta, clip gradients,"
+            " or train in bf16 or fp32"
+        )
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the block's wall-clock seconds to this update's."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive runs of at most `size` items."""
+    return (items[start : start + size] for start in range(0, len(items), size))
