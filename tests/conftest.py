@@ -1,0 +1,175 @@
+"""Fixtures: a tiny Stable Diffusion directory, a folder of demonstrations, and three ways to train on them.
+
+`train` runs in this process (seconds), `launch` runs the literal command through DeepSpeed's launcher, and
+`train_on_ranks` runs several configurations one after the other in a single launch of two ranks.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_sd
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ("a handwritten one", "a handwritten two", "a handwritten three")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and sums in another order would not repeat to the byte."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny Stable Diffusion pipeline directory: 16x16 pixels, 8x8x4 latents."""
+    folder = tmp_path_factory.mktemp("models") / "sd"
+    tiny_sd(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of 24 random pictures with metadata.jsonl."""
+    return make_demonstrations(tmp_path_factory.mktemp("demonstrations"), 24)
+
+
+def make_demonstrations(folder: Path, count: int) -> Path:
+    """Write `count` random 20x24 pictures and their metadata.jsonl."""
+    random = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    with open(folder / "metadata.jsonl", "w") as metadata:
+        for i in range(count):
+            Image.fromarray(random.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            metadata.write(json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i % len(PROMPTS)]}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents are encoded once for the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def settings(sd: Path, demonstrations: Path, cache_dir: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A small, complete configuration; `settings(**{"seppo.beta": 10.0})` overrides by key path."""
+
+    def make(**overrides: Any) -> dict[str, Any]:
+        raw: dict[str, Any] = {
+            "train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 1.0,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+            "seppo": {
+                "model": {"path": str(sd)}, "output_dir": str(tmp_path / "run"), "iterations": 2, "updates_per_iteration": 2,
+                "data": {"source": str(demonstrations), "resolution": 16, "cache_dir": str(cache_dir)},
+                "sampler": {"steps": 3, "batch_size": 8, "guidance_scale": 2.0},
+            },
+        }
+        for path, value in overrides.items():
+            *parents, last = path.split(".")
+            node = raw
+            for key in parents:
+                node = node.setdefault(key, {})
+            node[last] = value
+        return deepcopy(raw)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Any:
+    """This process as the only rank."""
+    from seppo_fast.training.ranks import join, quiet_libraries
+
+    quiet_libraries()
+    return join()
+
+
+@pytest.fixture
+def train(ranks: Any) -> Any:
+    """`train(raw, resume=None)` runs a configuration in this process and returns its run folder."""
+    from seppo_fast.configfile import parse_config
+    from seppo_fast.training.ranks import StopSignals
+    from seppo_fast.training.run import run
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+
+    def here(raw: dict[str, Any], resume: str | None = None) -> Path:
+        return run(parse_config(raw), resume, ranks, StopSignals()).parent
+
+    yield here
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """`launch(raw_or_name, *arguments, ranks=1)` runs `deepspeed seppo_fast/train.py` and returns the finished process."""
+    return lambda raw, *arguments, ranks=1, **options: subprocess.run(
+        command(raw, *arguments, ranks=ranks, folder=tmp_path), cwd=ROOT, text=True, capture_output=True, timeout=280, **options)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Any:
+    """Like `launch`, without waiting; with `ranks=None` train.py is started directly, so that signals reach it."""
+    started = []
+
+    def begin(raw: Any, *arguments: str, ranks: int | None = None) -> subprocess.Popen:
+        process = subprocess.Popen(command(raw, *arguments, ranks=ranks, folder=tmp_path), cwd=ROOT, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def command(raw: dict[str, Any] | str, *arguments: str, ranks: int | None, folder: Path) -> list[str]:
+    """The command line for a configuration (a dictionary, or a shipped file's name)."""
+    if isinstance(raw, dict):
+        file = folder / f"config-{len(list(folder.glob('config-*.json')))}.json"
+        file.write_text(json.dumps(raw))
+        raw = str(file)
+    launcher = [] if ranks is None else ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", free_port()]
+    return [sys.executable, *launcher, "seppo_fast/train.py", "--config", raw, *arguments]
+
+
+def free_port() -> str:
+    """A TCP port that nobody listens on now."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture
+def train_on_ranks(tmp_path: Path) -> Callable[..., list[Path]]:
+    """`train_on_ranks([raw, ...], ranks=2)` runs all configurations in one launch and returns their run folders."""
+
+    def run_all(raws: list[dict[str, Any]], ranks: int = 2) -> list[Path]:
+        jobs = tmp_path / "jobs.json"
+        jobs.write_text(json.dumps(raws))
+        done = subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port",
+                               free_port(), "tests/run_jobs.py", str(jobs)],
+                              cwd=ROOT, text=True, capture_output=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return [Path(raw["seppo"]["output_dir"]) for raw in raws]
+
+    return run_all

@@ -1,0 +1,106 @@
+"""Tiny random diffusers pipelines on disk, made in about a second: what SD-1.5 and SDXL directories look like."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+WORDS = ("a", "photo", "of", "the", "handwritten", "zero", "one", "two", "three", "red", "blue", "cat", "dog", "sky")
+PIXELS, LATENTS = 16, (4, 8, 8)
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def tokenizer(pad: str = EOS) -> CLIPTokenizer:
+    """A CLIP byte-level BPE: every byte, and the merges that make each of WORDS one token; 77 tokens at most."""
+    symbols = sorted(ByteLevel.alphabet())
+    tokens = symbols + [symbol + "</w>" for symbol in symbols]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        prefix = pieces[0]
+        for piece in pieces[1:]:
+            if (prefix, piece) not in merges:
+                merges.append((prefix, piece))
+                tokens.append(prefix + piece)
+            prefix += piece
+    tokens += [BOS, EOS]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=77)
+
+
+def text_config(tokens: CLIPTokenizer, width: int, projection: int, act: str = "quick_gelu") -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=77, projection_dim=projection, hidden_act=act,
+        bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id,
+    )
+
+
+def unet(**overrides) -> UNet2DConditionModel:
+    settings = dict(
+        sample_size=LATENTS[1], in_channels=LATENTS[0], out_channels=LATENTS[0], block_out_channels=(32, 64),
+        layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    return UNet2DConditionModel(**settings | overrides)
+
+
+def vae(scaling_factor: float, force_upcast: bool) -> AutoencoderKL:
+    """Two levels, so that 16x16 pixels become 8x8 latents."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=LATENTS[0],
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=PIXELS, scaling_factor=scaling_factor, force_upcast=force_upcast,
+    )
+
+
+def schedule(prediction_type: str) -> dict:
+    """The noise schedule of SD-1.5 and of SDXL."""
+    return dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+                steps_offset=1, prediction_type=prediction_type)
+
+
+def tiny_sd(folder: Path | str, prediction_type: str = "epsilon", seed: int = 0, **unet_overrides) -> Path:
+    """A random `StableDiffusionPipeline` directory: 16x16 pixels, (4, 8, 8) latents, prompt embeds (77, 32)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokens = tokenizer()
+        pipeline = StableDiffusionPipeline(
+            vae=vae(0.18215, False), text_encoder=CLIPTextModel(text_config(tokens, 32, 32)), tokenizer=tokens,
+            unet=unet(**unet_overrides),
+            scheduler=PNDMScheduler(**schedule(prediction_type), skip_prk_steps=True, set_alpha_to_one=False),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_sdxl(folder: Path | str, prediction_type: str = "epsilon", seed: int = 0, **unet_overrides) -> Path:
+    """A random `StableDiffusionXLPipeline` directory: (4, 8, 8) latents, prompt embeds (77, 32 + 48), pooled (40)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = tokenizer(), tokenizer(pad="!")
+        network = dict(
+            cross_attention_dim=80, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=40 + 6 * 8, use_linear_projection=True,
+            transformer_layers_per_block=(1, 1), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )
+        pipeline = StableDiffusionXLPipeline(
+            vae=vae(0.13025, True), text_encoder=CLIPTextModel(text_config(first, 32, 32)), tokenizer=first,
+            text_encoder_2=CLIPTextModelWithProjection(text_config(second, 48, 40, act="gelu")), tokenizer_2=second,
+            unet=unet(**network | unet_overrides),
+            scheduler=EulerDiscreteScheduler(**schedule(prediction_type), timestep_spacing="leading"),
+            force_zeros_for_empty_prompt=True, add_watermarker=False,
+        )
+        pipeline.save_pretrained(folder)
+    return Path(folder)
