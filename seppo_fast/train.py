@@ -1,6 +1,7 @@
 """Train: `deepspeed seppo_fast/train.py --config ds_a100.json [--set seppo.data.source=PATH] [--resume auto] [--dry-run]`."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -18,8 +19,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a JSON file, or the name of one in seppo_fast/configs")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override keys of the configuration, e.g. seppo.sampler.steps=20 optimizer.params.lr=1e-6")
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the run folder's newest complete checkpoint, or from PATH")
-    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the plan, train nothing")
+    parser.add_argument("--resume", metavar="auto|PATH",
+                        help="go on from the run folder's newest complete checkpoint, or from PATH")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="check everything that can be checked, print the plan, train nothing")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -29,7 +32,7 @@ def main() -> int:
     arguments = parse_arguments()
     from seppo_fast.configfile import load_config
     from seppo_fast.errors import UserError
-    from seppo_fast.training.ranks import FirstFailure, Stop, StopSignals, join, quiet_libraries
+    from seppo_fast.training.ranks import FirstFailure, Stop, StopSignals, join, lost_contact, quiet_libraries
 
     quiet_libraries()
     failure = FirstFailure()
@@ -52,16 +55,28 @@ def main() -> int:
             print(f"done: the trained model is in {final}", flush=True)
         return 0
     except Stop as stop:
-        if rank == 0:
-            print(f"stopped by {stop}; checkpoint: {stop.checkpoint}. Go on with --resume auto", file=sys.stderr, flush=True)
-        return 130 if stop.signum == signal.SIGINT else 0
+        status = 130 if stop.signum == signal.SIGINT else 0
+        if stop.checkpoint:
+            if rank == 0:
+                print(f"stopped by {stop}; checkpoint: {stop.checkpoint}. Go on with --resume auto", file=sys.stderr, flush=True)
+            return status
+        # A rank alone may be here: the launcher ends the others with SIGTERM when one of them fails.
+        if failure.is_ours():
+            print(f"stopped by {stop} before training began; what is cached is kept", file=sys.stderr, flush=True)
     except UserError as error:
         status = 2
         if failure.is_ours():
             print(f"seppo_fast: {error}", file=sys.stderr, flush=True)
-    except Exception:
+    except Exception as error:
         if failure.is_ours():
-            print(f"seppo_fast: rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                cause = f"no room left on the disk ({error}); free some and go on with --resume auto"
+            elif lost_contact(error):
+                cause = (f"rank {rank} lost another rank, which was killed (out of memory?) or stopped on another machine,"
+                         f" where the cause is printed: {str(error).splitlines()[0]}. Go on with --resume auto")
+            else:
+                cause = f"rank {rank} failed\n{traceback.format_exc()}"
+            print(f"seppo_fast: {cause}", file=sys.stderr, flush=True)
     # Ordinary exit would wait for the other ranks in destructors of the process group; they are told by our absence.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -140,7 +140,7 @@ def _check(path: Path, stored: dict[str, tuple[int, ...]], parameters: dict[str,
         if names:
             raise UserError(f"{path}: {problem}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
                             f" ({len(names)}); it was written for another model or another LoRA")
-    for name, shape in stored.items():
+    for name, shape in sorted(stored.items()):
         if shape != tuple(parameters[name].shape):
             raise UserError(f"{path}: {name} has shape {shape}, the model's has {tuple(parameters[name].shape)};"
                             " it was written for another model or another LoRA rank")

@@ -56,8 +56,10 @@ def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: i
     settings["seppo"]["data"].pop("cache_dir")
     ours = config.seppo
     pipeline = "load_lora_weights" if ours.model.lora else "from_pretrained"
-    usage = (f"```python\npipeline = DiffusionPipeline.from_pretrained({ours.model.path!r})\npipeline.load_lora_weights(FOLDER)\n```"
-             if ours.model.lora else "```python\npipeline = DiffusionPipeline.from_pretrained(FOLDER)\n```")
+    load = "pipeline = DiffusionPipeline.from_pretrained(FOLDER)"
+    if ours.model.lora:
+        load = f"pipeline = DiffusionPipeline.from_pretrained({ours.model.path!r})\npipeline.load_lora_weights(FOLDER)"
+    usage = f"```python\nfrom diffusers import DiffusionPipeline\n\n{load}\n```"
     return CARD.format(
         base=ours.model.path, lora_tag=", lora" if ours.model.lora else "", title=f"{ours.model.path} with {ours.method}",
         version=seppo_fast.__version__, method=ours.method, what=f"to be loaded with diffusers' `{pipeline}`", usage=usage,

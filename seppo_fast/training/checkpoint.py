@@ -11,7 +11,8 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from seppo_fast.errors import UserError
 from seppo_fast.training.engine import policy_weights
-from seppo_fast.training.ranks import Ranks
+from seppo_fast.training.ranks import Ranks, lost_contact
 
 MARKER = "complete.json"
 
@@ -64,28 +65,39 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, losers: Mapping[in
         temporary.mkdir(parents=True)
     ranks.barrier()
     weights = policy_weights(engine)
-    try:
+    with _clear_errors(final, temporary):
         engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
         save_file(_rank_tensors(losers), temporary / f"rank_{ranks.rank}.safetensors")
         if ranks.rank == 0:
             save_file(weights, temporary / "policy.safetensors")
             (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        ranks.barrier()
-        if ranks.rank == 0:
-            sizes = {str(file.relative_to(temporary)): _synced_size(file) for file in sorted(temporary.rglob("*")) if file.is_file()}
+    ranks.barrier()
+    if ranks.rank == 0:
+        with _clear_errors(final, temporary):
+            files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
+            sizes = {str(file.relative_to(temporary)): _synced_size(file) for file in files}
             (temporary / MARKER).write_text(json.dumps(sizes, indent=1))
             _synced_size(temporary / MARKER)
             temporary.rename(final)
             _sync_folder(folder)
             for old in complete(folder)[:-keep_last]:
                 shutil.rmtree(old)
+    ranks.barrier()
+    return final
+
+
+@contextmanager
+def _clear_errors(final: Path, temporary: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three, by who was writing
-        previous = complete(folder)
+        if lost_contact(error):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+        previous = complete(final.parent)
         valid = f"the last complete checkpoint is {previous[-1]}" if previous else "there is no complete checkpoint yet"
         raise UserError(f"could not write the checkpoint {final}: {error}; {valid}. Free some space (lower"
                         " seppo.checkpoint.keep_last) and resume with --resume auto") from error
-    ranks.barrier()
-    return final
 
 
 def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, Tensor]:

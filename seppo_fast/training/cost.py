@@ -68,13 +68,15 @@ def estimate(model: StableDiffusion | StableDiffusionXL, config: Config, batch: 
     zero = config.deepspeed.get("zero_optimization", {})
     stage, shards = int(zero.get("stage", 0)), batch.world
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    # Half-precision gradients summed in fp32 exist twice: as autograd makes them, and as they are summed.
+    summed = 4 if dtype.itemsize < 4 and config.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32" else 0
     per_weight = 8 + (4 if dtype.itemsize < 4 else 0)  # Adam's moments in fp32, and a master copy
     return Cost(
         parameters=parameters, trained=trained, forward=forward,
         sampling=forward * guided * evaluations if generated else 0.0,
         training=forward * halves * (passes + (1 if ours.flipper else 0)),
         weights=parameters * dtype.itemsize // (shards if stage == 3 else 1),
-        gradients=trained * dtype.itemsize // (shards if stage >= 2 else 1),
+        gradients=trained * (dtype.itemsize + summed) // (shards if stage >= 2 else 1),
         optimizer=0 if offloaded else trained * per_weight // (shards if stage >= 1 else 1),
         reference=0 if not ours.flipper else (trained if ours.model.lora and stage < 3 else parameters) * dtype.itemsize,
         activations=saved.total // (2 if autocast else 1),

@@ -1,11 +1,9 @@
 """--dry-run: everything that can be checked without training, and the plan."""
 
-from pathlib import Path
-
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan
 from seppo_fast.data.sources import open_source
-from seppo_fast.models import open_model
+from seppo_fast.models import is_hub_id, open_model
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config
@@ -18,8 +16,7 @@ def dry_run(config: Config, world: int) -> str:
     batch = batch_plan(config.deepspeed, world)
     check_engine_config(config, batch)
     cost, rows, missing = None, None, []
-    # A hub id is not fetched by a dry run; whatever else is not a directory, open_model refuses.
-    if Path(ours.model.path).is_dir() or ours.model.path.count("/") != 1:
+    if not is_hub_id(ours.model.path):  # a dry run fetches nothing
         model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant)
         table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
         cost = estimate(model, config, batch, len(table.timesteps))

@@ -50,7 +50,8 @@ def _learning_rate(config: Config) -> str:
     params = scheduler.get("params", {})
     rate = params.get("warmup_max_lr", optimizer["params"]["lr"])
     warm_up = params.get("warmup_num_steps", 0)
-    return f"{rate:g} as it is, not scaled by the batch ({optimizer['type']}, schedule {scheduler.get('type', 'constant')}, warm-up {warm_up} updates)"
+    schedule = f"schedule {scheduler.get('type', 'constant')}, warm-up {warm_up} updates"
+    return f"{rate:g} as it is, not scaled by the batch ({optimizer['type']}, {schedule})"
 
 
 def _size(cost: Cost | None) -> str:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -58,8 +59,8 @@ def join() -> Ranks:
             port = free.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-    deepspeed.init_distributed(verbose=False)
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False)
     device = torch.device(get_accelerator().current_device_name())
     # Caching, checkpoints and reference windows may keep one rank away from the others for long.
     control = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
@@ -77,8 +78,11 @@ def quiet_libraries() -> None:
     diffusers_logging.disable_progress_bar()
 
 
-class Stop(Exception):
-    """The run was asked to stop by a signal; raised where a checkpoint can be written, which `checkpoint` then names."""
+class Stop(BaseException):
+    """The run was asked to stop by a signal; raised where a checkpoint can be written, which `checkpoint` then names.
+
+    Like KeyboardInterrupt no `Exception`, so that nobody who skips bad images skips it.
+    """
 
     checkpoint: Path | None = None
 
@@ -88,10 +92,11 @@ class Stop(Exception):
 
 
 class StopSignals:
-    """Remembers the first SIGTERM or SIGINT, and raises `Stop` on all ranks at the same place."""
+    """SIGTERM and SIGINT. Once `deferred`, the first is remembered and all ranks raise `Stop` at the same place."""
 
     def __init__(self) -> None:
         self.received = 0
+        self.deferred = False  # before training there is nothing to save, and no reason to wait
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._remember)
 
@@ -102,6 +107,11 @@ class StopSignals:
             raise Stop(signum)
 
     def _remember(self, signum: int, _frame: object) -> None:
+        if not self.deferred:
+            raise Stop(signum)
+        if not self.received and int(os.environ.get("RANK", 0)) == 0:
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, f"\n{signal.Signals(signum).name}: stopping after this micro-batch, with a checkpoint\n".encode())
         self.received = self.received or signum
 
 
@@ -109,15 +119,23 @@ class FirstFailure:
     """Lets one process a machine print why the run failed: when a rank dies, the others die of broken connections."""
 
     def __init__(self) -> None:
-        launch = f"{os.getuid()}-{os.getppid()}-{os.environ.get('MASTER_PORT', os.getpid())}"
+        self._alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        launcher = psutil.Process(os.getppid())  # its start time, because process ids come back
+        launch = f"{os.getuid()}-{launcher.pid}-{launcher.create_time()}-{os.environ.get('MASTER_PORT')}"
         self._claim = Path(tempfile.gettempdir()) / f"seppo-fast-failure-{launch}"
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            self._claim.unlink(missing_ok=True)
 
     def is_ours(self) -> bool:
         """Whether this process is the first to fail."""
+        if self._alone:
+            return True
         try:
             self._claim.touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
+
+
+def lost_contact(error: Exception) -> bool:
+    """Whether an error says only that another rank is gone."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -2,12 +2,10 @@
 
 import gc
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.monitor.monitor import MonitorMaster
 from diffusers import DDPMScheduler
 from torch import nn
 
@@ -68,7 +66,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) 
         pool=open_pool(config, folder, engine, state, ranks), table=table.to(ranks.device),
         grids=prepare_grids(model, config, cache, folder, ranks),
         reporter=Reporter(folder.path, ours.iterations * ours.updates_per_iteration, state.update,
-                          MonitorMaster(engine._config.monitor_config), ranks.rank),
+                          engine.monitor, ranks.rank),
         signals=signals, folder=folder.path, state=state, losers=losers,
     )
     try:
@@ -114,7 +112,7 @@ def load_policies(model: Model, config: Config, ranks: Ranks) -> tuple[nn.Module
     policy = model.load_unet(dtype).train()
     reference = None
     if ours.flipper or ours.samples.every:
-        reference = model.load_unet(dtype).train()  # train mode like the policy: dropout-free models do the same in both
+        reference = model.load_unet(dtype).eval()
     if ours.model.lora:
         for unet in filter(None, (policy, reference)):
             add_lora(unet, ours.model.lora, ours.seed)
@@ -154,7 +152,8 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunF
     samples = ours.samples.model_copy(update={"prompts": prompts})
     embed = model.load_text(ranks.device)
     dtype = precision(config.deepspeed).dtype
-    conditions = {name: value.to(dtype) for name, value in embed([p for p in prompts for _ in range(samples.per_prompt)]).items()}
+    repeated = [prompt for prompt in prompts for _ in range(samples.per_prompt)]
+    conditions = {name: value.to(dtype) for name, value in embed(repeated).items()}
     del embed
     gc.collect()
     return Grids(folder.path / "samples", model, samples, conditions, cache.shape, ranks.device, ours.sampler.batch_size)
@@ -165,7 +164,6 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     final = trainer.folder / "final"
     weights = policy_weights(trainer.engine)
     if trainer.ranks.rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
         card = model_card(config, batch, rows, trainer.state.update, trainer.state.skipped)
         save_pipeline(model, weights, final, config.seppo.model.lora, card)
     trainer.ranks.barrier()

@@ -18,6 +18,7 @@ from seppo_fast.models import Conditions
 from seppo_fast.reference.pool import Pool, pick
 from seppo_fast.reference.sampler import sample
 from seppo_fast.reference.solver import SolverTable
+from seppo_fast.seeds import generator
 from seppo_fast.training import checkpoint
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.engine import Step, finite_or_nan, policy_weights, step
@@ -53,6 +54,7 @@ class Trainer:
 
     def train(self) -> None:
         """Algorithm 1 from the state's update on; `Stop` leaves a checkpoint behind."""
+        self.signals.deferred = True
         try:
             if self.state.update == 0:
                 self.draw_grid()
@@ -91,6 +93,8 @@ class Trainer:
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:
         """Line 4: one optimizer update over the accumulation window; returns how it went and all ranks' per-pair table."""
+        # For dropout: an update that is begun anew after a stop in its middle must draw the same.
+        torch.manual_seed(generator(self.settings.seed, "dropout", update, self.ranks.rank).initial_seed())
         tables = []
         micro_batches = list(chunks(self.slots(update), self.batch.micro))
         for slots in micro_batches:

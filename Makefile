@@ -1,0 +1,32 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both make .venv first, once.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+READY  := $(VENV)/.ready
+
+.PHONY: quickstart test lint readme clean
+
+quickstart: $(READY)
+	$(BIN)/python -m seppo_fast.quickstart --out runs/quickstart
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+
+# The README's tables, generated from benchmarks/results/.
+readme: $(READY)
+	$(BIN)/python -m benchmarks.readme
+
+# torch first and pinned: a ranged requirement may bring another build. No build isolation: it would fetch torch once more.
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel
+	$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,146 @@
+"""What the families share: loading components, the VAE's two directions, the noise schedule, what fits what."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from seppo_fast.errors import UserError
+from seppo_fast.models.directory import Directory
+
+Conditions = dict[str, Tensor]
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
+    """The noise schedule's cumulative alphas, (T,) fp32, with `rescale_betas_zero_snr` where it is set."""
+    return DDPMScheduler.from_config(scheduler_config).alphas_cumprod.float()
+
+
+def check_schedule(directory: Directory) -> None:
+    """Refuse schedules that have no betas (flow matching, EDM) and predictions other than epsilon and v."""
+    config, file = directory.configs["scheduler"], directory.path / "scheduler" / "scheduler_config.json"
+    if not ({"beta_start", "trained_betas"} & config.keys()):
+        raise UserError(f"{file}: {config.get('_class_name')} has no beta schedule (beta_start, beta_end); "
+                        "only DDPM-like noise schedules can be trained.")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise UserError(f"{file}: prediction_type is {prediction!r}; it must be {' or '.join(PREDICTIONS)}.")
+
+
+def check_unet(directory: Directory, text_width: int, addition: str | None) -> None:
+    """Refuse a UNet whose channels, text width or extra conditions are not those of a text-to-image pipeline."""
+    unet, vae = directory.configs["unet"], directory.configs["vae"]
+    file = directory.path / "unet" / "config.json"
+    latents = vae.get("latent_channels", 4)
+    for key in ("in_channels", "out_channels"):
+        channels = unet.get(key, 4)
+        if channels != latents:
+            hint = {9: " (inpainting)", 8: " (image editing, or a predicted variance)"}.get(channels, "")
+            raise UserError(f"{file}: {key} is {channels}{hint}, but the VAE's latents have {latents} channels. "
+                            "Only text-to-image models can be trained.")
+    widths = unet.get("cross_attention_dim", 1280)
+    if any(width != text_width for width in (widths if isinstance(widths, list) else [widths])):
+        raise UserError(f"{file}: cross_attention_dim is {widths}, but the text encoding is {text_width} wide. "
+                        "UNet and text encoder(s) come from different models.")
+    expected = {"addition_embed_type": addition, "time_cond_proj_dim": None, "class_embed_type": None,
+                "num_class_embeds": None, "encoder_hid_dim": None}
+    for key, value in expected.items():
+        if unet.get(key) != value:
+            raise UserError(f"{file}: {key} is {unet.get(key)!r} where this family has {value!r}; "
+                            "such a model is not supported.")
+    for key in ("latents_mean", "latents_std"):
+        if vae.get(key) is not None:
+            raise UserError(f"{directory.path / 'vae' / 'config.json'}: {key} is set; "
+                            "only a scaling_factor is supported.")
+
+
+@contextlib.contextmanager
+def explained(directory: Directory, component: str) -> Iterator[None]:
+    """Whatever a library raises while it loads a component becomes a message that names it; no bars meanwhile."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load {directory.path / component}: {reason}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_component(directory: Directory, component: str, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
+    """A component from disk, on the CPU, in `dtype`; every weight must come from the files."""
+    weights = directory.weights[component]
+    precision = {"torch_dtype" if component in ("unet", "vae") else "dtype": dtype}  # diffusers, transformers
+    with explained(directory, component):
+        module, info = kind.from_pretrained(
+            directory.path / component, variant=weights.variant, use_safetensors=weights.safetensors,
+            local_files_only=True, output_loading_info=True, **precision,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:  # the libraries only warn, and leave these at random or on the meta device
+        raise UserError(f"{directory.path / component / weights.entry} lacks {len(missing)} weights that its "
+                        f"config.json calls for, e.g. {', '.join(missing[:3])}. Fetch the model again.")
+    return module
+
+
+def load_unet(directory: Directory, dtype: torch.dtype) -> UNet2DConditionModel:
+    return load_component(directory, "unet", UNet2DConditionModel, dtype)
+
+
+def load_vae(directory: Directory, device: torch.device | str) -> AutoencoderKL:
+    """fp32 whatever the files hold: SDXL's VAE overflows in half precision."""
+    return load_component(directory, "vae", AutoencoderKL, torch.float32).to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(directory: Directory, component: str) -> CLIPTokenizer:
+    with explained(directory, component):
+        return CLIPTokenizer.from_pretrained(directory.path / component, local_files_only=True)
+
+
+def token_ids(tokenizer: CLIPTokenizer, text_config: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, (B, 77) on the CPU, truncated and padded as the diffusers pipelines do."""
+    # a tokenizer saved without its model_max_length claims 1e30 tokens
+    length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
+    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels (B, 3, H, W) in [-1, 1] -> the posterior's mean and standard deviation, (B, C, h, w) fp32, not scaled."""
+    posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
+    return posterior.mean, posterior.std
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) fp32 in [0, 1]."""
+    pixels = vae.decode(latents.to(vae.device, torch.float32) / vae.config.scaling_factor, return_dict=False)[0]
+    return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def vae_facts(directory: Directory) -> tuple[int, int, float]:
+    """Latent channels, pixels per latent along a side, scaling factor."""
+    config = directory.configs["vae"]
+    levels = len(config.get("block_out_channels", (64,)))
+    return config.get("latent_channels", 4), 2 ** (levels - 1), config.get("scaling_factor", 0.18215)
+
+
+def encoding_files(directory: Directory) -> list[Path]:
+    """The files that decide latents and embeddings: VAE, text encoders, tokenizers and the pipeline's index."""
+    files = [directory.path / "model_index.json"]
+    for component in sorted(directory.index):
+        folder = directory.path / component
+        if component == "vae" or component.startswith("text_encoder") and component in directory.weights:
+            files += [folder / "config.json", *directory.weights[component].files]
+        elif component.startswith("tokenizer"):
+            files += sorted(file for file in folder.iterdir() if file.is_file())
+    return files

@@ -1,0 +1,97 @@
+"""A diffusers pipeline directory, read and checked before any weight is loaded."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seppo_fast.errors import UserError
+from seppo_fast.models.files import Weights, check_not_empty, find_weights, read_json
+from seppo_fast.models.hub import download
+
+# pipeline class -> component -> the classes it may have (empty: whichever)
+FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "StableDiffusionPipeline": {
+        "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
+    },
+    "StableDiffusionXLPipeline": {
+        "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
+        "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
+    },
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A checked pipeline directory: `index` is model_index.json, `configs` and `weights` are by component."""
+
+    path: Path
+    index: dict[str, Any]
+    configs: dict[str, dict[str, Any]]
+    weights: dict[str, Weights]
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` names a model on the hub: owner/name, unless a local folder "owner" says what was meant."""
+    return bool(HUB_ID.fullmatch(path)) and not Path(path).exists() and not Path(path).parent.is_dir()
+
+
+def locate(path: str, revision: str | None, variant: str | None) -> Path:
+    """The local directory that `path` names: itself, or the snapshot of a hub id."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise UserError(f"seppo.model.path {path!r} is a file; a diffusers pipeline directory is needed. Convert a "
+                        "checkpoint with StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER).")
+    if not is_hub_id(path):
+        raise UserError(f"seppo.model.path {path!r} does not exist: give a diffusers pipeline directory, "
+                        "or a hub id (owner/name).")
+    return download(path, revision, variant)
+
+
+def read_directory(path: Path, variant: str | None) -> Directory:
+    """Read the configurations and check that all the files that training needs are there and whole."""
+    if not (path / "model_index.json").is_file():
+        one = (path / "config.json").is_file()
+        hint = " It looks like one component of a pipeline: give its parent." if one else ""
+        raise UserError(f"{path} has no model_index.json, so it is no diffusers pipeline directory.{hint}")
+    index = read_json(path / "model_index.json")
+    family = FAMILIES.get(index.get("_class_name", ""))
+    if family is None:
+        raise UserError(f"{path / 'model_index.json'}: _class_name is {index.get('_class_name')!r}; "
+                        f"what can be trained is {' and '.join(FAMILIES)}.")
+    configs, weights = {}, {}
+    for component, allowed in family.items():
+        folder = path / component
+        name = (index.get(component) or [None, None])[1]
+        if name is None or allowed and name not in allowed:
+            raise UserError(f"{path / 'model_index.json'}: {component} is {name!r}, where "
+                            f"{' or '.join(allowed) or 'one'} is needed.")
+        if not folder.is_dir():
+            raise UserError(f"{folder} is missing, though model_index.json lists it. Fetch the whole model again.")
+        if component == "scheduler":
+            configs[component] = read_json(folder / "scheduler_config.json")
+        elif component.startswith("tokenizer"):
+            check_tokenizer(folder)
+        else:
+            configs[component] = read_json(folder / "config.json")
+            library = "transformers" if component.startswith("text") else "diffusers"
+            weights[component] = find_weights(folder, library, variant)
+    if variant is not None and weights["unet"].variant != variant:
+        present = sorted(file.name for file in (path / "unet").iterdir() if file.suffix in (".safetensors", ".bin"))
+        raise UserError(f"seppo.model.variant {variant!r}: {path / 'unet'} has no such weights, "
+                        f"but {', '.join(present)}.")
+    return Directory(path, index, configs, weights)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer is a tokenizer.json, or vocab.json with merges.txt."""
+    names = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else ("vocab.json", "merges.txt")
+    for name in names:
+        check_not_empty(folder / name)
+        if name.endswith(".json"):
+            read_json(folder / name)

@@ -1,0 +1,140 @@
+"""The trained policy as plain diffusers loads it: a whole pipeline directory, or LoRA weights."""
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+from safetensors import SafetensorError
+from torch import Tensor
+
+from seppo_fast.config import Lora
+from seppo_fast.errors import UserError
+from seppo_fast.models.directory import FAMILIES
+from seppo_fast.models.files import entry_point, shards
+from seppo_fast.models.lora import ADAPTER
+from seppo_fast.models.sd import StableDiffusion
+from seppo_fast.models.sdxl import StableDiffusionXL
+
+Model = StableDiffusion | StableDiffusionXL
+
+
+def save_pipeline(
+    model: Model, unet_weights: Mapping[str, Tensor], folder: Path, lora: Lora | None, card: str
+) -> None:
+    """Write all of `folder` or nothing: `pytorch_lora_weights.safetensors`, or the pipeline; `card` is README.md."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in unet_weights.items()}
+    with replacing(Path(folder)) as temporary:
+        if lora is None:
+            copy_components(model, temporary)
+            save_unet(model, weights, temporary / "unet")
+        else:
+            save_lora(model, weights, temporary, lora)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_unet(model: Model, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """A UNet built around the weights as they are, in their own dtype; a missing or unknown name is an error."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(model.directory.configs["unet"])
+    unet.load_state_dict(dict(weights), strict=True, assign=True)
+    unet.save_pretrained(folder, safe_serialization=True)
+
+
+def save_lora(model: Model, weights: Mapping[str, Tensor], folder: Path, lora: Lora) -> None:
+    """diffusers' own LoRA file. Its metadata carry alpha, without which loaders take alpha = rank."""
+    layers = {name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in weights.items()}
+    loader = StableDiffusionXLLoraLoaderMixin if model.name == "sdxl" else StableDiffusionLoraLoaderMixin
+    # Only what a loader needs: it gives all of it to its own version's LoraConfig, which refuses unknown names.
+    # No dropout: load_lora_weights leaves the layers it adds in training mode, and would drop while it samples.
+    metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.targets)}
+    loader.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    sort_metadata(folder / "pytorch_lora_weights.safetensors")
+
+
+def sort_metadata(path: Path) -> None:
+    """safetensors orders its metadata anew at every call; sorted, equal runs write equal bytes."""
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+def copy_components(model: Model, folder: Path) -> None:
+    """Every component but the UNet, byte for byte, with one set of weights each, under the name loaded by default."""
+    source, index = model.path, dict(model.directory.index)
+    for component, value in model.directory.index.items():
+        if component == "unet" or not (isinstance(value, list) and value and value[0]):
+            continue
+        if component in FAMILIES[index["_class_name"]] or (source / component).is_dir():
+            library = "diffusers" if value[0] == "diffusers" else "transformers"
+            copy_component(source / component, folder / component, library, model, component)
+        else:  # an optional one (the safety checker) that is not in the source either
+            index[component] = [None, None]
+            if component == "safety_checker":
+                index["requires_safety_checker"] = False
+    if index == model.directory.index:
+        shutil.copyfile(source / "model_index.json", folder / "model_index.json")
+    else:
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_component(source: Path, target: Path, library: str, model: Model, component: str) -> None:
+    """Small files as they are; of the weights the one set that this run read, without its variant's name."""
+    target.mkdir(parents=True)
+    names = {path.name for path in source.iterdir() if path.is_file()}
+    for name in sorted(names):
+        if name.endswith((".json", ".txt", ".model")) and ".index." not in name:
+            shutil.copyfile(source / name, target / name)
+    taken = model.directory.weights.get(component)
+    found = entry_point(names, library, taken.variant if taken else model.directory.weights["unet"].variant)
+    if found is None:
+        return
+    entry, variant, _ = found
+    plain = entry.replace(f".{variant}.", ".") if variant else entry
+    shutil.copyfile(source / entry, target / plain)
+    for name in shards(source / entry) if entry.endswith(".json") else ():
+        shutil.copyfile(source / name, target / name)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that takes `folder`'s place once it is complete and on disk."""
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        synchronise(temporary)
+        if folder.exists():  # a folder that is not empty cannot be replaced by a rename
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write {folder}: {error}. Nothing there was changed; put this right (is the disk "
+                        "full?) and resume the run.") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def synchronise(folder: Path) -> None:
+    """fsync every file and folder below."""
+    for parent, _, names in os.walk(folder):
+        for path in [*(Path(parent) / name for name in names), Path(parent)]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

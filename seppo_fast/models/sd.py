@@ -1,0 +1,72 @@
+"""Stable Diffusion 1.x and 2.x: one text encoder, its last hidden state."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from seppo_fast.models import common
+from seppo_fast.models.common import Conditions
+from seppo_fast.models.directory import Directory
+
+
+class StableDiffusion:
+    """A Stable Diffusion pipeline directory. Conditions: `prompt_embeds` (B, 77, D)."""
+
+    name = "sd"
+
+    def __init__(self, directory: Directory) -> None:
+        common.check_schedule(directory)
+        common.check_unet(directory, directory.configs["text_encoder"].get("hidden_size", 512), addition=None)
+        self.directory = directory
+        self.path: Path = directory.path
+        self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]
+        self.prediction_type: str = self.scheduler_config.get("prediction_type", "epsilon")
+        self.num_train_timesteps = len(common.alphas_cumprod(self.scheduler_config))
+        self.latent_channels, self.vae_scale_factor, self.scaling_factor = common.vae_facts(directory)
+
+    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """A fresh UNet from disk, on the CPU."""
+        return common.load_unet(self.directory, dtype)
+
+    def load_vae(self, device: torch.device | str) -> AutoencoderKL:
+        """The VAE in fp32, for inference."""
+        return common.load_vae(self.directory, device)
+
+    def load_text(
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> Callable[[list[str]], Conditions]:
+        """Prompts -> conditions on `device`, as `StableDiffusionPipeline.encode_prompt` makes them."""
+        tokenizer = common.load_tokenizer(self.directory, "tokenizer")
+        encoder = common.load_component(self.directory, "text_encoder", CLIPTextModel, dtype)
+        encoder = encoder.to(device).eval().requires_grad_(False)
+
+        @torch.no_grad()
+        def embed(prompts: list[str]) -> Conditions:
+            tokens = common.token_ids(tokenizer, encoder.config, prompts)
+            masked = getattr(encoder.config, "use_attention_mask", False)
+            mask = tokens["attention_mask"].to(device) if masked else None
+            states = encoder(tokens["input_ids"].to(device), attention_mask=mask)
+            return {"prompt_embeds": states.last_hidden_state}
+
+        return embed
+
+    def encode(self, vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""
+        return common.encode(vae, pixels)
+
+    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) fp32 in [0, 1]."""
+        return common.decode(vae, latents)
+
+    def denoise(self, unet: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The network's output (B, C, h, w) for latents (B, C, h, w) at timesteps (B,)."""
+        return unet(latents, timesteps, encoder_hidden_states=conditions["prompt_embeds"], return_dict=False)[0]
+
+    def fingerprint_files(self) -> list[Path]:
+        """The files whose content decides cached latents and embeddings."""
+        return common.encoding_files(self.directory)

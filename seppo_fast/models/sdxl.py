@@ -1,0 +1,106 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as a condition."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from seppo_fast.errors import UserError
+from seppo_fast.models import common
+from seppo_fast.models.common import Conditions
+from seppo_fast.models.directory import Directory
+
+TIME_IDS = 6
+
+
+class StableDiffusionXL:
+    """A Stable Diffusion XL base directory. Conditions: `prompt_embeds` (B, 77, D1 + D2) and `pooled` (B, P)."""
+
+    name = "sdxl"
+
+    def __init__(self, directory: Directory) -> None:
+        first, second, unet = (directory.configs[name] for name in ("text_encoder", "text_encoder_2", "unet"))
+        common.check_schedule(directory)
+        width = first.get("hidden_size", 512) + second.get("hidden_size", 512)
+        common.check_unet(directory, width, addition="text_time")
+        pooled = second.get("projection_dim", 512)
+        expected = TIME_IDS * (unet.get("addition_time_embed_dim") or 0) + pooled
+        if unet.get("projection_class_embeddings_input_dim") != expected:
+            raise UserError(
+                f"{directory.path / 'unet' / 'config.json'}: projection_class_embeddings_input_dim is "
+                f"{unet.get('projection_class_embeddings_input_dim')}, but six size conditions and a pooled embedding "
+                f"of {pooled} make {expected}. Only SDXL base models can be trained (no refiner)."
+            )
+        self.directory = directory
+        self.path: Path = directory.path
+        self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]
+        self.prediction_type: str = self.scheduler_config.get("prediction_type", "epsilon")
+        self.num_train_timesteps = len(common.alphas_cumprod(self.scheduler_config))
+        self.latent_channels, self.vae_scale_factor, self.scaling_factor = common.vae_facts(directory)
+        self.zeros_for_empty_prompt: bool = directory.index.get("force_zeros_for_empty_prompt", True)
+
+    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """A fresh UNet from disk, on the CPU."""
+        return common.load_unet(self.directory, dtype)
+
+    def load_vae(self, device: torch.device | str) -> AutoencoderKL:
+        """The VAE in fp32, for inference."""
+        return common.load_vae(self.directory, device)
+
+    def load_text(
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> Callable[[list[str]], Conditions]:
+        """Prompts -> conditions on `device`, as `StableDiffusionXLPipeline.encode_prompt` makes them."""
+        tokenizers = [common.load_tokenizer(self.directory, name) for name in ("tokenizer", "tokenizer_2")]
+        encoders = [
+            common.load_component(self.directory, name, kind, dtype).to(device).eval().requires_grad_(False)
+            for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection))
+        ]
+
+        @torch.no_grad()
+        def embed(prompts: list[str]) -> Conditions:
+            outputs = []
+            for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+                tokens = common.token_ids(tokenizer, encoder.config, prompts)
+                outputs.append(encoder(tokens["input_ids"].to(device), output_hidden_states=True))
+            embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+            pooled = outputs[1].text_embeds
+            if self.zeros_for_empty_prompt:
+                # masked_fill, because 0 * NaN would not be 0
+                empty = torch.tensor([prompt == "" for prompt in prompts], device=embeds.device)
+                embeds = embeds.masked_fill(empty[:, None, None], 0)
+                pooled = pooled.masked_fill(empty[:, None], 0)
+            return {"prompt_embeds": embeds, "pooled": pooled}
+
+        return embed
+
+    def encode(self, vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""
+        return common.encode(vae, pixels)
+
+    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) fp32 in [0, 1]."""
+        return common.decode(vae, latents)
+
+    def denoise(self, unet: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The network's output (B, C, h, w) for latents (B, C, h, w) at timesteps (B,)."""
+        size = {"text_embeds": conditions["pooled"], "time_ids": self.time_ids(latents)}
+        return unet(latents, timesteps, encoder_hidden_states=conditions["prompt_embeds"], added_cond_kwargs=size,
+                    return_dict=False)[0]
+
+    def time_ids(self, latents: Tensor) -> Tensor:
+        """(B, 6) fp32: original size, crop corner, target size in pixels, as if nothing were cropped (DiffusionDPO)."""
+        height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
+        # filled on the device: a copy from the host would synchronise, and cannot be captured in a CUDA graph
+        ids = torch.zeros(latents.shape[0], TIME_IDS, device=latents.device)
+        ids[:, 0::4] = height
+        ids[:, 1::4] = width
+        return ids
+
+    def fingerprint_files(self) -> list[Path]:
+        """The files whose content decides cached latents and embeddings."""
+        return common.encoding_files(self.directory)

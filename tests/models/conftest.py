@@ -1,0 +1,26 @@
+"""Tiny pipelines: shared ones to read from, and copies to damage."""
+
+import shutil
+
+import pytest
+from tiny import tiny_sd, tiny_sdxl
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory):
+    return tiny_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory):
+    return tiny_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture
+def own_sd(sd_folder, tmp_path):
+    return shutil.copytree(sd_folder, tmp_path / "sd")
+
+
+@pytest.fixture
+def own_sdxl(sdxl_folder, tmp_path):
+    return shutil.copytree(sdxl_folder, tmp_path / "sdxl")

@@ -1,0 +1,132 @@
+"""Hub ids, against a small server that speaks as much of the hub's protocol as a download needs."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from seppo_fast.models.hub import needed
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ROOT = Path(__file__).parents[2]
+
+
+def handler(folder):
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    class Hub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        fetched: list[str] = []
+
+        def log_message(self, *args):
+            pass
+
+        def answer(self, status, body, **headers):
+            self.send_response(status)
+            for key, value in ({"Content-Length": str(len(body))} | headers).items():
+                self.send_header(key.replace("_", "-"), value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def do_GET(self):
+            path = self.path.split("?")[0].strip("/")
+            if path.startswith("api/models/tiny/sd/tree/"):
+                tree = [{"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                        for name, body in files.items()]
+                self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
+            elif path.startswith("api/models/tiny/sd"):
+                info = {"id": "tiny/sd", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+                self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
+            elif path.startswith("tiny/sd/resolve/") and (name := path.split("/", 4)[4]) in files:
+                if self.command == "GET":
+                    self.fetched.append(name)
+                self.answer(200, files[name], ETag=f'"{hashlib.sha1(files[name]).hexdigest()}"', X_Repo_Commit=COMMIT)
+            else:
+                self.answer(404, b"", X_Error_Code="RepoNotFound")
+
+        do_HEAD = do_GET
+
+    return Hub
+
+
+SCRIPT = """
+import sys
+from seppo_fast.errors import UserError
+from seppo_fast.models import open_model
+for name in sys.argv[1:]:
+    try:
+        model = open_model(name)
+        model.load_vae("cpu")
+        model.load_text("cpu")(["a cat"])
+        print("PATH", model.path)
+    except UserError as error:
+        print("REFUSED", error)
+"""
+
+
+def open_in_subprocess(endpoint, home, *names):
+    """A process of its own, because the hub's client reads its environment at import."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *names], capture_output=True, text=True, env=environment,
+                          timeout=120, cwd=home)
+    assert done.returncode == 0, done.stderr
+    return [line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("PATH", "REFUSED"))]
+
+
+def test_download_then_offline(own_sd, tmp_path):
+    (own_sd / "unet/diffusion_pytorch_model.bin").write_bytes(b"not wanted")
+    (own_sd / "v1-5-pruned.ckpt").write_bytes(b"not wanted")
+    hub = handler(own_sd)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    (kind, first), (refused, message) = open_in_subprocess(endpoint, tmp_path, "tiny/sd", "tiny/other")
+    assert kind == "PATH", first
+    assert refused == "REFUSED" and "tiny/other" in message and "spelling" in message
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.fetched
+    assert not {"unet/diffusion_pytorch_model.bin", "v1-5-pruned.ckpt"} & set(hub.fetched)
+    for name in hub.fetched:
+        assert (Path(first) / name).read_bytes() == (own_sd / name).read_bytes()
+
+    server.shutdown()
+    server.server_close()
+    again, (refused, message) = open_in_subprocess(endpoint, tmp_path, "tiny/sd", "tiny/never-seen")
+    assert again == ["PATH", first]
+    assert refused == "REFUSED" and "tiny/never-seen" in message and "connect" in message
+
+
+FILES = [
+    "model_index.json", "README.md", "v1-5.ckpt", "unet/config.json", "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder_2/config.json",
+    "text_encoder_2/model.safetensors.index.json", "text_encoder_2/model-00001-of-00002.safetensors",
+    "text_encoder_2/model-00002-of-00002.safetensors", "text_encoder_2/model.safetensors.index.fp16.json",
+    "text_encoder_2/model.fp16-00001-of-00002.safetensors", "text_encoder_2/model.fp16-00002-of-00002.safetensors",
+    "text_encoder_2/model.onnx", "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/nested/vocab.json",
+    "vae/config.json", "vae/diffusion_pytorch_model.bin", "vae_decoder/config.json",
+]
+INDEX = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+         "vae": ["diffusers", "AutoencoderKL"], "tokenizer": ["transformers", "CLIPTokenizer"],
+         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "image_encoder": [None, None]}
+
+
+@pytest.mark.parametrize("variant, unet, text", [
+    (None, "diffusion_pytorch_model.safetensors",
+     ["model.safetensors.index.json", "model-0000{}-of-00002.safetensors"]),
+    ("fp16", "diffusion_pytorch_model.fp16.safetensors",
+     ["model.safetensors.index.fp16.json", "model.fp16-0000{}-of-00002.safetensors"]),
+])
+def test_one_set_of_weights_each(variant, unet, text):
+    assert needed(FILES, INDEX, variant) == sorted([
+        "model_index.json", "unet/config.json", f"unet/{unet}", "text_encoder_2/config.json",
+        f"text_encoder_2/{text[0]}", *(f"text_encoder_2/{text[1].format(part)}" for part in (1, 2)),
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "vae/config.json", "vae/diffusion_pytorch_model.bin",
+    ])
