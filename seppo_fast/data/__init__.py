@@ -1,0 +1,8 @@
+"""Demonstrations -> cached latents and prompt embeddings -> rows in a seeded order."""
+
+from seppo_fast.data.cache import build_cache
+from seppo_fast.data.latents import CachedRows, LatentCache
+from seppo_fast.data.order import Order
+from seppo_fast.data.sources import open_source
+
+__all__ = ["CachedRows", "LatentCache", "Order", "build_cache", "open_source"]

@@ -1,0 +1,165 @@
+"""Winners and prompts are encoded once, by all ranks, into Arrow files on disk; a run that was interrupted goes on."""
+
+import gc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from seppo_fast import config
+from seppo_fast.data.encode import decoded, encoded
+from seppo_fast.data.fingerprint import cache_folder, digest, made_of
+from seppo_fast.data.latents import (
+    PROMPTS_PER_SHARD,
+    LatentCache,
+    image_shard,
+    open_images,
+    prompt_shard,
+    prompt_shards,
+)
+from seppo_fast.data.progress import Progress
+from seppo_fast.data.rows import Skipped, Source
+from seppo_fast.data.shards import Shard, declare, read_stamp, remove_stale, replacing, write_json
+from seppo_fast.data.skips import check_skipped, most_skippable, stop_early
+from seppo_fast.errors import UserError
+from seppo_fast.models import Conditions
+
+TEXTS_AT_ONCE = 32
+FILE_SYSTEM_LAG = 60  # seconds until a network file system shows what another machine wrote
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every part needs to become a shard."""
+
+    source: Source
+    model: Any
+    data: config.Data
+    seed: int
+    needs_loser: bool
+    output_dir: Path
+    folder: Path
+    latent_size: int
+    device: str | torch.device
+
+
+def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, needs_loser: bool, output_dir: Path,
+                rank: int = 0, world: int = 1, device: str | torch.device = "cpu",
+                barrier: Callable[[], None] = lambda: None, progress: bool = True) -> LatentCache:
+    """The cache of this source, model and preprocessing: opened when it is there, else made, by each rank its share.
+
+    Every rank calls it with the same arguments; `barrier` must wait for all. Rank 0 writes `output_dir/skipped.jsonl`.
+    """
+    about = made_of(source, model, data, seed, needs_loser)
+    folder = cache_folder(data, digest(about))
+    if not (folder / "fingerprint.json").exists():
+        write_json(folder / "fingerprint.json", about)
+    remove_stale(folder)
+    job = Job(source, model, data, seed, needs_loser, Path(output_dir), folder, prod(about["shape"]), device)
+    show = progress and rank == 0
+    encode_images(job, range(rank, len(source.parts), world), show)
+    barrier()
+    patience = FILE_SYSTEM_LAG if world > 1 else 0
+    images = open_images(folder, len(source.parts), patience)
+    check_skipped(images.stamps, data.max_skipped, source.name, job.output_dir, write=rank == 0)
+    encode_prompts(job, images.prompts.texts, range(rank, prompt_shards(images.prompts), world), show)
+    barrier()
+    return LatentCache(folder, images, patience)
+
+
+def give_back_memory() -> None:
+    """After the last reference to a network is gone: frees its memory for the training."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def encode_images(job: Job, mine: range, show: bool) -> None:
+    """Encodes those of my parts that are not finished yet."""
+    todo = [part for part in mine if read_stamp(image_shard(job.folder, part)) is None]
+    if not todo:
+        return
+    bad: list[Skipped] = []
+    vae = job.model.load_vae(job.device)
+    with Progress(job.source, todo, show) as bar, ThreadPoolExecutor(job.data.workers) as threads:
+        for part in todo:
+            done = read_stamp(image_shard(job.folder, part)) is not None  # another job was here meanwhile
+            read = 0 if done else encode_part(job, part, vae, threads, bar, bad)
+            bar.finished(part, read)
+    del vae
+    give_back_memory()
+
+
+@torch.no_grad()
+def encode_part(job: Job, part: int, vae: Any, threads: ThreadPoolExecutor, bar: Progress, bad: list[Skipped]) -> int:
+    """Writes one part's shard, a VAE batch after the other; returns the rows read, and adds unusable ones to `bad`."""
+    arrow, source = image_shard(job.folder, part), job.source.parts[part]
+    most = most_skippable(job.source, job.data.max_skipped)
+    read, ties, before = 0, 0, len(bad)
+    names = ("mean", "std", "loser_mean", "loser_std") if job.needs_loser else ("mean", "std")
+    with replacing(arrow) as stream:
+        shard = Shard(stream, dict.fromkeys(names, job.latent_size), ["caption", "key"], job.data.cache_dtype)
+        rows = decoded(source, job.data, job.seed, threads)
+        for columns, unusable, count in encoded(rows, job.model, vae, job.data, job.device):
+            if columns:
+                shard.add(columns)
+            read += count
+            ties += sum(row.tie for row in unusable)
+            bad += [row for row in unusable if not row.tie]
+            bar.update(count)
+            if len(bad) > most:
+                stop_early(bad, job.source.name, job.output_dir, job.data.max_skipped)
+        shard.finish()
+    declare(arrow, {"part": source.name, "read": read, "rows": shard.rows, "ties": ties,
+                    "skipped": [[row.key, row.reason] for row in bad[before:]]})
+    return read
+
+
+def encode_prompts(job: Job, texts: pa.Array, mine: range, show: bool) -> None:
+    """Encodes the distinct prompts of those of my shards that are not finished yet."""
+    todo = [number for number in mine if read_stamp(prompt_shard(job.folder, number)) is None]
+    if not todo:
+        return
+    shards = {number: texts.slice(number * PROMPTS_PER_SHARD, PROMPTS_PER_SHARD) for number in todo}
+    embed = job.model.load_text(job.device)
+    total = sum(map(len, shards.values()))
+    with tqdm(desc="encoding prompts", total=total, unit="prompt", disable=not show) as bar:
+        for number, prompts in shards.items():
+            encode_prompt_shard(job, number, prompts.to_pylist(), embed)
+            bar.update(len(prompts))
+    del embed
+    give_back_memory()
+
+
+@torch.no_grad()
+def encode_prompt_shard(job: Job, number: int, prompts: list[str], embed: Callable[[list[str]], Conditions]) -> None:
+    """Writes one shard of embeddings."""
+    dtype = getattr(torch, job.data.cache_dtype)
+    arrow, shard, shapes = prompt_shard(job.folder, number), None, {}
+    with replacing(arrow) as stream:
+        for start in range(0, len(prompts), TEXTS_AT_ONCE):
+            batch = prompts[start:start + TEXTS_AT_ONCE]
+            conditions = {name: values.cpu().to(dtype) for name, values in embed(batch).items()}
+            refuse_overflow(conditions, batch, job.data.cache_dtype)
+            if shard is None:
+                shapes = {name: list(values.shape[1:]) for name, values in conditions.items()}
+                lengths = {name: prod(shape) for name, shape in shapes.items()}
+                shard = Shard(stream, lengths, ["text"], job.data.cache_dtype)
+            shard.add(conditions | {"text": batch})
+        shard.finish()
+    declare(arrow, {"rows": shard.rows, "shapes": shapes})
+
+
+def refuse_overflow(conditions: Conditions, prompts: list[str], dtype: str) -> None:
+    """`UserError` when an embedding does not fit into the cache's dtype."""
+    for name, values in conditions.items():
+        finite = values.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            raise UserError(f"{name} of the prompt {prompts[finite.index(False)]!r} is not finite in {dtype}; set"
+                            " seppo.data.cache_dtype to 'float32', or check the text encoder if it is so already")

@@ -1,0 +1,64 @@
+"""The name of a cache: a digest of everything that decides its content, so that other settings never read it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from seppo_fast import config
+from seppo_fast.data.rows import Source
+from seppo_fast.errors import UserError
+
+FORMAT = 1  # raise it when the cache's layout or the preprocessing changes
+
+
+def made_of(source: Source, model: Any, data: config.Data, seed: int, needs_loser: bool) -> dict[str, Any]:
+    """What a cache is made of: demonstrations, the VAE's and text encoders' files, preprocessing."""
+    files = {name_of(file, model.path): sha256(file) for file in model.fingerprint_files()}
+    drawn = data.crop == "random" or data.flip or data.choose == "random"
+    return {
+        "format": FORMAT,
+        "demonstrations": {"kind": source.kind, "columns": source.columns, "parts": len(source.parts),
+                           "identity": source.identity()},
+        "model": {"name": model.name, "files": files},
+        "preprocessing": {"resolution": data.resolution, "crop": data.crop, "flip": data.flip, "choose": data.choose,
+                          "seed": seed if drawn else None},
+        "needs_loser": needs_loser,
+        "dtype": data.cache_dtype,
+        "shape": latent_shape(model, data.resolution),
+    }
+
+
+def latent_shape(model: Any, resolution: int) -> list[int]:
+    """[C, h, w] of a latent."""
+    if resolution % model.vae_scale_factor:
+        raise UserError(f"data.resolution={resolution} is no multiple of {model.vae_scale_factor}, by which the VAE in"
+                        f" {model.path} shrinks images")
+    side = resolution // model.vae_scale_factor
+    return [model.latent_channels, side, side]
+
+
+def digest(parts: dict[str, Any]) -> str:
+    """The cache's folder name."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cache_folder(data: config.Data, fingerprint: str) -> Path:
+    """`<data.cache_dir or $XDG_CACHE_HOME/seppo_fast or ~/.cache/seppo_fast>/<fingerprint>`."""
+    if data.cache_dir:
+        root = Path(data.cache_dir).expanduser()
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seppo_fast"
+    return root / fingerprint
+
+
+def name_of(file: Path, root: Path) -> str:
+    """The file's name within the model directory."""
+    return str(file.relative_to(root)) if file.is_relative_to(root) else file.name
+
+
+def sha256(file: Path) -> str:
+    """The digest of a file's content."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

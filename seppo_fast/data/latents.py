@@ -1,0 +1,139 @@
+"""The finished cache, memory-mapped: latents by row, prompt embeddings by prompt."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from datasets.table import MemoryMappedTable, concat_tables
+from torch import Tensor
+
+from seppo_fast.data.shards import as_numpy, read_stamp
+from seppo_fast.errors import UserError
+from seppo_fast.models import Conditions
+
+PROMPTS_PER_SHARD = 256
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """B rows of the cache: posterior mean and standard deviation, unscaled, (B, C, h, w) fp32 on the CPU."""
+
+    mean: Tensor
+    std: Tensor
+    loser_mean: Tensor | None
+    loser_std: Tensor | None
+    prompts: list[int]
+    captions: list[str]
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The image shards as one dataset, what was declared about each, and the distinct prompts."""
+
+    dataset: Dataset
+    stamps: list[dict[str, Any]]
+    prompts: "Prompts"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The distinct captions, "" first, then in the order of their first row; `of_row` (rows,) int32: which is whose."""
+
+    texts: pa.Array
+    of_row: np.ndarray
+
+
+class LatentCache:
+    """Rows in the order of the source's parts, whoever wrote them. Nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path, images: Images | None = None, patience: float = 0):
+        self.folder = folder
+        self.fingerprint = folder.name
+        about = json.loads((folder / "fingerprint.json").read_bytes())
+        self.shape: tuple[int, int, int] = tuple(about["shape"])
+        images = images or open_images(folder, about["demonstrations"]["parts"], patience)
+        self.images, self.prompts = images.dataset, images.prompts
+        self.skipped = [tuple(pair) for stamp in images.stamps for pair in stamp["skipped"]]
+        self.ties = sum(stamp["ties"] for stamp in images.stamps)
+        arrows = [prompt_shard(folder, number) for number in range(prompt_shards(self.prompts))]
+        self.shapes: dict[str, list[int]] = stamps_of(arrows, patience)[0]["shapes"]
+        self.texts = joined(arrows)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, indices: Sequence[int]) -> CachedRows:
+        """Rows in the order asked for; they may repeat."""
+        indices = [int(index) for index in indices]
+        table = self.images[indices]
+        tensors = {name: self._tensor(table, name, self.shape) for name in ("mean", "std", "loser_mean", "loser_std")}
+        return CachedRows(**tensors, prompts=self.prompts.of_row[indices].tolist(),
+                          captions=table.column("caption").to_pylist(), keys=table.column("key").to_pylist())
+
+    def embeddings(self, prompts: Sequence[int]) -> Conditions:
+        """The conditions of some prompts, fp32, (B, ...) each; prompt 0 is "", the unconditional one."""
+        table = self.texts[[int(prompt) for prompt in prompts]]
+        return {name: self._tensor(table, name, tuple(shape)) for name, shape in self.shapes.items()}
+
+    @staticmethod
+    def _tensor(table: pa.Table, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return torch.from_numpy(as_numpy(table.column(name), shape)) if name in table.column_names else None
+
+
+def image_shard(folder: Path, part: int) -> Path:
+    return folder / "latents" / f"{part:05d}.arrow"
+
+
+def prompt_shard(folder: Path, number: int) -> Path:
+    return folder / "prompts" / f"{number:05d}.arrow"
+
+
+def prompt_shards(prompts: Prompts) -> int:
+    return -(-len(prompts.texts) // PROMPTS_PER_SHARD)
+
+
+def open_images(folder: Path, parts: int, patience: float = 0) -> Images:
+    """The image shards of a cache whose parts are all finished."""
+    arrows = [image_shard(folder, part) for part in range(parts)]
+    stamps = stamps_of(arrows, patience)
+    filled = [arrow for arrow, stamp in zip(arrows, stamps, strict=True) if stamp["rows"]]
+    dataset = joined(filled or arrows[:1])
+    return Images(dataset, stamps, distinct_prompts(dataset))
+
+
+def stamps_of(arrows: list[Path], patience: float) -> list[dict[str, Any]]:
+    """What was declared about each shard; waits `patience` seconds for those of other machines to become visible."""
+    give_up = time.monotonic() + patience
+    stamps: list[dict[str, Any]] = []
+    for arrow in arrows:
+        while (stamp := read_stamp(arrow)) is None:
+            if time.monotonic() >= give_up:
+                raise UserError(f"the cache is not finished: {arrow} is missing or cut off. Run the training again, it"
+                                " makes what is missing; with several machines, seppo.data.cache_dir must be a folder"
+                                " that all of them see")
+            time.sleep(0.2)
+        stamps.append(stamp)
+    return stamps
+
+
+def joined(arrows: list[Path]) -> Dataset:
+    """Arrow files, memory-mapped, as one dataset that answers with Arrow tables."""
+    # Not concatenate_datasets(Dataset.from_file(...)): that pickles each one for a fingerprint, 3 ms times thousands.
+    table = concat_tables([MemoryMappedTable.from_file(str(arrow)) for arrow in arrows])
+    return Dataset(table, fingerprint=arrows[0].parent.name).with_format("arrow")
+
+
+def distinct_prompts(images: Dataset) -> Prompts:
+    """Numbers the captions. Reads the caption column alone; memory grows by the distinct texts and 4 bytes a row."""
+    captions = images.data.column("caption")
+    encoded = pa.chunked_array([pa.array([""], pa.string()), *captions.chunks]).dictionary_encode()
+    numbers = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
+    return Prompts(encoded.chunk(0).dictionary, numbers[1:].astype(np.int32))

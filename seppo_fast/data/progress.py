@@ -1,0 +1,34 @@
+"""The progress bar of the image cache."""
+
+from tqdm import tqdm
+
+from seppo_fast.data.rows import Source
+
+
+class Progress:
+    """Images/s and time left of this rank's share; where parts do not say their length, the finished ones tell."""
+
+    def __init__(self, source: Source, todo: list[int], show: bool):
+        self.left = {part: source.parts[part].count for part in todo}
+        self.done: list[int] = []
+        self.bar = tqdm(desc="encoding images", unit="image", disable=not show, total=self.total(), smoothing=0.05)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def update(self, images: int) -> None:
+        self.bar.update(images)
+
+    def finished(self, part: int, images: int) -> None:
+        del self.left[part]
+        self.done.append(images)
+        self.bar.total = self.total()
+        self.bar.refresh()
+
+    def total(self) -> int | None:
+        mean = sum(self.done) / len(self.done) if self.done else None
+        expected = [mean if count is None else count for count in self.left.values()]
+        return None if None in expected else round(sum(self.done) + sum(expected))

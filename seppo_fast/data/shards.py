@@ -1,0 +1,135 @@
+"""A part of the cache is an Arrow file and a JSON that declares it finished; both appear by rename or not at all."""
+
+import errno
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+from datasets import Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from torch import Tensor
+
+from seppo_fast.errors import UserError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+STALE_SECONDS = 24 * 3600
+
+
+@contextmanager
+def clear_errors(folder: Path) -> Iterator[None]:
+    """Turns a full disk or a forbidden folder into a message that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise UserError(f"no room left while writing to {folder} ({error.strerror}). Free some, or choose a"
+                            " larger disk (seppo.data.cache_dir, seppo.output_dir); what is finished stays"
+                            " valid") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"cannot write to {folder} ({error.strerror}); choose a folder of yours"
+                            " (seppo.data.cache_dir, seppo.output_dir)") from error
+        raise
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `target` when the block ends well. Its name is unique: two jobs never write the same file."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    with clear_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(temporary, "wb")
+        try:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+            stream.close()
+            os.replace(temporary, target)
+        finally:
+            # After a failed write, closing flushes and fails again: the first error is the one to report.
+            try:
+                stream.close()
+            except OSError:
+                pass
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """JSON with a fixed layout, so that two writers make the same bytes."""
+    with replacing(target) as stream:
+        stream.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def remove_stale(folder: Path) -> None:
+    """Deletes what killed runs left behind; a running one touches its file every few seconds."""
+    for left in folder.glob("*/.*.tmp"):
+        try:
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink()
+        except OSError:  # another job was faster, or the cache is read-only
+            pass
+
+
+class Shard:
+    """Columns of fixed-length number lists and of strings, written in record batches of `rows_at_once`."""
+
+    def __init__(self, stream: BinaryIO, lists: dict[str, int], strings: list[str], dtype: str, rows_at_once: int = 64):
+        self.features = Features({name: List(Value(dtype), length=length) for name, length in lists.items()}
+                                 | {name: Value("string") for name in strings})
+        self.writer = ArrowWriter(features=self.features, stream=stream)
+        self.lists = lists
+        # Every record batch costs a few kB of memory wherever the cache is opened: make them larger than the VAE's.
+        self.rows_at_once = rows_at_once
+        self.pending: list[pa.Table] = []
+        self.rows = 0
+
+    def add(self, columns: dict[str, Tensor | list[str]]) -> None:
+        """Some rows: tensors (rows, ...) in the shard's dtype, and lists of strings."""
+        arrays = [as_array(columns[name], self.lists.get(name)) for name in self.features]
+        table = pa.Table.from_arrays(arrays, schema=self.features.arrow_schema)
+        self.pending.append(table)
+        self.rows += len(table)
+        if sum(map(len, self.pending)) >= self.rows_at_once:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.pending:
+            self.writer.write_table(pa.concat_tables(self.pending).combine_chunks())
+            self.pending = []
+
+    def finish(self) -> None:
+        self.flush()
+        self.writer.finalize(close_stream=False)
+
+
+def as_array(values: Tensor | list[str], length: int | None) -> pa.Array:
+    """A tensor (rows, ...) with `length` numbers a row, or strings, as an Arrow array of as many rows."""
+    if length is None:
+        return pa.array(values, pa.string())
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.contiguous().numpy().reshape(-1)), length)
+
+
+def as_numpy(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `as_array`: (rows, *shape) fp32."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float32).reshape(-1, *shape)
+
+
+def read_stamp(arrow: Path) -> dict[str, Any] | None:
+    """What the JSON beside a finished Arrow file says; None when either is missing or torn."""
+    try:
+        stamp = json.loads(arrow.with_suffix(".json").read_bytes())
+        return stamp if stamp["bytes"] == arrow.stat().st_size else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def declare(arrow: Path, stamp: dict[str, Any]) -> None:
+    """Marks an Arrow file (already in its place) as finished."""
+    write_json(arrow.with_suffix(".json"), stamp | {"bytes": arrow.stat().st_size})

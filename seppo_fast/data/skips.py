@@ -1,0 +1,57 @@
+"""Rows that cannot be used: listed in the run's folder, and too many of them stop the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from seppo_fast.data.rows import Skipped, Source
+from seppo_fast.data.shards import replacing
+from seppo_fast.errors import UserError
+
+EXAMPLES = 3  # bad rows that the message quotes
+WORTH_STOPPING = 1000  # rows; smaller sets are read to the end, so that the list is whole
+
+
+def most_skippable(source: Source, share: float) -> float:
+    """More bad rows than this are too many whatever the rest is like; infinite where that is unknown, or no hurry."""
+    counts = [part.count for part in source.parts]
+    if None in counts or sum(counts) < WORTH_STOPPING:
+        return float("inf")
+    return share * sum(counts)
+
+
+def check_skipped(stamps: list[dict[str, Any]], share: float, name: str, output_dir: Path, write: bool) -> None:
+    """Lists the skipped rows; `UserError` when they are too many, or when nothing is left."""
+    skipped = [tuple(pair) for stamp in stamps for pair in stamp["skipped"]]
+    if write:
+        write_skipped(output_dir, skipped)
+    read, ties, usable = (sum(stamp[key] for stamp in stamps) for key in ("read", "ties", "rows"))
+    if read == 0:
+        raise UserError(f"{name} has no rows")
+    if len(skipped) > share * (read - ties):
+        found = f"{len(skipped)} of {read - ties} rows ({len(skipped) / (read - ties):.1%}) cannot be used"
+        raise UserError(too_many(found, skipped, name, output_dir, share))
+    if usable == 0:
+        raise UserError(f"{name}: nothing is left: of {read} rows {ties} are ties and {len(skipped)} cannot be used")
+
+
+def stop_early(bad: list[Skipped], name: str, output_dir: Path, share: float) -> None:
+    """Too many bad rows already: no need to read the rest."""
+    skipped = [(row.key, row.reason) for row in bad]
+    write_skipped(output_dir, skipped)
+    found = f"{len(skipped)} rows so far cannot be used, so the rest was not read"
+    raise UserError(too_many(found, skipped, name, output_dir, share))
+
+
+def too_many(found: str, skipped: list[tuple[str, str]], name: str, output_dir: Path, share: float) -> str:
+    """The message for more bad rows than `data.max_skipped` allows."""
+    examples = "".join(f"\n  {key}: {reason}" for key, reason in skipped[:EXAMPLES])
+    return (f"{name}: {found}; seppo.data.max_skipped allows {share:.1%}. Mend or remove them, or raise it:"
+            f"{examples}\n  (all of them: {output_dir / 'skipped.jsonl'})")
+
+
+def write_skipped(output_dir: Path, skipped: list[tuple[str, str]]) -> None:
+    """`skipped.jsonl`: one line a row, with its key and the reason."""
+    with replacing(output_dir / "skipped.jsonl") as stream:
+        for key, reason in skipped:
+            stream.write((json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n").encode())

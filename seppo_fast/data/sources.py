@@ -1,0 +1,76 @@
+"""Demonstrations wherever they are: finds out what `data.source` is, and opens it without reading the images."""
+
+import re
+from pathlib import Path
+
+from seppo_fast import config
+from seppo_fast.data.imagefolder import NAMES, open_imagefolder
+from seppo_fast.data.rows import Part, Row, Skipped, Source
+from seppo_fast.data.tables import open_dataset_folder, open_hub_dataset, open_parquet
+from seppo_fast.data.tars import SUFFIXES, open_tars
+from seppo_fast.errors import UserError
+
+__all__ = ["Part", "Row", "Skipped", "Source", "open_source"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+PATTERN = re.compile(r"[*?{\[]")
+
+
+def open_source(data: config.Data, needs_loser: bool, seed: int) -> Source:
+    """`data.source` as a list of parts. Reads file lists, footers and metadata files, never an image."""
+    if not data.source:
+        raise UserError("seppo.data.source is not set: give a folder of images with metadata.jsonl, parquet files, a"
+                        " datasets directory or hub id, or webdataset tars")
+    path = Path(data.source).expanduser()
+    kind = detect(path, data) if data.format == "auto" else data.format
+    if kind == "webdataset":
+        return open_tars(data.source, data, needs_loser)
+    if kind == "datasets" and not path.exists():
+        return open_hub(data, needs_loser, seed)
+    if not path.exists():
+        raise UserError(f"seppo.data.source={data.source!r}: no such file or folder")
+    if kind == "imagefolder":
+        if path.is_file():
+            if path.suffix not in (".jsonl", ".csv"):
+                raise UserError(f"seppo.data.source={data.source!r} is no metadata file (.jsonl or .csv);"
+                                " seppo.data.format 'imagefolder' wants one, or its folder")
+            return open_imagefolder(path.parent, data, needs_loser, only=path)
+        return open_imagefolder(path, data, needs_loser)
+    if kind == "datasets":
+        return open_dataset_folder(path, data, needs_loser, seed)
+    return open_parquet(path, data, needs_loser, seed)
+
+
+def open_hub(data: config.Data, needs_loser: bool, seed: int) -> Source:
+    """`data.source` as a hub id, unless it can only have been meant as a path."""
+    if not HUB_ID.fullmatch(data.source):
+        raise UserError(f"seppo.data.source={data.source!r}: no such file or folder")
+    return open_hub_dataset(data.source, data, needs_loser, seed)
+
+
+def detect(path: Path, data: config.Data) -> str:
+    """The format that the files there have; a name that is no path is a hub id."""
+    if path.is_file():
+        if path.name.endswith(SUFFIXES):
+            return "webdataset"
+        known = {".parquet": "pickapic", ".jsonl": "imagefolder", ".csv": "imagefolder"}
+        if path.suffix in known:
+            return known[path.suffix]
+        raise UserError(f"seppo.data.source={data.source!r}: this kind of file is not known; known are .parquet, .tar,"
+                        " and metadata as .jsonl or .csv")
+    if not path.exists():
+        return "webdataset" if PATTERN.search(str(path)) and path.name.endswith(SUFFIXES) else "datasets"
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return "datasets"
+    if any((place / name).is_file() for place in (path, path / data.split) for name in NAMES):
+        return "imagefolder"
+    # Metadata in sub-folders comes after tables and tars, because looking for it walks all folders.
+    for suffixes, kind in (((".parquet",), "pickapic"), (SUFFIXES, "webdataset"), (NAMES, "imagefolder")):
+        if any(file.name.endswith(suffixes) for file in path.rglob("*")):
+            return kind
+    inside = sorted(file.name for file in path.iterdir())
+    listed = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
+    found = f"it holds {len(inside)} entries ({listed})" if inside else "it is empty"
+    raise UserError(f"seppo.data.source={data.source!r} has no demonstrations that this program knows: {found}. It"
+                    " wants a metadata.jsonl or metadata.csv beside the images (file_name, text), .parquet files, a"
+                    " datasets directory, or webdataset .tar files")

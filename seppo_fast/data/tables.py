@@ -1,0 +1,158 @@
+"""Tables with images in them: Pick-a-Pic and other parquet files, `datasets` directories, hub datasets."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from seppo_fast import config
+from seppo_fast.data.columns import CAPTIONS, IMAGES, PAIR, Columns, pick, refuse_pairs
+from seppo_fast.data.imagefolder import stamp_of
+from seppo_fast.data.rows import Part, Row, Skipped, Source
+from seppo_fast.errors import UserError
+
+ROWS_PER_PART = 256
+ROWS_AT_ONCE = 16  # encoded images held in memory while reading
+BUFFER = 1 << 20
+SPLIT_FILE = re.compile(r"(.+?)-\d+-of-\d+.*\.parquet")
+
+
+def open_parquet(path: Path, data: config.Data, needs_loser: bool, seed: int) -> Source:
+    """A parquet file, or a folder of them; a part is a row group."""
+    files = [path] if path.is_file() else parquet_files(path, data.split)
+    footers = {file: footer(file) for file in files}
+    names = list(footers[files[0]].schema.to_arrow_schema().names)
+    columns = choose_columns(str(files[0]), names, (), data, needs_loser, seed, path if path.is_dir() else path.parent)
+    for file, meta in footers.items():
+        missing = [name for name in columns.needed() if name not in meta.schema.to_arrow_schema().names]
+        if missing:
+            raise UserError(f"{file} has no column {', '.join(missing)}, which {files[0]} has; all files must have the"
+                            " same columns")
+    parts = []
+    for file, meta in footers.items():
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
+        first = 0
+        for group in range(meta.num_row_groups):
+            count = meta.row_group(group).num_rows
+            if count:
+                parts.append(Part(f"{name}:{first}", count,
+                                  lambda f=file, n=name, g=group, r=first: parquet_rows(f, n, g, r, columns)))
+            first += count
+    if not parts:
+        raise UserError(f"{path} has no rows")
+    return Source(str(path), "parquet", columns.named(), parts, lambda: stamps(files, path))
+
+
+def parquet_files(folder: Path, split: str) -> list[Path]:
+    """The parquet files under a folder, sorted; only the split's, where names tell (`train-00000-of-00010.parquet`)."""
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        raise UserError(f"{folder} has no .parquet files")
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        match = SPLIT_FILE.fullmatch(file.name)
+        splits.setdefault(match[1] if match else "", []).append(file)
+    if set(splits) == {""}:
+        return files
+    if split not in splits:
+        raise UserError(f"seppo.data.split={split!r}: {folder} has no {split}-*.parquet; it has the splits:"
+                        f" {', '.join(sorted(filter(None, splits)))}")
+    return splits[split]
+
+
+def footer(file: Path) -> pq.FileMetaData:
+    """A parquet file's metadata; `UserError` when the file is not whole."""
+    try:
+        return pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} is not a readable parquet file ({error}); is its download complete?") from error
+
+
+def parquet_rows(file: Path, name: str, group: int, first: int, columns: Columns) -> Iterator[Row | Skipped]:
+    """The rows of one row group, read a few at a time; the key is the file and the row in it (from 0)."""
+    row = first
+    try:
+        # Without buffer_size and pre_buffer, Arrow reads a row group's whole column: gigabytes of images.
+        with pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False) as parquet:
+            wanted = columns.needed()
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False):
+                for record in batch.to_pylist():
+                    yield columns.row(f"{name}:{row}", record)
+                    row += 1
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read from row {row} on ({error}); is its download complete?") from error
+
+
+def stamps(files: list[Path], root: Path) -> str:
+    """A digest of names, sizes and times of change."""
+    seen = [[str(file.relative_to(root)) if root.is_dir() else file.name, stamp_of(file)] for file in files]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+
+def open_dataset_folder(folder: Path, data: config.Data, needs_loser: bool, seed: int) -> Source:
+    """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # pyarrow, JSON, missing files: whatever is wrong, the folder is not whole
+        raise UserError(f"{folder} looks like a datasets directory but cannot be opened ({error}); is it"
+                        " complete?") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if data.split not in loaded:
+            raise UserError(f"seppo.data.split={data.split!r}: {folder} has the splits: {', '.join(loaded)}")
+        loaded = loaded[data.split]
+    files = [Path(entry["filename"]) for entry in loaded.cache_files]
+    return dataset_source(str(folder), loaded, stamps(files, folder), data, needs_loser, seed, folder)
+
+
+def open_hub_dataset(name: str, data: config.Data, needs_loser: bool, seed: int) -> Source:
+    """A dataset of the hub, downloaded by `datasets` into its own cache."""
+    try:
+        loaded = datasets.load_dataset(name, split=data.split)
+    except Exception as error:  # offline, unknown name, unknown split, gated, half downloaded
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"seppo.data.source={name!r}: there is no such file or folder here, and as a hub dataset (split"
+                        f" {data.split!r}) it cannot be loaded: {reason}") from error
+    return dataset_source(name, loaded, "", data, needs_loser, seed, None)
+
+
+def dataset_source(name: str, dataset: datasets.Dataset, stamp: str, data: config.Data, needs_loser: bool, seed: int,
+                   folder: Path | None) -> Source:
+    """An opened (memory-mapped) dataset in parts of 256 rows."""
+    if not len(dataset):
+        raise UserError(f"{name} has no rows")
+    identity = f"{dataset._fingerprint}:{len(dataset)}:{stamp}"
+    kinds = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    columns = choose_columns(name, dataset.column_names, kinds, data, needs_loser, seed, folder)
+    dataset = dataset.with_format(None).select_columns(columns.needed())
+    for column in kinds:
+        if column in dataset.column_names:
+            # We decode: a bad image is one row, not an exception for the whole batch.
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+
+    def rows(first: int, end: int) -> Iterator[Row | Skipped]:
+        for row in range(first, end):
+            yield columns.row(f"{Path(name).name}:{row}", dataset[row])
+
+    spans = [(first, min(first + ROWS_PER_PART, len(dataset))) for first in range(0, len(dataset), ROWS_PER_PART)]
+    parts = [Part(f"{Path(name).name}:{first}", end - first, lambda a=first, b=end: rows(a, b)) for first, end in spans]
+    return Source(name, "datasets", columns.named(), parts, lambda: identity)
+
+
+def choose_columns(where: str, names: list[str], images: Any, data: config.Data, needs_loser: bool, seed: int,
+                   folder: Path | None) -> Columns:
+    """Pairs when Pick-a-Pic's columns are there and no image column was asked for, else single images."""
+    caption = pick(data.caption_column, CAPTIONS, names, "caption", where)
+    if data.image_column is None and all(name in names for name in PAIR):
+        if needs_loser and data.choose == "random":
+            raise UserError("seppo.data.choose='random' does not go with method 'dpo', whose winner is the preferred"
+                            " image; set seppo.data.choose to 'winner'")
+        return Columns(None, caption, needs_loser, data.choose, seed, folder, "has_label" in names)
+    image = pick(data.image_column, (*images, *IMAGES), names, "image", where)
+    refuse_pairs(f"{where} (column {image!r})", needs_loser, data.choose)
+    return Columns(image, caption, folder=folder)

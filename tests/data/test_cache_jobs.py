@@ -1,0 +1,136 @@
+"""The cache under a kill, two jobs at once, a full disk and many rows."""
+
+import gc
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from data.data_files import cached, contents, settings, write_folder
+
+from seppo_fast.data import LatentCache, open_source
+from seppo_fast.data.encode import decoded, encoded
+from seppo_fast.data.rows import Part
+from seppo_fast.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def job(model, data, folder: Path, rank: int = 0, world: int = 1) -> dict:
+    barrier = folder / f"barrier{'' if world > 1 else rank}"
+    return {"model": str(model.path), "data": data.model_dump(), "folder": str(folder), "rank": rank, "world": world,
+            "barrier": str(barrier)}
+
+
+def start(*jobs: dict) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "data.cache_job", json.dumps(jobs)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"})
+
+
+def finished(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*/latents/*.json"))
+
+
+@pytest.fixture(scope="module")
+def many(model, tmp_path_factory):
+    """1,200 rows in 5 parts, and the cache of an undisturbed job."""
+    folder = tmp_path_factory.mktemp("many")
+    write_folder(folder / "d", 1200)
+    return folder / "d", contents(cached(model, settings(folder / "d", folder), folder).folder)
+
+
+def test_killed_in_the_middle_and_resumed(model, many, tmp_path):
+    source, whole = many
+    data = settings(source, tmp_path)
+    process = start(job(model, data, tmp_path))
+    while len(finished(tmp_path / "cache")) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = finished(tmp_path / "cache")
+    assert process.returncode == -signal.SIGKILL and 2 <= len(done) < 5
+    times = {file: file.stat().st_mtime_ns for stamp in done for file in (stamp, stamp.with_suffix(".arrow"))}
+    left = next((tmp_path / "cache").iterdir()) / "latents" / ".00004.arrow.0123.tmp"  # what a kill leaves, long ago
+    left.write_bytes(b"x")
+    os.utime(left, (1, 1))
+    cache = cached(model, data, tmp_path)
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert not left.exists()
+    kept = {name: content for name, content in contents(cache.folder).items() if not name.endswith(".tmp")}
+    assert kept == whole and len(cache) == 1200
+
+
+def test_two_ranks_write_what_one_writes_and_two_jobs_at_once_do_no_harm(model, many, tmp_path):
+    source, whole = many
+    ranks, both = tmp_path / "ranks", tmp_path / "both"
+    processes = [start(job(model, settings(source, ranks), ranks, number, 2),
+                       job(model, settings(source, both), both / str(number))) for number in range(2)]
+    for process in processes:
+        out, error = process.communicate(timeout=200)
+        assert process.returncode == 0, error
+        assert [line.split()[0] for line in out.splitlines()] == ["1200", "1200"]
+    for folder in (ranks, both):
+        (cache,) = (folder / "cache").iterdir()
+        assert contents(cache) == whole
+
+
+def test_no_room_left_names_the_folder_and_leaves_no_debris(model, tmp_path):
+    data = settings(write_folder(tmp_path / "d", 300), tmp_path, encode_batch_size=16)
+    cached(model, settings(write_folder(tmp_path / "first", 9), tmp_path), tmp_path)
+    before = contents(tmp_path / "cache")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # the nearest to a full disk that needs no disk; the first part is 290 kB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
+        with pytest.raises(UserError, match=f"no room left while writing to {tmp_path / 'cache'}"):
+            cached(model, data, tmp_path)
+        after = contents(tmp_path / "cache")
+        assert before.items() <= after.items()
+        assert {Path(name).name for name in after.keys() - before.keys()} == {"fingerprint.json"}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(cached(model, data, tmp_path)) == 300
+
+
+def test_memory_does_not_grow_with_the_rows(model, tmp_path):
+    """10,000 rows in one part: the reader stays a window ahead of the VAE, and no pixels outlive their batch."""
+    folder = write_folder(tmp_path / "d", 10_000)
+    data = settings(folder, tmp_path, encode_batch_size=64)
+    source, read = open_source(data, False, 0), 0
+
+    def rows():
+        nonlocal read
+        for part in source.parts:
+            for row in part.rows():
+                read += 1
+                yield row
+
+    vae, seen, ahead, alive = model.load_vae("cpu"), 0, 0, []
+    with torch.no_grad(), ThreadPoolExecutor(2) as threads:
+        for _, _, count in encoded(decoded(Part("all", None, rows), data, 0, threads), model, vae, data, "cpu"):
+            seen += count
+            ahead = max(ahead, read - seen)
+            if seen % 2048 == 0:
+                gc.collect()
+                alive.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+    assert seen == 10_000 and ahead <= 2 * 64 + 2
+    assert len(alive) == 4 and max(alive) - min(alive) <= 2 * 64 + 16, alive
+
+
+def test_an_unfinished_cache_is_not_opened(model, many, tmp_path):
+    folder = tmp_path / "cache"
+    for name, content in many[1].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    assert len(LatentCache(folder)) == 1200
+    (folder / "latents" / "00003.json").unlink()
+    with pytest.raises(UserError, match="00003.arrow is missing or cut off"):
+        LatentCache(folder)
