@@ -6,11 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Lora(Section):
@@ -25,7 +27,7 @@ class Lora(Section):
 class Model(Section):
     """A diffusers pipeline directory (Stable Diffusion or SDXL), or its id on the hub."""
 
-    path: str
+    path: Name
     revision: str | None = None
     variant: str | None = None
     gradient_checkpointing: bool = False
@@ -35,7 +37,7 @@ class Model(Section):
 class Data(Section):
     """Demonstrations and how they become latents. `max_skipped` is the share of unusable rows that stops the run."""
 
-    source: str | None = None
+    source: Name | None = None
     format: Literal["auto", "imagefolder", "pickapic", "datasets", "webdataset"] = "auto"
     split: str = "train"
     image_column: str | None = None
@@ -45,7 +47,7 @@ class Data(Section):
     crop: Literal["center", "random"] = "center"
     flip: bool = True
     posterior: Literal["sample", "mean"] = "sample"
-    cache_dir: str | None = None
+    cache_dir: Name | None = None
     cache_dtype: Literal["float16", "float32"] = "float16"
     encode_batch_size: Positive = 8
     workers: Positive = 4
@@ -75,7 +77,7 @@ class Samples(Section):
     every: NotNegative = 0
     prompts: list[str] = []
     per_prompt: Positive = 1
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Checkpoint(Section):
@@ -105,7 +107,7 @@ METHODS = {
 class Seppo(Section):
     model: Model
     data: Data = Data()
-    output_dir: str = "runs/seppo"
+    output_dir: Name = "runs/seppo"
     method: Literal["seppo", "spin", "ditto", "dpo", "sft"] = "seppo"
     reference: Literal["uniform", "latest", "initial"] | None = None
     flipper: Literal["aaf", "indicator", "none"] | None = None
@@ -114,7 +116,7 @@ class Seppo(Section):
     caption_dropout: Share = 0.0
     iterations: Positive = 7
     updates_per_iteration: Positive = 30
-    seed: int = 0
+    seed: Seed = 0
     sampler: Sampler = Sampler()
     pool: Pool = Pool()
     samples: Samples = Samples()

@@ -3,8 +3,10 @@
 import copy
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -54,7 +56,7 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
         shipped = ", ".join(sorted(file.name for file in CONFIGS.glob("*.json")))
         raise UserError(f"--config {name}: no such file, and none of the shipped ones ({shipped})")
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(), object_pairs_hook=partial(_object, path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -66,7 +68,7 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
     """Check a configuration dictionary and make it a `Config`; every problem names the key, what is expected, a near key."""
-    problems = [_unknown(key, key, DEEPSPEED_KEYS | {"seppo"}) for key in raw if key not in DEEPSPEED_KEYS | {"seppo"}]
+    problems = [unknown(key, key, DEEPSPEED_KEYS | {"seppo"}) for key in raw if key not in DEEPSPEED_KEYS | {"seppo"}]
     problems += _deepspeed_problems(raw)
     seppo = None
     if "seppo" not in raw:
@@ -75,7 +77,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
         try:
             seppo = Seppo.model_validate(raw["seppo"])
         except ValidationError as error:
-            problems += [_explain(item) for item in error.errors()]
+            problems += [explain(item, Seppo, "seppo") for item in error.errors()]
     if problems or seppo is None:
         raise UserError("the configuration has " + _count(len(problems)) + ":\n  " + "\n  ".join(problems))
     return Config({key: value for key, value in raw.items() if key != "seppo"}, seppo)
@@ -103,6 +105,14 @@ def batch_plan(deepspeed: Mapping[str, Any], world: int) -> Batch:
             " give two of the three keys, or numbers that multiply out"
         )
     return Batch(size, micro, accumulation, world)
+
+
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}: {', '.join(twice)} is given twice in the same section; JSON would take the last silently")
+    return dict(pairs)
 
 
 def _set(raw: dict[str, Any], override: str) -> None:
@@ -136,8 +146,11 @@ def _deepspeed_problems(raw: Mapping[str, Any]) -> list[str]:
     else:
         params = optimizer.get("params", {})
         rate = params.get("lr") if isinstance(params, dict) else None
-        if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate > 0:
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf:
             problems.append(f"optimizer.params.lr: expected a number above 0 (got {rate!r})")
+    clipping = raw.get("gradient_clipping", 0.0)
+    if not isinstance(clipping, int | float) or isinstance(clipping, bool) or not 0 <= clipping < math.inf:
+        problems.append(f"gradient_clipping: expected a number, 0 (none) or above (got {clipping!r})")
     enabled = [key for key in ("bf16", "fp16", "torch_autocast") if _is_enabled(raw.get(key))]
     if len(enabled) > 1:
         problems.append(f"{' and '.join(enabled)} are both enabled: choose one")
@@ -148,29 +161,45 @@ def _is_enabled(section: Any) -> bool:
     return isinstance(section, dict) and bool(section.get("enabled"))
 
 
-def _explain(item: Mapping[str, Any]) -> str:
+def explain(item: Mapping[str, Any], root: type[BaseModel], prefix: str) -> str:
     """One pydantic error as a line: the key's full path, what is wrong, what was got, and a near key where it is unknown."""
-    path = ".".join(["seppo", *map(str, item["loc"])])
+    path = ".".join([prefix, *map(str, item["loc"])])
     if item["type"] == "extra_forbidden":
-        section = _section(item["loc"][:-1])
-        return _unknown(path, str(item["loc"][-1]), section.model_fields if section else ())
+        section = _section(item["loc"][:-1], root)
+        fields = section.model_fields.items() if section else ()
+        return unknown(path, str(item["loc"][-1]), [field.alias or name for name, field in fields])
     if item["type"] == "missing":
         return f"{path}: this key is missing"
-    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected a value")
-    return f"{path}: {message}" + ("" if item["type"] == "value_error" else f" (got {item['input']!r})")
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{path}: expected a section, {{...}} (got {item['input']!r})"
+    if item["type"] == "string_too_short":
+        return f"{path}: expected a name, not an empty text"
+    wanted = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    for wordy, short in (("Input should be a valid ", "expected a valid "), ("Input should be greater", "expected a value greater"),
+                         ("Input should be less", "expected a value less"), ("Input should be ", "expected ")):
+        wanted = short + wanted.removeprefix(wordy) if wanted.startswith(wordy) else wanted
+    return f"{path}: {wanted}" + ("" if item["type"] == "value_error" else f" (got {item['input']!r})")
 
 
-def _unknown(path: str, name: str, siblings: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, siblings, n=1)
+def unknown(path: str, name: str, siblings: Iterable[str]) -> str:
+    """A line about a key that is not among `siblings`: its full path, and the nearest right one."""
+    near = nearest(name, siblings)
     prefix = path[: len(path) - len(name)]
     # A key that is right but in the wrong place has no near sibling: look for its name everywhere.
-    everywhere = near or [p for p in sorted(_paths(Seppo, "seppo.") | DEEPSPEED_KEYS) if p.split(".")[-1] == name]
-    hint = prefix + near[0] if near else everywhere[0] if everywhere else None
+    everywhere = [p for p in sorted(_paths(Seppo, "seppo.") | DEEPSPEED_KEYS) if p.split(".")[-1] == name]
+    hint = prefix + near if near else everywhere[0] if everywhere else None
     return f"{path}: unknown key" + (f"; did you mean {hint}?" if hint else "")
 
 
-def _section(location: Iterable[Any]) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Seppo
+def nearest(name: str, options: Iterable[str]) -> str | None:
+    """The option that looks most like `name`, whatever the case, or None when none does."""
+    by_lower = {option.lower(): option for option in sorted(options, reverse=True)}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return by_lower[near[0]] if near else None
+
+
+def _section(location: Iterable[Any], root: type[BaseModel]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = root
     for key in location:
         section = section and _nested(section.model_fields[key].annotation) if key in section.model_fields else None
     return section

@@ -73,7 +73,7 @@ def main() -> int:
                 cause = f"no room left on the disk ({error}); free some and go on with --resume auto"
             elif lost_contact(error):
                 cause = (f"rank {rank} lost another rank, which was killed (out of memory?) or stopped on another machine,"
-                         f" where the cause is printed: {str(error).splitlines()[0]}. Go on with --resume auto")
+                         f" where the cause is printed: {str(error).split('. ')[0]}. Go on with --resume auto")
             else:
                 cause = f"rank {rank} failed\n{traceback.format_exc()}"
             print(f"seppo_fast: {cause}", file=sys.stderr, flush=True)

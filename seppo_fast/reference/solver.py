@@ -53,7 +53,7 @@ class SolverTable:
 def open_scheduler(scheduler_config: Mapping[str, Any], solver: str) -> Any:
     """The diffusers scheduler that `solver` names, with the noise schedule and settings of `scheduler_config`."""
     if solver not in SOLVERS:
-        raise UserError(f"sampler.solver: {solver!r} is not one of {', '.join(SOLVERS)}")
+        raise UserError(f"seppo.sampler.solver: {solver!r} is not one of {', '.join(SOLVERS)}")
     prediction = scheduler_config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise UserError(f"the model's scheduler config has prediction_type {prediction!r};"
@@ -70,7 +70,7 @@ def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int) -
     scheduler = open_scheduler(scheduler_config, solver)
     trained = scheduler.config.num_train_timesteps
     if not 1 <= steps <= trained:
-        raise UserError(f"sampler.steps: {steps} is not between 1 and the model's {trained} training timesteps")
+        raise UserError(f"seppo.sampler.steps: {steps} is not between 1 and the model's {trained} training timesteps")
     try:
         timesteps, inputs, outputs = _coefficients(scheduler, steps)
     except (ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:

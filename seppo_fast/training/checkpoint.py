@@ -42,7 +42,7 @@ class State:
 
     run_id: str
     world: int
-    data: str  # the cache's fingerprint
+    data: str | None  # the cache's fingerprint
     config: dict[str, Any]
     update: int = 0
     skipped: int = 0
@@ -96,7 +96,9 @@ def _clear_errors(final: Path, temporary: Path) -> Iterator[None]:
         shutil.rmtree(temporary, ignore_errors=True)
         previous = complete(final.parent)
         valid = f"the last complete checkpoint is {previous[-1]}" if previous else "there is no complete checkpoint yet"
-        raise UserError(f"could not write the checkpoint {final}: {error}; {valid}. Free some space (lower"
+        # torch.save does not say why a write fell short.
+        reason = "a file could not be written in full, the disk may be full" if "inline_container" in str(error) else error
+        raise UserError(f"could not write the checkpoint {final}: {reason}; {valid}. Free some space (lower"
                         " seppo.checkpoint.keep_last) and resume with --resume auto") from error
 
 
@@ -137,24 +139,37 @@ def missing(path: Path) -> str | None:
     return None
 
 
-def state_of(path: Path, run_id: str, world: int, data: str, config: dict[str, Any]) -> State:
-    """A checkpoint's state, after making sure that this run wrote it, with this configuration, data and world size."""
+def set_aside_later(path: Path) -> None:
+    """Rename the complete checkpoints after `path`, which a resumed run must neither take for its own nor count as kept."""
+    for later in [other for other in complete(path.parent) if other.name > path.name]:
+        aside = later.with_name(f"set_aside_{later.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        later.rename(aside)
+        print(f"set aside the later checkpoint {later.name} as {aside}: remove it when it is not needed", flush=True)
+
+
+def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> State:
+    """A checkpoint's state, after making sure that this run wrote it, with this configuration and world size."""
     state = State(**json.loads((path / "state.json").read_text()))
     if state.run_id != run_id:
         raise UserError(f"{path} was written by another run; checkpoints hold pickles, so only this run's own are read."
                         " Resume with the output_dir of the run that wrote it")
     if state.world != world:
-        raise UserError(f"{path} was written by {state.world} ranks and this run has {world}: resume with {state.world}"
-                        " (DeepSpeed's shards are per rank)")
+        raise UserError(f"{path} was written by {state.world} rank{'s' * (state.world > 1)} and this run has {world}: resume with"
+                        f" {state.world} (DeepSpeed's shards are per rank)")
     differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(state.config, config)
                  if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)]
     if differing:
         raise UserError(f"{path} is of another configuration; use its values or another output_dir:\n  "
                         + "\n  ".join(differing))
+    return state
+
+
+def check_data(path: Path, state: State, data: str) -> None:
+    """Make sure that the checkpoint was trained on what the cache with the fingerprint `data` holds."""
     if state.data != data:
         raise UserError(f"{path} was trained on other data or another model's latents (cache {state.data}, now {data}):"
                         " restore seppo.data.source and seppo.model.path, or use another output_dir")
-    return state
 
 
 def _rank_tensors(losers: Mapping[int, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.errors import UserError
 from seppo_fast.models.lora import trainable_weights
+from seppo_fast.training.deepspeed_check import problems
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +47,9 @@ def engine_config(config: Config, batch: Batch) -> dict:
 
 def check_engine_config(config: Config, batch: Batch) -> None:
     """Have DeepSpeed read its part before any model loads; what it refuses becomes a `UserError`."""
+    found = problems(config.deepspeed)
+    if found:
+        raise UserError("DeepSpeed's part of the configuration has problems:\n  " + "\n  ".join(found))
     try:
         deepspeed.DeepSpeedConfig(engine_config(config, batch))
     except Exception as error:  # DeepSpeed raises pydantic's, its own and assertion errors here
@@ -63,6 +67,7 @@ class Step(NamedTuple):
     """What an optimizer step did. `skipped`: gradients were not finite and the policy is as before."""
 
     grad_norm: float
+    lr: float
     skipped: bool
     harmless: bool  # skipped by a dynamic loss scale that still has room to fall: fp16's normal search for its scale
 
@@ -77,24 +82,25 @@ def step(engine: DeepSpeedEngine) -> Step | None:
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
+    lr = engine.get_lr()[0]  # the step itself moves the schedule on
     if hasattr(engine.optimizer, "overflow"):
         scale_before = getattr(engine.optimizer, "cur_scale", None) or getattr(engine.optimizer, "loss_scale", 1.0)
         engine.step()
         skipped = not engine.was_step_applied()
         norm = engine.get_global_grad_norm()
         harmless = skipped and engine.fp16_enabled() and engine.dynamic_loss_scale() and scale_before > 1.0
-        return Step(math.nan if norm is None else float(norm), skipped, harmless)
+        return Step(math.nan if norm is None else float(norm), lr, skipped, harmless)
     # Plain fp32 has no overflow check in DeepSpeed: it would write the NaN into the weights.
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     if math.isfinite(norm):
         engine.step()
-        return Step(norm, skipped=False, harmless=False)
+        return Step(norm, lr, skipped=False, harmless=False)
     engine.zero_grad()
     engine.micro_steps += 1
     engine.global_steps += 1
     engine.skipped_steps += 1
-    return Step(norm, skipped=True, harmless=False)
+    return Step(norm, lr, skipped=True, harmless=False)
 
 
 def policy_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:

@@ -32,24 +32,34 @@ def open_folder(config: Config, resume: str | None, ranks: Ranks) -> RunFolder:
         run_id = json.loads(identity.read_text())["run_id"]
     except OSError as error:
         raise UserError(f"{identity}: {error.strerror}; every rank needs the same folder as seppo.output_dir") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{identity} is damaged, so the run in {path} cannot be told from others: choose another"
+                        " seppo.output_dir") from None
     return RunFolder(path, run_id, _start(path, resume, quiet=ranks.rank != 0))
 
 
 def _prepare(path: Path, identity: Path, resume: str | None) -> None:
-    if identity.exists() and resume is None:
+    # A run that ended before its first update left nothing to lose, and need not be resumed.
+    results = [name for name in ("checkpoints", "metrics.jsonl", "final") if (path / name).exists()]
+    if results and identity.exists() and resume is None:
         raise UserError(f"{path} already holds a run: add --resume auto to go on with it, or choose another"
                         " seppo.output_dir")
+    if results and not identity.exists():
+        raise UserError(f"{path} (seppo.output_dir) holds {' and '.join(results)} but no run.json, so no run of this program"
+                        " can go on there: choose another seppo.output_dir")
     if not identity.exists() and resume not in (None, "auto"):
         raise UserError(f"--resume {resume}: {path} (seppo.output_dir) holds no run, and checkpoints are only read from"
                         " the folder of the run that wrote them")
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not identity.exists():
-            identity.write_text(json.dumps({"run_id": uuid.uuid4().hex}) + "\n")
+            temporary = identity.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"run_id": uuid.uuid4().hex}) + "\n")
+            temporary.replace(identity)
     except OSError as error:
         raise UserError(f"seppo.output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
-    for leftover in (path / "checkpoints").glob(".*.tmp"):
-        shutil.rmtree(leftover)
+    for leftover in [*path.glob(".*.tmp"), *(path / "checkpoints").glob(".*.tmp")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _start(path: Path, resume: str | None, quiet: bool) -> Path | None:

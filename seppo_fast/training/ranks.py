@@ -60,12 +60,23 @@ def join() -> Ranks:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    # DeepSpeed's own collectives for CPUs leave 69 MB a rank in /dev/shm behind, run after run, are compiled for a minute the
+    # first time, and spin for ever when another rank dies: gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     device = torch.device(get_accelerator().current_device_name())
     # Caching, checkpoints and reference windows may keep one rank away from the others for long.
     control = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    dist.barrier(group=control)
+    _unlink_shared_memory()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_world, device, control)
+
+
+def _unlink_shared_memory() -> None:
+    """On CPUs, DeepSpeed leaves 64 MB of RAM in /dev/shm for every launch; all ranks have it mapped now, the name can go."""
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def quiet_libraries() -> None:
@@ -120,9 +131,10 @@ class FirstFailure:
 
     def __init__(self) -> None:
         self._alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        launcher = psutil.Process(os.getppid())  # its start time, because process ids come back
-        launch = f"{os.getuid()}-{launcher.pid}-{launcher.create_time()}-{os.environ.get('MASTER_PORT')}"
-        self._claim = Path(tempfile.gettempdir()) / f"seppo-fast-failure-{launch}"
+        if not self._alone:
+            launcher = psutil.Process(os.getppid())  # its start time, because process ids come back
+            launch = f"{os.getuid()}-{launcher.pid}-{launcher.create_time()}-{os.environ.get('MASTER_PORT')}"
+            self._claim = Path(tempfile.gettempdir()) / f"seppo-fast-failure-{launch}"
 
     def is_ours(self) -> bool:
         """Whether this process is the first to fail."""

@@ -45,10 +45,11 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) 
     check_engine_config(config, batch)
     model, source = open_inputs(config, ranks)
     folder = open_folder(config, resume, ranks)
+    state = starting_state(folder, config, ranks)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].losers == "data",
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
                         progress=ranks.rank == 0, output_dir=folder.path)
-    state = starting_state(folder, config, cache, ranks)
+    begin(folder, state, cache, ranks)
     table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
     if ranks.rank == 0:
         print(plan(config, batch, estimate(model, config, batch, len(table.timesteps)), len(cache)), flush=True)
@@ -90,18 +91,27 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Source]:
     return model, source
 
 
-def starting_state(folder: RunFolder, config: Config, cache: LatentCache, ranks: Ranks) -> State:
-    """The checkpoint's state, or update 0 with the run folder's later traces removed; writes config.json."""
-    fresh = State(folder.run_id, ranks.world, cache.fingerprint, config.as_dict())
-    state = fresh
+def starting_state(folder: RunFolder, config: Config, ranks: Ranks) -> State:
+    """The checkpoint's state, made sure to be of this run and configuration, or update 0's."""
+    fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict())
+    if folder.resume_from is None:
+        return fresh
+    state = checkpoint.state_of(folder.resume_from, folder.run_id, ranks.world, fresh.config)
+    state.config = fresh.config
+    return state
+
+
+def begin(folder: RunFolder, state: State, cache: LatentCache, ranks: Ranks) -> None:
+    """Make sure that the checkpoint is of these data, remove the run folder's later traces, write config.json."""
     if folder.resume_from:
-        state = checkpoint.state_of(folder.resume_from, folder.run_id, ranks.world, cache.fingerprint, fresh.config)
-        state.config = fresh.config
+        checkpoint.check_data(folder.resume_from, state, cache.fingerprint)
+    state.data = cache.fingerprint
     ranks.barrier()  # every rank has agreed to the checkpoint before anything in the folder changes
     if ranks.rank == 0:
+        if folder.resume_from:
+            checkpoint.set_aside_later(folder.resume_from)
         keep_rows(folder.path / "metrics.jsonl", state.update)
-        (folder.path / "config.json").write_text(json.dumps(fresh.config, indent=2) + "\n")
-    return state
+        (folder.path / "config.json").write_text(json.dumps(state.config, indent=2) + "\n")
 
 
 def load_policies(model: Model, config: Config, ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:

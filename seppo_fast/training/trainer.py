@@ -167,7 +167,7 @@ class Trainer:
         """One row of metrics.jsonl."""
         seconds = {name: round(self.seconds.pop(name, 0.0), 4) for name in ("sampling", "training", "data")}
         row = {"update": self.state.update, "iteration": k, "reference": self.reference_index, **summarise(table),
-               "grad_norm": done.grad_norm, "lr": self.engine.get_lr()[0], "skipped_steps": self.state.skipped,
+               "grad_norm": done.grad_norm, "lr": done.lr, "skipped_steps": self.state.skipped,
                "pairs_per_s": round(self.batch.size / max(sum(seconds.values()), 1e-9), 3),
                "peak_memory_gb": round(peak_memory_gb(self.ranks.device), 3),
                **{f"seconds_{name}": value for name, value in seconds.items()}}

@@ -1,0 +1,131 @@
+"""`python -m seppo_fast.quickstart [--out FOLDER] [--seed 0]`: a tiny Stable Diffusion, before and after SePPO."""
+
+import argparse
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import seppo_fast
+from seppo_fast.configfile import load_config
+from seppo_fast.errors import UserError
+from seppo_fast.quickstart.base import Recipe, make_base
+from seppo_fast.quickstart.demonstrations import write_demonstrations
+from seppo_fast.quickstart.digits import CAPTIONS, split_digits
+from seppo_fast.quickstart.judge import Judge, draw
+from seppo_fast.quickstart.report import curves, read_metrics, side_by_side, table, write_result
+
+CONFIG = "quickstart.json"
+SAMPLES = 500
+STEPS = 20
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Base, demonstrations, training by the literal command, judgement. Exit status: 0, or the training's own."""
+    parser = argparse.ArgumentParser(prog="python -m seppo_fast.quickstart", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything that is made")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    out, seed = arguments.out, arguments.seed
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"seppo_fast: --out {out}: {error.strerror}; choose another folder", file=sys.stderr)
+        return 2
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    say("1/4  the base model: tokenizer, VAE, text encoder and UNet, trained here on sloppy data")
+    with timed(seconds, "base"):
+        if not make_base(out / "base", Recipe(seed=seed)):
+            print(f"{out / 'base'} was made by this code and these settings already: reused")
+
+    say("2/4  the demonstrations: clean digits with right captions")
+    with timed(seconds, "demonstrations"):
+        digits, held_out = split_digits(seed)
+        count = write_demonstrations(out / "demonstrations", digits)
+        print(f"{count} pictures in {out / 'demonstrations'}")
+
+    say("3/4  SePPO")
+    with timed(seconds, "training"):
+        # The base is what takes long; a run folder is never written over by the trainer itself.
+        shutil.rmtree(out / "run", ignore_errors=True)
+        status = train(out, seed)
+    if status:
+        print(f"seppo_fast: the training ended with status {status}; its messages are above", file=sys.stderr)
+        return status
+
+    say("4/4  the judgement: plain diffusers pipelines, the same noise for both models")
+    guidance_scale = load_config(CONFIG, overrides(out, seed)).seppo.sampler.guidance_scale
+    with timed(seconds, "judgement"):
+        judge = Judge(held_out, digits, seed)
+        labels = [index % len(CAPTIONS) for index in range(SAMPLES)]
+        before = draw(out / "base", labels, seed, STEPS, guidance_scale)
+        after = draw(out / "run" / "final", labels, seed, STEPS, guidance_scale)
+        base, trained = judge.score(before, labels), judge.score(after, labels)
+    rows = read_metrics(out / "run" / "metrics.jsonl")
+    side_by_side(out / "side_by_side.png", before, after, labels)
+    curves(out / "curves.png", rows)
+    seconds["total"] = time.perf_counter() - started
+    settings = {
+        "seed": seed, "judge_steps": STEPS, "guidance_scale": guidance_scale,
+        "config": json.loads((out / "run" / "config.json").read_text()),
+    }
+    write_result(out / "result.json", base, trained, judge, rows, seconds, settings)
+    print(table(base, trained, judge, rows))
+    stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    print(f"\nseconds: {stages}\npictures: {out / 'side_by_side.png'}, {out / 'curves.png'}")
+    print(f"figures: {out / 'result.json'}")
+    return 0
+
+
+def overrides(out: Path, seed: int) -> list[str]:
+    """What the shipped configuration leaves to be said: where the model and the data are, and where the run goes."""
+    paths = {
+        "model.path": out / "base", "data.source": out / "demonstrations",
+        "data.cache_dir": out / "cache", "output_dir": out / "run",
+    }
+    return [*(f"seppo.{key}={path}" for key, path in paths.items()), f"seppo.seed={seed}"]
+
+
+def train(out: Path, seed: int) -> int:
+    """Run `deepspeed seppo_fast/train.py --config quickstart.json --set ...`, its output passed on; the exit status."""
+    script = Path(seppo_fast.__file__).parent / "train.py"
+    # One process and a free port: the result must not depend on the machine's NUMA nodes, nor fail beside another job.
+    launcher = ["--num_gpus", "1", "--master_port", str(free_port())]
+    command = [str(script), "--config", CONFIG, "--set", *overrides(out, seed)]
+    print("deepspeed", *launcher, *command, flush=True)
+    return subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", *launcher, *command]).returncode
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Write the block's wall-clock seconds under `name`."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def say(text: str) -> None:
+    """A heading."""
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"seppo_fast: {error}", file=sys.stderr)
+        sys.exit(2)

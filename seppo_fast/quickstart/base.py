@@ -1,0 +1,201 @@
+"""The base model: a complete Stable Diffusion pipeline directory, tiny and trained here on a sloppy crawl."""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from seppo_fast.quickstart.digits import CAPTIONS, RESOLUTION, Digits, sloppy_crawl, split_digits
+from seppo_fast.quickstart.tokenizer import LENGTH, train_tokenizer
+from seppo_fast.seeds import generator
+
+RECORD = "made_of.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the base is made. `wrong_captions` and `degraded` are shares of the crawl, and the base's faults."""
+
+    seed: int = 0
+    copies: int = 4
+    wrong_captions: float = 0.3
+    degraded: float = 0.4
+    vae_steps: int = 240
+    unet_steps: int = 900
+    batch_size: int = 64
+    text_steps: int = 500
+    vae_lr: float = 4e-3
+    text_lr: float = 6e-3
+    kl_weight: float = 1e-3
+    unet_lr: float = 1.5e-3
+    caption_dropout: float = 0.1
+
+
+def make_base(folder: Path, recipe: Recipe) -> bool:
+    """Build the pipeline directory unless `folder` holds what this recipe and code give; True when it was built."""
+    record = json.dumps(_made_of(recipe), indent=2) + "\n"
+    if (folder / RECORD).is_file() and (folder / RECORD).read_text() == record:
+        return False
+    pipeline = train_base(recipe)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pipeline.save_pretrained(unfinished, safe_serialization=True)
+    (unfinished / RECORD).write_text(record)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    return True
+
+
+def train_base(recipe: Recipe) -> StableDiffusionPipeline:
+    """Tokenizer, VAE, text encoder and UNet trained on the crawl, and Stable Diffusion 1.5's noise schedule."""
+    digits, _ = split_digits(recipe.seed)
+    crawl = sloppy_crawl(digits, recipe.seed, recipe.copies, recipe.wrong_captions, recipe.degraded)
+    tokenizer = train_tokenizer(CAPTIONS)
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing",
+    )
+    # The networks' initial weights are the only draws from torch's global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        vae, text, unet = new_vae(), new_text_encoder(tokenizer), new_unet()
+    train_vae(vae, crawl, recipe)
+    train_text_encoder(text, tokenizer, crawl, recipe)
+    latents = encode_all(vae, crawl)
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+    with torch.no_grad():
+        embeds = text(_tokens(tokenizer, [*CAPTIONS, ""])).last_hidden_state
+    train_unet(unet, embeds, latents * vae.config.scaling_factor, crawl.labels, scheduler, recipe)
+    return StableDiffusionPipeline(
+        vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+
+
+def new_vae() -> AutoencoderKL:
+    """Pixels (3, 16, 16) to latents (4, 8, 8)."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        sample_size=RESOLUTION, mid_block_add_attention=False,
+    )
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text model of two layers and width 32."""
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        projection_dim=32, max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ))
+
+
+def new_unet() -> UNet2DConditionModel:
+    """About a million parameters; attends to the prompt at 4x4 only, which halves the cost."""
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // 2, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+    )
+
+
+def train_vae(vae: AutoencoderKL, crawl: Digits, recipe: Recipe) -> None:
+    """Reconstruction and a faint pull to the normal distribution, as in latent diffusion; pixels in [-1, 1]."""
+    random = generator(recipe.seed, "vae")
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(crawl), (recipe.batch_size,), generator=random)
+        pixels = crawl.pixels[rows] * 2 - 1
+        posterior = vae.encode(pixels).latent_dist
+        restored = vae.decode(posterior.sample(random)).sample
+        return F.mse_loss(restored, pixels) + recipe.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+
+    _train(list(vae.parameters()), loss, recipe.vae_steps, recipe.vae_lr, "VAE")
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, crawl: Digits) -> Tensor:
+    """Posterior means of the whole crawl, `(N, 4, 8, 8)`, unscaled."""
+    return torch.cat([vae.encode(pixels * 2 - 1).latent_dist.mean for pixels in crawl.pixels.split(256)])
+
+
+def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, crawl: Digits, recipe: Recipe) -> None:
+    """CLIP's contrast of pictures with captions; the picture tower is one linear map and is thrown away."""
+    random = generator(recipe.seed, "text")
+    tower = torch.nn.Linear(crawl.pixels[0, 0].numel(), text.config.hidden_size)
+    torch.nn.init.normal_(tower.weight, std=0.05, generator=random)
+    torch.nn.init.zeros_(tower.bias)
+    tokens = _tokens(tokenizer, CAPTIONS)
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(crawl), (recipe.batch_size,), generator=random)
+        pictures = F.normalize(tower(crawl.pixels[rows].mean(dim=1).flatten(1)), dim=1)
+        captions = F.normalize(text(tokens).pooler_output, dim=1)
+        # With ten captions in all, each picture is told from every caption there is rather than from its batch's.
+        return F.cross_entropy(10 * pictures @ captions.T, crawl.labels[rows])
+
+    _train([*text.parameters(), *tower.parameters()], loss, recipe.text_steps, recipe.text_lr, "text encoder")
+
+
+def train_unet(
+    unet: UNet2DConditionModel, embeds: Tensor, latents: Tensor, labels: Tensor, scheduler: DDIMScheduler,
+    recipe: Recipe,
+) -> None:
+    """Noise prediction at uniform timesteps; `embeds` are those of the ten captions and, last, of the empty one."""
+    random = generator(recipe.seed, "unet")
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(latents), (recipe.batch_size,), generator=random)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (recipe.batch_size,), generator=random)
+        noise = torch.randn(latents[rows].shape, generator=random)
+        dropped = torch.rand(recipe.batch_size, generator=random) < recipe.caption_dropout
+        captions = torch.where(dropped, len(CAPTIONS), labels[rows])
+        noisy = scheduler.add_noise(latents[rows], noise, timesteps)
+        return F.mse_loss(unet(noisy, timesteps, embeds[captions]).sample, noise)
+
+    _train(list(unet.parameters()), loss, recipe.unet_steps, recipe.unet_lr, "UNet")
+
+
+def _tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Token ids `(len(captions), 77)`."""
+    tokens = tokenizer(list(captions), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    return tokens.input_ids
+
+
+def _train(weights: list[torch.nn.Parameter], loss: Callable[[], Tensor], steps: int, lr: float, name: str) -> None:
+    """AdamW under one cosine from a short warm-up down to zero."""
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
+    progress = tqdm(range(steps), desc=name, file=sys.stdout, mininterval=2)
+    for step in progress:
+        value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{value.item():.4f}")
+
+
+def _made_of(recipe: Recipe) -> dict[str, object]:
+    """What decides the base's bytes: the recipe, this code and the libraries."""
+    here = Path(__file__).parent
+    files = ("base.py", "digits.py", "tokenizer.py")
+    return {
+        "recipe": asdict(recipe),
+        "code": {name: hashlib.sha256((here / name).read_bytes()).hexdigest() for name in files},
+        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
+    }

@@ -1,0 +1,150 @@
+"""The quickstart's result: a table, the samples side by side, the curves and result.json."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import diffusers
+import matplotlib
+import torch
+import transformers
+from torch import Tensor
+
+from seppo_fast.quickstart.digits import WORDS
+from seppo_fast.quickstart.judge import Judge, Scores
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402  (after the backend: there may be no display)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, one an update."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def iteration_mean(rows: Sequence[Mapping[str, Any]], key: str, which: int) -> float:
+    """Mean of `key` over the first (`which=0`) or the last (`which=-1`) iteration's updates; NaN where none has it."""
+    wanted = sorted({row["iteration"] for row in rows})[which]
+    # Numbers that were not finite are null in the file.
+    values = [row[key] for row in rows if row["iteration"] == wanted and row[key] is not None]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def table(base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Before and after, and what the training said of itself, as text."""
+    lines = ["", f"{'':<22}{'base':>8}{'SePPO':>9}{'change':>10}"]
+    for name in ("prompt_accuracy", "cleanliness"):
+        before, after = 100 * getattr(base, name), 100 * getattr(trained, name)
+        lines.append(f"{name.replace('_', ' '):<22}{before:>7.1f}%{after:>8.1f}%{after - before:>+10.1f}")
+    first, last = rows[0]["iteration"], rows[-1]["iteration"]
+    lines += ["", f"{'':<22}{f'k={first:.0f}':>8}{f'k={last:.0f}':>9}    (means over an iteration)"]
+    for key, name in (("aaf_rate", "AAF rate"), ("implicit_acc", "implicit accuracy")):
+        lines.append(f"{name:<22}{iteration_mean(rows, key, 0):>8.2f}{iteration_mean(rows, key, -1):>9.2f}")
+    lines += [
+        "",
+        f"prompt accuracy: share of {base.samples} samples that a classifier reads as the prompt's digit (it learnt",
+        f"  from digits that neither model saw, and reads {100 * judge.accuracy:.1f}% of the models' digits rightly).",
+        "cleanliness: share of samples as close to a held-out digit as 95% of the real digits are.",
+        "AAF rate: share of pairs with sign -1 (App. B.2); implicit accuracy: share with logit > 0.",
+    ]
+    return "\n".join(lines)
+
+
+def side_by_side(path: Path, base: Tensor, trained: Tensor, labels: Sequence[int], per_prompt: int = 8) -> None:
+    """A row per prompt: samples `(N, 3, H, W)` of the base and, from the same noise, of the trained model."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 7), layout="constrained")
+    for axis, pixels, title in ((axes[0], base, "base"), (axes[1], trained, "after SePPO, same noise")):
+        rows = []
+        for digit in range(len(WORDS)):
+            of_digit = [index for index, label in enumerate(labels) if label == digit][:per_prompt]
+            rows.append(torch.cat(list(pixels[of_digit]), dim=2))
+        size = base.shape[-1]
+        axis.imshow(torch.cat(rows, dim=1).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+        axis.set_title(title)
+        axis.set_xticks([])
+        axis.set_yticks([size * (row + 0.5) for row in range(len(WORDS))], WORDS if axis is axes[0] else [])
+        axis.tick_params(length=0)
+    figure.suptitle('prompts: "a handwritten ..."')
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Loss, AAF rate, implicit accuracy and the squared errors over the updates; a line where an iteration begins."""
+    panels = (
+        ("loss", {"loss": "loss"}),
+        ("AAF rate (share of sign -1)", {"aaf_rate": "AAF rate"}),
+        ("implicit accuracy (share of logit > 0)", {"implicit_acc": "implicit accuracy"}),
+        ("policy's squared error", {"model_mse_winner": "winner", "model_mse_loser": "reference sample"}),
+    )
+    updates = [row["update"] for row in rows]
+    starts = [row["update"] for row, last in zip(rows[1:], rows, strict=False) if row["iteration"] != last["iteration"]]
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for axis, (title, lines) in zip(axes.flat, panels, strict=True):
+        for key, label in lines.items():
+            values = [float("nan") if row[key] is None else row[key] for row in rows]
+            axis.plot(updates, values, label=label, linewidth=1)
+        for start in starts:
+            axis.axvline(start - 0.5, color="0.85", linewidth=0.8, zorder=0)
+        axis.set_title(title)
+        axis.set_xlabel("update")
+        if len(lines) > 1:
+            axis.legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def write_result(
+    path: Path, base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[str, Any]],
+    seconds: Mapping[str, float], settings: Mapping[str, Any],
+) -> None:
+    """Everything that was measured, and on what, as JSON."""
+    result = {
+        "machine": machine(),
+        "versions": {
+            module.__name__: module.__version__ for module in (torch, diffusers, transformers, deepspeed, matplotlib)
+        },
+        "commit": commit(),
+        "settings": settings,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seconds_in_training": {
+            name: round(sum(row[f"seconds_{name}"] for row in rows), 1) for name in ("sampling", "training", "data")
+        },
+        "judge": {"accuracy_on_real_digits": judge.accuracy, "distance_threshold": judge.threshold},
+        "base": asdict(base),
+        "seppo": asdict(trained),
+        "first_iteration": {key: iteration_mean(rows, key, 0) for key in ("loss", "aaf_rate", "implicit_acc")},
+        "last_iteration": {key: iteration_mean(rows, key, -1) for key in ("loss", "aaf_rate", "implicit_acc")},
+        "updates": len(rows),
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """The processor's name and the cores this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": name, "cores": cores, "threads": torch.get_num_threads(), "system": platform.platform()}
+
+
+def commit() -> str | None:
+    """The source's git commit, with + when files differ from it; None outside a repository."""
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"],
+            capture_output=True, text=True,
+        )
+    except FileNotFoundError:
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,27 @@
+"""A CLIP tokenizer whose byte-pair merges are learnt from the captions on the spot."""
+
+import json
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+LENGTH = 77
+
+
+def train_tokenizer(captions: Sequence[str], vocabulary: int = 600) -> CLIPTokenizer:
+    """A tokenizer in which words of `captions` are one token each, and any other text still encodes byte by byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Words are counted lower-cased and without spaces, as CLIP's own pre-tokenizer will see them.
+    words = [word for caption in captions for word in caption.lower().split()]
+    learner.train_from_iterator(words, trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False,
+    ))
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    # CLIP's order: bytes, bytes that end a word, merges, start, end. CLIPTextModel pools at the end token.
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges), START, END]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
