@@ -22,7 +22,7 @@ DEEPSPEED_KEYS = frozenset(
     """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler fp16 bf16
     torch_autocast gradient_clipping zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     communication_data_type prescale_gradients gradient_predivide_factor disable_allgather data_types
-    activation_checkpointing aio checkpoint compile tensorboard wandb csv_monitor comet comms_logger flops_profiler
+    activation_checkpointing aio compile tensorboard wandb csv_monitor comet comms_logger flops_profiler
     steps_per_print wall_clock_breakdown memory_breakdown dump_state disable_python_gc timers log_level""".split()
 )
 

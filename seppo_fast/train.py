@@ -32,7 +32,7 @@ def main() -> int:
     arguments = parse_arguments()
     from seppo_fast.configfile import load_config
     from seppo_fast.errors import UserError
-    from seppo_fast.training.ranks import FirstFailure, Stop, StopSignals, join, lost_contact, quiet_libraries
+    from seppo_fast.training.ranks import FirstFailure, Stop, StopSignals, join, leave, lost_contact, quiet_libraries
 
     quiet_libraries()
     failure = FirstFailure()
@@ -53,6 +53,7 @@ def main() -> int:
         final = run(config, arguments.resume, ranks, signals)
         if rank == 0:
             print(f"done: the trained model is in {final}", flush=True)
+        leave()
         return 0
     except Stop as stop:
         status = 130 if stop.signum == signal.SIGINT else 0

@@ -33,7 +33,7 @@ def made_of(source: Source, model: Any, data: config.Data, seed: int, needs_lose
 def latent_shape(model: Any, resolution: int) -> list[int]:
     """[C, h, w] of a latent."""
     if resolution % model.vae_scale_factor:
-        raise UserError(f"data.resolution={resolution} is no multiple of {model.vae_scale_factor}, by which the VAE in"
+        raise UserError(f"seppo.data.resolution={resolution} is no multiple of {model.vae_scale_factor}, by which the VAE in"
                         f" {model.path} shrinks images")
     side = resolution // model.vae_scale_factor
     return [model.latent_channels, side, side]
@@ -45,12 +45,15 @@ def digest(parts: dict[str, Any]) -> str:
 
 
 def cache_folder(data: config.Data, fingerprint: str) -> Path:
-    """`<data.cache_dir or $XDG_CACHE_HOME/seppo_fast or ~/.cache/seppo_fast>/<fingerprint>`."""
+    """The folder of one cache."""
+    return cache_root(data) / fingerprint
+
+
+def cache_root(data: config.Data) -> Path:
+    """`data.cache_dir`, or `$XDG_CACHE_HOME/seppo_fast`, or `~/.cache/seppo_fast`."""
     if data.cache_dir:
-        root = Path(data.cache_dir).expanduser()
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seppo_fast"
-    return root / fingerprint
+        return Path(data.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seppo_fast"
 
 
 def name_of(file: Path, root: Path) -> str:

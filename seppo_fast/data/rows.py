@@ -51,6 +51,12 @@ class Source:
     parts: Sequence[Part]
     identity: Callable[[], str]
 
+    @property
+    def count(self) -> int | None:
+        """Rows in all, usable or not; None where only reading them tells (tars)."""
+        counts = [part.count for part in self.parts]
+        return None if None in counts else sum(counts)
+
 
 class BadRow(Exception):
     """Why a row cannot be used; becomes `Skipped`."""
@@ -115,3 +121,7 @@ def open_image(image: ImageLike) -> Image.Image:
         return Image.open(io.BytesIO(content))
     except Image.UnidentifiedImageError:
         raise BadRow(f"not an image that Pillow can read ({len(content)} bytes)") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a header that promises gigapixels, or one that a decoder's parser trips over
+        raise BadRow(f"not an image that Pillow will open: {error}") from None

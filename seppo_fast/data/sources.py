@@ -10,7 +10,7 @@ from seppo_fast.data.tables import open_dataset_folder, open_hub_dataset, open_p
 from seppo_fast.data.tars import SUFFIXES, open_tars
 from seppo_fast.errors import UserError
 
-__all__ = ["Part", "Row", "Skipped", "Source", "open_source"]
+__all__ = ["Part", "Row", "Skipped", "Source", "is_hub_dataset", "open_source"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PATTERN = re.compile(r"[*?{\[]")
@@ -39,6 +39,13 @@ def open_source(data: config.Data, needs_loser: bool, seed: int) -> Source:
     if kind == "datasets":
         return open_dataset_folder(path, data, needs_loser, seed)
     return open_parquet(path, data, needs_loser, seed)
+
+
+def is_hub_dataset(data: config.Data) -> bool:
+    """Whether opening `data.source` would download a dataset."""
+    path = Path(data.source).expanduser()
+    missing = bool(HUB_ID.fullmatch(data.source)) and not path.exists()
+    return missing and (detect(path, data) if data.format == "auto" else data.format) == "datasets"
 
 
 def open_hub(data: config.Data, needs_loser: bool, seed: int) -> Source:

@@ -23,6 +23,7 @@ from seppo_fast.quickstart.report import curves, read_metrics, side_by_side, tab
 CONFIG = "quickstart.json"
 SAMPLES = 500
 STEPS = 20
+OURS = ".quickstart"  # marks a folder whose contents the quickstart may clear
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     out, seed = arguments.out, arguments.seed
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not (out / OURS).exists():
+            print(f"seppo_fast: --out {out} holds other things, and the quickstart clears its folders there; choose an empty"
+                  " or new folder", file=sys.stderr)
+            return 2
+        (out / OURS).touch()
     except OSError as error:
         print(f"seppo_fast: --out {out}: {error.strerror}; choose another folder", file=sys.stderr)
         return 2

@@ -13,17 +13,18 @@ Denoise = Callable[[Tensor, Tensor, Conditions], Tensor]
 
 @torch.no_grad()
 def sample(denoise: Denoise, table: SolverTable, noise: Tensor, conditions: Conditions, unconditional: Conditions,
-           guidance_scale: float, dtype: torch.dtype) -> Tensor:
+           guidance_scale: float, dtype: torch.dtype, before_step: Callable[[], None] = lambda: None) -> Tensor:
     """Latents `(B, C, h, w)` fp32 that the solver in `table` makes of `noise` `(B, C, h, w)`, one N(0, I) a sample.
 
     `denoise(latents, timesteps, conditions)` sees `dtype`; the weighted sums are fp32. `conditions` have batch B and
     `unconditional` batch 1. Guidance (`u + guidance_scale * (c - u)`) runs both in one doubled batch, unconditional
-    first, and not at all when `guidance_scale` is 1. `table` is on the device of `noise`.
+    first, and not at all when `guidance_scale` is 1. `table` is on the device of `noise`. `before_step` may raise to give up.
     """
     predict = _predictor(denoise, conditions, unconditional, guidance_scale, len(noise), noise.device, dtype)
     known = noise.new_empty((len(table.inputs) + 1, *noise.shape), dtype=torch.float32)  # the noise, then each output
     known[0] = noise
     for i, timestep in enumerate(table.timesteps.unbind()):
+        before_step()
         latents = _weighted_sum(table.inputs[i, :i + 1], known[:i + 1])
         known[i + 1] = predict(latents, timestep)
     return _weighted_sum(table.outputs[-1], known)

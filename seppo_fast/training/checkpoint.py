@@ -25,14 +25,15 @@ from torch import Tensor
 
 from seppo_fast.errors import UserError
 from seppo_fast.training.engine import policy_weights
-from seppo_fast.training.ranks import Ranks, lost_contact
+from seppo_fast.training.ranks import Ranks
 
 MARKER = "complete.json"
 
 # Keys that may change between a run and its resumption: they decide where and how often, never what is learned.
 FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.checkpoint", "seppo.max_nonfinite",
              "seppo.pool.host_memory_gb", "seppo.data.cache_dir", "seppo.data.workers", "seppo.data.encode_batch_size",
-             "seppo.data.max_skipped", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler",
+             "seppo.data.max_skipped", "seppo.sampler.batch_size", "seppo.sampler.window", "seppo.model.gradient_checkpointing",
+             "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler",
              "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "log_level")
 
 
@@ -56,7 +57,7 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, losers: Mapping[in
     Its name counts the updates, and the reference samples each rank holds for those to come: the later one sorts last.
     """
     final = folder / (f"update_{state.update:08d}" + (f"_{len(losers):08d}" if losers else ""))
-    if missing(final) is None:
+    if ranks.largest(ranks.rank == 0 and missing(final) is None):  # one rank decides: file systems may lag on another machine
         return final
     temporary = folder / f".{final.name}.tmp"
     if ranks.rank == 0:
@@ -64,8 +65,8 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, losers: Mapping[in
         shutil.rmtree(final, ignore_errors=True)
         temporary.mkdir(parents=True)
     ranks.barrier()
-    weights = policy_weights(engine)
-    with _clear_errors(final, temporary):
+    weights = policy_weights(engine, keep=ranks.rank == 0)
+    with _clear_errors(final):
         engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
         save_file(_rank_tensors(losers), temporary / f"rank_{ranks.rank}.safetensors")
         if ranks.rank == 0:
@@ -73,11 +74,13 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, losers: Mapping[in
             (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
     ranks.barrier()
     if ranks.rank == 0:
-        with _clear_errors(final, temporary):
+        with _clear_errors(final):
             files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
             sizes = {str(file.relative_to(temporary)): _synced_size(file) for file in files}
             (temporary / MARKER).write_text(json.dumps(sizes, indent=1))
             _synced_size(temporary / MARKER)
+            for inner in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
+                _sync_folder(inner)
             temporary.rename(final)
             _sync_folder(folder)
             for old in complete(folder)[:-keep_last]:
@@ -87,24 +90,26 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, losers: Mapping[in
 
 
 @contextmanager
-def _clear_errors(final: Path, temporary: Path) -> Iterator[None]:
+def _clear_errors(final: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three, by who was writing
-        if lost_contact(error):
+        written_short = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+        if isinstance(error, RuntimeError) and not written_short:
             raise
-        shutil.rmtree(temporary, ignore_errors=True)
         previous = complete(final.parent)
         valid = f"the last complete checkpoint is {previous[-1]}" if previous else "there is no complete checkpoint yet"
         # torch.save does not say why a write fell short.
-        reason = "a file could not be written in full, the disk may be full" if "inline_container" in str(error) else error
+        reason = "a file could not be written in full, the disk may be full" if written_short else error
         raise UserError(f"could not write the checkpoint {final}: {reason}; {valid}. Free some space (lower"
                         " seppo.checkpoint.keep_last) and resume with --resume auto") from error
 
 
 def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, Tensor]:
     """Restore engine and random states; returns the reference samples not used yet, by slot. Check `state_of` first."""
-    engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+    loaded, _ = engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+    if loaded is None:
+        raise UserError(f"{path}: DeepSpeed found nothing to load in it; remove it and resume from the one before")
     tensors = load_file(path / f"rank_{ranks.rank}.safetensors")
     torch.set_rng_state(tensors["rng_cpu"])
     if "rng_cuda" in tensors:

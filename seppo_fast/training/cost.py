@@ -67,7 +67,7 @@ def estimate(model: StableDiffusion | StableDiffusionXL, config: Config, batch: 
     passes = 4 if ours.model.gradient_checkpointing else 3  # a backward is two forwards, a checkpointed one is three
     zero = config.deepspeed.get("zero_optimization", {})
     stage, shards = int(zero.get("stage", 0)), batch.world
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     # Half-precision gradients summed in fp32 exist twice: as autograd makes them, and as they are summed.
     summed = 4 if dtype.itemsize < 4 and config.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32" else 0
     per_weight = 8 + (4 if dtype.itemsize < 4 else 0)  # Adam's moments in fp32, and a master copy

@@ -25,7 +25,8 @@ MODELS: dict[str, type[BaseModel]] = {
 # Sections that DeepSpeed reads with `.get`: their keys, and the values of those that have few.
 PLAIN: dict[str, dict[str, tuple[str, ...]]] = {
     "data_types": {"grad_accum_dtype": ("fp32", "bf16", "fp16")},
-    "torch_autocast": {"enabled": (), "dtype": ("bfloat16", "float16", "torch.bfloat16", "torch.float16"),
+    # No float16: its loss scale is in no checkpoint of DeepSpeed's. The fp16 section's is.
+    "torch_autocast": {"enabled": (), "dtype": ("bfloat16", "torch.bfloat16"),
                        "lower_precision_safe_modules": ()},
 }
 # DeepSpeed takes these out of the parameters before it makes the optimizer.
@@ -50,6 +51,9 @@ def problems(raw: Mapping[str, Any]) -> list[str]:
             found += _optimizer_problems(section)
         else:
             found += _scheduler_problems(section)
+    for section, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):
+        if isinstance(raw.get(section), Mapping) and raw[section].get(key) is False:
+            found.append(f"{section}.{key}: false would write gradients that are not finite into the weights; leave it out")
     return found
 
 

@@ -1,13 +1,15 @@
 """--dry-run: everything that can be checked without training, and the plan."""
 
+from pathlib import Path
+
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan
-from seppo_fast.data.sources import open_source
+from seppo_fast.data.sources import is_hub_dataset, open_source
 from seppo_fast.models import is_hub_id, open_model
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config
-from seppo_fast.training.plan import plan
+from seppo_fast.training.plan import cache_bytes, plan
 
 
 def dry_run(config: Config, world: int) -> str:
@@ -15,19 +17,23 @@ def dry_run(config: Config, world: int) -> str:
     ours = config.seppo
     batch = batch_plan(config.deepspeed, world)
     check_engine_config(config, batch)
-    cost, rows, missing = None, None, []
+    cost, row_bytes, rows, missing = None, None, None, []
     if not is_hub_id(ours.model.path):  # a dry run fetches nothing
         model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant)
         table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
         cost = estimate(model, config, batch, len(table.timesteps))
+        row_bytes = cache_bytes(model, config)
     else:
         missing.append(f"seppo.model.path {ours.model.path} is no directory here: it will be looked up on the hub, and compute and"
                        " memory cannot be estimated before")
     if ours.data.source is None:
         missing.append("seppo.data.source is not set: --set seppo.data.source=PATH (an image folder with metadata.jsonl,"
                        " Pick-a-Pic parquet files, a datasets directory, webdataset tars)")
+    elif is_hub_dataset(ours.data):
+        missing.append(f"seppo.data.source {ours.data.source} is no file or folder here: it will be downloaded from the hub")
     else:
-        source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed)
-        rows = sum(part.count for part in source.parts if part.count is not None) or None
-    lines = [plan(config, batch, cost, rows), *(f"before you train: {line}" for line in missing)]
+        rows = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed).count
+    if (Path(ours.output_dir) / "run.json").exists():
+        missing.append(f"{ours.output_dir} already holds a run: go on with it by --resume auto, or choose another seppo.output_dir")
+    lines = [plan(config, batch, cost, row_bytes, rows), *(f"before you train: {line}" for line in missing)]
     return "\n".join([*lines, "dry run: nothing was trained or written"])

@@ -36,12 +36,26 @@ def precision(deepspeed_config: dict) -> Precision:
     return Precision(torch.float32, None)
 
 
+def pool_dtype(config: Config) -> torch.dtype:
+    """The dtype in which past policies are kept: as configured, or the policy's own (fp32 when that is fp16)."""
+    own = precision(config.deepspeed).dtype
+    auto = torch.bfloat16 if own == torch.bfloat16 else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": auto}[config.seppo.pool.dtype]
+
+
 def engine_config(config: Config, batch: Batch) -> dict:
     """DeepSpeed's dictionary with all three batch keys filled in."""
     filled = copy.deepcopy(dict(config.deepspeed))
     filled.update(train_batch_size=batch.size, train_micro_batch_size_per_gpu=batch.micro,
                   gradient_accumulation_steps=batch.accumulation)
     filled.setdefault("steps_per_print", 2**31)
+    zero = filled.get("zero_optimization", {})
+    if precision(filled).dtype != torch.float32 and zero.get("stage", 0) == 0:
+        # At stage 0 in half precision DeepSpeed (0.19) begins with an optimizer step on zero gradients, which shrinks the
+        # first real one by a quarter, and unscales fp16's gradients without having scaled the loss. Stage 1 is the same
+        # arithmetic done right.
+        filled["zero_optimization"] = {**zero, "stage": 1}
+        filled.setdefault("zero_allow_untested_optimizer", True)
     return filled
 
 
@@ -50,8 +64,10 @@ def check_engine_config(config: Config, batch: Batch) -> None:
     found = problems(config.deepspeed)
     if found:
         raise UserError("DeepSpeed's part of the configuration has problems:\n  " + "\n  ".join(found))
+    checked = engine_config(config, batch)
+    del checked["train_batch_size"]  # a dry run has not joined the other ranks, and DeepSpeed would multiply by one
     try:
-        deepspeed.DeepSpeedConfig(engine_config(config, batch))
+        deepspeed.DeepSpeedConfig(checked)
     except Exception as error:  # DeepSpeed raises pydantic's, its own and assertion errors here
         raise UserError(f"DeepSpeed does not accept its part of the configuration: {error}") from None
 
@@ -60,6 +76,9 @@ def start_engine(policy: nn.Module, config: Config, batch: Batch) -> DeepSpeedEn
     """Put the policy, and nothing else, into a DeepSpeed engine."""
     weights = list(trainable_weights(policy).values())
     engine, *_ = deepspeed.initialize(model=policy, model_parameters=weights, config=engine_config(config, batch))
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False  # such updates are skipped and counted here, and end the run with a message
     return engine
 
 
@@ -88,7 +107,8 @@ def step(engine: DeepSpeedEngine) -> Step | None:
         engine.step()
         skipped = not engine.was_step_applied()
         norm = engine.get_global_grad_norm()
-        harmless = skipped and engine.fp16_enabled() and engine.dynamic_loss_scale() and scale_before > 1.0
+        room = scale_before > getattr(getattr(engine.optimizer, "loss_scaler", None), "min_scale", 1.0)
+        harmless = skipped and engine.fp16_enabled() and engine.dynamic_loss_scale() and room
         return Step(math.nan if norm is None else float(norm), lr, skipped, harmless)
     # Plain fp32 has no overflow check in DeepSpeed: it would write the NaN into the weights.
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -103,10 +123,11 @@ def step(engine: DeepSpeedEngine) -> Step | None:
     return Step(norm, lr, skipped=True, harmless=False)
 
 
-def policy_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """CPU copies of the trainable weights by name; every rank must call, because ZeRO-3 gathers them."""
+def policy_weights(engine: DeepSpeedEngine, keep: bool = True) -> dict[str, Tensor]:
+    """CPU copies of the trainable weights by name, where `keep`; every rank must call, because ZeRO-3 gathers them."""
     weights = {}
     for name, weight in trainable_weights(engine.module).items():
         with GatheredParameters([weight], enabled=engine.zero_optimization_partition_weights()):
-            weights[name] = weight.detach().to("cpu", copy=True)
+            if keep:
+                weights[name] = weight.detach().to("cpu", copy=True)
     return weights

@@ -58,8 +58,8 @@ def _prepare(path: Path, identity: Path, resume: str | None) -> None:
             temporary.replace(identity)
     except OSError as error:
         raise UserError(f"seppo.output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
-    for leftover in [*path.glob(".*.tmp"), *(path / "checkpoints").glob(".*.tmp")]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for leftover in [path / ".final.tmp", *(path / "checkpoints").glob(".update_*.tmp")]:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _start(path: Path, resume: str | None, quiet: bool) -> Path | None:
@@ -68,6 +68,9 @@ def _start(path: Path, resume: str | None, quiet: bool) -> Path | None:
     folder = path / "checkpoints"
     good = checkpoint.complete(folder)
     if resume == "auto":
+        if (path / "final").exists() and not good:
+            raise UserError(f"{path} holds a finished run (final/) but no complete checkpoint to go on from: choose another"
+                            " seppo.output_dir to train anew")
         for name, lack in [] if quiet else checkpoint.torn(folder):
             print(f"ignored the checkpoint {name}: {lack}", flush=True)
         if not quiet:

@@ -1,15 +1,29 @@
 """The plan: what will be done and what it costs, in words, before anything is done."""
 
 import math
+from math import prod
+from shutil import disk_usage
+
+import torch
 
 from seppo_fast import __version__
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
+from seppo_fast.data.fingerprint import cache_root, latent_shape
+from seppo_fast.models import StableDiffusion, StableDiffusionXL
 from seppo_fast.training.cost import Cost
+from seppo_fast.training.engine import pool_dtype
 
 
-def plan(config: Config, batch: Batch, cost: Cost | None, rows: int | None) -> str:
-    """The plan of a run. `cost` and `rows` are None where the model or the data are not here yet."""
+def cache_bytes(model: StableDiffusion | StableDiffusionXL, config: Config) -> int:
+    """Bytes that a demonstration's latents take in the cache; prompt embeddings come on top, once for each prompt."""
+    data = config.seppo.data
+    tensors = 4 if METHODS[config.seppo.method].losers == "data" else 2  # mean and standard deviation, of each image
+    return tensors * prod(latent_shape(model, data.resolution)) * getattr(torch, data.cache_dtype).itemsize
+
+
+def plan(config: Config, batch: Batch, cost: Cost | None, row_bytes: int | None, rows: int | None) -> str:
+    """The plan of a run. `cost`, `row_bytes` and `rows` are None where the model or the data are not here yet."""
     ours = config.seppo
     method = METHODS[ours.method]
     updates = ours.iterations * ours.updates_per_iteration
@@ -20,6 +34,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, rows: int | None) -> s
         "model": ours.model.path + _size(cost) + (f", LoRA rank {ours.model.lora.rank}" if ours.model.lora else ", all weights"),
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
                 + (f", {rows} demonstrations" if rows is not None else ""),
+        "latent cache": _cache(config, row_bytes, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
                            f" rank{'s' * (batch.world > 1)}",
         "updates": f"{updates} = {ours.iterations} iterations x {ours.updates_per_iteration}",
@@ -32,7 +47,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, rows: int | None) -> s
                                       f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}, in batches of"
                                       f" {ours.sampler.batch_size}")
     if method.references:
-        size = "" if cost is None else f", {_gb(cost.trained * _pool_bytes(config))} each"
+        size = "" if cost is None else f", {_gb(cost.trained * pool_dtype(config).itemsize)} each"
         kept = f"{ours.pool.host_memory_gb:g} GB of host memory, the rest on disk"
         lines["pool"] = f"{ours.iterations + 1} past policies at the end{size}; {kept}"
     if cost:
@@ -43,6 +58,13 @@ def plan(config: Config, batch: Batch, cost: Cost | None, rows: int | None) -> s
                                   f" {_gb(cost.activations)} (an estimate, without the allocator's slack)")
     width = max(map(len, lines))
     return "\n".join([f"seppo_fast {__version__}: the plan", *(f"  {k:<{width}}  {v}" for k, v in lines.items())])
+
+
+def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:
+    root = cache_root(config.seppo.data)
+    existing = next(path for path in [root, *root.absolute().parents] if path.exists())
+    size = "" if row_bytes is None or rows is None else f"about {_gb(row_bytes * rows)} and the prompt embeddings, "
+    return f"{size}in {root} ({_gb(disk_usage(existing).free)} free)"
 
 
 def _learning_rate(config: Config) -> str:
@@ -56,11 +78,6 @@ def _learning_rate(config: Config) -> str:
 
 def _size(cost: Cost | None) -> str:
     return "" if cost is None else f", {cost.parameters / 1e6:.4g} M parameters ({cost.trained / 1e6:.4g} M trained)"
-
-
-def _pool_bytes(config: Config) -> int:
-    half = any(config.deepspeed.get(key, {}).get("enabled") for key in ("bf16",))
-    return {"bf16": 2, "fp32": 4, "auto": 2 if half else 4}[config.seppo.pool.dtype]
 
 
 def _gb(size: float) -> str:

@@ -73,6 +73,11 @@ def join() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), local_world, device, control)
 
 
+def leave() -> None:
+    """Part from the other ranks at the end of a run."""
+    dist.destroy_process_group()
+
+
 def _unlink_shared_memory() -> None:
     """On CPUs, DeepSpeed leaves 64 MB of RAM in /dev/shm for every launch; all ranks have it mapped now, the name can go."""
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
@@ -132,8 +137,11 @@ class FirstFailure:
     def __init__(self) -> None:
         self._alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
         if not self._alone:
-            launcher = psutil.Process(os.getppid())  # its start time, because process ids come back
-            launch = f"{os.getuid()}-{launcher.pid}-{launcher.create_time()}-{os.environ.get('MASTER_PORT')}"
+            try:
+                started = psutil.Process(os.getppid()).create_time()  # because process ids come back
+            except psutil.Error:  # the first process of a container has no parent
+                started = psutil.boot_time()
+            launch = f"{os.getuid()}-{os.getppid()}-{started}-{os.environ.get('MASTER_PORT')}"
             self._claim = Path(tempfile.gettempdir()) / f"seppo-fast-failure-{launch}"
 
     def is_ours(self) -> bool:

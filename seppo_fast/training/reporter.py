@@ -29,7 +29,7 @@ class Reporter:
             return
         append_row(self._rows, row)
         if self._monitor.enabled:
-            numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "update"}
             self._monitor.write_events([(f"seppo/{name}", value, row["update"]) for name, value in numbers.items()])
         seconds = row["seconds_sampling"] + row["seconds_training"] + row["seconds_data"]
         shown = {"k": row["iteration"], "ref": row["reference"], "loss": f"{row['loss']:.4f}"}

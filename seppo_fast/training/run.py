@@ -1,6 +1,5 @@
 """A run from its configuration to `final/`: what Algorithm 1 needs, in the order in which it can be had."""
 
-import gc
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config, batch_plan
-from seppo_fast.data.cache import build_cache
+from seppo_fast.data.cache import build_cache, give_back_memory
 from seppo_fast.data.latents import LatentCache
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import UserError
@@ -24,12 +23,12 @@ from seppo_fast.training import checkpoint
 from seppo_fast.training.card import model_card
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.cost import estimate
-from seppo_fast.training.engine import check_engine_config, policy_weights, precision, start_engine
+from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine
 from seppo_fast.training.folder import RunFolder, open_folder
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
-from seppo_fast.training.plan import plan
+from seppo_fast.training.plan import cache_bytes, plan
 from seppo_fast.training.ranks import Ranks, StopSignals
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import Grids
@@ -44,20 +43,25 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) 
     batch = batch_plan(config.deepspeed, ranks.world)
     check_engine_config(config, batch)
     model, source = open_inputs(config, ranks)
+    table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
+    cost = estimate(model, config, batch, len(table.timesteps))
+    if ranks.rank == 0:
+        print(plan(config, batch, cost, cache_bytes(model, config), source.count), flush=True)
     folder = open_folder(config, resume, ranks)
     state = starting_state(folder, config, ranks)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].losers == "data",
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
                         progress=ranks.rank == 0, output_dir=folder.path)
     begin(folder, state, cache, ranks)
-    table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
     if ranks.rank == 0:
-        print(plan(config, batch, estimate(model, config, batch, len(table.timesteps)), len(cache)), flush=True)
+        print(f"{len(cache)} demonstrations are usable", flush=True)
 
     policy, reference = load_policies(model, config, ranks)
     engine = start_engine(policy, config, batch)
     if reference is not None and ours.model.lora:
-        share_frozen(reference, engine.module)
+        share_frozen(reference, engine.module)  # before it moves: its own base need not fit beside the policy's
+    if reference is not None:
+        reference.to(ranks.device)
     objective = Objective(model.denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta, ours.flipper,
                           *precision(config.deepspeed))
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
@@ -128,7 +132,7 @@ def load_policies(model: Model, config: Config, ranks: Ranks) -> tuple[nn.Module
             add_lora(unet, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
-    return policy, reference.to(ranks.device) if reference is not None else None
+    return policy, reference
 
 
 def open_pool(config: Config, folder: RunFolder, engine: DeepSpeedEngine, state: State, ranks: Ranks) -> Pool | None:
@@ -136,10 +140,7 @@ def open_pool(config: Config, folder: RunFolder, engine: DeepSpeedEngine, state:
     ours = config.seppo
     if not METHODS[ours.method].references:
         return None
-    own = precision(config.deepspeed).dtype
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32,
-             "auto": torch.bfloat16 if own == torch.bfloat16 else torch.float32}[ours.pool.dtype]
-    pool = Pool(folder.path / "pool", dtype, int(ours.pool.host_memory_gb * 1e9 / ranks.local_world))
+    pool = Pool(folder.path / "pool", pool_dtype(config), int(ours.pool.host_memory_gb * 1e9 / ranks.local_world))
     iterations_done = state.update // ours.updates_per_iteration
     if ranks.rank == 0:
         pool.truncate(iterations_done if folder.resume_from else -1)
@@ -154,9 +155,9 @@ def open_pool(config: Config, folder: RunFolder, engine: DeepSpeedEngine, state:
 
 
 def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunFolder, ranks: Ranks) -> Grids | None:
-    """What sample grids need, or None when none are wanted. The prompts default to the data's first four."""
+    """What sample grids need, on rank 0, or None when none are wanted. The prompts default to the data's first four."""
     ours = config.seppo
-    if not ours.samples.every:
+    if not ours.samples.every or ranks.rank != 0:
         return None
     prompts = ours.samples.prompts or cache.rows(range(min(4, len(cache)))).captions
     samples = ours.samples.model_copy(update={"prompts": prompts})
@@ -165,7 +166,7 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunF
     repeated = [prompt for prompt in prompts for _ in range(samples.per_prompt)]
     conditions = {name: value.to(dtype) for name, value in embed(repeated).items()}
     del embed
-    gc.collect()
+    give_back_memory()
     return Grids(folder.path / "samples", model, samples, conditions, cache.shape, ranks.device, ours.sampler.batch_size)
 
 

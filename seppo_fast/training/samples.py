@@ -35,7 +35,7 @@ class Grids:
         for start in range(0, count, self.batch_size):
             some = slice(start, start + self.batch_size)
             latents = draw(noise[some], {name: value[some] for name, value in self.conditions.items()})
-            images.append(self.model.decode(vae, latents).cpu())
+            images += [self.model.decode(vae, latent).cpu() for latent in latents.split(1)]  # pixels are large beside a trainer
         vae.to("cpu")  # the memory is the training's
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"update_{update:08d}.png"

@@ -1,7 +1,7 @@
 """SePPO (Algorithm 1); other rows of the methods' table make the same loop SPIN, DITTO, Diffusion-DPO or SFT."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,10 +86,9 @@ class Trainer:
         slots = [slot for u in range(update, last) for slot in self.slots(u) if slot not in self.losers]
         with self.timed("sampling"), self.reporter.sampling(len(slots)) as progress:
             for some in chunks(slots, self.settings.sampler.batch_size):
-                latents = self.draw(self.pairs.initial_noise(some), self.pairs.prompts(some))
+                latents = self.draw(self.pairs.initial_noise(some), self.pairs.prompts(some), self.check_signals)
                 self.losers.update(zip(some, latents.cpu(), strict=True))
                 progress.update(len(some))
-                self.signals.check(self.ranks)
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:
         """Line 4: one optimizer update over the accumulation window; returns how it went and all ranks' per-pair table."""
@@ -106,7 +105,7 @@ class Trainer:
                 done = step(self.engine)
             tables.append(table)
             if slots is not micro_batches[-1]:  # after the last one the update is made and must be counted first
-                self.signals.check(self.ranks)
+                self.check_signals()
         with self.timed("training"):
             return done, self.ranks.gather(torch.cat(tables).cpu())
 
@@ -116,7 +115,8 @@ class Trainer:
             self.losers.pop(slot, None)
         self.state.update += 1
         self.state.skipped += done.skipped
-        self.state.nonfinite_in_a_row = self.state.nonfinite_in_a_row + 1 if done.skipped and not done.harmless else 0
+        lost = done.skipped and not (done.harmless and bool(table.isfinite().all()))
+        self.state.nonfinite_in_a_row = self.state.nonfinite_in_a_row + 1 if lost else 0
         self.report(k, done, table)
         self.give_up_if_lost()
 
@@ -127,11 +127,11 @@ class Trainer:
         every = self.settings.checkpoint.every
         if self.state.update % every == 0 if every else end_of_iteration:
             self.save()
-        if self.grids and self.state.update % self.settings.samples.every == 0:
+        if self.settings.samples.every and self.state.update % self.settings.samples.every == 0:
             self.draw_grid()
             if not end_of_iteration:
                 self.take_reference(k)
-        self.signals.check(self.ranks)
+        self.check_signals()
 
     def slots(self, update: int) -> range:
         """This rank's share of an update's slots."""
@@ -139,18 +139,22 @@ class Trainer:
         first = update * self.batch.size + self.ranks.rank * share
         return range(first, first + share)
 
-    def draw(self, noise: Tensor, conditions: Conditions) -> Tensor:
+    def check_signals(self) -> None:
+        """Raise `Stop` on all ranks once one of them was signalled."""
+        self.signals.check(self.ranks)
+
+    def draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None] = lambda: None) -> Tensor:
         """`(B, C, h, w)` scaled latents by the model that is in `reference`."""
         with self.objective.precision(noise.device):
             return sample(partial(self.objective.denoise, self.reference), self.table, noise, conditions,
-                          self.pairs.unconditional, self.settings.sampler.guidance_scale, self.objective.dtype)
+                          self.pairs.unconditional, self.settings.sampler.guidance_scale, self.objective.dtype, before_step)
 
     def draw_grid(self) -> None:
         """Samples of the present policy from fixed prompts and noise; passes through the reference model's storage."""
-        if self.grids is None:
+        if not self.settings.samples.every:
             return
-        weights = policy_weights(self.engine)
-        if self.ranks.rank == 0:
+        weights = policy_weights(self.engine, keep=self.grids is not None)
+        if self.grids is not None:
             with torch.no_grad():
                 for name, parameter in self.reference.named_parameters():
                     if name in weights:
@@ -164,13 +168,16 @@ class Trainer:
                                self.settings.checkpoint.keep_last)
 
     def report(self, k: int, done: Step, table: Tensor) -> None:
-        """One row of metrics.jsonl."""
-        seconds = {name: round(self.seconds.pop(name, 0.0), 4) for name in ("sampling", "training", "data")}
+        """One row of metrics.jsonl; seconds are means over the ranks, memory is the largest."""
+        names = ("sampling", "training", "data")
+        own = [*(self.seconds.pop(name, 0.0) for name in names), peak_memory_gb(self.ranks.device)]
+        everyone = self.ranks.gather(torch.tensor([own], dtype=torch.double))
+        *seconds, _ = everyone.mean(dim=0).tolist()
         row = {"update": self.state.update, "iteration": k, "reference": self.reference_index, **summarise(table),
                "grad_norm": done.grad_norm, "lr": done.lr, "skipped_steps": self.state.skipped,
-               "pairs_per_s": round(self.batch.size / max(sum(seconds.values()), 1e-9), 3),
-               "peak_memory_gb": round(peak_memory_gb(self.ranks.device), 3),
-               **{f"seconds_{name}": value for name, value in seconds.items()}}
+               "pairs_per_s": round(self.batch.size / max(sum(seconds), 1e-9), 3),
+               "peak_memory_gb": round(everyone[:, -1].max().item(), 3),
+               **{f"seconds_{name}": round(value, 4) for name, value in zip(names, seconds, strict=True)}}
         self.reporter.update(row)
 
     def give_up_if_lost(self) -> None:

@@ -1,0 +1,1 @@
+"""Measurements: ratios against named baselines in one run, with machine, versions and commit in each result file."""

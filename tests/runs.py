@@ -1,0 +1,67 @@
+"""What a finished run left behind, and a small Pick-a-Pic file for the methods that need pairs."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+def weights(run: Path) -> Weights:
+    """The trained UNet (or the LoRA file) of a run folder."""
+    unet = run / "final" / "unet" / "diffusion_pytorch_model.safetensors"
+    return load_file(unet if unet.exists() else run / "final" / "pytorch_lora_weights.safetensors")
+
+
+def unet_of(pipeline: Path) -> Weights:
+    """The UNet of a pipeline directory."""
+    return load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def apart(one: Weights, other: Weights) -> float:
+    """The largest difference between two models' weights."""
+    assert one.keys() == other.keys()
+    assert all(torch.isfinite(weight).all() for model in (one, other) for weight in model.values())
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def identical(one: Weights, other: Weights) -> bool:
+    """Whether two models' weights are the same to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(run: Path, name: str) -> list[Any]:
+    """One column of metrics.jsonl."""
+    return [row[name] for row in rows(run)]
+
+
+def write_pickapic(file: Path, count: int, ties: tuple[int, ...] = ()) -> Path:
+    """Random pairs in Pick-a-Pic's columns, the second image preferred in every third; `ties` are rows with label 0.5."""
+    random = np.random.default_rng(1)
+
+    def jpg() -> bytes:
+        stream = io.BytesIO()
+        Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(stream, "JPEG")
+        return stream.getvalue()
+
+    def label(row: int) -> float:
+        return 0.5 if row in ties else float(row % 3 > 0)
+
+    pq.write_table(pa.Table.from_pylist([
+        {"jpg_0": jpg(), "jpg_1": jpg(), "label_0": label(row), "label_1": 1 - label(row),
+         "caption": ("a red cat", "a blue dog")[row % 2]} for row in range(count)]), file)
+    return file

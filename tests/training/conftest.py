@@ -1,0 +1,36 @@
+"""Runs in this process, made once a module for each different configuration."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import write_pickapic
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Path]:
+    """Run folders by configuration."""
+    return {}
+
+
+@pytest.fixture
+def trained(settings: Callable[..., dict[str, Any]], train: Callable[..., Path], finished: dict[str, Path],
+            tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`trained(**{"seppo.beta": 10.0})` is the folder of a finished run of `settings` with these changes."""
+
+    def once(**changes: Any) -> Path:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in finished:
+            folder = tmp_path_factory.mktemp("runs") / "run"
+            finished[key] = train(settings(**{"seppo.output_dir": str(folder), **changes}))
+        return finished[key]
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def pickapic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Pick-a-Pic parquet file of 14 rows, two of which are ties."""
+    return write_pickapic(tmp_path_factory.mktemp("pickapic") / "train.parquet", 14, ties=(3, 8))
