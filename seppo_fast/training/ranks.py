@@ -67,8 +67,6 @@ def join() -> Ranks:
     device = torch.device(get_accelerator().current_device_name())
     # Caching, checkpoints and reference windows may keep one rank away from the others for long.
     control = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-    dist.barrier(group=control)
-    _unlink_shared_memory()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_world, device, control)
 
@@ -76,12 +74,6 @@ def join() -> Ranks:
 def leave() -> None:
     """Part from the other ranks at the end of a run."""
     dist.destroy_process_group()
-
-
-def _unlink_shared_memory() -> None:
-    """On CPUs, DeepSpeed leaves 64 MB of RAM in /dev/shm for every launch; all ranks have it mapped now, the name can go."""
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def quiet_libraries() -> None:

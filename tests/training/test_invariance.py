@@ -36,9 +36,9 @@ def on_two_ranks(settings: Callable[..., dict[str, Any]], train_on_ranks: Callab
     """Run folders by name of EVERY, all made in one launch."""
     if "zero 0" not in finished:
         folder = tmp_path_factory.mktemp("two-ranks")
-        raws = [settings(**STEADY, zero_force_ds_cpu_optimizer=False, **{
-            "seppo.output_dir": str(folder / name.replace(" ", "-")), "seppo.reference": None if "sft" in name else "latest", **changes,
-        }) for name, changes in EVERY.items()]
+        reference = {name: {} if "sft" in name else {"seppo.reference": "latest"} for name in EVERY}
+        raws = [settings(**STEADY, zero_force_ds_cpu_optimizer=False, **changes, **reference[name],
+                         **{"seppo.output_dir": str(folder / name.replace(" ", "-"))}) for name, changes in EVERY.items()]
         finished.update(zip(EVERY, train_on_ranks(raws), strict=True))
     return {name: finished[name] for name in EVERY}
 
