@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from seppo_fast.config import Lora
+from seppo_fast.disk import flush_tree
 from seppo_fast.errors import UserError
 from seppo_fast.models.directory import FAMILIES
 from seppo_fast.models.files import entry_point, shards
@@ -114,7 +115,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        synchronise(temporary)
+        flush_tree(temporary)
         if folder.exists():  # a folder that is not empty cannot be replaced by a rename
             shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
@@ -127,14 +128,3 @@ def replacing(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def synchronise(folder: Path) -> None:
-    """fsync every file and folder below."""
-    for parent, _, names in os.walk(folder):
-        for path in [*(Path(parent) / name for name in names), Path(parent)]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

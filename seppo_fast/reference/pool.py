@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from seppo_fast.disk import flush
 from seppo_fast.errors import UserError
 from seppo_fast.seeds import generator
 
@@ -110,9 +111,9 @@ class Pool:
             self.folder.mkdir(parents=True, exist_ok=True)
             # One key of metadata only: safetensors writes several in no fixed order, and the bytes must repeat.
             save_file(weights, temporary, metadata={"format": "pt"})
-            _flush(temporary)
+            flush(temporary)
             os.replace(temporary, path)
-            _flush(self.folder)
+            flush(self.folder)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 temporary.unlink()
@@ -122,14 +123,6 @@ class Pool:
 
 def _size(weights: Weights) -> int:
     return sum(weight.nbytes for weight in weights.values())
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check(path: Path, stored: dict[str, tuple[int, ...]], parameters: dict[str, nn.Parameter]) -> None:

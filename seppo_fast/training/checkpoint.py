@@ -9,7 +9,6 @@
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from seppo_fast.disk import flush, flush_tree
 from seppo_fast.errors import UserError
 from seppo_fast.training.engine import policy_weights
 from seppo_fast.training.ranks import Ranks
@@ -75,14 +75,14 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, losers: Mapping[in
     ranks.barrier()
     if ranks.rank == 0:
         with _clear_errors(final):
+            flush_tree(temporary)
             files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
-            sizes = {str(file.relative_to(temporary)): _synced_size(file) for file in files}
+            sizes = {str(file.relative_to(temporary)): file.stat().st_size for file in files}
             (temporary / MARKER).write_text(json.dumps(sizes, indent=1))
-            _synced_size(temporary / MARKER)
-            for inner in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
-                _sync_folder(inner)
+            flush(temporary / MARKER)
+            flush(temporary)
             temporary.rename(final)
-            _sync_folder(folder)
+            flush(folder)
             for old in complete(folder)[:-keep_last]:
                 shutil.rmtree(old)
     ranks.barrier()
@@ -192,17 +192,3 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
         keys = sorted(old.keys() | new.keys())
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
     return [] if old == new else [(path, old, new)]
-
-
-def _synced_size(file: Path) -> int:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-        return os.fstat(handle.fileno()).st_size
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.models import StableDiffusion, StableDiffusionXL
 from seppo_fast.models.lora import add_lora, trainable_weights
-from seppo_fast.training.engine import precision
+from seppo_fast.training.engine import engine_config, precision
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def estimate(model: StableDiffusion | StableDiffusionXL, config: Config, batch: 
     generated = METHODS[ours.method].losers == "reference"
     guided = 1 if ours.sampler.guidance_scale == 1 else 2
     passes = 4 if ours.model.gradient_checkpointing else 3  # a backward is two forwards, a checkpointed one is three
-    zero = config.deepspeed.get("zero_optimization", {})
+    zero = engine_config(config, batch).get("zero_optimization", {})
     stage, shards = int(zero.get("stage", 0)), batch.world
     offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     # Half-precision gradients summed in fp32 exist twice: as autograd makes them, and as they are summed.

@@ -17,13 +17,6 @@ from seppo_fast.training import checkpoint
 LAST, BEFORE = "update_00000004", "update_00000003"
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    server = Forks()
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def finished(settings: Callable[..., dict[str, Any]], forks: Forks, tmp_path_factory: pytest.TempPathFactory,
              tmp_path: Path) -> dict[str, Any]:

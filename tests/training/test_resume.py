@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +42,14 @@ KILLS = {
     "after one update": (Strike("seppo_fast.training.trainer:Trainer.report", 1, after=True), None),
     "sampling": (Strike("seppo_fast.training.trainer:sample", 1, after=True), None),
     "a checkpoint with DeepSpeed's files alone": (Strike("seppo_fast.training.checkpoint:save_file", 1), "checkpoints/.*.tmp"),
-    "a checkpoint without its marker": (Strike("seppo_fast.training.checkpoint:_synced_size", 2), "checkpoints/.*.tmp"),
+    "a checkpoint without its marker": (Strike("seppo_fast.training.checkpoint:flush_tree", 1, after=True), "checkpoints/.*.tmp"),
     "a checkpoint under its temporary name": (Strike("pathlib:Path.rename", 1), "checkpoints/.*.tmp/complete.json"),
-    "a past policy under its temporary name": (Strike("seppo_fast.reference.pool:_flush", 1), "pool/policy_*.tmp"),
+    "a past policy under its temporary name": (Strike("seppo_fast.reference.pool:flush", 1), "pool/policy_*.tmp"),
     "a past policy without its checkpoint": (Strike("seppo_fast.reference.pool:Pool.add", 1, after=True), None),
-    "the export": (Strike("seppo_fast.models.export:synchronise", 1), ".final.tmp/*"),
+    "the export": (Strike("seppo_fast.models.export:flush_tree", 1), ".final.tmp/*"),
 }
 SOME = ("between two micro-batches of the second update", "a checkpoint without its marker", "sampling",
         "a past policy without its checkpoint")
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    server = Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -137,7 +130,7 @@ PLACES = {
     "sampling": Strike("seppo_fast.training.trainer:sample", 3, signal.SIGTERM),  # in update 1, of 0..3
     "in a window": Strike("seppo_fast.training.objective:Objective.__call__", 3, signal.SIGTERM),
     "at the end of a window": Strike("seppo_fast.training.objective:Objective.__call__", 4, signal.SIGTERM),
-    "while a checkpoint is written": Strike("seppo_fast.training.checkpoint:_synced_size", 1, signal.SIGTERM),
+    "while a checkpoint is written": Strike("seppo_fast.training.checkpoint:flush_tree", 1, signal.SIGTERM),
 }
 
 
