@@ -33,7 +33,7 @@ class Recipe:
     wrong_captions: float = 0.3
     degraded: float = 0.4
     vae_steps: int = 240
-    unet_steps: int = 900
+    unet_steps: int = 700
     batch_size: int = 64
     text_steps: int = 500
     vae_lr: float = 4e-3
