@@ -1,7 +1,10 @@
 """Getting files onto the disk before another file says that they are there."""
 
+import errno
 import os
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError's errno says of a full disk, a quota, a file limit
 
 
 def flush(path: Path) -> None:

@@ -1,7 +1,6 @@
 """Train: `deepspeed seppo_fast/train.py --config ds_a100.json [--set seppo.data.source=PATH] [--resume auto] [--dry-run]`."""
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -31,6 +30,7 @@ def main() -> int:
     """Exit status: 0 done or stopped by SIGTERM, 130 stopped by SIGINT, 2 bad input, 1 anything else."""
     arguments = parse_arguments()
     from seppo_fast.configfile import load_config
+    from seppo_fast.disk import NO_ROOM
     from seppo_fast.errors import UserError
     from seppo_fast.training.ranks import FirstFailure, Stop, StopSignals, join, leave, lost_contact, quiet_libraries
 
@@ -70,7 +70,7 @@ def main() -> int:
             print(f"seppo_fast: {error}", file=sys.stderr, flush=True)
     except Exception as error:
         if failure.is_ours():
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
                 cause = f"no room left on the disk ({error}); free some and go on with --resume auto"
             elif lost_contact(error):
                 cause = (f"rank {rank} lost another rank, which was killed (out of memory?) or stopped on another machine,"

@@ -16,9 +16,9 @@ from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
+from seppo_fast.disk import NO_ROOM
 from seppo_fast.errors import UserError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STALE_SECONDS = 24 * 3600
 
 

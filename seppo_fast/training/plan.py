@@ -1,6 +1,5 @@
 """The plan: what will be done and what it costs, in words, before anything is done."""
 
-import math
 from math import prod
 from shutil import disk_usage
 
@@ -81,4 +80,4 @@ def _size(cost: Cost | None) -> str:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB" if math.isfinite(size) else "?"
+    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
