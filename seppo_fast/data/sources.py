@@ -12,6 +12,8 @@ from seppo_fast.errors import UserError
 
 __all__ = ["Part", "Row", "Skipped", "Source", "is_hub_dataset", "open_source"]
 
+SOURCE_NOT_SET = ("seppo.data.source is not set: --set seppo.data.source=PATH (an image folder with metadata.jsonl, Pick-a-Pic"
+                  " parquet files, a datasets directory or hub id, webdataset tars)")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PATTERN = re.compile(r"[*?{\[]")
 
@@ -19,8 +21,7 @@ PATTERN = re.compile(r"[*?{\[]")
 def open_source(data: config.Data, needs_loser: bool, seed: int) -> Source:
     """`data.source` as a list of parts. Reads file lists, footers and metadata files, never an image."""
     if not data.source:
-        raise UserError("seppo.data.source is not set: give a folder of images with metadata.jsonl, parquet files, a"
-                        " datasets directory or hub id, or webdataset tars")
+        raise UserError(SOURCE_NOT_SET)
     path = Path(data.source).expanduser()
     kind = detect(path, data) if data.format == "auto" else data.format
     if kind == "webdataset":

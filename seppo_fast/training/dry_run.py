@@ -4,7 +4,7 @@ from pathlib import Path
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan
-from seppo_fast.data.sources import is_hub_dataset, open_source
+from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
 from seppo_fast.models import is_hub_id, open_model
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training.cost import estimate
@@ -27,8 +27,7 @@ def dry_run(config: Config, world: int) -> str:
         missing.append(f"seppo.model.path {ours.model.path} is no directory here: it will be looked up on the hub, and compute and"
                        " memory cannot be estimated before")
     if ours.data.source is None:
-        missing.append("seppo.data.source is not set: --set seppo.data.source=PATH (an image folder with metadata.jsonl,"
-                       " Pick-a-Pic parquet files, a datasets directory, webdataset tars)")
+        missing.append(SOURCE_NOT_SET)
     elif is_hub_dataset(ours.data):
         missing.append(f"seppo.data.source {ours.data.source} is no file or folder here: it will be downloaded from the hub")
     else:

@@ -84,13 +84,10 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) 
 def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Source]:
     """The model directory and the demonstrations, checked but not loaded; a hub id is fetched by rank 0 first."""
     ours = config.seppo
-    if ours.data.source is None:
-        raise UserError("seppo.data.source is not set: give an image folder with metadata.jsonl, Pick-a-Pic parquet files, a"
-                        " datasets directory or webdataset tars, e.g. --set seppo.data.source=PATH")
     for turn in (ranks.rank == 0, ranks.rank != 0):
         if turn:
-            model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant)
             source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed)
+            model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant)
         ranks.barrier()
     return model, source
 
