@@ -1,0 +1,144 @@
+"""The fused backends under autograd: one pass computes losses, statistics and gradient; backward only hands it over.
+
+A backend is a function `(model_pred, ref_pred, target, beta, flipper, scale)` of dense tensors in one memory format that
+returns `(losses (B,), model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,), grad)`, with
+`grad = scale * d(sum of losses) / d(model_pred)` in model_pred's dtype and layout. While compiling it is an operator, so
+that the graph stays whole; in eager mode whatever has the least overhead.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLIPPER_CODES = {"aaf": 0, "indicator": 1, "none": 2}  # those of csrc/pair_loss.h
+
+_PAIR_LOSS = ("(Tensor model_pred, Tensor ref_pred, Tensor target, float beta, int flipper, float scale)"
+              " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY = torch.library.Library("seppo_fast", "FRAGMENT")
+for _schema in ("pair_loss" + _PAIR_LOSS, "pair_loss_triton" + _PAIR_LOSS,
+                "rescale(Tensor grad, Tensor upstream, float factor) -> Tensor"):
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_pair_loss = torch.ops.seppo_fast.pair_loss.default
+_pair_loss_triton = torch.ops.seppo_fast.pair_loss_triton.default
+_rescale = torch.ops.seppo_fast.rescale.default
+
+
+@torch.library.register_fake("seppo_fast::pair_loss_triton", lib=_LIBRARY)
+@torch.library.register_fake("seppo_fast::pair_loss", lib=_LIBRARY)
+def _(model_pred, ref_pred, target, beta, flipper, scale):
+    samples, pairs = ((n,) for n in (model_pred.shape[0], model_pred.shape[0] // 2))
+    return (*(model_pred.new_empty(shape, dtype=torch.float32) for shape in (pairs, samples, samples, pairs, pairs)),
+            torch.empty_like(model_pred))
+
+
+@torch.library.register_fake("seppo_fast::rescale", lib=_LIBRARY)
+def _(grad, upstream, factor):
+    return torch.empty_like(grad)
+
+
+def _launch_triton(*arguments):
+    from seppo_fast.ops import triton_kernel  # takes a while to import, and not everyone needs it
+    return triton_kernel.pair_loss(*arguments)
+
+
+_LIBRARY.impl("pair_loss_triton", _launch_triton, "CompositeExplicitAutograd")
+
+
+def fused_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float, flipper: str, reduction: str,
+               backend: str, grad_scale: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Reduced loss, model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,), from checked inputs."""
+    if ref_pred.requires_grad:
+        ref_pred = ref_pred.detach()
+    if target.requires_grad:
+        target = target.detach()
+    scale = 1.0 if reduction != "mean" else 2.0 / model_pred.shape[0]
+    factor = 1.0
+    if grad_scale is not None:
+        scale *= grad_scale
+    elif model_pred.dtype is torch.float16:
+        factor = _headroom(scale * beta / (model_pred.numel() // model_pred.shape[0]))
+    # Below autograd: the operator's outputs are constants, and one node hands the gradient over.
+    policy = model_pred.detach()
+    compute = _pair_loss if backend == "native" else _pair_loss_triton if torch.compiler.is_compiling() else _launch_triton
+    if not (policy.is_contiguous() and ref_pred.is_contiguous() and target.is_contiguous()):
+        policy, ref_pred, target = _alike(policy, ref_pred, target)
+    losses, model_mse, ref_mse, sign, logits, grad = compute(policy, ref_pred, target, beta, FLIPPER_CODES[flipper],
+                                                             scale / factor)
+    if reduction == "none":
+        loss = losses
+    elif losses.shape[0] == 1:
+        loss = losses.view(())  # no launch
+    else:
+        loss = losses.mean() if reduction == "mean" else losses.sum()
+    if model_pred.requires_grad and torch.is_grad_enabled():
+        loss = _Attach.apply(model_pred, loss, grad, None if grad_scale is not None else factor)
+    return loss, model_mse, ref_mse, sign, logits
+
+
+class _Attach(torch.autograd.Function):
+    """The loss as a function of `model_pred` whose gradient is there already, up to `factor` times the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, model_pred, loss, grad, factor):
+        ctx.save_for_backward(grad, model_pred)  # the latter only to say that there is no second derivative
+        ctx.factor = factor
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grad, model_pred = ctx.saved_tensors
+        factor = ctx.factor
+        if factor is not None and not _is_one(upstream, factor):
+            grad = _rescaled(grad, upstream.detach(), factor)
+        if torch.is_grad_enabled():
+            grad = _NoSecondDerivative.apply(grad, model_pred)
+        return grad, None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, model_pred):
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        raise RuntimeError("seppo_loss: the fused backends have no second derivative; use backend='reference'")
+
+
+def _is_one(upstream: Tensor, factor: float) -> bool:
+    """Whether nothing is left to multiply by, where asking is free: a plain tensor on the CPU."""
+    return type(upstream) is Tensor and upstream.is_cpu and not upstream.dim() and not torch.compiler.is_compiling() and (
+        upstream.item() * factor == 1.0)
+
+
+def _rescaled(grad: Tensor, upstream: Tensor, factor: float) -> Tensor:
+    """`factor * upstream * grad`, rounded once to grad's dtype; `upstream` is () or, one for each pair, (B,)."""
+    if grad.is_cpu:
+        return _rescale(grad, upstream, factor)
+    if factor != 1.0:
+        upstream = upstream * factor
+    out = torch.empty_like(grad)
+    halves, pairs = (2, -1), (1, -1) + (1,) * (grad.dim() - 1)
+    # With a dimension the fp32 number decides the dtype of the product, and `out` what is stored: one launch, where a
+    # 0-d tensor would be rounded to grad's dtype first.
+    with torch.no_grad():
+        torch.mul(grad.unflatten(0, halves), upstream.view(pairs), out=out.unflatten(0, halves))
+    return out
+
+
+def _alike(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same values, each sample dense, all in model_pred's memory format; no copy where that is so already."""
+    layout = torch.contiguous_format
+    for dims, candidate in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if model_pred.dim() == dims and model_pred.is_contiguous(memory_format=candidate):
+            layout = candidate
+    return tuple(x.contiguous(memory_format=layout) for x in (model_pred, ref_pred, target))
+
+
+def _headroom(coefficient: float) -> float:
+    """A power of two that keeps an fp16 gradient, stored before its upstream gradient is known, in fp16's range.
+
+    `coefficient`: the largest that can multiply a difference. Inside [2^-6, 1/2] nothing overflows, little underflows.
+    """
+    return 1.0 if 2.0**-6 <= coefficient <= 0.5 else 2.0 ** (math.frexp(coefficient)[1] + 1)
