@@ -270,9 +270,10 @@ void threads_share_pairs(const Problem& problem, int64_t group) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(const Tensor& model_pred, const Tensor& ref_pred,
-                                                                     const Tensor& target, double beta, int64_t flipper,
-                                                                     double scale) {
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs pair_loss(const Tensor& model_pred, const Tensor& ref_pred, const Tensor& target, double beta, int64_t flipper,
+                  double scale) {
   const int64_t samples = model_pred.size(0), total = model_pred.numel();
   STD_TORCH_CHECK(samples >= 2 && samples % 2 == 0 && total > 0, "seppo_fast::pair_loss: model_pred must be (2B, ...)");
   const int64_t pairs = samples / 2, elements = total / samples, targets = target.size(0);
@@ -313,6 +314,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss(const Tenso
   return {losses, model_mse, ref_mse, sign, logits, grad};
 }
 
+// The same, and weight times the sum of the losses before it: a reduction of its own costs as much as the dispatch of all
+// the rest.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss_total(
+    const Tensor& model_pred, const Tensor& ref_pred, const Tensor& target, double beta, int64_t flipper, double scale,
+    double weight) {
+  Outputs outputs = pair_loss(model_pred, ref_pred, target, beta, flipper, scale);
+  const Tensor& losses = std::get<0>(outputs);
+  const float* each = static_cast<const float*>(losses.const_data_ptr());
+  double sum = 0;
+  for (int64_t pair = 0; pair < losses.numel(); pair++) sum += (double)each[pair];
+  Tensor total = new_tensor(0, nullptr, nullptr, aoti_torch_dtype_float32());
+  *floats(total) = (float)(weight * sum);
+  return std::tuple_cat(std::make_tuple(std::move(total)), std::move(outputs));
+}
+
 // factor * upstream * grad in grad's dtype, the product in fp32; one upstream for all, or one for each pair.
 Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
   const int64_t samples = grad.size(0), elements = grad.numel() / samples, pairs = upstream.numel();
@@ -341,5 +357,6 @@ Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
 
 STABLE_TORCH_LIBRARY_IMPL(seppo_fast, CPU, m) {
   m.impl("pair_loss", TORCH_BOX(&pair_loss));
+  m.impl("pair_loss_total", TORCH_BOX(&pair_loss_total));
   m.impl("rescale", TORCH_BOX(&rescale));
 }

@@ -13,23 +13,30 @@ from torch import Tensor
 
 FLIPPER_CODES = {"aaf": 0, "indicator": 1, "none": 2}  # those of csrc/pair_loss.h
 
-_PAIR_LOSS = ("(Tensor model_pred, Tensor ref_pred, Tensor target, float beta, int flipper, float scale)"
-              " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_INPUTS = "Tensor model_pred, Tensor ref_pred, Tensor target, float beta, int flipper, float scale"
+_OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 _LIBRARY = torch.library.Library("seppo_fast", "FRAGMENT")
-for _schema in ("pair_loss" + _PAIR_LOSS, "pair_loss_triton" + _PAIR_LOSS,
+for _schema in (f"pair_loss({_INPUTS}) -> ({_OUTPUTS})", f"pair_loss_triton({_INPUTS}) -> ({_OUTPUTS})",
+                f"pair_loss_total({_INPUTS}, float weight) -> (Tensor, {_OUTPUTS})",  # CPU: also weight * sum of losses
                 "rescale(Tensor grad, Tensor upstream, float factor) -> Tensor"):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _pair_loss = torch.ops.seppo_fast.pair_loss.default
+_pair_loss_total = torch.ops.seppo_fast.pair_loss_total.default
 _pair_loss_triton = torch.ops.seppo_fast.pair_loss_triton.default
 _rescale = torch.ops.seppo_fast.rescale.default
 
 
 @torch.library.register_fake("seppo_fast::pair_loss_triton", lib=_LIBRARY)
 @torch.library.register_fake("seppo_fast::pair_loss", lib=_LIBRARY)
-def _(model_pred, ref_pred, target, beta, flipper, scale):
+def _fake(model_pred, ref_pred, target, beta, flipper, scale):
     samples, pairs = ((n,) for n in (model_pred.shape[0], model_pred.shape[0] // 2))
     return (*(model_pred.new_empty(shape, dtype=torch.float32) for shape in (pairs, samples, samples, pairs, pairs)),
             torch.empty_like(model_pred))
+
+
+@torch.library.register_fake("seppo_fast::pair_loss_total", lib=_LIBRARY)
+def _(model_pred, ref_pred, target, beta, flipper, scale, weight):
+    return (model_pred.new_empty((), dtype=torch.float32), *_fake(model_pred, ref_pred, target, beta, flipper, scale))
 
 
 @torch.library.register_fake("seppo_fast::rescale", lib=_LIBRARY)
@@ -52,27 +59,28 @@ def fused_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
         ref_pred = ref_pred.detach()
     if target.requires_grad:
         target = target.detach()
-    scale = 1.0 if reduction != "mean" else 2.0 / model_pred.shape[0]
-    factor = 1.0
+    weight = 1.0 if reduction != "mean" else 2.0 / model_pred.shape[0]
+    scale, factor = weight, 1.0
     if grad_scale is not None:
         scale *= grad_scale
     elif model_pred.dtype is torch.float16:
         factor = _headroom(scale * beta / (model_pred.numel() // model_pred.shape[0]))
     # Below autograd: the operator's outputs are constants, and one node hands the gradient over.
     policy = model_pred.detach()
-    compute = _pair_loss if backend == "native" else _pair_loss_triton if torch.compiler.is_compiling() else _launch_triton
     if not (policy.is_contiguous() and ref_pred.is_contiguous() and target.is_contiguous()):
         policy, ref_pred, target = _alike(policy, ref_pred, target)
-    losses, model_mse, ref_mse, sign, logits, grad = compute(policy, ref_pred, target, beta, FLIPPER_CODES[flipper],
-                                                             scale / factor)
-    if reduction == "none":
-        loss = losses
-    elif losses.shape[0] == 1:
-        loss = losses.view(())  # no launch
+    arguments = (policy, ref_pred, target, beta, FLIPPER_CODES[flipper], scale / factor)
+    compiling = torch.compiler.is_compiling()
+    if backend == "native" and reduction != "none" and policy.is_cpu:
+        loss, _, model_mse, ref_mse, sign, logits, grad = _pair_loss_total(*arguments, weight)
     else:
-        loss = losses.mean() if reduction == "mean" else losses.sum()
+        compute = _pair_loss if backend == "native" else _pair_loss_triton if compiling else _launch_triton
+        loss, model_mse, ref_mse, sign, logits, grad = compute(*arguments)
+        if reduction != "none":
+            loss = loss.view(()) if loss.shape[0] == 1 else loss.mean() if reduction == "mean" else loss.sum()
     if model_pred.requires_grad and torch.is_grad_enabled():
-        loss = _Attach.apply(model_pred, loss, grad, None if grad_scale is not None else factor)
+        plain = compiling or torch._C._are_functorch_transforms_active()
+        loss = (_Attach.apply if plain else _attach)(model_pred, loss, grad, None if grad_scale is not None else factor)
     return loss, model_mse, ref_mse, sign, logits
 
 
@@ -83,7 +91,7 @@ class _Attach(torch.autograd.Function):
     def forward(ctx, model_pred, loss, grad, factor):
         ctx.save_for_backward(grad, model_pred)  # the latter only to say that there is no second derivative
         ctx.factor = factor
-        return loss.view_as(loss)
+        return loss
 
     @staticmethod
     def backward(ctx, upstream):
@@ -94,6 +102,10 @@ class _Attach(torch.autograd.Function):
         if torch.is_grad_enabled():
             grad = _NoSecondDerivative.apply(grad, model_pred)
         return grad, None, None, None
+
+
+# Function.apply without what it does in Python for functorch's sake.
+_attach = super(torch.autograd.Function, _Attach).apply
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -116,14 +128,17 @@ def _rescaled(grad: Tensor, upstream: Tensor, factor: float) -> Tensor:
     """`factor * upstream * grad`, rounded once to grad's dtype; `upstream` is () or, one for each pair, (B,)."""
     if grad.is_cpu:
         return _rescale(grad, upstream, factor)
-    if factor != 1.0:
-        upstream = upstream * factor
+    return _multiplied(grad, upstream if factor == 1.0 else upstream * factor)
+
+
+@torch.no_grad()
+def _multiplied(grad: Tensor, upstream: Tensor) -> Tensor:
+    """The same product on any device, in one launch."""
     out = torch.empty_like(grad)
     halves, pairs = (2, -1), (1, -1) + (1,) * (grad.dim() - 1)
-    # With a dimension the fp32 number decides the dtype of the product, and `out` what is stored: one launch, where a
-    # 0-d tensor would be rounded to grad's dtype first.
-    with torch.no_grad():
-        torch.mul(grad.unflatten(0, halves), upstream.view(pairs), out=out.unflatten(0, halves))
+    # With a dimension the fp32 number decides the dtype of the product, and `out` what is stored, where a 0-d tensor would
+    # be rounded to grad's dtype first.
+    torch.mul(grad.unflatten(0, halves), upstream.view(pairs), out=out.unflatten(0, halves))
     return out
 
 
