@@ -84,6 +84,9 @@ def fused_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
     return loss, model_mse, ref_mse, sign, logits
 
 
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph  # by retain_graph or create_graph
+
+
 class _Attach(torch.autograd.Function):
     """The loss as a function of `model_pred` whose gradient is there already, up to `factor` times the upstream gradient."""
 
@@ -99,6 +102,8 @@ class _Attach(torch.autograd.Function):
         factor = ctx.factor
         if factor is not None and not _is_one(upstream, factor):
             grad = _rescaled(grad, upstream.detach(), factor)
+        elif not torch.compiler.is_compiling() and _graph_is_kept():
+            grad = grad.clone()  # there may be a next time, and who gets a gradient may change it in place
         if torch.is_grad_enabled():
             grad = _NoSecondDerivative.apply(grad, model_pred)
         return grad, None, None, None
