@@ -24,7 +24,8 @@ from benchmarks import loss_baselines
 from seppo_fast.ops import available_backends, seppo_loss
 
 SHAPES = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "video": (4, 16, 32, 32), "sd3_1024": (16, 128, 128)}
-CASES = [("sd15", pairs) for pairs in (2, 4, 8, 16, 32, 64)] + [("sdxl", 2), ("sdxl", 8), ("video", 2), ("video", 8), ("sd3_1024", 2)]
+CASES = [*(("sd15", pairs) for pairs in (2, 4, 8, 16, 32, 64)), ("sdxl", 2), ("sdxl", 8), ("video", 2), ("video", 8),
+         ("sd3_1024", 2)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROTATE_BYTES = 256 << 20
 Case = list[Tensor]
@@ -164,7 +165,8 @@ def main() -> None:
             rows += measure_case(shape_name, pairs, dtype_name, "cpu", arguments.seconds)
             print(ratios(rows)[-2], flush=True)
             # after every case, so that a run cut short leaves what it had
-            (arguments.out / "loss_cpu.json").write_text(json.dumps(result | {"ratios": ratios(rows), "rows": rows}, indent=1) + "\n")
+            text = json.dumps(result | {"ratios": ratios(rows), "rows": rows}, indent=1)
+            (arguments.out / "loss_cpu.json").write_text(text + "\n")
     with (arguments.out / "loss_cpu.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -1,4 +1,4 @@
-"""What the fused loss is measured against: the usual implementation, compiled, with the gradient made in the forward, and a copy."""
+"""What the fused loss is measured against: the usual implementation, compiled, gradient made in the forward, and a copy."""
 
 import torch
 import torch.nn.functional as F
