@@ -6,8 +6,6 @@ returns `(losses (B,), model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,), g
 that the graph stays whole; in eager mode whatever has the least overhead.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -60,16 +58,14 @@ def fused_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
     if target.requires_grad:
         target = target.detach()
     weight = 1.0 if reduction != "mean" else 2.0 / model_pred.shape[0]
-    scale, factor = weight, 1.0
-    if grad_scale is not None:
-        scale *= grad_scale
-    elif model_pred.dtype is torch.float16:
-        factor = _headroom(scale * beta / (model_pred.numel() // model_pred.shape[0]))
+    known = grad_scale is not None
     # Below autograd: the operator's outputs are constants, and one node hands the gradient over.
     policy = model_pred.detach()
+    if policy.dtype is torch.float16 and not known:
+        policy = policy.float()  # fp16 may not hold the gradient before its upstream gradient (a loss scale) is in
     if not (policy.is_contiguous() and ref_pred.is_contiguous() and target.is_contiguous()):
         policy, ref_pred, target = _alike(policy, ref_pred, target)
-    arguments = (policy, ref_pred, target, beta, FLIPPER_CODES[flipper], scale / factor)
+    arguments = (policy, ref_pred, target, beta, FLIPPER_CODES[flipper], weight * grad_scale if known else weight)
     compiling = torch.compiler.is_compiling()
     if backend == "native" and reduction != "none" and policy.is_cpu:
         loss, _, model_mse, ref_mse, sign, logits, grad = _pair_loss_total(*arguments, weight)
@@ -80,7 +76,7 @@ def fused_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
             loss = loss.view(()) if loss.shape[0] == 1 else loss.mean() if reduction == "mean" else loss.sum()
     if model_pred.requires_grad and torch.is_grad_enabled():
         plain = compiling or torch._C._are_functorch_transforms_active()
-        loss = (_Attach.apply if plain else _attach)(model_pred, loss, grad, None if grad_scale is not None else factor)
+        loss = (_Attach.apply if plain else _attach)(model_pred, loss, grad, known, backend)
     return loss, model_mse, ref_mse, sign, logits
 
 
@@ -88,25 +84,26 @@ _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph  # by ret
 
 
 class _Attach(torch.autograd.Function):
-    """The loss as a function of `model_pred` whose gradient is there already, up to `factor` times the upstream gradient."""
+    """The loss as a function of `model_pred` whose gradient is there already, but for an upstream gradient not `known`."""
 
     @staticmethod
-    def forward(ctx, model_pred, loss, grad, factor):
+    def forward(ctx, model_pred, loss, grad, known, backend):
         ctx.save_for_backward(grad, model_pred)  # the latter only to say that there is no second derivative
-        ctx.factor = factor
+        ctx.known, ctx.backend = known, backend
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
         grad, model_pred = ctx.saved_tensors
-        factor = ctx.factor
-        if factor is not None and not _is_one(upstream, factor):
-            grad = _rescaled(grad, upstream.detach(), factor)
+        if not (ctx.known or _is_one(upstream)):
+            grad = _rescale(grad, upstream.detach(), 1.0) if ctx.backend == "native" else _multiplied(grad, upstream)
         elif not torch.compiler.is_compiling() and _graph_is_kept():
             grad = grad.clone()  # there may be a next time, and who gets a gradient may change it in place
+        if grad.dtype is not model_pred.dtype:
+            grad = grad.to(model_pred.dtype)
         if torch.is_grad_enabled():
             grad = _NoSecondDerivative.apply(grad, model_pred)
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 # Function.apply without what it does in Python for functorch's sake.
@@ -123,22 +120,15 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("seppo_loss: the fused backends have no second derivative; use backend='reference'")
 
 
-def _is_one(upstream: Tensor, factor: float) -> bool:
+def _is_one(upstream: Tensor) -> bool:
     """Whether nothing is left to multiply by, where asking is free: a plain tensor on the CPU."""
     return type(upstream) is Tensor and upstream.is_cpu and not upstream.dim() and not torch.compiler.is_compiling() and (
-        upstream.item() * factor == 1.0)
-
-
-def _rescaled(grad: Tensor, upstream: Tensor, factor: float) -> Tensor:
-    """`factor * upstream * grad`, rounded once to grad's dtype; `upstream` is () or, one for each pair, (B,)."""
-    if grad.is_cpu:
-        return _rescale(grad, upstream, factor)
-    return _multiplied(grad, upstream if factor == 1.0 else upstream * factor)
+        upstream.item() == 1.0)
 
 
 @torch.no_grad()
 def _multiplied(grad: Tensor, upstream: Tensor) -> Tensor:
-    """The same product on any device, in one launch."""
+    """`upstream * grad`, rounded once to grad's dtype, in one launch; `upstream` is () or, one for each pair, (B,)."""
     out = torch.empty_like(grad)
     halves, pairs = (2, -1), (1, -1) + (1,) * (grad.dim() - 1)
     # With a dimension the fp32 number decides the dtype of the product, and `out` what is stored, where a 0-d tensor would
@@ -154,11 +144,3 @@ def _alike(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> tuple[Tensor
         if model_pred.dim() == dims and model_pred.is_contiguous(memory_format=candidate):
             layout = candidate
     return tuple(x.contiguous(memory_format=layout) for x in (model_pred, ref_pred, target))
-
-
-def _headroom(coefficient: float) -> float:
-    """A power of two that keeps an fp16 gradient, stored before its upstream gradient is known, in fp16's range.
-
-    `coefficient`: the largest that can multiply a difference. Inside [2^-6, 1/2] nothing overflows, little underflows.
-    """
-    return 1.0 if 2.0**-6 <= coefficient <= 0.5 else 2.0 ** (math.frexp(coefficient)[1] + 1)

@@ -65,7 +65,7 @@ def test_backward_launches_nothing_where_the_upstream_gradient_is_known():
 
 @pytest.mark.parametrize("scale", [2.0**-14, 1.0, 65536.0])
 def test_fp16_gradients_keep_their_range_until_the_upstream_gradient_is_known(scale):
-    """beta 1e6 over 50 elements would overflow, beta 1 over 4096 underflow, if the stored gradient were not scaled."""
+    """beta 1e6 over 50 elements would overflow, beta 1 over 4096 underflow, if the stored gradient were fp16."""
     for beta, shape in ((1e6, (4, 50)), (1.0, (4, 4096))):
         model, ref, target = make(shape, torch.float16)
         ref = model.detach()  # a tie: the slope is 1/2
@@ -147,7 +147,7 @@ def test_the_launcher_of_other_devices_rescales_with_one_rounding():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         grad = make(dtype=dtype)[0].detach().to(memory_format=torch.channels_last)
         for upstream in (torch.tensor(0.37), torch.tensor([0.37, -2.0])):
-            native_result = fused._rescaled(grad, upstream, 2.0)
+            native_result = torch.ops.seppo_fast.rescale(grad, upstream, 2.0)
             exact = (grad.double().unflatten(0, (2, 2)) * (2 * upstream.double()).view(1, -1, 1, 1, 1)).flatten(0, 1)
             torch.testing.assert_close(native_result.double(), exact.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=0)
             assert native_result.stride() == grad.stride()
