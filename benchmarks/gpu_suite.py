@@ -24,8 +24,9 @@ from benchmarks import gpu_steps
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 525  # of the whole run
 # name -> seconds at most; the functions that measure are in gpu_steps.py
-STEPS = {"build": 150, "tests": 150, "memory": 20, "bandwidth": 50, "host": 40, "baselines": 130, "memcheck": 90, "racecheck": 60,
-         "plans": 40}
+STEPS = {"build": 120, "tests_native": 90, "memory": 20, "bandwidth": 50, "host": 40, "baselines": 120, "tests_triton": 130,
+         "memcheck": 80, "racecheck": 60, "plans": 40}
+CHECKS = ("tests_native", "tests_triton", "memcheck", "racecheck")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
 
 
@@ -37,12 +38,12 @@ def build(out: Path) -> dict[str, object]:
             "said": (run.stdout + run.stderr)[-2000:]}
 
 
-def tests(out: Path) -> dict[str, object]:
-    """The numerical tests of both backends on this GPU: against fp64, bit for bit, graphs, streams, a second device."""
-    report = out / "tests.xml"
+def tests(name: str, out: Path) -> dict[str, object]:
+    """A backend's numerical tests on this GPU: against fp64, bit for bit, graphs, streams, a second device if there is one."""
+    report = out / f"{name}.xml"
     chosen = "not interpreter and not compiled and not spill and not 16_bytes"
-    subprocess.run([*PYTEST, "tests/ops/test_cuda_build.py", "tests/ops/test_triton.py", "-k", chosen, f"--junitxml={report}"],
-                   cwd=ROOT, timeout=STEPS["tests"] - 5, check=False)
+    file = {"tests_native": "tests/ops/test_cuda_build.py", "tests_triton": "tests/ops/test_triton.py"}[name]
+    subprocess.run([*PYTEST, file, "-k", chosen, f"--junitxml={report}"], cwd=ROOT, check=False)
     suite = ElementTree.parse(report).getroot().find("testsuite")
     counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
     failed = [f"{case.get('name')}: {bad.get('message')[:300]}" for case in suite.iter("testcase")
@@ -85,8 +86,10 @@ def run_step(name: str, out: Path) -> None:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
         temporary.replace(out / f"{name}.json")
 
-    if name in ("build", "tests"):
-        keep(globals()[name](out))
+    if name == "build":
+        keep(build(out))
+    elif name.startswith("tests"):
+        keep(tests(name, out))
     elif name in ("memcheck", "racecheck"):
         keep(sanitize(name, out) if have("compute-sanitizer") else {"ok": None, "said": "there is no compute-sanitizer"})
     elif name == "machine":
@@ -136,7 +139,7 @@ def main() -> None:
         print(f"{name}: {outcome}, {summary[name]['seconds']} s {gpu_steps.headline(found)}", flush=True)
         if outcome != "done":
             print("".join((out / f"{name}.log").read_text().splitlines(keepends=True)[-15:]), flush=True)
-    bad = [name for name in ("tests", "memcheck", "racecheck") if name in summary and summary[name].get("ok") is False]
+    bad = [name for name in CHECKS if name in summary and summary[name].get("ok", False) is False]  # no verdict is no success
     sys.exit(f"failed: {', '.join(bad)}" if bad else 0)
 
 

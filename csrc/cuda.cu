@@ -511,7 +511,7 @@ Device& device_of(int index) {
 
 struct Guard {
   CUDAGuardHandle handle = nullptr;
-  explicit Guard(int device) { STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &handle)); }
+  explicit Guard(int device) { TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &handle)); }
   ~Guard() { aoti_torch_delete_cuda_guard(handle); }
   Guard(const Guard&) = delete;
   Guard& operator=(const Guard&) = delete;
@@ -519,13 +519,13 @@ struct Guard {
 
 cudaStream_t stream_of(int device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
 Tensor new_tensor(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int device) {
   AtenTensorHandle handle = nullptr;  // the C call rather than stable::empty, which looks the operator up by name
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(handle);
 }
@@ -537,7 +537,7 @@ Tensor new_floats(int64_t count, int device) {
 
 Tensor new_like(const Tensor& x, int device) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   return new_tensor(x.dim(), x.sizes().data(), x.strides().data(), dtype, device);
 }
 
