@@ -117,8 +117,9 @@ def train(ranks: Any) -> Any:
 @pytest.fixture
 def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """`launch(raw_or_name, *arguments, ranks=1)` runs `deepspeed seppo_fast/train.py` and returns the finished process."""
-    return lambda raw, *arguments, ranks=1, **options: subprocess.run(
-        command(raw, *arguments, ranks=ranks, folder=tmp_path), cwd=ROOT, text=True, capture_output=True, timeout=280, **options)
+    return lambda raw, *arguments, ranks=1: subprocess.run(
+        command(raw, *arguments, ranks=ranks, folder=tmp_path), cwd=ROOT, text=True, capture_output=True, timeout=280,
+        env=unranked())
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def start(tmp_path: Path) -> Any:
 
     def begin(raw: Any, *arguments: str, ranks: int | None = None) -> subprocess.Popen:
         process = subprocess.Popen(command(raw, *arguments, ranks=ranks, folder=tmp_path), cwd=ROOT, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=unranked())
         started.append(process)
         return process
 
@@ -149,6 +150,12 @@ def command(raw: dict[str, Any] | str, *arguments: str, ranks: int | None, folde
         raw = str(file)
     launcher = [] if ranks is None else ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", free_port()]
     return [sys.executable, *launcher, "seppo_fast/train.py", "--config", raw, *arguments]
+
+
+def unranked() -> dict[str, str]:
+    """This environment without what says that this process, which trains too, is a rank."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def free_port() -> str:
@@ -177,7 +184,7 @@ def train_on_ranks(tmp_path: Path) -> Callable[..., list[Path]]:
         jobs.write_text(json.dumps(raws))
         done = subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port",
                                free_port(), "tests/run_jobs.py", str(jobs)],
-                              cwd=ROOT, text=True, capture_output=True, timeout=280)
+                              cwd=ROOT, text=True, capture_output=True, timeout=280, env=unranked())
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return [Path(raw["seppo"]["output_dir"]) for raw in raws]
 

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -53,13 +52,14 @@ class Ranks:
 
 def join() -> Ranks:
     """Join the ranks that the launcher started, or be the only one when there was no launcher."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    alone = "RANK" not in os.environ
+    if alone:  # DeepSpeed looks for MPI unless it finds all of these
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
+                          MASTER_PORT="0")
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if alone:  # a store in this process, so that there is no port to fight for
+        backend = get_accelerator().communication_backend_name()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # DeepSpeed's own collectives for CPUs leave 69 MB a rank in /dev/shm behind, run after run, are compiled for a minute the
     # first time, and spin for ever when another rank dies: gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
