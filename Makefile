@@ -21,7 +21,7 @@ readme: $(READY)
 	$(BIN)/python -m benchmarks.readme
 
 # torch first and pinned: a ranged requirement may bring another build. No build isolation: it would fetch torch once more.
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel

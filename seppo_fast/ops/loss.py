@@ -1,23 +1,21 @@
 """`seppo_loss`: checks, choice of backend, reduction and statistics."""
 
 import math
+from functools import lru_cache
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from seppo_fast.ops import native
+from seppo_fast.ops.fused import fused_loss
 from seppo_fast.ops.reference import mean_squared_errors, pair_losses
 
+FUSED_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FLIPPERS = ("aaf", "indicator", "none")
 REDUCTIONS = ("mean", "sum", "none")
-
-# Fastest first. What is not there says why, in the words the error message uses.
-BACKENDS = {
-    "native": "not built in this version of seppo_fast",
-    "triton": "not built in this version of seppo_fast",
-    "reference": "available",
-}
+BACKENDS = ("native", "triton", "reference")  # fastest first
 
 
 class SeppoStats(NamedTuple):
@@ -31,23 +29,57 @@ class SeppoStats(NamedTuple):
     aaf_rate: Tensor  # () share of signs == -1
 
 
-def available_backends() -> dict[str, str]:
-    """Every backend, fastest first: "available" or the reason why not. `backend="auto"` takes the first available."""
-    return dict(BACKENDS)
+def available_backends(device: torch.device | str | None = None) -> dict[str, str]:
+    """Every backend, fastest first: "available" or the reason why not. `backend="auto"` takes the first available.
+
+    For tensors on `device`; by default a CUDA GPU if there is one, else the CPU.
+    """
+    device_type = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    return {name: _why_not(name, device_type) or "available" for name in BACKENDS}
+
+
+# (backend, device type) -> None or why not. Filled ahead for what a compiled graph may ask, which cannot load libraries.
+_REASONS: dict[tuple[str, str], str | None] = {}
+
+
+def _why_not(backend: str, device_type: str) -> str | None:
+    if (backend, device_type) not in _REASONS:
+        _REASONS[backend, device_type] = _find_out(backend, device_type)
+    return _REASONS[backend, device_type]
+
+
+def _find_out(backend: str, device_type: str) -> str | None:
+    if backend == "reference":
+        return None
+    if backend == "native":
+        return native.why_not(device_type)
+    try:
+        from seppo_fast.ops import triton_kernel  # not before it is asked for: importing triton takes a while
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return triton_kernel.why_not(device_type)
+
+
+for _device_type in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
+    for _backend in BACKENDS:
+        if _why_not(_backend, _device_type) is None:
+            break
 
 
 @overload
 def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float = ..., *, flipper: str = ...,
-               reduction: str = ..., backend: str = ..., return_stats: Literal[False] = ...) -> Tensor: ...
+               reduction: str = ..., backend: str = ..., grad_scale: float | None = ...,
+               return_stats: Literal[False] = ...) -> Tensor: ...
 
 
 @overload
 def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float = ..., *, flipper: str = ...,
-               reduction: str = ..., backend: str = ..., return_stats: Literal[True]) -> tuple[Tensor, SeppoStats]: ...
+               reduction: str = ..., backend: str = ..., grad_scale: float | None = ...,
+               return_stats: Literal[True]) -> tuple[Tensor, SeppoStats]: ...
 
 
 def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float = 2000.0, *, flipper: str = "aaf",
-               reduction: str = "mean", backend: str = "auto",
+               reduction: str = "mean", backend: str = "auto", grad_scale: float | None = None,
                return_stats: bool = False) -> Tensor | tuple[Tensor, SeppoStats]:
     """The SePPO loss (Eq. 8 in the convention of App. B.2) of B pairs: `-logsigmoid(z)`, reduced.
 
@@ -69,25 +101,75 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
         target: what both should have predicted, `(2B, ...)`, or `(B, ...)` when the two halves share the noise.
         beta: how far the policy may move from the reference; 2000 in the paper.
         reduction: `"mean"` or `"sum"` over pairs, or `"none"` for `(B,)`.
-        backend: `"auto"` or a name from `available_backends()`.
+        backend: `"auto"` or a name from `available_backends()`. fp64 takes the reference.
+        grad_scale: the upstream gradient (of each loss, with "none") where the host knows it, such as DeepSpeed's 1 /
+            accumulation steps. backward then uses this number *instead of* the one that arrives: the gradient is ready
+            when the loss is, rounded once, and backward launches nothing. The loss itself is not scaled.
         return_stats: also return a `SeppoStats`.
 
     Returns the loss in fp32 (fp64 when an input is), whatever the inputs' dtype. Nothing here waits for the device. A
     sample that is not finite spoils its own pair's loss and gradient and no other's.
     """
-    _check_tensors(model_pred, ref_pred, target)
-    _check_options(beta, flipper, reduction, backend)
-    losses, sign, logits = pair_losses(model_pred, ref_pred, target, beta, flipper)
-    loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
-    if not return_stats:
-        return loss
-    model_mse, ref_mse = mean_squared_errors(model_pred, ref_pred, target)
-    logits = logits.detach()
-    return loss, SeppoStats(model_mse, ref_mse, sign, logits, implicit_acc=(logits > 0).to(logits.dtype).mean(),
-                            aaf_rate=(sign == -1).to(logits.dtype).mean())
+    device_type, wide = _check_tensors(model_pred, ref_pred, target)
+    try:
+        _check_options(beta, flipper, reduction, grad_scale)
+    except TypeError as error:
+        raise (TypeError("beta, flipper, reduction and grad_scale must be numbers and names, got something unhashable")
+               if "unhashable" in str(error) else error) from None
+    backend = _choose(backend, device_type)
+    if wide:
+        backend = "reference"
+    if backend != "reference":
+        loss, model_mse, ref_mse, sign, logits = fused_loss(model_pred, ref_pred, target, beta, flipper, reduction,
+                                                            backend, grad_scale)
+        if not return_stats:
+            return loss
+    else:
+        losses, sign, logits = pair_losses(model_pred, ref_pred, target, beta, flipper)
+        loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+        if grad_scale is not None:
+            loss = _FixedUpstream.apply(loss, grad_scale)
+        if not return_stats:
+            return loss
+        model_mse, ref_mse = mean_squared_errors(model_pred, ref_pred, target)
+        logits = logits.detach()
+    return loss, SeppoStats(model_mse, ref_mse, sign, logits, implicit_acc=_share(logits > 0, logits.dtype),
+                            aaf_rate=_share(sign == -1, logits.dtype))
 
 
-def _check_tensors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> None:
+def _share(condition: Tensor, dtype: torch.dtype) -> Tensor:
+    return condition.mean(dtype=dtype)
+
+
+class _FixedUpstream(torch.autograd.Function):
+    """The identity, whose upstream gradient is replaced by `grad_scale`."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, grad_scale: float) -> Tensor:
+        ctx.grad_scale = grad_scale
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+        return torch.full_like(upstream, ctx.grad_scale), None
+
+
+def _check_tensors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> tuple[str, bool]:
+    """The type of the common device, and whether an input is fp64."""
+    try:  # what is nearly always true, in a few comparisons; anything else is looked at closely
+        dtypes = (model_pred.dtype, ref_pred.dtype, target.dtype)
+        shape, target_shape, device = model_pred.shape, target.shape, model_pred.device
+        if (FUSED_DTYPES.issuperset(dtypes) and shape == ref_pred.shape and len(shape) > 1 and not shape[0] % 2
+                and (target_shape == shape or target_shape[0] * 2 == shape[0] and target_shape[1:] == shape[1:])
+                and 0 not in shape and device == ref_pred.device and device == target.device):
+            return device.type, False
+    except (AttributeError, IndexError, TypeError):
+        pass
+    _explain_tensors(model_pred, ref_pred, target)
+    return model_pred.device.type, True
+
+
+def _explain_tensors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> None:
     named = (("model_pred", model_pred), ("ref_pred", ref_pred), ("target", target))
     for name, tensor in named:
         if not isinstance(tensor, Tensor):
@@ -112,18 +194,29 @@ def _check_tensors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> None
             raise ValueError(f"{name} must be on model_pred's device {model_pred.device}, got {tensor.device}")
 
 
-def _check_options(beta: float, flipper: str, reduction: str, backend: str) -> None:
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise TypeError(f"beta must be a Python number, got {type(beta).__name__}")
+@lru_cache(typed=True)  # a loop passes the same few numbers and names for ever
+def _check_options(beta: float, flipper: str, reduction: str, grad_scale: float | None) -> None:
+    for name, number in (("beta", beta), ("grad_scale", grad_scale)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) and (name == "beta" or number is not None):
+            raise TypeError(f"{name} must be a Python number, got {type(number).__name__}")
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta}")
+    if grad_scale is not None and not math.isfinite(grad_scale):
+        raise ValueError(f"grad_scale must be finite, got {grad_scale}")
     if flipper not in FLIPPERS:
         raise ValueError(f"flipper must be one of {', '.join(FLIPPERS)}, got {flipper!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if backend == "auto" or BACKENDS.get(backend) == "available":
-        return
-    usable = ", ".join(name for name, state in BACKENDS.items() if state == "available")
+
+
+def _choose(backend: str, device_type: str) -> str:
+    """The name of a backend that works for this type of device."""
+    if backend == "auto":
+        return next(name for name in BACKENDS if _why_not(name, device_type) is None)
+    if backend in BACKENDS and _why_not(backend, device_type) is None:
+        return backend
+    usable = ", ".join(name for name in BACKENDS if _why_not(name, device_type) is None)
     if backend in BACKENDS:
-        raise ValueError(f"backend {backend!r} is {BACKENDS[backend]}; use 'auto' or one of: {usable}")
+        raise ValueError(f"backend {backend!r} cannot run on {device_type} tensors here:"
+                         f" {_why_not(backend, device_type)}; use 'auto' or one of: {usable}")
     raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}; available: {usable}")

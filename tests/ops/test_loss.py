@@ -293,9 +293,13 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
 
 
-def tensors(shape=(4, 3), **changes):
-    given = {"model_pred": torch.zeros(shape), "ref_pred": torch.zeros(shape), "target": torch.zeros(shape)}
-    return given | changes
+def tensors(shape=(4, 3), device="cpu", **changes):
+    names = ("model_pred", "ref_pred", "target")
+    return {name: torch.zeros(shape, device=device) for name in names} | changes
+
+
+def on_meta(**changes):
+    return tensors(device="meta", **changes)
 
 
 @pytest.mark.parametrize("arguments,error,message", [
@@ -323,9 +327,11 @@ def tensors(shape=(4, 3), **changes):
     (tensors(beta=True), TypeError, "beta must be a Python number, got bool"),
     (tensors(flipper="AAF"), ValueError, "flipper must be one of aaf, indicator, none, got 'AAF'"),
     (tensors(reduction=None), ValueError, "reduction must be one of mean, sum, none, got None"),
-    (tensors(backend="native"), ValueError, "backend 'native' is not built in this version.*reference"),
-    (tensors(backend="triton"), ValueError, "backend 'triton' is not built in this version.*reference"),
-    (tensors(backend="cuda"), ValueError, "backend must be 'auto' or one of .*, got 'cuda'; available: reference"),
+    (tensors(grad_scale="1"), TypeError, "grad_scale must be a Python number, got str"),
+    (tensors(grad_scale=float("nan")), ValueError, "grad_scale must be finite, got nan"),
+    (on_meta(backend="native"), ValueError, "backend 'native' cannot run on meta tensors here: .*; use .*reference"),
+    (on_meta(backend="triton"), ValueError, "backend 'triton' cannot run on meta tensors here: .*; use .*reference"),
+    (tensors(backend="cuda"), ValueError, "backend must be 'auto' or one of .*, got 'cuda'; available: .*reference"),
 ])
 def test_messages(arguments, error, message):
     with pytest.raises(error, match=message):

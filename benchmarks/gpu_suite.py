@@ -1,0 +1,147 @@
+"""Everything that needs a GPU: `python -m benchmarks.gpu_suite --out DIR`, under 9 minutes, no network.
+
+The steps run in order of importance, each in a process of its own with a time limit, and DIR/gpu_suite.json is rewritten
+after each, so whatever stops the run leaves what came before. A step that fails or times out does not stop the others;
+what it had measured by then is kept. Nothing but torch, triton and pytest is needed, and nvcc for the CUDA library.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu_steps
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 525  # of the whole run
+# name -> seconds at most; the functions that measure are in gpu_steps.py
+STEPS = {"build": 120, "tests_native": 90, "memory": 20, "bandwidth": 50, "host": 40, "baselines": 120, "tests_triton": 130,
+         "memcheck": 80, "racecheck": 60, "plans": 40}
+CHECKS = ("tests_native", "tests_triton", "memcheck", "racecheck")
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+
+
+def build(out: Path) -> dict[str, object]:
+    """The CUDA and CPU libraries in place, by setup.py. What cannot be built leaves the Triton backend."""
+    run = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, capture_output=True, text=True)
+    library = ROOT / "seppo_fast/_cuda.so"
+    return {"ok": run.returncode == 0 and library.exists(), "bytes": library.stat().st_size if library.exists() else 0,
+            "said": (run.stdout + run.stderr)[-2000:]}
+
+
+def tests(name: str, out: Path) -> dict[str, object]:
+    """A backend's numerical tests on this GPU: against fp64, bit for bit, graphs, streams, a second device if there is one."""
+    report = out / f"{name}.xml"
+    chosen = "not interpreter and not compiled and not spill and not 16_bytes"
+    file = {"tests_native": "tests/ops/test_cuda_build.py", "tests_triton": "tests/ops/test_triton.py"}[name]
+    subprocess.run([*PYTEST, file, "-k", chosen, f"--junitxml={report}"], cwd=ROOT, check=False)
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
+    failed = [f"{case.get('name')}: {bad.get('message')[:300]}" for case in suite.iter("testcase")
+              for bad in case if bad.tag in ("failure", "error")]
+    skipped = sorted({bad.get("message", "")[:200] for bad in suite.iter("skipped")})
+    ran = not any("GPU" in reason for reason in skipped)  # a backend that is not there was not tested, which is no success
+    return counts | {"ok": ran and not failed and counts["tests"] > counts["skipped"], "failed": failed, "skipped_for": skipped}
+
+
+def sanitize(tool: str, out: Path) -> dict[str, object]:
+    """compute-sanitizer over a few small calls of each plan; its exit code is its verdict."""
+    run = subprocess.run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
+                          sys.executable, "-m", "benchmarks.gpu_steps", "--sanitize"], cwd=ROOT, capture_output=True, text=True,
+                         check=False, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # or it sees whole pools only
+    said = run.stdout + run.stderr
+    return {"ok": run.returncode == 0 and "calls made" in said, "said": said[-1500:]}
+
+
+def machine() -> dict[str, object]:
+    import triton
+    index = torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
+    query = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True,
+                           check=False) if have("nvidia-smi") else None
+    return {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}", "gpus": torch.cuda.device_count(),
+            "multiprocessors": properties.multi_processor_count, "l2_mb": properties.L2_cache_size >> 20,
+            "memory_gb": round(properties.total_memory / 2**30, 1), "driver": query.stdout.strip() if query else "",
+            "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
+            "python": platform.python_version(), "cpu_cores": os.cpu_count()}
+
+
+def have(program: str) -> bool:
+    return shutil.which(program) is not None
+
+
+def run_step(name: str, out: Path) -> None:
+    """In the step's own process: its result goes to DIR/<name>.json, and partial ones before it."""
+    def keep(result: dict[str, object]) -> None:
+        temporary = out / f".{name}.json"
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(out / f"{name}.json")
+
+    if name == "build":
+        keep(build(out))
+    elif name.startswith("tests"):
+        keep(tests(name, out))
+    elif name in ("memcheck", "racecheck"):
+        keep(sanitize(name, out) if have("compute-sanitizer") else {"ok": None, "said": "there is no compute-sanitizer"})
+    elif name == "machine":
+        keep(machine())
+    else:
+        getattr(gpu_steps, name)(keep)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for the whole run")
+    parser.add_argument("--only", nargs="+", choices=list(STEPS), help="run just these steps")
+    parser.add_argument("--step", choices=["machine", *STEPS], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.step:
+        return run_step(arguments.step, out)
+
+    if not torch.cuda.is_available():
+        sys.exit("there is no GPU here (torch.cuda.is_available() is False)")
+    until = time.monotonic() + arguments.seconds
+    summary: dict[str, object] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": gpu_steps.commit()}
+    for name, limit in {"machine": 60, **STEPS}.items():
+        if arguments.only and name not in ("machine", *arguments.only):
+            continue
+        result = out / f"{name}.json"
+        result.unlink(missing_ok=True)
+        start = time.monotonic()
+        limit = min(limit, until - start)
+        outcome = "no time left"
+        if limit > 5:
+            with (out / f"{name}.log").open("w") as log:
+                process = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu_suite", "--out", str(out), "--step", name],
+                                           cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                try:
+                    code = process.wait(limit)
+                    outcome = "done" if code == 0 else f"exit code {code}"
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, 9)  # with whatever it started
+                    process.wait()
+                    outcome = f"stopped after {limit:.0f} s"
+        found = json.loads(result.read_text()) if result.exists() else {}
+        summary[name] = {"outcome": outcome, "seconds": round(time.monotonic() - start, 1), **found}
+        (out / "gpu_suite.json").write_text(json.dumps(summary, indent=1) + "\n")
+        print(f"{name}: {outcome}, {summary[name]['seconds']} s {gpu_steps.headline(found)}", flush=True)
+        if outcome != "done":
+            print("".join((out / f"{name}.log").read_text().splitlines(keepends=True)[-15:]), flush=True)
+    bad = [name for name in CHECKS if name in summary and summary[name].get("ok", False) is False]  # no verdict is no success
+    sys.exit(f"failed: {', '.join(bad)}" if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+// The two inner loops of the CPU backend. Included by cpu.cpp once for each instruction set, inside a namespace of its
+// own, with LANES (floats a vector) and, on x86, the intrinsics' level set: one binary runs well everywhere.
+// No include guard, on purpose.
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+static inline Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+static inline Floats load(const BFloat16* from) {
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  const Words wide = __builtin_convertvector(bits, Words) << 16;
+  Floats x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+static inline Floats load(const Float16* from) {
+#if LANES == 16
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif LANES == 8
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+  Floats x;
+  for (int i = 0; i < LANES; i++) x[i] = widen(from[i]);
+  return x;
+#endif
+}
+
+static inline Halves narrow(Floats x, BFloat16) {  // round to nearest even; NaN stays NaN
+  Words bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words nan = (Words)(x != x);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+}
+
+static inline Halves narrow(Floats x, Float16) {
+  Halves bits;
+#if LANES == 16
+  const __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(&bits, &half, sizeof bits);
+#elif LANES == 8
+  const __m128i half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(&bits, &half, sizeof bits);
+#else
+  for (int i = 0; i < LANES; i++) bits[i] = narrow(x[i], Float16{}).bits;
+#endif
+  return bits;
+}
+
+// `stream`: past the caches, for a gradient that nobody reads before they are full of something else. Wants alignment.
+template <bool stream, class Vector>
+static inline void store_bits(void* to, Vector x) {
+#ifdef __x86_64__
+  if constexpr (stream) {
+#if LANES == 16
+    if constexpr (sizeof x == 64) return _mm512_stream_si512((__m512i*)to, (__m512i)x);
+#endif
+#if LANES >= 8
+    if constexpr (sizeof x == 32) return _mm256_stream_si256((__m256i*)to, (__m256i)x);
+#endif
+    if constexpr (sizeof x == 16) return _mm_stream_si128((__m128i*)to, (__m128i)x);
+  }
+#endif
+  std::memcpy(to, &x, sizeof x);
+}
+
+template <bool stream>
+static inline void store(float* to, Floats x) { store_bits<stream>(to, x); }
+template <bool stream, class Half>
+static inline void store(Half* to, Floats x) { store_bits<stream>(to, narrow(x, Half{})); }
+
+template <class P, class R, class T>
+static Sums sums(const void* policy, const void* reference, const void* target, int64_t count) {
+  // fp32 within a block, fp64 between blocks: a lane adds 16 numbers before it goes over to fp64.
+  constexpr int kBlock = 32 * LANES;
+  const P* p = (const P*)policy;
+  const R* r = (const R*)reference;
+  const T* t = (const T*)target;
+  Doubles difference = {}, model = {}, ref = {};
+  const int64_t whole = count - count % LANES;
+  for (int64_t start = 0; start < whole; start += kBlock) {
+    const int64_t end = start + kBlock < whole ? start + kBlock : whole;
+    Floats d0 = {}, m0 = {}, r0 = {}, d1 = {}, m1 = {}, r1 = {};
+    int64_t i = start;
+    for (; i + 2 * LANES <= end; i += 2 * LANES) {
+      const Floats a = load(p + i), b = load(r + i), c = load(t + i);
+      const Floats x = load(p + i + LANES), y = load(r + i + LANES), z = load(t + i + LANES);
+      const Floats ac = a - c, bc = b - c, xz = x - z, yz = y - z;
+      d0 += (a - b) * (ac + bc);
+      d1 += (x - y) * (xz + yz);
+      m0 += ac * ac;
+      m1 += xz * xz;
+      r0 += bc * bc;
+      r1 += yz * yz;
+    }
+    for (; i < end; i += LANES) {
+      const Floats a = load(p + i), b = load(r + i), c = load(t + i);
+      const Floats ac = a - c, bc = b - c;
+      d0 += (a - b) * (ac + bc);
+      m0 += ac * ac;
+      r0 += bc * bc;
+    }
+    difference += __builtin_convertvector(d0 + d1, Doubles);
+    model += __builtin_convertvector(m0 + m1, Doubles);
+    ref += __builtin_convertvector(r0 + r1, Doubles);
+  }
+  Sums sum = {};
+  for (int i = 0; i < LANES; i++) {
+    sum.difference += difference[i];
+    sum.model += model[i];
+    sum.reference += ref[i];
+  }
+  for (int64_t i = whole; i < count; i++) {
+    const float a = widen(p[i]), b = widen(r[i]), c = widen(t[i]);
+    const float ac = a - c, bc = b - c;
+    sum.difference += (double)((a - b) * (ac + bc));
+    sum.model += (double)(ac * ac);
+    sum.reference += (double)(bc * bc);
+  }
+  return sum;
+}
+
+template <bool stream, class P, class T>
+static void gradient_as(P* grad, const P* p, const T* t, int64_t count, float coefficient) {
+  int64_t i = 0;
+  if constexpr (stream) {
+    const int64_t head = (-(intptr_t)grad & (sizeof(P) * LANES - 1)) / sizeof(P);
+    for (; i < head && i < count; i++) narrow_to(grad + i, coefficient * (widen(p[i]) - widen(t[i])));
+  }
+  for (; i + LANES <= count; i += LANES) store<stream>(grad + i, coefficient * (load(p + i) - load(t + i)));
+  for (; i < count; i++) narrow_to(grad + i, coefficient * (widen(p[i]) - widen(t[i])));
+}
+
+template <class P, class T>
+static void gradient(void* grad, const void* policy, const void* target, int64_t count, float coefficient, bool stream) {
+  if (stream) {
+    gradient_as<true>((P*)grad, (const P*)policy, (const T*)target, count, coefficient);
+  } else {
+    gradient_as<false>((P*)grad, (const P*)policy, (const T*)target, count, coefficient);
+  }
+}
+
+template <bool stream, class P>
+static void rescale_as(P* to, const P* from, int64_t count, float factor) {
+  int64_t i = 0;
+  if constexpr (stream) {
+    const int64_t head = (-(intptr_t)to & (sizeof(P) * LANES - 1)) / sizeof(P);
+    for (; i < head && i < count; i++) narrow_to(to + i, factor * widen(from[i]));
+  }
+  for (; i + LANES <= count; i += LANES) store<stream>(to + i, factor * load(from + i));
+  for (; i < count; i++) narrow_to(to + i, factor * widen(from[i]));
+}
+
+template <class P>
+static void rescale(void* to, const void* from, int64_t count, float factor, bool stream) {
+  if (stream) {
+    rescale_as<true>((P*)to, (const P*)from, count, factor);
+  } else {
+    rescale_as<false>((P*)to, (const P*)from, count, factor);
+  }
+}
+
+// The functions for a combination of dtypes; the numbers are cpu.cpp's kFloat, kHalf, kBFloat.
+template <class P, class R>
+static Kernels kernels_for(int t) {
+  if (t == kFloat) return {sums<P, R, float>, gradient<P, float>, rescale<P>};
+  if (t == kHalf) return {sums<P, R, Float16>, gradient<P, Float16>, rescale<P>};
+  return {sums<P, R, BFloat16>, gradient<P, BFloat16>, rescale<P>};
+}
+
+template <class P>
+static Kernels kernels_for(int r, int t) {
+  return r == kFloat ? kernels_for<P, float>(t) : r == kHalf ? kernels_for<P, Float16>(t) : kernels_for<P, BFloat16>(t);
+}
+
+Kernels kernels_for(int p, int r, int t) {
+  return p == kFloat ? kernels_for<float>(r, t) : p == kHalf ? kernels_for<Float16>(r, t) : kernels_for<BFloat16>(r, t);
+}

@@ -1,0 +1,37 @@
+// What follows once the sums of a pair are known: Eq. 8 in the convention of App. B.2, shared by every compiled backend.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define SEPPO_HD __host__ __device__ __forceinline__
+#else
+#define SEPPO_HD inline
+#endif
+
+namespace seppo {
+
+// The codes that seppo_fast/ops/fused.py passes.
+constexpr int kAaf = 0, kIndicator = 1, kNone = 2;
+
+struct PairLoss {
+  float loss, sign, logit;
+  float winner_coefficient, loser_coefficient;  // gradient of scale * loss = coefficient * (policy - target)
+};
+
+// `winner`, `loser`: the policy's MSE minus the reference's, of a sample with `elements` elements. A tie is -1, and so
+// is NaN: it reaches the logit by itself, and from there the loss and both coefficients.
+SEPPO_HD PairLoss pair_loss(float winner, float loser, float elements, float beta, int flipper, float scale) {
+  const bool worse = winner > 0.0f && flipper != kNone;
+  const float sign = !worse ? -1.0f : flipper == kAaf ? 1.0f : 0.0f;
+  const float logit = -0.5f * beta * (winner + sign * loser);
+  // exp of a negative number only: neither the loss nor the sigmoid overflows, and both keep their small values.
+  const float e = expf(-fabsf(logit));
+  const float loss = (logit < 0.0f ? -logit : 0.0f) + log1pf(e);
+  const float slope = (logit < 0.0f ? 1.0f : e) / (1.0f + e);  // -d loss / d logit = sigmoid(-logit)
+  // An infinite reference error makes a loss of 0 and would pass for a pair well learnt: NaN - NaN and Inf - Inf show it.
+  const float coefficient = scale * (beta / elements) * slope + (logit - logit);
+  return {loss, sign, logit, coefficient, sign * coefficient};
+}
+
+}  // namespace seppo

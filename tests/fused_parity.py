@@ -1,0 +1,75 @@
+"""Inputs and bounds for the fused backends, on whatever device: shared by the tests of Triton, of CUDA and of the GPU suite."""
+
+import torch
+
+from seppo_fast.ops import seppo_loss
+
+SHAPES = {"sd15": (4, 4, 64, 64), "sdxl": (2, 4, 128, 128), "sd3": (2, 16, 128, 128), "video": (2, 4, 16, 32, 32),
+          "odd": (6, 3, 17, 29), "one": (8, 1), "seven": (10, 7), "two_groups": (4, 8, 8, 100), "odd_large": (2, 70_001)}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FLIPPERS = ["aaf", "indicator", "none"]
+
+
+def make(shape, dtype=torch.float32, device="cpu", seed=0, shared=False, near=0.02):
+    """Policy, reference and target; the first half of the winners is worse than the reference, the others better."""
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randn((shape[0] // 2, *shape[1:]) if shared else shape, generator=g)
+    whole = torch.cat([target, target]) if shared else target
+    ref = whole + 0.3 * torch.randn(shape, generator=g)
+    model = ref + near * torch.randn(shape, generator=g)
+    worse = shape[0] // 4
+    model[:worse] += near * (ref - whole)[:worse]
+    model[worse:shape[0] // 2] -= near * (ref - whole)[worse:shape[0] // 2]
+    return tuple(x.to(device, dtype) for x in (model, ref, target))
+
+
+def run(inputs, backend, wide=None, upstream=1.0, **options):
+    """Every output and the gradient, by name."""
+    model, ref, target = (x.to(wide) if wide else x for x in inputs)
+    model = model.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    loss, stats = seppo_loss(model, ref, target, backend=backend, return_stats=True, **options)
+    upstream = torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device).expand_as(loss)
+    grad, = torch.autograd.grad(loss, model, upstream)
+    return {"loss": loss.detach(), "grad": grad, **stats._asdict()}
+
+
+def assert_within_twice(inputs, backend, roundings=2, **options):
+    """Each output's worst error against fp64 is at most twice that of PyTorch in fp32, or a few roundings, where that has none."""
+    got = run(inputs, backend, **options)
+    plain = run(inputs, "reference", **options)
+    exact = run(inputs, "reference", torch.float64, **options)
+    for name, want in exact.items():
+        assert got[name].dtype == plain[name].dtype and got[name].shape == plain[name].shape, name
+        assert got[name].isfinite().all(), name
+        kind = torch.finfo(plain[name].dtype)
+        rounding = (roundings if kind.bits == 32 else 1) * kind.eps * want.abs().max().item() + kind.smallest_normal
+        error, allowed = ((x[name].double() - want).abs().max().item() for x in (got, plain))
+        assert error <= 2 * allowed + rounding, (name, error, allowed)
+
+
+def assert_same_bits(first, second, rows=None):
+    for name, value in first.items():
+        a, b = (value, second[name]) if rows is None else (value[rows], second[name][rows])
+        assert torch.equal(a, b), name
+
+
+def assert_alone(backend, device, value, tensor, where, shape=(6, 4, 5, 5)):
+    """A sample that is not finite spoils its own pair (of 3) and no other's."""
+    inputs = make(shape, device=device)
+    broken = [x.clone() for x in inputs]
+    broken[tensor].view(shape[0], -1)[where, 17] = value
+    good, bad = (run(x, backend, reduction="none") for x in (inputs, broken))
+    assert not (bad["loss"][where % 3].isfinite() and bad["grad"][[where % 3, where % 3 + 3]].isfinite().all())
+    fine = [i for i in range(3) if i != where % 3]
+    for name in ("loss", "sign", "logits"):
+        assert torch.equal(good[name][fine], bad[name][fine]), name
+    rows = [*fine, *(i + 3 for i in fine)]
+    for name in ("grad", "model_mse", "ref_mse"):
+        assert torch.equal(good[name][rows], bad[name][rows]), name
+
+
+def assert_tie(inputs, backend):
+    model, _, target = inputs
+    loss, stats = seppo_loss(model, model.clone(), target, 5000.0, backend=backend, return_stats=True)
+    assert (stats.logits == 0).all() and (stats.sign == -1).all() and torch.equal(stats.model_mse, stats.ref_mse)
+    torch.testing.assert_close(loss.cpu(), torch.tensor(2.0).log())

@@ -1,0 +1,217 @@
+"""csrc/cuda.cu: what nvcc makes of it for both chips, and, where there is a GPU, what it computes."""
+
+import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from fused_parity import DTYPES, FLIPPERS, SHAPES, assert_alone, assert_same_bits, assert_tie, assert_within_twice, make, run
+
+from seppo_fast.ops import native
+
+ROOT = Path(__file__).parents[2]
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+NAMES = {"float": "f", "half": "6__half", "bfloat16": "13__nv_bfloat16"}  # as C++ mangles them
+CLUSTERED, COOPERATIVE, IN_PASSES = 1, 2, 3  # enum Plan
+
+builds = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+runs = pytest.mark.skipif(native.why_not("cuda") is not None or not torch.cuda.is_available(),
+                          reason=f"no GPU, or: {native.why_not('cuda')}")
+
+
+@pytest.fixture(scope="module", params=[80, 90])
+def chip(request, tmp_path_factory):
+    """Chip, ptxas's report by kernel, SASS by kernel."""
+    output = tmp_path_factory.mktemp("cuda") / "cuda.cubin"
+    include = str(Path(torch.__file__).parent / "include")
+    command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
+               "-isystem", include, f"-arch=sm_{request.param}", "-Xptxas", "-v", "-cubin", str(ROOT / "csrc/cuda.cu")]
+    done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pattern = (r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+               r".*?Used (\d+) registers")
+    report = {name: tuple(map(int, rest)) for name, *rest in re.findall(pattern, done.stderr, re.S)}
+    tool = cuobjdump()
+    sass = {}
+    if tool:
+        text = subprocess.run([tool, "-sass", str(output)], capture_output=True, text=True, check=True).stdout
+        sass = {part.split(None, 1)[0]: part for part in text.split("Function : ")[1:]}
+    return request.param, report, sass
+
+
+def cuobjdump():
+    if importlib.util.find_spec("triton"):
+        import triton
+        return triton.knobs.nvidia.cuobjdump.path
+    return shutil.which("cuobjdump")
+
+
+def kernels(found, kernel, name):
+    """The instantiation for policy, reference and target all of one dtype, with 16-byte accesses."""
+    code = NAMES[name]
+    same = "fff" if code == "f" else code + "S\\w*?_S\\w*?_" if code != "f" else ""
+    chosen = [k for k in found if re.search(rf"\d{kernel}I{same}Lb1E", k)]
+    assert len(chosen) == 1, (kernel, name, chosen)
+    return found[chosen[0]]
+
+
+# What runs SD-1.5 and video shapes: on sm_80 one block and the cooperative grid, on sm_90 clusters.
+PATHS = [(80, "clustered"), (80, "cooperative"), (90, "clustered")]
+
+
+@builds
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_spills(chip, name):
+    number, report, _ = chip
+    for kernel in [kernel for other, kernel in PATHS if other == number]:
+        stack, stores, loads, registers = kernels(report, kernel, name)
+        assert (stack, stores, loads) == (0, 0, 0) and registers <= 64, (number, kernel, name)
+
+
+@builds
+@pytest.mark.timeout(900)
+def test_little_is_spilled_anywhere(chip):
+    """Not on a path that the usual shapes take; a few bytes are left where they are not worth slower code."""
+    assert len(chip[1]) > 30
+    for name, (_, stores, loads, _) in chip[1].items():
+        assert stores <= 32 and loads <= 32, name
+
+
+@builds
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", NAMES)
+def test_16_bytes_at_a_time(chip, name):
+    """Every input element read once and every gradient element written once, in 16-byte accesses, in one kernel."""
+    number, _, sass = chip
+    if not sass:
+        pytest.skip("there is no cuobjdump")
+    steps = 16 * (4 if name == "float" else 2) // 16  # 16 elements of a half; the code of the two halves is one loop
+    for kernel in [kernel for other, kernel in PATHS if other == number]:
+        code = kernels(sass, kernel, name)
+        loads = re.findall(r"\bLDG\.E\.\S*", code)
+        wide = [load for load in loads if ".128" in load]
+        assert len(wide) == 3 * steps, (kernel, loads)
+        assert all("STRONG" in load for load in loads if load not in wide), "the rest is what other blocks summed"
+        assert len(re.findall(r"\bSTG\.E\.128", code)) == steps
+        assert not re.search(r"\b(LDL|STL)\b", code)
+
+
+def planned(inputs, plan, blocks, flipper=0):
+    names = ("losses", "model_mse", "ref_mse", "sign", "logits", "grad")
+    outputs = torch.ops.seppo_fast.pair_loss_planned(*inputs, 2000.0, flipper, 0.37, plan, blocks)
+    return dict(zip(names, outputs, strict=True))
+
+
+@runs
+@pytest.mark.parametrize("flipper", FLIPPERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_fp64(shape, dtype, flipper):
+    for beta, shared, reduction in itertools.product((1.0, 2000.0, 5000.0), (False, True), ("mean", "sum", "none")):
+        inputs = make(SHAPES[shape], dtype, "cuda", shared=shared)
+        upstream = torch.linspace(-1, 2, len(inputs[0]) // 2) if reduction == "none" else 0.37
+        assert_within_twice(inputs, "native", beta=beta, flipper=flipper, reduction=reduction, upstream=upstream)
+
+
+@runs
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES, DTYPES)))
+def test_mixed_dtypes(dtypes):
+    for shape in ((6, 3, 11, 13), SHAPES["sd15"], SHAPES["two_groups"]):
+        inputs = [x.to(dtype) for x, dtype in zip(make(shape, device="cuda"), dtypes, strict=True)]
+        assert_within_twice(inputs, "native", upstream=0.5)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_plan_changes_a_bit(shape, dtype):
+    """Clusters of every size, the cooperative grid, separate passes, other alignments, 20 repetitions, other batches."""
+    inputs = make(SHAPES[shape], dtype, "cuda")
+    elements = inputs[0][0].numel()
+    groups = -(-elements // 4096)
+    first = planned(inputs, 0, 0)
+    assert all(x.isfinite().all() for x in first.values())
+    largest = 16 if torch.cuda.get_device_capability()[0] >= 9 else 1
+    plans = [(CLUSTERED, n) for n in (1, 2, 4, 8, 16) if n <= largest and groups <= 4 * n]
+    for plan, blocks in [*plans, (COOPERATIVE, 0), (IN_PASSES, 0), *[(0, 0)] * 20]:
+        assert_same_bits(first, planned(inputs, plan, blocks))
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs]
+    for plan in (0, COOPERATIVE, IN_PASSES):
+        assert_same_bits(first, planned(shifted, plan, 0))
+    pairs = len(inputs[0]) // 2
+    alone = planned([x[[0, pairs]] for x in inputs], 0, 0)
+    assert torch.equal(alone["grad"], first["grad"][[0, pairs]]) and torch.equal(alone["logits"], first["logits"][:1])
+
+
+@runs
+def test_ties_and_bad_pairs():
+    for shape, dtype in itertools.product(SHAPES, DTYPES):
+        assert_tie(make(SHAPES[shape], dtype, "cuda"), "native")
+    for value, tensor, where in itertools.product((float("nan"), float("inf")), range(3), (0, 1, 5)):
+        for shape in ((6, 4, 5, 5), (6, 4, 64, 64), (6, 16, 128, 128)):
+            assert_alone("native", "cuda", value, tensor, where, shape)
+
+
+@runs
+def test_memory_formats():
+    inputs = make((4, 4, 16, 16), device="cuda")
+    last = [x.to(memory_format=torch.channels_last) for x in inputs]
+    got, want = run(last, "native"), run(inputs, "native")
+    assert got["grad"].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got["grad"], want["grad"])
+
+
+@runs
+def test_a_graph_replays_with_new_inputs():
+    inputs, others = make(SHAPES["sd15"], device="cuda"), make(SHAPES["sd15"], device="cuda", seed=1)
+    for plan, blocks in [(0, 0), (COOPERATIVE, 0), (IN_PASSES, 0)]:
+        planned(inputs, plan, blocks)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = planned(inputs, plan, blocks)
+        for new in (others, make(SHAPES["sd15"], device="cuda", seed=2)):
+            for x, y in zip(inputs, new, strict=True):
+                x.copy_(y)
+            for _ in range(3):
+                graph.replay()
+            assert_same_bits(planned(new, 0, 0), outputs)
+
+
+@runs
+def test_on_another_stream_and_device():
+    inputs = make(SHAPES["sd15"], device="cuda")
+    want = planned(inputs, 0, 0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        got = planned(inputs, 0, 0)
+    side.synchronize()
+    assert_same_bits(want, got)
+    if torch.cuda.device_count() > 1:
+        other = planned([x.to("cuda:1") for x in inputs], 0, 0)
+        assert other["grad"].device == torch.device("cuda:1")
+        assert_same_bits(want, {name: x.to("cuda:0") for name, x in other.items()})
+
+
+@runs
+def test_beyond_31_bits():
+    """2^31 elements and more: offsets of the last pair, and a sample too large for the chip."""
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("wants 40 GB of free memory")
+    for shape in ((2**17 + 2, 2**14), (2, 2**30 + 2**14)):
+        small = make((2, shape[1] if shape[0] > 2 else 2**14), torch.bfloat16, "cuda")
+        inputs = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+        pairs = shape[0] // 2
+        for x, y in zip(inputs, small, strict=True):
+            x[pairs - 1, -2**14:], x[-1, -2**14:] = y[0, -2**14:], y[1, -2**14:]
+        got = planned(inputs, 0, 0)
+        exact = run([x[[pairs - 1, shape[0] - 1]][:, -2**14:] for x in inputs], "reference", torch.float64, reduction="sum")
+        ratio = 2**14 / shape[1]
+        torch.testing.assert_close(got["model_mse"][[pairs - 1, -1]].double(), exact["model_mse"] * ratio, rtol=1e-5, atol=0)
+        assert got["logits"][-1].double() == pytest.approx((exact["logits"] * ratio).item(), rel=1e-4)
+        assert got["grad"][-1, -2**14:].abs().max() > 0 and got["grad"][-1, :-2**14].abs().sum() == 0

@@ -1,0 +1,188 @@
+"""How the fused backends behave under autograd, torch.compile, autocast and DDP."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from seppo_fast.ops import fused, native, seppo_loss
+
+pytestmark = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+
+
+def make(shape=(4, 4, 8, 8), dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randn(shape, generator=g)
+    ref = target + 0.3 * torch.randn(shape, generator=g)
+    model = ref + 0.02 * torch.randn(shape, generator=g)
+    return model.to(dtype).requires_grad_(), ref.to(dtype), target.to(dtype)
+
+
+def grads(outputs, model, *upstream, **options):
+    return torch.autograd.grad(outputs, model, *upstream, **options)[0]
+
+
+def test_retain_graph_and_double_use():
+    model, ref, target = make()
+    loss = seppo_loss(model, ref, target)
+    first = grads(loss, model, retain_graph=True)
+    kept = first.clone()
+    first.fill_(torch.nan)  # what a caller does with its gradient is not seen by the next one
+    second = grads(loss + 2 * loss, model)
+    assert not torch.isnan(kept).any()
+    torch.testing.assert_close(second, 3 * kept)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grad_scale(dtype):
+    model, ref, target = make(dtype=dtype)
+    for reduction in ("mean", "sum", "none"):
+        plain = seppo_loss(model, ref, target, reduction=reduction)
+        upstream = torch.full_like(plain, 1 / 256)
+        want = grads(plain, model, upstream)
+        known = seppo_loss(model, ref, target, reduction=reduction, grad_scale=1 / 256)
+        assert torch.equal(known, plain)
+        got = grads(known, model, torch.full_like(plain, 1e30))  # is not looked at
+        torch.testing.assert_close(got, want)
+        slow = seppo_loss(model, ref, target, reduction=reduction, grad_scale=1 / 256, backend="reference")
+        torch.testing.assert_close(grads(slow, model, torch.full_like(plain, 1e30)), got)
+
+
+def test_backward_launches_nothing_where_the_upstream_gradient_is_known():
+    model, ref, target = make()
+    for options, upstream in (({"grad_scale": 0.25}, 0.5), ({}, 1.0)):
+        loss = seppo_loss(model, ref, target, **options)
+        upstream = torch.tensor(upstream)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            grads(loss, model, upstream)
+        kernels = {event.key for event in profile.key_averages()} & {"aten::mul", "aten::copy_", "aten::clone",
+                                                                    "seppo_fast::rescale"}
+        assert not kernels
+
+
+@pytest.mark.parametrize("scale", [2.0**-14, 1.0, 65536.0])
+def test_fp16_gradients_keep_their_range_until_the_upstream_gradient_is_known(scale):
+    """beta 1e6 over 50 elements would overflow, beta 1 over 4096 underflow, if the stored gradient were fp16."""
+    for beta, shape in ((1e6, (4, 50)), (1.0, (4, 4096))):
+        model, ref, target = make(shape, torch.float16)
+        ref = model.detach()  # a tie: the slope is 1/2
+        upstream = torch.tensor(scale * 1e-4 if beta > 1 else scale)
+        got = grads(seppo_loss(model, ref, target, beta), model, upstream)
+        want = grads(seppo_loss(model, ref, target, beta, backend="reference"), model, upstream)
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-7)
+
+
+def test_there_is_no_second_derivative():
+    model, ref, target = make()
+    loss = seppo_loss(model, ref, target)
+    first = grads(loss, model, create_graph=True)
+    assert torch.equal(first, grads(seppo_loss(model, ref, target), model))
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+        grads(first.square().sum(), model)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+    plain = grads(seppo_loss(model, ref, target, backend="reference"), model, create_graph=True)
+    assert grads(plain.square().sum(), model).isfinite().all()
+
+
+def test_the_gradient_is_the_policys_alone():
+    model, ref, target = make()
+    ref.requires_grad_(), target.requires_grad_()
+    seppo_loss(model, ref, target).backward()
+    assert model.grad is not None and ref.grad is None and target.grad is None
+    assert not seppo_loss(model.detach(), ref, target).requires_grad
+    with torch.no_grad():
+        assert not seppo_loss(model, ref, target).requires_grad
+    stats = seppo_loss(model, ref, target, return_stats=True)[1]
+    assert not any(value.requires_grad for value in stats)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_opcheck(dtype, shared):
+    model, ref, target = make(dtype=dtype)
+    target = target[:2] if shared else target
+    arguments = (model.detach(), ref, target, 2000.0, 0, 0.5)
+    torch.library.opcheck(torch.ops.seppo_fast.pair_loss.default, arguments)
+    torch.library.opcheck(torch.ops.seppo_fast.pair_loss_total.default, (*arguments, 0.5))
+    torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor(0.5), 2.0))
+    torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor([0.5, 3.0]), 2.0))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_in_one_graph(backend, reduction):
+    torch._dynamo.reset()
+
+    def step(model, ref, target, weight):
+        loss, stats = seppo_loss(model * weight, ref, target, reduction=reduction, return_stats=True)
+        return (0.3 * loss).sum(), stats.logits
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for pairs in (1, 2, 5):
+        model, ref, target = make((2 * pairs, 4, 8, 8), torch.bfloat16, seed=pairs)
+        weight = torch.ones((), requires_grad=True)
+        got, logits = compiled(model, ref, target, weight)
+        want, wanted = step(model, ref, target, weight)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(logits, wanted)
+        for a, b in zip(torch.autograd.grad(got, (model, weight)), torch.autograd.grad(want, (model, weight)), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-5)
+
+
+def test_autocast_changes_nothing():
+    model, ref, target = make(dtype=torch.bfloat16)
+    plain = seppo_loss(model, ref, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = seppo_loss(model, ref, target)
+        got = grads(cast, model)
+    assert cast.dtype == torch.float32 and torch.equal(cast, plain) and torch.equal(got, grads(plain, model))
+
+
+def test_the_launcher_of_other_devices_rescales_with_one_rounding():
+    """The expression that CUDA tensors take, on CPU tensors, against the native kernel."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        grad = make(dtype=dtype)[0].detach().to(memory_format=torch.channels_last)
+        for upstream in (torch.tensor(0.37), torch.tensor([0.37, -2.0])):
+            native_result = torch.ops.seppo_fast.rescale(grad, upstream, 2.0)
+            exact = (grad.double().unflatten(0, (2, 2)) * (2 * upstream.double()).view(1, -1, 1, 1, 1)).flatten(0, 1)
+            torch.testing.assert_close(native_result.double(), exact.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=0)
+            assert native_result.stride() == grad.stride()
+            assert torch.equal(fused._multiplied(grad, upstream * 2.0), native_result)
+
+
+def _rank(rank, world, port, results):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    layer = nn.parallel.DistributedDataParallel(nn.Linear(12, 12))
+    noisy, ref, target = (x.detach() for x in make((4, 12), seed=rank))
+    for _ in range(2):
+        seppo_loss(layer(noisy), ref, target, 50.0).backward()
+    results[rank] = layer.module.weight.grad.clone()
+    dist.destroy_process_group()
+
+
+def test_ddp(unused_tcp_port_number):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank, args=(2, unused_tcp_port_number, results), nprocs=2)
+        results = dict(results)
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 12)
+    for rank in range(2):
+        noisy, ref, target = (x.detach() for x in make((4, 12), seed=rank))
+        for _ in range(2):
+            (0.5 * seppo_loss(layer(noisy), ref, target, 50.0, backend="reference")).backward()
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], layer.weight.grad)
+
+
+@pytest.fixture
+def unused_tcp_port_number():
+    import socket
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
