@@ -28,9 +28,15 @@ using torch::stable::Tensor;
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 struct Sums { double difference, model, reference; };
+// Where a thread will read next: each input, and the bytes of its elements; 0 if it will not.
+struct Ahead {
+  const char* from[3];
+  int64_t bytes[3];
+};
 struct Kernels {
   Sums (*sums)(const void* policy, const void* reference, const void* target, int64_t count);
-  void (*gradient)(void* grad, const void* policy, const void* target, int64_t count, float coefficient, bool stream);
+  void (*gradient)(void* grad, const void* policy, const void* target, int64_t count, float coefficient, bool stream,
+                   const Ahead& ahead);
   void (*rescale)(void* to, const void* from, int64_t count, float factor, bool stream);
 };
 enum { kFloat, kHalf, kBFloat };
@@ -144,7 +150,7 @@ int dtype_code(const Tensor& x) {
 
 Tensor new_tensor(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle handle = nullptr;  // the C call rather than stable::empty, which looks the operator up by name
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -154,10 +160,17 @@ Tensor new_floats(int64_t count) {
   return new_tensor(1, &count, &stride, aoti_torch_dtype_float32());
 }
 
-Tensor new_like(const Tensor& x) {
+int32_t dtype_of(const Tensor& x) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return new_tensor(x.dim(), x.sizes().data(), x.strides().data(), dtype);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+Tensor new_like(const Tensor& x) { return new_tensor(x.dim(), x.sizes().data(), x.strides().data(), dtype_of(x)); }
+
+Tensor new_empty(const Tensor& x) {
+  const int64_t none = 0, stride = 1;
+  return new_tensor(1, &none, &stride, dtype_of(x));
 }
 
 float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
@@ -170,7 +183,7 @@ struct Problem {
   int flipper;
   bool stream;
   float *losses, *model_mse, *ref_mse, *sign, *logits;
-  char* grad;
+  char* grad;  // null: not wanted
 
   int64_t length(int64_t piece) const { return piece + 1 < pieces ? kPiece : elements - piece * kPiece; }
 
@@ -180,10 +193,17 @@ struct Problem {
                         target.at(sample, elements, offset), length(piece));
   }
 
-  void piece_gradient(int64_t sample, int64_t piece, float coefficient) const {
+  // `more`: the thread goes on with the pair after this one, and its inputs are fetched while this gradient is written,
+  // when the memory has little to do. Half-precision pairs take a tenth less time for it, fp32 ones the same.
+  void piece_gradient(int64_t sample, int64_t piece, float coefficient, bool more) const {
     const int64_t offset = piece * kPiece;
+    Ahead ahead = {};
+    if (more) {
+      const auto next = [&](const View& view) { return (const char*)view.at(sample + 1, elements, offset); };
+      ahead = {{next(policy), next(reference), next(target)}, {policy.bytes, reference.bytes, target.bytes}};
+    }
     kernels.gradient(grad + (sample * elements + offset) * policy.bytes, policy.at(sample, elements, offset),
-                     target.at(sample, elements, offset), length(piece), coefficient, stream);
+                     target.at(sample, elements, offset), length(piece), coefficient, stream, ahead);
   }
 
   float finish_sample(int64_t sample, const Sums& sum) const {  // returns the mean difference
@@ -221,11 +241,12 @@ void one_thread_a_pair(const Problem& problem) {
         difference[half] = problem.finish_sample(sample, sum);
       }
       const seppo::PairLoss out = problem.finish_pair(pair, difference[0], difference[1]);
+      if (!problem.grad) continue;
       // Last read, first written: the end of the loser is what the nearest cache still holds.
       for (int half = 1; half >= 0; half--) {
         const float coefficient = half ? out.loser_coefficient : out.winner_coefficient;
         for (int64_t piece = problem.pieces - 1; piece >= 0; piece--) {
-          problem.piece_gradient(pair + half * problem.pairs, piece, coefficient);
+          problem.piece_gradient(pair + half * problem.pairs, piece, coefficient, pair + 1 < end);
         }
       }
     }
@@ -260,28 +281,29 @@ void threads_share_pairs(const Problem& problem, int64_t group) {
       coefficients[2 * pair] = out.winner_coefficient;
       coefficients[2 * pair + 1] = out.loser_coefficient;
     }
+    if (!problem.grad) continue;
     torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = end - 1; task >= begin; task--) {
         problem.piece_gradient(sample_of(task / problem.pieces), task % problem.pieces,
-                               coefficients[task / problem.pieces]);
+                               coefficients[task / problem.pieces], false);
       }
       fence(problem.stream);
     });
   }
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
 Outputs pair_loss(const Tensor& model_pred, const Tensor& ref_pred, const Tensor& target, double beta, int64_t flipper,
-                  double scale) {
+                  double scale, double weight, bool wants_grad) {
   const int64_t samples = model_pred.size(0), total = model_pred.numel();
   STD_TORCH_CHECK(samples >= 2 && samples % 2 == 0 && total > 0, "seppo_fast::pair_loss: model_pred must be (2B, ...)");
   const int64_t pairs = samples / 2, elements = total / samples, targets = target.size(0);
   STD_TORCH_CHECK(ref_pred.numel() == total && (targets == samples || targets == pairs) &&
                       target.numel() == targets * elements,
                   "seppo_fast::pair_loss: the shapes of ref_pred and target do not fit model_pred's");
-  Tensor losses = new_floats(pairs), model_mse = new_floats(samples), ref_mse = new_floats(samples),
-         sign = new_floats(pairs), logits = new_floats(pairs), grad = new_like(model_pred);
+  Tensor loss = new_tensor(0, nullptr, nullptr, aoti_torch_dtype_float32()), stats = new_floats(7 * pairs + 2),
+         grad = wants_grad ? new_like(model_pred) : new_empty(model_pred);
 
   const auto view = [](const Tensor& x, int64_t count) {
     return View{static_cast<const char*>(x.const_data_ptr()), count, (int64_t)x.element_size()};
@@ -297,9 +319,12 @@ Outputs pair_loss(const Tensor& model_pred, const Tensor& ref_pred, const Tensor
   problem.beta = (float)beta;
   problem.scale = (float)scale;
   problem.flipper = (int)flipper;
-  problem.losses = floats(losses), problem.model_mse = floats(model_mse), problem.ref_mse = floats(ref_mse);
-  problem.sign = floats(sign), problem.logits = floats(logits);
-  problem.grad = static_cast<char*>(grad.mutable_data_ptr());
+  problem.model_mse = floats(stats);
+  problem.ref_mse = problem.model_mse + samples;
+  problem.sign = problem.ref_mse + samples;
+  problem.logits = problem.sign + pairs;
+  problem.losses = problem.logits + pairs;
+  problem.grad = wants_grad ? static_cast<char*>(grad.mutable_data_ptr()) : nullptr;
 
   const int64_t per_element = problem.policy.bytes + problem.reference.bytes + problem.target.bytes;
   const int64_t pair_bytes = 2 * elements * per_element;
@@ -311,22 +336,18 @@ Outputs pair_loss(const Tensor& model_pred, const Tensor& ref_pred, const Tensor
     const int64_t fitting = threads * kShare / pair_bytes;
     threads_share_pairs(problem, fitting < 1 ? 1 : fitting < pairs ? fitting : pairs);
   }
-  return {losses, model_mse, ref_mse, sign, logits, grad};
-}
 
-// The same, and weight times the sum of the losses before it: a reduction of its own costs as much as the dispatch of all
-// the rest.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_loss_total(
-    const Tensor& model_pred, const Tensor& ref_pred, const Tensor& target, double beta, int64_t flipper, double scale,
-    double weight) {
-  Outputs outputs = pair_loss(model_pred, ref_pred, target, beta, flipper, scale);
-  const Tensor& losses = std::get<0>(outputs);
-  const float* each = static_cast<const float*>(losses.const_data_ptr());
   double sum = 0;
-  for (int64_t pair = 0; pair < losses.numel(); pair++) sum += (double)each[pair];
-  Tensor total = new_tensor(0, nullptr, nullptr, aoti_torch_dtype_float32());
-  *floats(total) = (float)(weight * sum);
-  return std::tuple_cat(std::make_tuple(std::move(total)), std::move(outputs));
+  int64_t accurate = 0, flipped = 0;
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    sum += (double)problem.losses[pair];
+    accurate += problem.logits[pair] > 0.0f;
+    flipped += problem.sign[pair] == -1.0f;
+  }
+  *floats(loss) = (float)(weight * sum);
+  problem.losses[pairs] = (float)((double)accurate / (double)pairs);
+  problem.losses[pairs + 1] = (float)((double)flipped / (double)pairs);
+  return {loss, stats, grad};
 }
 
 // factor * upstream * grad in grad's dtype, the product in fp32; one upstream for all, or one for each pair.
@@ -357,6 +378,5 @@ Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
 
 STABLE_TORCH_LIBRARY_IMPL(seppo_fast, CPU, m) {
   m.impl("pair_loss", TORCH_BOX(&pair_loss));
-  m.impl("pair_loss_total", TORCH_BOX(&pair_loss_total));
   m.impl("rescale", TORCH_BOX(&rescale));
 }

@@ -1,9 +1,11 @@
 """The fused backends under autograd: one pass computes losses, statistics and gradient; backward only hands it over.
 
-A backend is a function `(model_pred, ref_pred, target, beta, flipper, scale)` of dense tensors in one memory format that
-returns `(losses (B,), model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,), grad)`, with
-`grad = scale * d(sum of losses) / d(model_pred)` in model_pred's dtype and layout. While compiling it is an operator, so
-that the graph stays whole; in eager mode whatever has the least overhead.
+A backend is a function `(model_pred, ref_pred, target, beta, flipper, scale, weight, wants_grad)` of dense tensors in one
+memory format that returns `(loss (), stats (7B + 2,), grad)`. `loss` is weight times the sum of the pairs' losses. `stats` is
+one tensor, because allocating many is what host time goes into: model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,),
+losses (B,), implicit_acc, aaf_rate. `grad` is `scale * d(sum of losses) / d(model_pred)` in model_pred's dtype and layout, or
+(0,) when it is not wanted. While compiling a backend is an operator, so that the graph stays whole; in eager mode whatever
+has the least overhead.
 """
 
 import torch
@@ -11,30 +13,22 @@ from torch import Tensor
 
 FLIPPER_CODES = {"aaf": 0, "indicator": 1, "none": 2}  # those of csrc/pair_loss.h
 
-_INPUTS = "Tensor model_pred, Tensor ref_pred, Tensor target, float beta, int flipper, float scale"
-_OUTPUTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+_PAIR_LOSS = ("(Tensor model_pred, Tensor ref_pred, Tensor target, float beta, int flipper, float scale, float weight,"
+              " bool wants_grad) -> (Tensor, Tensor, Tensor)")
 _LIBRARY = torch.library.Library("seppo_fast", "FRAGMENT")
-for _schema in (f"pair_loss({_INPUTS}) -> ({_OUTPUTS})", f"pair_loss_triton({_INPUTS}) -> ({_OUTPUTS})",
-                f"pair_loss_total({_INPUTS}, float weight) -> (Tensor, {_OUTPUTS})",  # CPU: also weight * sum of losses
+for _schema in (f"pair_loss{_PAIR_LOSS}", f"pair_loss_triton{_PAIR_LOSS}",
                 "rescale(Tensor grad, Tensor upstream, float factor) -> Tensor"):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _pair_loss = torch.ops.seppo_fast.pair_loss.default
-_pair_loss_total = torch.ops.seppo_fast.pair_loss_total.default
 _pair_loss_triton = torch.ops.seppo_fast.pair_loss_triton.default
 _rescale = torch.ops.seppo_fast.rescale.default
 
 
 @torch.library.register_fake("seppo_fast::pair_loss_triton", lib=_LIBRARY)
 @torch.library.register_fake("seppo_fast::pair_loss", lib=_LIBRARY)
-def _fake(model_pred, ref_pred, target, beta, flipper, scale):
-    samples, pairs = ((n,) for n in (model_pred.shape[0], model_pred.shape[0] // 2))
-    return (*(model_pred.new_empty(shape, dtype=torch.float32) for shape in (pairs, samples, samples, pairs, pairs)),
-            torch.empty_like(model_pred))
-
-
-@torch.library.register_fake("seppo_fast::pair_loss_total", lib=_LIBRARY)
-def _(model_pred, ref_pred, target, beta, flipper, scale, weight):
-    return (model_pred.new_empty((), dtype=torch.float32), *_fake(model_pred, ref_pred, target, beta, flipper, scale))
+def _(model_pred, ref_pred, target, beta, flipper, scale, weight, wants_grad):
+    stats = model_pred.new_empty((7 * (model_pred.shape[0] // 2) + 2,), dtype=torch.float32)
+    return stats.new_empty(()), stats, torch.empty_like(model_pred) if wants_grad else model_pred.new_empty((0,))
 
 
 @torch.library.register_fake("seppo_fast::rescale", lib=_LIBRARY)
@@ -51,59 +45,60 @@ _LIBRARY.impl("pair_loss_triton", _launch_triton, "CompositeExplicitAutograd")
 
 
 def fused_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float, flipper: str, reduction: str,
-               backend: str, grad_scale: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Reduced loss, model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,), from checked inputs."""
+               backend: str, grad_scale: float | None) -> tuple[Tensor, Tensor]:
+    """The reduced loss and the statistics (7B + 2,), from checked inputs."""
+    wants_grad = model_pred.requires_grad and torch.is_grad_enabled()
     if ref_pred.requires_grad:
         ref_pred = ref_pred.detach()
     if target.requires_grad:
         target = target.detach()
-    weight = 1.0 if reduction != "mean" else 2.0 / model_pred.shape[0]
-    known = grad_scale is not None
+    pairs = model_pred.shape[0] // 2
+    weight = 1.0 / pairs if reduction == "mean" else 1.0
+    scale = weight if grad_scale is None else weight * grad_scale
     # Below autograd: the operator's outputs are constants, and one node hands the gradient over.
-    policy = model_pred.detach()
-    if policy.dtype is torch.float16 and not known:
+    policy = model_pred.detach() if wants_grad else model_pred
+    if wants_grad and grad_scale is None and policy.dtype is torch.float16:
         policy = policy.float()  # fp16 may not hold the gradient before its upstream gradient (a loss scale) is in
     if not (policy.is_contiguous() and ref_pred.is_contiguous() and target.is_contiguous()):
         policy, ref_pred, target = _alike(policy, ref_pred, target)
-    arguments = (policy, ref_pred, target, beta, FLIPPER_CODES[flipper], weight * grad_scale if known else weight)
     compiling = torch.compiler.is_compiling()
-    if backend == "native" and reduction != "none" and policy.is_cpu:
-        loss, _, model_mse, ref_mse, sign, logits, grad = _pair_loss_total(*arguments, weight)
-    else:
-        compute = _pair_loss if backend == "native" else _pair_loss_triton if compiling else _launch_triton
-        loss, model_mse, ref_mse, sign, logits, grad = compute(*arguments)
-        if reduction != "none":
-            loss = loss.view(()) if loss.shape[0] == 1 else loss.mean() if reduction == "mean" else loss.sum()
-    if model_pred.requires_grad and torch.is_grad_enabled():
-        plain = compiling or torch._C._are_functorch_transforms_active()
-        loss = (_Attach.apply if plain else _attach)(model_pred, loss, grad, known, backend)
-    return loss, model_mse, ref_mse, sign, logits
+    compute = _pair_loss if backend == "native" else _pair_loss_triton if compiling else _launch_triton
+    loss, stats, grad = compute(policy, ref_pred, target, beta, FLIPPER_CODES[flipper], scale, weight, wants_grad)
+    if reduction == "none":
+        loss = stats.narrow(0, 6 * pairs, pairs)
+    if wants_grad:
+        plain = compiling or reduction == "none" or torch._C._are_functorch_transforms_active()
+        how = (grad_scale is not None, backend)
+        loss = _Attach.apply(model_pred, loss, grad, how) if plain else _attach(model_pred, (loss,), grad, how)
+    return loss, stats
 
 
-_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph  # by retain_graph or create_graph
+# By retain_graph or create_graph. Not a public function: without it, as if it always were.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class _Attach(torch.autograd.Function):
-    """The loss as a function of `model_pred` whose gradient is there already, but for an upstream gradient not `known`."""
+    """The loss as a function of `model_pred` whose gradient is there already, but for an upstream gradient not known."""
 
     @staticmethod
-    def forward(ctx, model_pred, loss, grad, known, backend):
+    def forward(ctx, model_pred, loss, grad, how):
         ctx.save_for_backward(grad, model_pred)  # the latter only to say that there is no second derivative
-        ctx.known, ctx.backend = known, backend
-        return loss
+        ctx.how = how
+        return loss[0] if type(loss) is tuple else loss  # hidden from autograd, which would make a view of an input
 
     @staticmethod
     def backward(ctx, upstream):
         grad, model_pred = ctx.saved_tensors
-        if not (ctx.known or _is_one(upstream)):
-            grad = _rescale(grad, upstream.detach(), 1.0) if ctx.backend == "native" else _multiplied(grad, upstream)
+        known, backend = ctx.how
+        if not (known or _is_one(upstream)):
+            grad = _rescale(grad, upstream.detach(), 1.0) if backend == "native" else _multiplied(grad, upstream)
         elif not torch.compiler.is_compiling() and _graph_is_kept():
             grad = grad.clone()  # there may be a next time, and who gets a gradient may change it in place
         if grad.dtype is not model_pred.dtype:
             grad = grad.to(model_pred.dtype)
         if torch.is_grad_enabled():
             grad = _NoSecondDerivative.apply(grad, model_pred)
-        return grad, None, None, None, None
+        return grad, None, None, None
 
 
 # Function.apply without what it does in Python for functorch's sake.

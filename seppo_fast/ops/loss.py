@@ -111,30 +111,36 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
     sample that is not finite spoils its own pair's loss and gradient and no other's.
     """
     device_type, wide = _check_tensors(model_pred, ref_pred, target)
-    try:
+    if torch.compiler.is_compiling():  # once, and Dynamo warns of caches
         _check_options(beta, flipper, reduction, grad_scale)
-    except TypeError as error:
-        raise (TypeError("beta, flipper, reduction and grad_scale must be numbers and names, got something unhashable")
-               if "unhashable" in str(error) else error) from None
+    else:
+        try:
+            _check_options_once(beta, flipper, reduction, grad_scale)
+        except TypeError as error:
+            raise (TypeError("beta, flipper, reduction and grad_scale must be numbers and names, got something unhashable")
+                   if "unhashable" in str(error) else error) from None
     backend = _choose(backend, device_type)
     if wide:
         backend = "reference"
     if backend != "reference":
-        loss, model_mse, ref_mse, sign, logits = fused_loss(model_pred, ref_pred, target, beta, flipper, reduction,
-                                                            backend, grad_scale)
-        if not return_stats:
-            return loss
-    else:
-        losses, sign, logits = pair_losses(model_pred, ref_pred, target, beta, flipper)
-        loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
-        if grad_scale is not None:
-            loss = _FixedUpstream.apply(loss, grad_scale)
-        if not return_stats:
-            return loss
-        model_mse, ref_mse = mean_squared_errors(model_pred, ref_pred, target)
-        logits = logits.detach()
-    return loss, SeppoStats(model_mse, ref_mse, sign, logits, implicit_acc=_share(logits > 0, logits.dtype),
-                            aaf_rate=_share(sign == -1, logits.dtype))
+        loss, stats = fused_loss(model_pred, ref_pred, target, beta, flipper, reduction, backend, grad_scale)
+        return (loss, _unpacked(stats, model_pred.shape[0])) if return_stats else loss
+    losses, sign, logits = pair_losses(model_pred, ref_pred, target, beta, flipper)
+    loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+    if grad_scale is not None:
+        loss = _FixedUpstream.apply(loss, grad_scale)
+    if not return_stats:
+        return loss
+    logits = logits.detach()
+    return loss, SeppoStats(*mean_squared_errors(model_pred, ref_pred, target), sign, logits,
+                            implicit_acc=_share(logits > 0, logits.dtype), aaf_rate=_share(sign == -1, logits.dtype))
+
+
+def _unpacked(stats: Tensor, samples: int) -> SeppoStats:
+    """Views of a fused backend's statistics; their order is in fused.py."""
+    pairs = samples // 2
+    *each, _, implicit_acc, aaf_rate = stats.split_with_sizes((samples, samples, pairs, pairs, pairs, 1, 1))
+    return SeppoStats(*each, implicit_acc.view(()), aaf_rate.view(()))
 
 
 def _share(condition: Tensor, dtype: torch.dtype) -> Tensor:
@@ -194,7 +200,6 @@ def _explain_tensors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> No
             raise ValueError(f"{name} must be on model_pred's device {model_pred.device}, got {tensor.device}")
 
 
-@lru_cache(typed=True)  # a loop passes the same few numbers and names for ever
 def _check_options(beta: float, flipper: str, reduction: str, grad_scale: float | None) -> None:
     for name, number in (("beta", beta), ("grad_scale", grad_scale)):
         if isinstance(number, bool) or not isinstance(number, (int, float)) and (name == "beta" or number is not None):
@@ -207,6 +212,9 @@ def _check_options(beta: float, flipper: str, reduction: str, grad_scale: float 
         raise ValueError(f"flipper must be one of {', '.join(FLIPPERS)}, got {flipper!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+_check_options_once = lru_cache(typed=True)(_check_options)  # a loop passes the same few numbers and names for ever
 
 
 def _choose(backend: str, device_type: str) -> str:

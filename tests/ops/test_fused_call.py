@@ -105,9 +105,8 @@ def test_the_gradient_is_the_policys_alone():
 def test_opcheck(dtype, shared):
     model, ref, target = make(dtype=dtype)
     target = target[:2] if shared else target
-    arguments = (model.detach(), ref, target, 2000.0, 0, 0.5)
+    arguments = (model.detach(), ref, target, 2000.0, 0, 0.5, 1.0, True)
     torch.library.opcheck(torch.ops.seppo_fast.pair_loss.default, arguments)
-    torch.library.opcheck(torch.ops.seppo_fast.pair_loss_total.default, (*arguments, 0.5))
     torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor(0.5), 2.0))
     torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor([0.5, 3.0]), 2.0))
 
