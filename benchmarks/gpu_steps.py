@@ -6,13 +6,14 @@ neither the host nor the cache is in them. Times of a call are of loops that wai
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.loss import DTYPES, SHAPES, commit, forward_backward, losses, make_case
+from benchmarks.loss_cases import DTYPES, SHAPES, Case, floor_bytes, forward_backward, losses, make_case, rotating_cases
+from benchmarks.timing import Calls, commit, first_calls, in_turn, peak_bytes
 from seppo_fast.ops import available_backends, seppo_loss
 
 __all__ = ["bandwidth", "baselines", "commit", "headline", "host", "memory", "plans"]
@@ -21,6 +22,7 @@ Keep = Callable[[dict[str, object]], None]
 CASES = [("sd15", 1), ("sd15", 8), ("sd15", 64), ("sd15", 256), ("sd15", 1024), ("sdxl", 1), ("sdxl", 16), ("sdxl", 256),
          ("video", 1), ("video", 16), ("video", 256), ("sd3_1024", 1), ("sd3_1024", 64)]
 ROTATE_BYTES = 512 << 20
+OPTIONS = (2000.0, 0, 1.0, 1.0, True)  # beta, flipper, scale, weight, wants_grad of the operators
 CLUSTERED, COOPERATIVE, IN_PASSES = 1, 2, 3  # enum Plan of csrc/cuda.cu
 
 
@@ -32,11 +34,10 @@ def fused_backends() -> list[str]:
     return [name for name in ("native", "triton") if available_backends("cuda")[name] == "available"]
 
 
-def buffers(shape: str, pairs: int, dtype: torch.dtype) -> tuple[list[list[Tensor]], int]:
-    """Sets of inputs that together exceed L2, and the bytes that one call cannot do without."""
-    floor = 4 * 2 * pairs * torch.Size(SHAPES[shape]).numel() * dtype.itemsize
-    copies = min(48, max(2, ROTATE_BYTES // floor))
-    return [make_case((2 * pairs, *SHAPES[shape]), dtype, "cuda") for _ in range(copies)], floor
+def buffers(shape: str, pairs: int, dtype: torch.dtype) -> tuple[list[Case], int]:
+    """Sets of inputs that together exceed L2 (48 at most: small ones stay in it), and the bytes that one call cannot do without."""
+    floor = floor_bytes(shape, pairs, dtype)
+    return rotating_cases(shape, pairs, dtype, "cuda", min(48, max(2, ROTATE_BYTES // floor))), floor
 
 
 def on_device(call: Callable[[int], object], calls: int, repeats: int = 7) -> float:
@@ -61,30 +62,18 @@ def on_device(call: Callable[[int], object], calls: int, repeats: int = 7) -> fl
     return statistics.median(times[2:])
 
 
-def in_turn(calls: dict[str, Callable[[int], object]], seconds: float, block: int) -> dict[str, float]:
-    """Median microseconds a call, the host's work included, in blocks of `block` calls of each in turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for name in calls:
-        for index in range(3):
-            calls[name](index)
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(next(iter(times.values()))) < 5:
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for index in range(block):
-                call(index)
-            torch.cuda.synchronize()
-            times[name].append(1e6 * (time.perf_counter() - start) / block)
+def medians(calls: Calls, seconds: float, together: int) -> dict[str, float]:
+    """Median microseconds a call, the host's work included, of `together` calls in a row."""
+    times = in_turn(calls, seconds, block=1, together=together, device="cuda")
     return {name: round(statistics.median(values), 2) for name, values in times.items()}
 
 
 def one_call(backend: str, case: list[Tensor]) -> tuple[Tensor, ...]:
     """The operator itself, forward and gradient, for the time on the device."""
     if backend == "native":
-        return torch.ops.seppo_fast.pair_loss(*case, 2000.0, 0, 1.0)
+        return torch.ops.seppo_fast.pair_loss(*case, *OPTIONS)
     from seppo_fast.ops import triton_kernel
-    return triton_kernel.pair_loss(*case, 2000.0, 0, 1.0)
+    return triton_kernel.pair_loss(*case, *OPTIONS)
 
 
 def bandwidth(keep: Keep) -> None:
@@ -101,7 +90,7 @@ def bandwidth(keep: Keep) -> None:
             row["copy_us"] = on_device(lambda i, c=copies: c[i % len(c)][0].copy_(c[i % len(c)][1]), len(cases))
             del copies
             for backend in fused_backends():
-                us = on_device(lambda i, c=cases, b=backend: one_call(b, c[i])[5], len(cases))
+                us = on_device(lambda i, c=cases, b=backend: one_call(b, c[i])[2], len(cases))
                 row |= {f"{backend}_us": round(us, 2), f"{backend}_gb_s": round(floor / us / 1e3, 1),
                         f"{backend}_of_copy": round(row["copy_us"] / us, 3)}
             row |= {"copy_us": round(row["copy_us"], 2), "copy_gb_s": round(floor / row["copy_us"] / 1e3, 1)}
@@ -117,7 +106,7 @@ def host(keep: Keep) -> None:
     """Host time and launches of forward + backward on tensors too small to matter; beside eager's."""
     case = make_case((4, 4, 1, 1), torch.float32, "cuda")
     functions = {name: f for name, f in losses("cuda").items() if name not in ("compile", "liger_style")}
-    times = in_turn({name: lambda _, f=f: forward_backward(f, case) for name, f in functions.items()}, seconds=8, block=200)
+    times = medians({name: lambda _, f=f: forward_backward(f, case) for name, f in functions.items()}, seconds=8, together=200)
     launches = {}
     keep({"microseconds": times})
     for name, function in functions.items():
@@ -133,26 +122,20 @@ def memory(keep: Keep) -> None:
     """Peak memory beyond the inputs of forward + backward, in gradient tensors."""
     rows = []
     for dtype_name, dtype in DTYPES.items():
-        case = make_case((512, *SHAPES["sd15"]), dtype, "cuda")
+        case = make_case((2 * 256, *SHAPES["sd15"]), dtype, "cuda")
         one = case[0].numel() * dtype.itemsize
         for name, function in losses("cuda").items():
             if name in ("compile", "liger_style"):
                 continue
             forward_backward(function, case)
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            forward_backward(function, case)
-            rows.append({"dtype": dtype_name, "implementation": name,
-                         "gradients": round((torch.cuda.max_memory_allocated() - before) / one, 3)})
+            peak = peak_bytes(partial(forward_backward, function, case), "cuda")
+            rows.append({"shape": "sd15", "pairs": 256, "dtype": dtype_name, "implementation": name,
+                         "gradients": round(peak / one, 3)})
             keep({"rows": rows})
 
 
 def baselines(keep: Keep) -> None:
     """Forward + backward, the host's time included, against eager, torch.compile and Liger's pattern."""
-    torch._dynamo.config.cache_size_limit = 1000  # beyond it a new shape would silently run eagerly
-    if hasattr(torch._dynamo.config, "recompile_limit"):
-        torch._dynamo.config.recompile_limit = 1000
     rows = []
     cases = [("sd15", 1), ("sd15", 8), ("sd15", 64), ("sdxl", 4), ("video", 4), ("sd15", 1024)]
     for shape, pairs in cases:
@@ -160,7 +143,8 @@ def baselines(keep: Keep) -> None:
             inputs, floor = buffers(shape, pairs, dtype)
             calls = {name: lambda i, f=f, inputs=inputs: forward_backward(f, inputs[i % len(inputs)])
                      for name, f in losses("cuda").items()}
-            times = in_turn(calls, seconds=2, block=min(50, len(inputs)))
+            first_calls(calls, "cuda")
+            times = medians(calls, seconds=2, together=50)
             fused = next(times[name] for name in fused_backends())
             ratios = {name: round(us / fused, 2) for name, us in times.items()}
             rows.append({"shape": shape, "pairs": pairs, "dtype": dtype_name, "floor_bytes": floor, "us": times,
@@ -188,7 +172,7 @@ def plans(keep: Keep) -> None:
             for plan, blocks in [*chosen, (COOPERATIVE, 0), (IN_PASSES, 0)]:
                 name = {CLUSTERED: f"clusters of {blocks}", COOPERATIVE: "cooperative", IN_PASSES: "in passes"}[plan]
                 row[name] = round(on_device(lambda i, c=cases, p=plan, b=blocks: torch.ops.seppo_fast.pair_loss_planned(
-                    *c[i], 2000.0, 0, 1.0, p, b)[5], len(cases)), 2)
+                    *c[i], *OPTIONS, p, b)[2], len(cases)), 2)
             rows.append(row)
             keep({"microseconds": rows})
             del cases
@@ -206,7 +190,7 @@ def sanitize() -> None:
                     torch.autograd.grad(loss, case[0], torch.full_like(loss, 3.0))
             if "native" in fused_backends():
                 for plan in (0, COOPERATIVE, IN_PASSES):
-                    torch.ops.seppo_fast.pair_loss_planned(*(x.detach() for x in case), 2000.0, 0, 1.0, plan, 0)
+                    torch.ops.seppo_fast.pair_loss_planned(*(x.detach() for x in case), *OPTIONS, plan, 0)
     torch.cuda.synchronize()
     print("calls made")
 

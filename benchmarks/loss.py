@@ -1,8 +1,8 @@
-"""Times the loss: `python -m benchmarks.loss --out benchmarks/results`. Writes loss_<device>.json and .csv.
+"""Times the loss: `python -m benchmarks.loss --out benchmarks/results`. Writes loss_<device>.json, .csv and two plots.
 
-Every implementation is called in turn, on buffers that rotate through more memory than the caches hold, and the median
-is kept. `copy` copies 2 N elements, N being those of model_pred: it reads 2 N and writes 2 N, the 4 N that the loss
-cannot do without (three tensors read, one written). Host time is that of tensors too small to matter.
+Forward, forward + backward, peak memory of the latter, and the host's time alone (tensors too small to matter), of every
+implementation in turn, on buffers that rotate through twice the last cache. `copy` copies 2 N elements, N being those of
+model_pred: it reads 2 N and writes 2 N, the 4 N that the loss cannot do without (three tensors read, one written).
 """
 
 import argparse
@@ -10,170 +10,132 @@ import csv
 import json
 import os
 import platform
-import statistics
-import subprocess
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from benchmarks import loss_baselines
-from seppo_fast.ops import available_backends, seppo_loss
+from benchmarks.loss_cases import (
+    DTYPES,
+    floor_bytes,
+    forward_backward,
+    losses,
+    make_case,
+    needed_bytes,
+    rotating_cases,
+    rotating_copies,
+    sets,
+)
+from benchmarks.loss_summary import Row, ratios, row_of, targets
+from benchmarks.timing import commit, first_calls, free_memory, in_turn, last_level_cache, machine, peak_bytes
+from seppo_fast.ops import available_backends
 
-SHAPES = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "video": (4, 16, 32, 32), "sd3_1024": (16, 128, 128)}
-CASES = [*(("sd15", pairs) for pairs in (2, 4, 8, 16, 32, 64)), ("sdxl", 2), ("sdxl", 8), ("video", 2), ("video", 8),
-         ("sd3_1024", 2)]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROTATE_BYTES = 256 << 20
-Case = list[Tensor]
-
-
-def losses(device: str) -> dict[str, Callable[..., Tensor]]:
-    """Name -> function of (model_pred, ref_pred, target); fused backends as far as they run here."""
-    found = {"eager": loss_baselines.app_b2, "compile": loss_baselines.compiled_app_b2,
-             "liger_style": loss_baselines.liger_style}
-    for backend in ("native", "triton"):
-        if available_backends(device)[backend] == "available":
-            found[backend] = lambda p, r, t, backend=backend: seppo_loss(p, r, t, backend=backend)
-            found[f"{backend}_grad_scale"] = lambda p, r, t, backend=backend: seppo_loss(p, r, t, backend=backend, grad_scale=1.0)
-    return found
+# Those of the targets first: a run cut short leaves what it had.
+CASES = [*(("sd15", pairs) for pairs in (2, 4, 8, 16, 32, 64, 1, 256, 1024)), ("sdxl", 1), ("sdxl", 8), ("video", 2),
+         ("video", 8), ("sd3_1024", 2)]
 
 
-def make_case(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
-    target = torch.randn(shape, device=device)
-    ref_pred = target + 0.3 * torch.randn_like(target)
-    model_pred = ref_pred + 0.01 * torch.randn_like(target)
-    return [model_pred.to(dtype).requires_grad_(), ref_pred.to(dtype), target.to(dtype)]
-
-
-def forward_backward(function: Callable[..., Tensor], case: Case) -> None:
-    torch.autograd.grad(function(*case), case[0])
-
-
-def in_turn(calls: dict[str, Callable[[int], object]], seconds: float, block: int = 3) -> dict[str, list[float]]:
-    """Microseconds of each call, `block` calls of one after another.
-
-    The first call of each block is not counted: it pays for the code and the threads that the one before it left cold. Nor
-    are the first two turns.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    turn, until = 0, 0.0
-    while turn < 12 or time.perf_counter() < until:
-        for name, call in calls.items():
-            call(turn * (block + 1))
-            for index in range(block):
-                start = time.perf_counter()
-                call(turn * (block + 1) + index + 1)
-                times[name].append(1e6 * (time.perf_counter() - start))
-        turn += 1
-        if turn == 2:  # compiled, and threads started
-            times = {name: [] for name in calls}
-            until = time.perf_counter() + seconds
-    return times
-
-
-def rows_of(labels: dict[str, object], times: dict[str, list[float]]) -> list[dict[str, object]]:
-    return [labels | {"implementation": name, "median_us": round(statistics.median(values), 2),
-                      "p10_us": round(statistics.quantiles(values, n=10)[0], 2), "calls": len(values)}
-            for name, values in times.items()]
-
-
-def measure_case(shape_name: str, pairs: int, dtype_name: str, device: str, seconds: float) -> list[dict[str, object]]:
-    dtype, shape = DTYPES[dtype_name], (2 * pairs, *SHAPES[shape_name])
-    elements = 2 * pairs * torch.Size(SHAPES[shape_name]).numel()
-    copies = min(64, max(2, ROTATE_BYTES // (4 * elements * dtype.itemsize)))
-    cases = [make_case(shape, dtype, device) for _ in range(copies)]
-    sources = [torch.randn(2 * elements, device=device).to(dtype) for _ in range(copies)]
-    targets = [torch.empty_like(source) for source in sources]
+def measure_case(shape: str, pairs: int, dtype_name: str, device: str, seconds: float, rotate: int) -> list[Row]:
+    dtype = DTYPES[dtype_name]
+    floor = floor_bytes(shape, pairs, dtype)
+    cases = rotating_cases(shape, pairs, dtype, device, sets(rotate, 3 * floor // 4))
+    copies = rotating_copies(floor, dtype, device, sets(rotate, floor))
     functions = losses(device)
-    labels = {"shape": shape_name, "pairs": pairs, "dtype": dtype_name, "floor_bytes": 4 * elements * dtype.itemsize}
-    both = {name: (lambda i, f=f: forward_backward(f, cases[i % copies])) for name, f in functions.items()}
-    both["copy"] = lambda i: targets[i % copies].copy_(sources[i % copies])
-    only = {name: (lambda i, f=f: f(*cases[i % copies])) for name, f in functions.items()}
-    return (rows_of(labels | {"what": "forward_backward"}, in_turn(both, seconds))
-            + rows_of(labels | {"what": "forward"}, in_turn(only, seconds / 3)))
+    both = {name: lambda i, f=f: forward_backward(f, cases[i % len(cases)]) for name, f in functions.items()}
+    forward = {name: lambda i, f=f: f(*cases[i % len(cases)]) for name, f in functions.items()}
+
+    def copy(i: int) -> None:
+        to, source = copies[i % len(copies)]
+        to.copy_(source)
+
+    # On a GPU the calls queue up, as in training, and it is waited for only at the end of some of them.
+    how = {"device": device, "block": 1, "together": 50} if device == "cuda" else {}
+    compiling = first_calls(both, device)
+    times = in_turn(both | {"copy": copy}, seconds, **how)
+    peaks = {name: round(peak_bytes(partial(call, 0), device) / (floor // 4), 3) for name, call in both.items()}
+    labels = {"what": "forward_backward", "shape": shape, "pairs": pairs, "dtype": dtype_name, "floor_bytes": floor}
+    more = {name: {"peak_gradients": peaks[name], "first_call_s": compiling[name]} for name in both} | {"copy": {}}
+    rows = [row_of(labels, name, values, **more[name]) for name, values in times.items()]
+    labels = labels | {"what": "forward"}
+    return rows + [row_of(labels, name, values) for name, values in in_turn(forward, seconds / 3, **how).items()]
 
 
-def measure_host(device: str, seconds: float) -> list[dict[str, object]]:
-    cases = {"1 pair": make_case((2, 4, 1, 1), torch.float32, device), "2 pairs": make_case((4, 4, 1, 1), torch.float32, device)}
+def measure_host(device: str, seconds: float) -> list[Row]:
     rows = []
-    for pairs, case in enumerate(cases.values(), start=1):
-        calls = {name: (lambda _, f=f, case=case: forward_backward(f, case)) for name, f in losses(device).items()}
-        labels = {"shape": "tiny", "pairs": pairs, "dtype": "fp32", "floor_bytes": 0, "what": "host"}
-        rows += rows_of(labels, in_turn(calls, seconds, block=50))
+    for pairs in (1, 2):
+        case = make_case((2 * pairs, 4, 1, 1), torch.float32, device)
+        calls = {name: lambda _, f=f, case=case: forward_backward(f, case) for name, f in losses(device).items()}
+        first_calls(calls, device)
+        how = {"block": 1, "together": 200} if device == "cuda" else {"block": 50}
+        labels = {"what": "host", "shape": "tiny", "pairs": pairs, "dtype": "fp32", "floor_bytes": 0}
+        rows += [row_of(labels, name, values) for name, values in in_turn(calls, seconds, device=device, **how).items()]
     return rows
 
 
-def ratios(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Of each case: times in units of the native (or triton) backend's, and that backend's in units of the copy's.
-
-    From the medians and, with "p10", from the tenth percentiles: on a machine shared with others these are the better guess.
-    """
-    found: dict[tuple, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        found.setdefault((row["what"], row["shape"], row["pairs"], row["dtype"]), {})[row["implementation"]] = row
-    out = []
-    for (what, shape, pairs, dtype), times in found.items():
-        fused = next((times[name] for name in ("native", "triton") if name in times), None)
-        if fused is None:
-            continue
-        ratio = {"what": what, "shape": shape, "pairs": pairs, "dtype": dtype}
-        for statistic, suffix in (("median_us", ""), ("p10_us", "_p10")):
-            for name in ("eager", "compile", "liger_style"):
-                ratio[f"{name}_over_fused{suffix}"] = round(times[name][statistic] / fused[statistic], 2)
-            if "copy" in times:
-                ratio[f"fused_over_copy{suffix}"] = round(fused[statistic] / times["copy"][statistic], 2)
-        out.append(ratio)
-    return out
-
-
-def machine(device: str) -> dict[str, object]:
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())
-    flags = Path("/proc/cpuinfo").read_text()
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "avx512": "avx512bw" in flags,
-            "load_average": os.getloadavg()[0], "device": device if device == "cpu" else torch.cuda.get_device_name(device)}
-
-
-def commit() -> str:
-    """The commit, with "+" when the tree has changes; empty outside a checkout."""
-    run = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], capture_output=True,
-                         text=True, cwd=Path(__file__).parent, check=False)
-    return run.stdout.strip()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each case (forward + backward)")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many shapes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    torch._dynamo.config.cache_size_limit = 64  # one graph for each case
-    result: dict[str, object] = {
-        "machine": machine("cpu"), "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()}, "backends": available_backends("cpu")}
-    rows = measure_host("cpu", arguments.seconds)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for shape_name, pairs in CASES[:arguments.cases]:
-        for dtype_name in DTYPES:
-            rows += measure_case(shape_name, pairs, dtype_name, "cpu", arguments.seconds)
-            print(ratios(rows)[-2], flush=True)
-            # after every case, so that a run cut short leaves what it had
-            text = json.dumps(result | {"ratios": ratios(rows), "rows": rows}, indent=1)
-            (arguments.out / "loss_cpu.json").write_text(text + "\n")
-    with (arguments.out / "loss_cpu.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+def write(out: Path, device: str, result: Row, rows: list[Row]) -> Row:
+    """The JSON and the CSV of what there is so far."""
+    found = ratios(rows)
+    ended = {"machine": result["machine"] | {"load_average_at_end": round(os.getloadavg()[0], 2)}}
+    result = result | ended | {"targets": targets(found, device), "ratios": found, "rows": rows}
+    (out / f"loss_{device}.json").write_text(one_row_a_line(result))
+    with (out / f"loss_{device}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    for row in ratios(rows):
-        if row["what"] == "host":
-            print(row)
+    return result
+
+
+def one_row_a_line(result: Row) -> str:
+    """JSON in which each item of a list has a line."""
+    def text(value: object) -> str:
+        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if isinstance(value, list) and value else json.dumps(value)
+
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {text(value)}" for key, value in result.items()) + "\n}\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=7.0, help="for forward + backward of a case; forward takes a third more")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many shapes")
+    parser.add_argument("--rotate-mb", type=int, help="of inputs before one comes back; by default twice the last cache")
+    parser.add_argument("--memory-gb", type=float, help="leave out cases that need more; by default half of what is free")
+    arguments = parser.parse_args(argv)
+    out, device, begun = arguments.out, arguments.device, time.perf_counter()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    rotate = arguments.rotate_mb << 20 if arguments.rotate_mb else 2 * last_level_cache(device)
+    budget = arguments.memory_gb * 2**30 if arguments.memory_gb else free_memory(device) / 2
+    result: Row = {
+        "machine": machine(device), "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
+        "backends": available_backends(device), "left_out": [],
+        "settings": {"seconds": arguments.seconds, "rotate_mb": rotate >> 20, "memory_gb": round(budget / 2**30, 1)}}
+    out.mkdir(parents=True, exist_ok=True)
+    rows = measure_host(device, arguments.seconds)
+    for shape, pairs in CASES[:arguments.cases]:
+        for dtype in DTYPES:
+            needed = needed_bytes(shape, pairs, DTYPES[dtype], rotate)
+            if needed > budget:
+                result["left_out"].append(f"{shape} {pairs} {dtype}: needs {needed / 2**30:.1f} GB of memory")
+                continue
+            rows += measure_case(shape, pairs, dtype, device, arguments.seconds, rotate)
+            result["seconds"] = round(time.perf_counter() - begun, 1)
+            written = write(out, device, result, rows)
+            print(next((row for row in reversed(written["ratios"]) if row["what"] == "forward_backward"), ""), flush=True)
+    written = write(out, device, result, rows)
+    for target in written["targets"]:
+        print(target)
+    try:
+        from benchmarks.loss_plots import draw
+    except ImportError as error:
+        print(f"no plots ({error}); python -m benchmarks.loss_plots {out / f'loss_{device}.json'} draws them where matplotlib is")
+    else:
+        draw(out / f"loss_{device}.json")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ def app_b2(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float = 2
     return -F.logsigmoid(-0.5 * beta * (model_diff - ref_diff)).mean()
 
 
+# One graph for each shape and dtype; beyond the limit the rest would silently run in eager mode.
+torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+torch._dynamo.config.fail_on_recompile_limit_hit = True
 compiled_app_b2 = torch.compile(app_b2, dynamic=False)
 _gradient_and_loss = torch.compile(torch.func.grad_and_value(app_b2), dynamic=False)
 

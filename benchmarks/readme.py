@@ -4,7 +4,10 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks.loss_summary import Row, of_gpu_suite, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -26,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def filled(text: str) -> str:
     """`text` with what stands between its `<!-- name -->` and `<!-- /name -->` replaced by the table of that name."""
-    for name, table in {"quickstart": quickstart}.items():
+    for name, table in {"quickstart": quickstart, "loss": loss}.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda found, make=table: found[1] + make() + "\n" + found[2], text)
     return text
@@ -57,6 +60,66 @@ def quickstart() -> str:
         f" {base['samples']} samples that an independent classifier reads as the prompt's digit. Cleanliness: share of samples as"
         " close to a held-out real digit as 95% of the real digits are.",
     ]
+    return "\n".join(lines)
+
+
+SHAPE_NAMES = {"sd15": "SD-1.5, 512x512", "sdxl": "SDXL, 1024x1024", "video": "video, 16 x 256x256",
+               "sd3_1024": "SD3-like, 1024x1024"}
+
+
+def loss(results: Path = RESULTS) -> str:
+    """Figures of the fused loss from loss_cpu.json and, where there is one, the GPU suite's; in words where there is none."""
+    return "\n\n".join([loss_on_cpu(results / "loss_cpu.json"), *map(loss_on_gpu, sorted(results.glob("gpu_suite*.json")))])
+
+
+def loss_on_cpu(path: Path) -> str:
+    if not path.exists():
+        return "On the CPU: not measured yet (`python -m benchmarks.loss --out benchmarks/results`, then `make readme`)."
+    result = json.loads(path.read_text())
+    machine, versions = result["machine"], result["versions"]
+    load = f"{machine['load_average_at_start']} to {machine['load_average_at_end']}"
+    said = [f"Forward + backward on {machine['cpu']}, {machine['threads']} of {machine['cores']} cores, torch {versions['torch']},"
+            f" commit `{result['commit']}`, load average {load}; inputs rotate through {result['settings']['rotate_mb']} MB."
+            " Plots: [ratios](benchmarks/results/loss_cpu_ratio.png), [bandwidth](benchmarks/results/loss_cpu_bandwidth.png);"
+            " figures: [JSON](benchmarks/results/loss_cpu.json), [CSV](benchmarks/results/loss_cpu.csv).",
+            ratio_table(result["ratios"]), target_list(result["targets"])]
+    return "\n\n".join(said)
+
+
+def loss_on_gpu(path: Path) -> str:
+    suite = json.loads(path.read_text())
+    machine, found = suite["machine"], of_gpu_suite(suite)
+    said = [f"Forward + backward on {machine['gpu']}, torch {machine['torch']}, driver {machine['driver']}, commit"
+            f" `{suite['commit']}`: time of a call with the host's in it; in units of the copy, time on the device."
+            f" [All figures](benchmarks/results/{path.name}).", ratio_table(found), target_list(targets(found, "cuda"))]
+    return "\n\n".join(said)
+
+
+def ratio_table(found: Sequence[Row]) -> str:
+    """One line a batch: time, and for how many times as long the others take; the same for each dtype."""
+    rows = {(row["shape"], row["pairs"], row["dtype"]): row for row in found if row["what"] == "forward_backward"}
+    dtypes = list(dict.fromkeys(dtype for _, _, dtype in rows))
+    batches = sorted({(shape, pairs) for shape, pairs, _ in rows}, key=lambda batch: (list(SHAPE_NAMES).index(batch[0]), batch[1]))
+    columns = (("us", "fused_us", "{:.0f}"), ("eager", "eager_over_fused", "{:.1f}x"), ("compile", "compile_over_fused", "{:.1f}x"),
+               ("copy", "fused_over_copy", "{:.2f}"), ("memory", "fused_gradients", "{:.2f}"))
+    header = {"us": "µs", "eager": "eager takes", "compile": "`torch.compile` takes", "copy": "in units of the copy",
+              "memory": "peak memory, gradients"}
+    lines = ["| pairs | " + " | ".join(f"{dtype}: {header[name]}" for dtype in dtypes for name, _, _ in columns) + " |",
+             "|---" * (1 + len(dtypes) * len(columns)) + "|"]
+    for shape, pairs in batches:
+        cells = [form.format(rows[key][field]) if field in rows.get(key, {}) else "-" for dtype in dtypes
+                 for key in [(shape, pairs, dtype)] for _, field, form in columns]
+        lines.append(f"| {SHAPE_NAMES[shape]}: {pairs} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def target_list(judged: Sequence[Row]) -> str:
+    """Each target, met or missed, with the worst case."""
+    lines = []
+    for target in judged:
+        verdict = {True: "met", False: "**missed**", None: "not measured to the end"}[target["met"]]
+        worst = f", worst {target['worst']:.2f} at {target['where']}" if "worst" in target else ""
+        lines.append(f"- {target['target']}: {verdict}{worst}")
     return "\n".join(lines)
 
 

@@ -1,10 +1,13 @@
-"""pytest-benchmark suite: `python -m pytest benchmarks --benchmark-only`. Forward + backward on the CPU, two threads."""
+"""pytest-benchmark suite: `python -m pytest benchmarks --benchmark-only`. Forward + backward on the CPU, two threads.
+
+The caches may hold its inputs, which do not change; in loss.py they cannot.
+"""
 
 import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark")
-from benchmarks.loss import DTYPES, SHAPES, forward_backward, losses, make_case  # noqa: E402
+from benchmarks.loss_cases import DTYPES, SHAPES, forward_backward, losses, make_case  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")

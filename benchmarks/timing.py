@@ -1,0 +1,116 @@
+"""How calls are timed and their memory counted, on the CPU and on a GPU, and what is said about the machine."""
+
+import itertools
+import json
+import os
+import platform
+import random
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Calls = dict[str, Callable[[int], object]]
+
+
+def waiter(device: str) -> Callable[[], object]:
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def first_calls(calls: Calls, device: str = "cpu") -> dict[str, float]:
+    """Seconds of the first call of each, which compiles what is to be compiled."""
+    seconds, wait = {}, waiter(device)
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call(0)
+        wait()
+        seconds[name] = round(time.perf_counter() - start, 3)
+    return seconds
+
+
+def in_turn(calls: Calls, seconds: float, *, block: int = 3, together: int = 1, least: int = 4,
+            device: str = "cpu") -> dict[str, list[float]]:
+    """Microseconds of one call, `block` figures of each in every turn; a figure is the mean of `together` calls.
+
+    The order is another one in every turn: who ran before decides which pages are mapped and what the caches hold. A call's
+    argument is how many calls went before, whoever made them, so that a buffer chosen by it comes back only after all the
+    others. The first call of each block is not counted: it pays for the code and the threads that the one before it left
+    cold. Nor is the first turn.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, names, index, wait = random.Random(0), list(calls), itertools.count(), waiter(device)
+    turn, until = -1, 0.0
+    while turn < least or time.perf_counter() < until:
+        order.shuffle(names)
+        for name in names:
+            call = calls[name]
+            call(next(index))
+            for _ in range(block):
+                wait()
+                start = time.perf_counter()
+                for _ in range(together):
+                    call(next(index))
+                wait()
+                times[name].append(1e6 * (time.perf_counter() - start) / together)
+        turn += 1
+        if turn == 0:
+            times = {name: [] for name in calls}
+            until = time.perf_counter() + seconds
+    return times
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """The most that `call` holds at one time, beyond what was allocated before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    return max(itertools.accumulate((event["args"]["Bytes"] for event in events), initial=0))
+
+
+def last_level_cache(device: str) -> int:
+    """Bytes that may still be in a cache when a buffer comes back."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=64 << 20)
+
+
+def free_memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def machine(device: str) -> dict[str, object]:
+    """The processor, the cores and threads, what else was running, and the GPU where that is what is measured."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    cpu = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")),
+               platform.processor())
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "avx512": "avx512bw" in text,
+            "cache_mb": last_level_cache(device) >> 20, "load_average_at_start": round(os.getloadavg()[0], 2), **gpu}
+
+
+def commit() -> str:
+    """The commit, with "+" when the tree has changes; empty outside a checkout."""
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], capture_output=True,
+                             text=True, cwd=Path(__file__).parent, check=False)
+    except FileNotFoundError:
+        return ""
+    return run.stdout.strip()
