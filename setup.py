@@ -7,7 +7,6 @@ torch installed and `pip install --no-build-isolation`. SEPPO_FAST_BUILD=cpu|cud
 
 import importlib.util
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -117,6 +116,6 @@ setup(
     ext_modules=[
         Extension("seppo_fast._cpu", ["csrc/cpu.cpp"], depends=HEADERS, optional=True),
         Extension("seppo_fast._cuda", ["csrc/cuda.cu"], depends=HEADERS[:1], optional=True),
-    ] if platform.python_implementation() == "CPython" else [],
+    ],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
 )

@@ -104,7 +104,8 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
         backend: `"auto"` or a name from `available_backends()`. fp64 takes the reference.
         grad_scale: the upstream gradient (of each loss, with "none") where the host knows it, such as DeepSpeed's 1 /
             accumulation steps. backward then uses this number *instead of* the one that arrives: the gradient is ready
-            when the loss is, rounded once, and backward launches nothing. The loss itself is not scaled.
+            when the loss is, rounded once, and backward launches nothing. The loss itself is not scaled; where it is not
+            finite, nor is the gradient.
         return_stats: also return a `SeppoStats`.
 
     Returns the loss in fp32 (fp64 when an input is), whatever the inputs' dtype. Nothing here waits for the device. A
@@ -148,16 +149,18 @@ def _share(condition: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _FixedUpstream(torch.autograd.Function):
-    """The identity, whose upstream gradient is replaced by `grad_scale`."""
+    """The identity, whose upstream gradient is replaced by `grad_scale`, or by NaN where the loss is not finite."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, grad_scale: float) -> Tensor:
+        ctx.save_for_backward(loss)
         ctx.grad_scale = grad_scale
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
-        return torch.full_like(upstream, ctx.grad_scale), None
+        loss, = ctx.saved_tensors
+        return torch.full_like(upstream, ctx.grad_scale).where(loss.isfinite(), torch.nan), None
 
 
 def _check_tensors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> tuple[str, bool]:

@@ -91,9 +91,10 @@ class Step(NamedTuple):
     harmless: bool  # skipped by a dynamic loss scale that still has room to fall: fp16's normal search for its scale
 
 
-def finite_or_nan(loss: Tensor) -> Tensor:
-    """The loss, with NaN gradients where it is not finite, so that the one test for gradients covers both."""
-    return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+def upstream_gradient(engine: DeepSpeedEngine) -> float:
+    """What `engine.backward` hands to the loss: known before, so that the loss's kernel can make the final gradient at once."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return (1.0 if scaler is None else float(scaler.loss_scale)) / engine.gradient_accumulation_steps()
 
 
 def step(engine: DeepSpeedEngine) -> Step | None:

@@ -36,8 +36,11 @@ class Objective:
     dtype: torch.dtype
     autocast: torch.dtype | None = None
 
-    def __call__(self, policy: nn.Module, reference: nn.Module | None, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """The scalar loss, and `(B, 6)` detached: MSEs of policy (w, l) and reference (w, l), sign, logit; `(B, 1)` for SFT."""
+    def __call__(self, policy: nn.Module, reference: nn.Module | None, pairs: Pairs, upstream: float) -> tuple[Tensor, Tensor]:
+        """The scalar loss, and `(B, 6)` detached: MSEs of policy (w, l) and reference (w, l), sign, logit; `(B, 1)` for SFT.
+
+        `upstream` is the gradient that backward will be called with. A loss that is not finite has no finite gradients.
+        """
         halves = len(pairs.latents) // len(pairs.timesteps)
         timesteps = pairs.timesteps.repeat(halves)
         noise = torch.cat([pairs.noise] * (len(pairs.latents) // len(pairs.noise)))
@@ -51,10 +54,11 @@ class Objective:
         model_pred = self._predict(policy, noisy, timesteps, conditions)
         if self.flipper is None:
             mse = mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
-            return mse.mean(), mse.detach()[:, None]
+            return finite_or_nan(mse.mean()), mse.detach()[:, None]
         with torch.no_grad():
             ref_pred = self._predict(reference, noisy, timesteps, conditions)
-        loss, stats = seppo_loss(model_pred, ref_pred, target, self.beta, flipper=self.flipper, return_stats=True)
+        loss, stats = seppo_loss(model_pred, ref_pred, target, self.beta, flipper=self.flipper, grad_scale=upstream,
+                                 return_stats=True)
         columns = [*stats.model_mse.chunk(2), *stats.ref_mse.chunk(2), stats.sign, stats.logits]
         return loss, torch.stack(columns, dim=1)
 
@@ -65,3 +69,8 @@ class Objective:
     def precision(self, device: torch.device) -> AbstractContextManager:
         """The mode in which policy and reference both run: a rounding difference between them would decide the first signs."""
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+
+
+def finite_or_nan(loss: Tensor) -> Tensor:
+    """The loss, with NaN gradients where it is not finite: the trainer's one test for gradients then covers both."""
+    return loss * torch.where(loss.isfinite(), 1.0, torch.nan)

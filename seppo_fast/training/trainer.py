@@ -21,7 +21,7 @@ from seppo_fast.reference.solver import SolverTable
 from seppo_fast.seeds import generator
 from seppo_fast.training import checkpoint
 from seppo_fast.training.checkpoint import State
-from seppo_fast.training.engine import Step, finite_or_nan, policy_weights, step
+from seppo_fast.training.engine import Step, policy_weights, step, upstream_gradient
 from seppo_fast.training.metrics import peak_memory_gb, summarise
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
@@ -100,8 +100,8 @@ class Trainer:
             with self.timed("data"):
                 pairs = self.pairs.pairs(slots, self.losers)
             with self.timed("training"):
-                loss, table = self.objective(self.engine, self.reference, pairs)
-                self.engine.backward(finite_or_nan(loss))
+                loss, table = self.objective(self.engine, self.reference, pairs, upstream_gradient(self.engine))
+                self.engine.backward(loss)
                 done = step(self.engine)
             tables.append(table)
             if slots is not micro_batches[-1]:  # after the last one the update is made and must be counted first

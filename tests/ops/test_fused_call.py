@@ -100,6 +100,17 @@ def test_the_gradient_is_the_policys_alone():
     assert not any(value.requires_grad for value in stats)
 
 
+def test_no_gradient_is_made_that_nobody_wants():
+    """Same loss and statistics, in memory that does not grow with the inputs."""
+    model, ref, target = make((4, 4, 32, 32))
+    want, stats = seppo_loss(model, ref, target, return_stats=True)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        got, same = seppo_loss(model, ref, target, return_stats=True)
+    assert torch.equal(got, want) and all(map(torch.equal, same, stats))
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages()) < model.nbytes / 4
+    assert fused._pair_loss(model.detach(), ref, target, 2000.0, 0, 1.0, 1.0, False)[2].shape == (0,)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck(dtype, shared):
@@ -107,6 +118,7 @@ def test_opcheck(dtype, shared):
     target = target[:2] if shared else target
     arguments = (model.detach(), ref, target, 2000.0, 0, 0.5, 1.0, True)
     torch.library.opcheck(torch.ops.seppo_fast.pair_loss.default, arguments)
+    torch.library.opcheck(torch.ops.seppo_fast.pair_loss.default, (*arguments[:-1], False))
     torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor(0.5), 2.0))
     torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor([0.5, 3.0]), 2.0))
 
