@@ -25,7 +25,7 @@ def draw(path: Path) -> None:
         dtypes = list(dict.fromkeys(row["dtype"] for row in result["ratios"] if row["shape"] == "sd15"))
         if not dtypes:
             return
-        figure, panels = plt.subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 4.2), sharey=True, squeeze=False,
+        figure, panels = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes) + 1.8, 4.2), sharey=True, squeeze=False,
                                       layout="constrained")
         for axes, dtype in zip(panels[0], dtypes, strict=True):
             panel(axes, result, dtype, device)
@@ -34,7 +34,7 @@ def draw(path: Path) -> None:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axes.set_xlabel("pairs in a batch")
             axes.grid(alpha=0.3, which="both")
-        panels[0][0].legend(fontsize=8)
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
         figure.suptitle(f"seppo_loss, forward + backward: {where(result)}", fontsize=10)
         figure.savefig(path.with_name(f"{path.stem}_{kind}.png"), dpi=130)
         plt.close(figure)
