@@ -11,6 +11,7 @@
 //   clustered    the groups of a pair in one block or in the 2 to 16 blocks of a cluster (sm_90), sums through shared memory
 //   cooperative  all blocks of a resident grid share the pairs, sums through global memory and a counter for each pair
 //   in_passes    three ordinary launches that read p and t twice: a pair too large for the shared memory of the whole chip
+// Whoever finishes the last pair adds up the losses of all, in an order that the number of pairs decides.
 
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -24,9 +25,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <tuple>
-#include <utility>
 #include <type_traits>
+#include <utility>
 
 #include "pair_loss.h"
 
@@ -43,6 +45,8 @@ constexpr int kMaxCluster = 16, kMaxClusterGroups = kMaxCluster * kMaxBlockGroup
 constexpr int kThreadBytes = 2 * kPerThread * sizeof(float);   // of shared memory, where the errors wait
 constexpr int kGroupBytes = kGroupThreads * kThreadBytes;
 constexpr int kMaxDevices = 64;
+constexpr int kTickets = 1024;
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kSums = 6;  // difference, policy, reference; winner and loser of each
 
 enum Plan { kAuto, kClustered, kCooperative, kInPasses };
@@ -58,15 +62,26 @@ struct Input {
 
 struct Problem {
   Input policy, reference, target;
-  char* grad;
+  char* grad;  // null: not wanted. The errors are kept all the same, since a branch would part the loads
   int64_t pairs, elements, groups;
+  double weight;
   float beta, scale;
   int flipper;
-  float *losses, *model_mse, *ref_mse, *sign, *logits;
+  float *loss, *stats;   // (), (7 * pairs + 2,)
+  unsigned* ticket;      // how many have finished; zero between launches. Not used for one pair
   float* partial;        // (pairs, groups, kSums)
   float2* coefficients;  // (pairs,)
   unsigned* arrived;     // (pairs,)
+
+  __device__ __forceinline__ void put_totals(double losses, double accurate, double flipped) const {
+    *loss = (float)(weight * losses);
+    stats[7 * pairs] = (float)accurate / (float)pairs;
+    stats[7 * pairs + 1] = (float)flipped / (float)pairs;
+  }
 };
+
+// Zero when the library is loaded and after every launch; ticket_of() says who uses which.
+__device__ unsigned tickets[kTickets];
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
@@ -280,21 +295,20 @@ struct Piece {
 
 // Six sums over a warp in 9 shuffles, each exchange halving what a lane carries. Lane 4 * i ends with sum i.
 __device__ __forceinline__ float warp_sum(const float (&v)[kSums]) {
-  constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % kLanes;
   const bool upper = lane & 16, middle = lane & 8, lower = lane & 4;
-  const float a0 = (upper ? v[4] : v[0]) + __shfl_xor_sync(kAll, upper ? v[0] : v[4], 16);
-  const float a1 = (upper ? v[5] : v[1]) + __shfl_xor_sync(kAll, upper ? v[1] : v[5], 16);
-  const float a2 = (upper ? 0.0f : v[2]) + __shfl_xor_sync(kAll, upper ? v[2] : 0.0f, 16);
-  const float a3 = (upper ? 0.0f : v[3]) + __shfl_xor_sync(kAll, upper ? v[3] : 0.0f, 16);
-  const float b0 = (middle ? a2 : a0) + __shfl_xor_sync(kAll, middle ? a0 : a2, 8);
-  const float b1 = (middle ? a3 : a1) + __shfl_xor_sync(kAll, middle ? a1 : a3, 8);
-  float c = (lower ? b1 : b0) + __shfl_xor_sync(kAll, lower ? b0 : b1, 4);
-  c += __shfl_xor_sync(kAll, c, 2);
-  return c + __shfl_xor_sync(kAll, c, 1);
+  const float a0 = (upper ? v[4] : v[0]) + __shfl_xor_sync(kAllLanes, upper ? v[0] : v[4], 16);
+  const float a1 = (upper ? v[5] : v[1]) + __shfl_xor_sync(kAllLanes, upper ? v[1] : v[5], 16);
+  const float a2 = (upper ? 0.0f : v[2]) + __shfl_xor_sync(kAllLanes, upper ? v[2] : 0.0f, 16);
+  const float a3 = (upper ? 0.0f : v[3]) + __shfl_xor_sync(kAllLanes, upper ? v[3] : 0.0f, 16);
+  const float b0 = (middle ? a2 : a0) + __shfl_xor_sync(kAllLanes, middle ? a0 : a2, 8);
+  const float b1 = (middle ? a3 : a1) + __shfl_xor_sync(kAllLanes, middle ? a1 : a3, 8);
+  float c = (lower ? b1 : b0) + __shfl_xor_sync(kAllLanes, lower ? b0 : b1, 4);
+  c += __shfl_xor_sync(kAllLanes, c, 2);
+  return c + __shfl_xor_sync(kAllLanes, c, 1);
 }
 
-struct Shared {
+struct alignas(16) Shared {
   float warp[kSums][kMaxThreads / kLanes];
   float group[kSums][kMaxClusterGroups];
   float total[kSums];
@@ -323,7 +337,7 @@ struct Shared {
       for (int64_t group = lane; group < groups; group += kLanes) lanes += of(which, group);
       float sum = (float)lanes;
 #pragma unroll
-      for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+      for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
       if (lane == 0) total[which] = sum;
     }
     __syncthreads();
@@ -334,17 +348,45 @@ struct Shared {
     const seppo::PairLoss out = seppo::pair_loss(total[0] / elements, total[1] / elements, elements, problem.beta,
                                                  problem.flipper, problem.scale);
     if (writes && threadIdx.x == 0) {
-      problem.losses[pair] = out.loss;
-      problem.sign[pair] = out.sign;
-      problem.logits[pair] = out.logit;
-      problem.model_mse[pair] = total[2] / elements;
-      problem.model_mse[pair + problem.pairs] = total[3] / elements;
-      problem.ref_mse[pair] = total[4] / elements;
-      problem.ref_mse[pair + problem.pairs] = total[5] / elements;
+      float* to = problem.stats + pair;
+#pragma unroll
+      for (int i = 0; i < 4; i++) to[i * problem.pairs] = total[2 + i] / elements;
+      to[4 * problem.pairs] = out.sign;
+      to[5 * problem.pairs] = out.logit;
+      to[6 * problem.pairs] = out.loss;
+      if (problem.pairs == 1) problem.put_totals(out.loss, out.logit > 0.0f, out.sign == -1.0f);
     }
     return out;
   }
 };
+
+// Called `of` times in a launch by whole blocks, each time when thread 0 has written all that it will to stats. Who takes
+// the last ticket sees what was written before the others were taken, and leaves the count at zero.
+__device__ __forceinline__ void finish_batch(const Problem& problem, unsigned of) {
+  if (problem.pairs == 1 || threadIdx.x >= kLanes) return;
+  unsigned ticket = 0;
+  if (threadIdx.x == 0) {
+    asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(ticket) : "l"(problem.ticket), "r"(of - 1) : "memory");
+    if (ticket == of - 1) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  }
+  if (__shfl_sync(kAllLanes, ticket, 0) != of - 1) return;
+  __syncwarp();  // what thread 0 sees, its warp does
+  const float *signs = problem.stats + 4 * problem.pairs, *logits = signs + problem.pairs, *losses = logits + problem.pairs;
+  double sums[3] = {};
+#pragma unroll 4
+  for (int64_t pair = threadIdx.x; pair < problem.pairs; pair += kLanes) {
+    sums[0] += __ldcg(losses + pair);
+    sums[1] += __ldcg(logits + pair) > 0.0f;
+    sums[2] += __ldcg(signs + pair) == -1.0f;
+  }
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) {
+#pragma unroll
+    for (int i = 0; i < 3; i++) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], distance);
+  }
+  if (threadIdx.x == 0) problem.put_totals(sums[0], sums[1], sums[2]);
+}
 
 template <class P, class R, class T, bool kVector>
 __global__ void __launch_bounds__(kMaxThreads, 1) clustered(const __grid_constant__ Problem problem, int log_blocks) {
@@ -381,7 +423,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) clustered(const __grid_constan
   }
   shared.put_totals<1>(problem.groups, [&](int which, int64_t i) { return shared.group[which][i]; });
   const seppo::PairLoss out = shared.finish(problem, pair(), rank() == 0);
-  Piece<P, R, T, kVector>::write_gradient(problem, pair(), group(), out.winner_coefficient, out.loser_coefficient);
+  if (problem.grad) {
+    Piece<P, R, T, kVector>::write_gradient(problem, pair(), group(), out.winner_coefficient, out.loser_coefficient);
+  }
+  if (rank() == 0) finish_batch(problem, (unsigned)problem.pairs);
 }
 
 __device__ __forceinline__ void put_partial(const Problem& problem, const Shared& shared, int64_t work) {
@@ -402,16 +447,16 @@ __global__ void __launch_bounds__(kGroupThreads, 4) cooperative(const __grid_con
   const auto grid = cooperative_groups::this_grid();
   if (blockIdx.x == 0) {
     for (int64_t i = threadIdx.x; i < problem.pairs; i += blockDim.x) problem.arrived[i] = 0;
+    if (threadIdx.x == 0) *problem.ticket = 0;
   }
   auto token = grid.barrier_arrive();  // the zeros, seen by all before the first of them is counted up
-  bool waited = false;
-  for (int64_t work = blockIdx.x; work < problem.pairs * problem.groups; work += gridDim.x) {
-    const int64_t pair = work / problem.groups, group = work % problem.groups;
+  const unsigned all = (unsigned)(problem.pairs * problem.groups);  // choose() sees to it that this fits
+  for (unsigned work = blockIdx.x; work < all; work += gridDim.x) {
+    const unsigned pair = (unsigned)(work / problem.groups), group = work - pair * (unsigned)problem.groups;
     float sums[kSums];
     Piece<P, R, T, kVector>::template read<true, true>(problem, pair, group, sums);
     shared.put_warp_sums(sums);
-    if (!waited) grid.barrier_wait(std::move(token));
-    waited = true;
+    if (work == blockIdx.x) grid.barrier_wait(std::move(token));  // there is work for every block
     put_partial(problem, shared, work);
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -425,14 +470,17 @@ __global__ void __launch_bounds__(kGroupThreads, 4) cooperative(const __grid_con
     __syncthreads();
     put_pair_totals<1>(problem, shared, pair);
     const seppo::PairLoss out = shared.finish(problem, pair, group == 0);
-    Piece<P, R, T, kVector>::write_gradient(problem, pair, group, out.winner_coefficient, out.loser_coefficient);
+    if (problem.grad) {
+      Piece<P, R, T, kVector>::write_gradient(problem, pair, group, out.winner_coefficient, out.loser_coefficient);
+    }
   }
-  if (!waited) grid.barrier_wait(std::move(token));
+  finish_batch(problem, gridDim.x);
 }
 
 template <class P, class R, class T, bool kVector>
 __global__ void __launch_bounds__(kGroupThreads, 4) sum_pass(const __grid_constant__ Problem problem) {
   __shared__ Shared shared;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *problem.ticket = 0;
   for (int64_t work = blockIdx.x; work < problem.pairs * problem.groups; work += gridDim.x) {
     float sums[kSums];
     Piece<P, R, T, kVector>::template read<true, false>(problem, work / problem.groups, work % problem.groups, sums);
@@ -450,6 +498,7 @@ __global__ void __launch_bounds__(kGroupThreads) finish_pass(const __grid_consta
     if (threadIdx.x == 0) problem.coefficients[pair] = {out.winner_coefficient, out.loser_coefficient};
     __syncthreads();
   }
+  finish_batch(problem, gridDim.x);
 }
 
 template <class P, class R, class T, bool kVector>
@@ -489,6 +538,8 @@ __global__ void __launch_bounds__(kGroupThreads) rescaled(X* __restrict__ to, co
 struct Device {
   int major = 0, cluster = 0, block_groups = 0;  // the largest cluster, the most groups in one block
   std::atomic<int> processors = 0;               // of them; 0: not asked yet
+  std::atomic<unsigned*> tickets = nullptr;      // the device's address of them; null: not asked yet
+  std::atomic<unsigned long long> owners[kTickets] = {};  // of the tickets: the stream's id + 1
 };
 
 Device& device_of(int index) {
@@ -535,10 +586,19 @@ Tensor new_floats(int64_t count, int device) {
   return new_tensor(1, &count, &stride, aoti_torch_dtype_float32(), device);
 }
 
-Tensor new_like(const Tensor& x, int device) {
+int32_t torch_dtype_of(const Tensor& x) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return new_tensor(x.dim(), x.sizes().data(), x.strides().data(), dtype, device);
+  return dtype;
+}
+
+Tensor new_like(const Tensor& x, int device) {
+  return new_tensor(x.dim(), x.sizes().data(), x.strides().data(), torch_dtype_of(x), device);
+}
+
+Tensor new_empty(const Tensor& x, int device) {
+  const int64_t none = 0, stride = 1;
+  return new_tensor(1, &none, &stride, torch_dtype_of(x), device);
 }
 
 float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
@@ -562,6 +622,8 @@ struct Launch {
 // A fixed table by shape and chip. Blocks are small where a cluster can join them: while one waits for its sums,
 // others on the same multiprocessor load and store.
 Launch choose(int64_t pairs, int64_t groups, const Device& device, int plan, int blocks) {
+  // More than a grid or a 32-bit counter holds.
+  if (pairs * (groups < kMaxCluster ? kMaxCluster : groups) > INT32_MAX) return {kInPasses, 0, kGroupThreads};
   if (plan == kAuto) {
     plan = groups <= device.cluster * device.block_groups ? kClustered : kCooperative;
     blocks = 1;
@@ -569,12 +631,11 @@ Launch choose(int64_t pairs, int64_t groups, const Device& device, int plan, int
     if (blocks * device.block_groups < groups) blocks = device.cluster;
   }
   if (plan != kClustered) return {plan, 0, kGroupThreads};
-  int here = 1;
-  while ((int64_t)here * blocks < groups) here *= 2;
   const bool power_of_two = blocks > 0 && (blocks & (blocks - 1)) == 0;
-  STD_TORCH_CHECK(power_of_two && blocks <= device.cluster && here <= device.block_groups, "seppo_fast: ", blocks,
-                  " blocks do not hold ", groups, " groups of a pair on this device");
-  if (pairs > INT32_MAX / blocks) return {kInPasses, 0, kGroupThreads};
+  STD_TORCH_CHECK(power_of_two && blocks <= device.cluster && groups <= blocks * device.block_groups, "seppo_fast: ",
+                  blocks, " blocks do not hold ", groups, " groups of a pair on this device");
+  int here = 1;
+  while (here * blocks < groups) here *= 2;
   return {kClustered, blocks, here * kGroupThreads};
 }
 
@@ -635,12 +696,42 @@ bool largest_cluster_fits(Kernel kernel, int index) {
   return answer > 0;
 }
 
+// Where a launch counts its pairs without a memset before it: a word that belongs to the stream. Two launches never use it
+// at once, since those of one stream follow one another and a stream's id is given to no later stream. Null when every
+// word has its stream, and under capture: a graph runs on whatever stream, beside launches on the one it was captured on.
+unsigned* ticket_of(cudaStream_t stream, Device& device) {
+  cudaStreamCaptureStatus capture;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
+  if (capture != cudaStreamCaptureStatusNone) return nullptr;
+  if (device.tickets == nullptr) {
+    void* address = nullptr;
+    STD_CUDA_CHECK(cudaGetSymbolAddress(&address, tickets));
+    device.tickets = static_cast<unsigned*>(address);
+  }
+  unsigned long long id;
+  STD_CUDA_CHECK(cudaStreamGetId(stream, &id));
+  const unsigned long long key = id + 1;
+  for (int i = 0; key != 0 && i < kTickets; i++) {
+    const int slot = (int)((key + i) % kTickets);
+    unsigned long long owner = 0;
+    if (device.owners[slot].compare_exchange_strong(owner, key) || owner == key) return device.tickets + slot;
+  }
+  return nullptr;
+}
+
 template <class P, class R, class T, bool kVector>
 void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
-  const Device& device = device_of(device_index);
+  Device& device = device_of(device_index);
   if (plan.plan == kClustered) {
     const auto kernel = clustered<P, R, T, kVector>;
     if (largest_cluster_fits(kernel, device_index) || plan.blocks <= 8) {
+      std::optional<Tensor> own;
+      if (problem.pairs > 1) problem.ticket = ticket_of(stream, device);
+      if (problem.pairs > 1 && !problem.ticket) {
+        own.emplace(new_floats(1, device_index));
+        problem.ticket = static_cast<unsigned*>(own->mutable_data_ptr());
+        STD_CUDA_CHECK(cudaMemsetAsync(problem.ticket, 0, sizeof(unsigned), stream));
+      }
       Config config(problem.pairs * plan.blocks, plan.threads, stream, plan.threads * kThreadBytes);
       if (plan.blocks > 1) config.cluster(plan.blocks);
       config.launch(kernel, problem, __builtin_ctz(plan.blocks));
@@ -650,10 +741,11 @@ void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
   }
   const int64_t work = problem.pairs * problem.groups;
   // Freed on return: the allocator hands it out again in the order of this stream only.
-  const Tensor workspace = new_floats(work * kSums + problem.pairs * 3, device_index);
+  const Tensor workspace = new_floats(work * kSums + problem.pairs * 3 + 1, device_index);
   problem.partial = floats(workspace);
   problem.coefficients = reinterpret_cast<float2*>(problem.partial + work * kSums);  // an even offset: 8-byte aligned
   problem.arrived = reinterpret_cast<unsigned*>(problem.coefficients + problem.pairs);
+  problem.ticket = problem.arrived + problem.pairs;
   if (plan.plan == kCooperative) {
     const auto kernel = cooperative<P, R, T, kVector>;
     int each = 0;
@@ -668,7 +760,9 @@ void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
   }
   Config(grid_for(work, device), kGroupThreads, stream).launch(sum_pass<P, R, T, kVector>, problem);
   Config(grid_for(problem.pairs, device), kGroupThreads, stream).launch(finish_pass, problem);
-  Config(grid_for(work, device), kGroupThreads, stream, kGroupBytes).launch(gradient_pass<P, R, T, kVector>, problem);
+  if (problem.grad) {
+    Config(grid_for(work, device), kGroupThreads, stream, kGroupBytes).launch(gradient_pass<P, R, T, kVector>, problem);
+  }
 }
 
 template <class P>
@@ -679,10 +773,10 @@ void run_for(const Problem& problem, bool vector, Launch plan, int device, cudaS
   else run<P, Any, Any, true>(problem, plan, device, stream);
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
 Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& ref_pred, const Tensor& target, double beta,
-                          int64_t flipper, double scale, int64_t plan, int64_t blocks) {
+                          int64_t flipper, double scale, double weight, bool wants_grad, int64_t plan, int64_t blocks) {
   const int64_t samples = model_pred.size(0), total = model_pred.numel();
   STD_TORCH_CHECK(samples >= 2 && samples % 2 == 0 && total > 0, "seppo_fast::pair_loss: model_pred must be (2B, ...)");
   const int64_t pairs = samples / 2, elements = total / samples, targets = target.size(0);
@@ -694,8 +788,9 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& ref_pred, cons
                       target.get_device_index() == device,
                   "seppo_fast::pair_loss: all tensors must be on one device");
   const Guard guard(device);
-  Tensor losses = new_floats(pairs, device), model_mse = new_floats(samples, device), ref_mse = new_floats(samples, device),
-         sign = new_floats(pairs, device), logits = new_floats(pairs, device), grad = new_like(model_pred, device);
+  Tensor loss = new_tensor(0, nullptr, nullptr, aoti_torch_dtype_float32(), device),
+         stats = new_floats(7 * pairs + 2, device),
+         grad = wants_grad ? new_like(model_pred, device) : new_empty(model_pred, device);
 
   const auto input = [&](const Tensor& x, int64_t rows) {
     return Input{static_cast<const char*>(x.const_data_ptr()), rows == samples ? pairs * elements : 0, dtype_of(x)};
@@ -704,15 +799,15 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& ref_pred, cons
   problem.policy = input(model_pred, samples);
   problem.reference = input(ref_pred, samples);
   problem.target = input(target, targets);
-  problem.grad = static_cast<char*>(grad.mutable_data_ptr());
+  problem.grad = wants_grad ? static_cast<char*>(grad.mutable_data_ptr()) : nullptr;
   problem.pairs = pairs;
   problem.elements = elements;
   problem.groups = (elements + kGroup - 1) / kGroup;
+  problem.weight = weight;
   problem.beta = (float)beta;
   problem.scale = (float)scale;
   problem.flipper = (int)flipper;
-  problem.losses = floats(losses), problem.model_mse = floats(model_mse), problem.ref_mse = floats(ref_mse);
-  problem.sign = floats(sign), problem.logits = floats(logits);
+  problem.loss = floats(loss), problem.stats = floats(stats);
 
   // 8 elements are 16 bytes of a half-precision policy, 4 of fp32: samples that divide keep every access aligned.
   const bool vector = elements % (problem.policy.dtype == kFloat ? 4 : 8) == 0 && aligned(model_pred) &&
@@ -722,12 +817,12 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& ref_pred, cons
   if (problem.policy.dtype == kFloat) run_for<float>(problem, vector, chosen, device, stream);
   else if (problem.policy.dtype == kHalf) run_for<__half>(problem, vector, chosen, device, stream);
   else run_for<__nv_bfloat16>(problem, vector, chosen, device, stream);
-  return {losses, model_mse, ref_mse, sign, logits, grad};
+  return {loss, stats, grad};
 }
 
 Outputs pair_loss(const Tensor& model_pred, const Tensor& ref_pred, const Tensor& target, double beta, int64_t flipper,
-                  double scale) {
-  return pair_loss_planned(model_pred, ref_pred, target, beta, flipper, scale, kAuto, 0);
+                  double scale, double weight, bool wants_grad) {
+  return pair_loss_planned(model_pred, ref_pred, target, beta, flipper, scale, weight, wants_grad, kAuto, 0);
 }
 
 template <class X>
@@ -761,7 +856,7 @@ Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
 STABLE_TORCH_LIBRARY_FRAGMENT(seppo_fast, m) {
   m.def(
       "pair_loss_planned(Tensor model_pred, Tensor ref_pred, Tensor target, float beta, int flipper, float scale, "
-      "int plan, int blocks) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float weight, bool wants_grad, int plan, int blocks) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seppo_fast, CUDA, m) {

@@ -1,5 +1,6 @@
 """csrc/cuda.cu: what nvcc makes of it for both chips, and, where there is a GPU, what it computes."""
 
+import ctypes
 import importlib.util
 import itertools
 import re
@@ -11,12 +12,13 @@ import pytest
 import torch
 from fused_parity import DTYPES, FLIPPERS, SHAPES, assert_alone, assert_same_bits, assert_tie, assert_within_twice, make, run
 
-from seppo_fast.ops import native
+from seppo_fast.ops import native, seppo_loss
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 NAMES = {"float": "f", "half": "6__half", "bfloat16": "13__nv_bfloat16"}  # as C++ mangles them
-CLUSTERED, COOPERATIVE, IN_PASSES = 1, 2, 3  # enum Plan
+AUTO, CLUSTERED, COOPERATIVE, IN_PASSES = range(4)  # enum Plan
+TICKETS = 1024  # kTickets
 
 builds = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 runs = pytest.mark.skipif(native.why_not("cuda") is not None or not torch.cuda.is_available(),
@@ -101,10 +103,28 @@ def test_16_bytes_at_a_time(chip, name):
         assert not re.search(r"\b(LDL|STL)\b", code)
 
 
-def planned(inputs, plan, blocks, flipper=0):
-    names = ("losses", "model_mse", "ref_mse", "sign", "logits", "grad")
-    outputs = torch.ops.seppo_fast.pair_loss_planned(*inputs, 2000.0, flipper, 0.37, plan, blocks)
-    return dict(zip(names, outputs, strict=True))
+def planned(inputs, plan=AUTO, blocks=0, flipper=0, wants_grad=True):
+    """Outputs by name, of memory that held NaN where the allocator gives back what was freed last."""
+    pairs = len(inputs[0]) // 2
+    poison = [torch.full(size, torch.nan, dtype=dtype, device=inputs[0].device)
+              for size, dtype in (((), None), ((7 * pairs + 2,), None), (inputs[0].shape, inputs[0].dtype))]
+    del poison
+    loss, stats, grad = torch.ops.seppo_fast.pair_loss_planned(*inputs, 2000.0, flipper, 0.37, 1 / pairs, wants_grad, plan,
+                                                               blocks)
+    names = ("model_mse", "ref_mse", "sign", "logits", "losses", "implicit_acc", "aaf_rate")
+    parts = stats.split([2 * pairs, 2 * pairs, pairs, pairs, pairs, 1, 1])
+    return {"loss": loss, **dict(zip(names, parts, strict=True)), "grad": grad}
+
+
+def plans_for(shape):
+    """Every way to launch it here."""
+    groups = -(-torch.Size(shape[1:]).numel() // 4096)
+    major, _ = torch.cuda.get_device_capability()
+    held = torch.cuda.get_device_properties(0).shared_memory_per_block_optin // (32 << 10)  # groups in one block
+    held = 4 if held >= 4 else 2 if held >= 2 else 1
+    largest = 1 if major < 9 else 16 if major <= 10 else 8
+    clusters = [(CLUSTERED, n) for n in (1, 2, 4, 8, 16) if n <= largest and groups <= held * n]
+    return [(AUTO, 0), *clusters, (COOPERATIVE, 0), (IN_PASSES, 0)]
 
 
 @runs
@@ -132,19 +152,18 @@ def test_mixed_dtypes(dtypes):
 def test_no_plan_changes_a_bit(shape, dtype):
     """Clusters of every size, the cooperative grid, separate passes, other alignments, 20 repetitions, other batches."""
     inputs = make(SHAPES[shape], dtype, "cuda")
-    elements = inputs[0][0].numel()
-    groups = -(-elements // 4096)
-    first = planned(inputs, 0, 0)
+    first = planned(inputs)
     assert all(x.isfinite().all() for x in first.values())
-    largest = 16 if torch.cuda.get_device_capability()[0] >= 9 else 1
-    plans = [(CLUSTERED, n) for n in (1, 2, 4, 8, 16) if n <= largest and groups <= 4 * n]
-    for plan, blocks in [*plans, (COOPERATIVE, 0), (IN_PASSES, 0), *[(0, 0)] * 20]:
+    for plan, blocks in [*plans_for(SHAPES[shape]), *[(AUTO, 0)] * 20]:
         assert_same_bits(first, planned(inputs, plan, blocks))
+        no_grad = planned(inputs, plan, blocks, wants_grad=False)
+        assert no_grad.pop("grad").shape == (0,)
+        assert_same_bits(no_grad, first)
     shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs]
-    for plan in (0, COOPERATIVE, IN_PASSES):
-        assert_same_bits(first, planned(shifted, plan, 0))
+    for plan in (AUTO, COOPERATIVE, IN_PASSES):
+        assert_same_bits(first, planned(shifted, plan))
     pairs = len(inputs[0]) // 2
-    alone = planned([x[[0, pairs]] for x in inputs], 0, 0)
+    alone = planned([x[[0, pairs]] for x in inputs])
     assert torch.equal(alone["grad"], first["grad"][[0, pairs]]) and torch.equal(alone["logits"], first["logits"][:1])
 
 
@@ -158,6 +177,36 @@ def test_ties_and_bad_pairs():
 
 
 @runs
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rescale(dtype):
+    for shape in ((6, 3, 17, 29), (8, 4, 16, 16)):
+        grad, pairs = torch.randn(shape, device="cuda").to(dtype), shape[0] // 2
+        each = torch.linspace(-1, 2, pairs, device="cuda")
+        for upstream in (each[0], each, each[:1].expand(pairs), each.repeat_interleave(2)[1::2]):
+            for given in (grad, grad.to(memory_format=torch.channels_last)):
+                got = torch.ops.seppo_fast.rescale(given, upstream, 0.5)
+                want = (0.5 * upstream.expand(pairs).repeat(2).view(-1, 1, 1, 1) * grad.float()).to(dtype)
+                assert torch.equal(got, want) and got.stride() == given.stride()
+
+
+@runs
+def test_nothing_waits_for_the_device():
+    model, ref, target = make(SHAPES["odd"], device="cuda")
+    model.requires_grad_()
+    for reduction, upstream in (("mean", torch.tensor(0.3)), ("sum", torch.ones(())), ("none", torch.rand(3))):
+        upstream = upstream.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss, _ = seppo_loss(model, ref, target, backend="native", reduction=reduction, return_stats=True)
+            torch.autograd.grad(loss, model, upstream, retain_graph=True)
+            torch.autograd.grad(loss.sum(), model)
+            with torch.no_grad():
+                seppo_loss(model, ref, target, backend="native", reduction=reduction)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@runs
 def test_memory_formats():
     inputs = make((4, 4, 16, 16), device="cuda")
     last = [x.to(memory_format=torch.channels_last) for x in inputs]
@@ -167,35 +216,131 @@ def test_memory_formats():
 
 
 @runs
+@pytest.mark.parametrize("pairs", [1, 2, 31, 33, 1000])
+def test_totals(pairs):
+    """The loss and both shares, from what the pairs have."""
+    for shape in ((2 * pairs, 3), (2 * pairs, 4, 40, 40)):
+        inputs = make(shape, device="cuda")
+        for (plan, blocks), flipper in itertools.product(plans_for(shape), range(3)):
+            got = planned(inputs, plan, blocks, flipper)
+            torch.testing.assert_close(got["loss"], got["losses"].double().mean().float(), rtol=2e-7, atol=0)
+            assert got["implicit_acc"].item() == pytest.approx((got["logits"] > 0).sum().item() / pairs, rel=1e-6)
+            assert got["aaf_rate"].item() == pytest.approx((got["sign"] == -1).sum().item() / pairs, rel=1e-6)
+            assert pairs == 1 or len(shape) == 2 or flipper == 2 or 0 < got["aaf_rate"] < 1
+
+
+@runs
+def test_nan_in_one_pair_is_in_the_total():
+    for pairs, plan in itertools.product((1, 2, 1000), (AUTO, COOPERATIVE, IN_PASSES)):
+        inputs = make((2 * pairs, 4, 8, 8), device="cuda")
+        good = planned(inputs, plan)
+        inputs[0][0, 0, 0, 0] = torch.nan
+        bad = planned(inputs, plan)
+        assert bad["loss"].isnan() and bad["losses"].isnan().sum() == 1
+        assert torch.equal(bad["losses"][1:], good["losses"][1:])
+        inputs[0][0, 0, 0, 0] = 0.0
+        assert planned(inputs, plan)["loss"].isfinite()
+
+
+def captured(inputs, plan=AUTO):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = planned(inputs, plan)
+    return graph, outputs
+
+
+@runs
 def test_a_graph_replays_with_new_inputs():
     inputs, others = make(SHAPES["sd15"], device="cuda"), make(SHAPES["sd15"], device="cuda", seed=1)
-    for plan, blocks in [(0, 0), (COOPERATIVE, 0), (IN_PASSES, 0)]:
-        planned(inputs, plan, blocks)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = planned(inputs, plan, blocks)
+    for plan in (AUTO, COOPERATIVE, IN_PASSES):
+        planned(inputs, plan)
+        graph, outputs = captured(inputs, plan)
         for new in (others, make(SHAPES["sd15"], device="cuda", seed=2)):
             for x, y in zip(inputs, new, strict=True):
                 x.copy_(y)
             for _ in range(3):
                 graph.replay()
-            assert_same_bits(planned(new, 0, 0), outputs)
+            assert_same_bits(planned(new), outputs)
 
 
 @runs
 def test_on_another_stream_and_device():
     inputs = make(SHAPES["sd15"], device="cuda")
-    want = planned(inputs, 0, 0)
+    want = planned(inputs)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        got = planned(inputs, 0, 0)
+        got = planned(inputs)
     side.synchronize()
     assert_same_bits(want, got)
     if torch.cuda.device_count() > 1:
-        other = planned([x.to("cuda:1") for x in inputs], 0, 0)
+        other = planned([x.to("cuda:1") for x in inputs])
         assert other["grad"].device == torch.device("cuda:1")
         assert_same_bits(want, {name: x.to("cuda:0") for name, x in other.items()})
+
+
+@runs
+def test_launches_side_by_side():
+    """Launches that are queued on several streams and then let go at once, with graphs between them: each total is right."""
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    cases = [make((2 * pairs, *shape), device="cuda", seed=pairs)
+             for pairs, shape in itertools.product((1, 2, 7, 64, 1000), ((3,), (4, 40, 40)))]
+    for plan in (AUTO, COOPERATIVE, IN_PASSES):
+        want = [planned(case, plan) for case in cases]
+        graphs = [[captured(case, plan) for case in cases[2:6]] for _ in streams]
+        torch.cuda.synchronize()
+        kept = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(20_000_000)  # cycles, in which the host fills the queues
+        for _ in range(10):
+            for stream, own in zip(streams, graphs, strict=True):
+                with torch.cuda.stream(stream):
+                    kept += [(want[i], planned(case, plan)) for i, case in enumerate(cases)]
+                    for graph, _ in own:
+                        graph.replay()
+        torch.cuda.synchronize()
+        for first, second in kept:
+            assert_same_bits(first, second)
+        for own in graphs:
+            for i, (_, outputs) in enumerate(own):
+                assert_same_bits(want[2 + i], outputs)
+
+
+@runs
+def test_a_graph_beside_launches_on_its_stream():
+    """A graph captured on one stream and replayed on another, while the first launches: they must not count together."""
+    inputs = make((128, 4, 40, 40), device="cuda")
+    want = planned(inputs)
+    own, other = torch.cuda.Stream(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=own):
+        outputs = planned(inputs)
+    torch.cuda.synchronize()
+    for _ in range(200):
+        with torch.cuda.stream(other):
+            graph.replay()
+        with torch.cuda.stream(own):
+            eager = planned(inputs)
+        torch.cuda.synchronize()
+        assert_same_bits(want, outputs)
+        assert_same_bits(want, eager)
+
+
+@runs
+def test_a_thousand_launches():
+    for pairs in (1, 2, 1000):
+        inputs = make((2 * pairs, 4, 16, 16), device="cuda")
+        losses = torch.stack([planned(inputs)["loss"] for _ in range(1000)])
+        assert (losses == losses[0]).all() and losses[0].isfinite()
+
+
+@runs
+def test_plans_that_do_not_fit():
+    inputs = make(SHAPES["sd15"], device="cuda")
+    for blocks in (-1, 0, 3, 32):
+        with pytest.raises(RuntimeError, match="do not hold"):
+            planned(inputs, CLUSTERED, blocks)
 
 
 @runs
@@ -209,9 +354,28 @@ def test_beyond_31_bits():
         pairs = shape[0] // 2
         for x, y in zip(inputs, small, strict=True):
             x[pairs - 1, -2**14:], x[-1, -2**14:] = y[0, -2**14:], y[1, -2**14:]
-        got = planned(inputs, 0, 0)
+        got = planned(inputs)
         exact = run([x[[pairs - 1, shape[0] - 1]][:, -2**14:] for x in inputs], "reference", torch.float64, reduction="sum")
         ratio = 2**14 / shape[1]
         torch.testing.assert_close(got["model_mse"][[pairs - 1, -1]].double(), exact["model_mse"] * ratio, rtol=1e-5, atol=0)
         assert got["logits"][-1].double() == pytest.approx((exact["logits"] * ratio).item(), rel=1e-4)
         assert got["grad"][-1, -2**14:].abs().max() > 0 and got["grad"][-1, :-2**14].abs().sum() == 0
+
+
+@runs
+def test_more_streams_than_words_for_tickets():
+    """Streams that come and go, as those of other libraries do. At the end: none of the words is left for later streams."""
+    inputs = make((14, 4, 16, 16), device="cuda")
+    want = planned(inputs)
+    torch.cuda.synchronize()
+    for _ in range(TICKETS + 8):
+        address = ctypes.c_void_p()
+        torch.cuda.check_error(torch.cuda.cudart().cudaStreamCreate(ctypes.addressof(address)))
+        with torch.cuda.stream(torch.cuda.ExternalStream(address.value)):
+            got = [planned(inputs) for _ in range(2)]
+        torch.cuda.synchronize()
+        for outputs in got:
+            assert_same_bits(want, outputs)
+        del got, outputs
+        torch.cuda.check_error(torch.cuda.cudart().cudaStreamDestroy(address.value))
+    torch.cuda.empty_cache()
