@@ -1,0 +1,258 @@
+"""The device side of the fused loss in Triton; triton_kernel.py launches it and says what runs when."""
+
+import triton
+import triton.language as tl
+
+TOGETHER, SUMS, GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a launch of parts_kernel does
+LANES = tl.constexpr(256)  # numbers at a time of what programs have left in memory
+
+
+@triton.jit
+def _load(pointer, lanes, left, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(pointer + lanes).to(tl.float32)
+    return tl.load(pointer + lanes, mask=lanes < left, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _by_thread(x, WIDTH: tl.constexpr):
+    """Sums of WIDTH neighbours, which one thread holds: nothing is exchanged until the end."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // WIDTH, WIDTH)), axis=1)
+
+
+@triton.jit
+def _half(policy, reference, target, left, WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+          CHUNKS: tl.constexpr):
+    """By thread: difference of the squared errors without cancellation (exactly 0 when p == r), policy's error, reference's;
+    and the policy's errors, a tensor for each of CHUNKS * BLOCK elements, of which there are `left`, or fewer."""
+    difference = tl.zeros((BLOCK // WIDTH,), tl.float32)
+    model, ref = difference, difference
+    errors = ()
+    lanes = tl.arange(0, BLOCK)
+    for chunk in tl.static_range(CHUNKS):
+        t = _load(target + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
+        p = _load(policy + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
+        r = _load(reference + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
+        e = p - t
+        f = r - t
+        difference += _by_thread((p - r) * (e + f), WIDTH)
+        model += _by_thread(e * e, WIDTH)
+        ref += _by_thread(f * f, WIDTH)
+        errors = errors + (e,)
+        tl.debug_barrier()  # or all loads are issued first, and what they return does not fit the registers
+    return difference, model, ref, errors
+
+
+@triton.jit
+def _errors(policy, target, left, WHOLE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    errors = ()
+    lanes = tl.arange(0, BLOCK)
+    for chunk in tl.static_range(CHUNKS):
+        p = _load(policy + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
+        t = _load(target + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
+        errors = errors + (p - t,)
+    return errors
+
+
+@triton.jit
+def _put_gradient(grad, errors, coefficient, left, WHOLE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    for chunk in tl.static_range(CHUNKS):
+        values = (coefficient * errors[chunk]).to(grad.dtype.element_ty)
+        if WHOLE:
+            tl.store(grad + chunk * BLOCK + lanes, values)
+        else:
+            tl.store(grad + chunk * BLOCK + lanes, values, mask=lanes < left - chunk * BLOCK)
+
+
+@triton.jit
+def _add(a, b, c, d, e, f, g, h, i, j, k, m):
+    """Six sums in one reduction: made one by one, the compiler would put off some, and keep all that they need."""
+    return a + g, b + h, c + i, d + j, e + k, f + m
+
+
+@triton.jit
+def _add2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add3(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _pair_loss(winner, loser, steepness, strength, FLIPPER: tl.constexpr):
+    """Loss, sign, logit and the gradient's two coefficients from the sums of differences; `pair_loss` of pair_loss.h."""
+    sign = tl.where(winner > 0, 1.0 if FLIPPER == 0 else 0.0 if FLIPPER == 1 else -1.0, -1.0)
+    logit = steepness * (winner + sign * loser)
+    e = tl.exp(-tl.abs(logit))
+    u = 1.0 + e
+    # log1p(e): what 1 + e rounds off is made good by dividing by the rounded difference.
+    tail = tl.where(u == 1.0, e, tl.log(u) * tl.math.div_rn(e, tl.where(u == 1.0, 1.0, u - 1.0)))
+    loss = tl.where(logit < 0, -logit, 0.0) + tail
+    slope = tl.math.div_rn(tl.where(logit < 0, 1.0, e), u)
+    # An infinite reference error makes a loss of 0 and would pass for a pair well learnt: NaN - NaN and Inf - Inf show it.
+    coefficient = strength * slope + (logit - logit)
+    return loss, sign, logit, coefficient, sign * coefficient
+
+
+@triton.jit
+def _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, inverse, weight, loss, stats):
+    """A pair's results to memory, and the totals with them if it is the only one."""
+    tl.store(stats + pair, m_w * inverse)
+    tl.store(stats + pairs + pair, m_l * inverse)
+    at = stats + 2 * pairs
+    tl.store(at + pair, q_w * inverse)
+    tl.store(at + pairs + pair, q_l * inverse)
+    at += 2 * pairs
+    tl.store(at + pair, sign)
+    tl.store(at + pairs + pair, logit)
+    at += 2 * pairs
+    tl.store(at + pair, own)
+    if pairs == 1:
+        tl.store(loss, weight * own)
+        tl.store(at + 1, (logit > 0).to(tl.float32))
+        tl.store(at + 2, (sign == -1).to(tl.float32))
+
+
+@triton.jit
+def _total(counter, pairs, weight, loss, stats):
+    """The last of the programs to come here finds all pairs' results, adds them up, and leaves the counter as it was: 0.
+
+    A program's results were stored by the thread that takes its ticket (and before a barrier of all its threads), so that
+    the ticket's release covers them; its acquire, and the barrier with which Triton hands the ticket to the other threads,
+    cover their loads.
+    """
+    if pairs > 1:
+        tl.debug_barrier()
+        if tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.store(counter, 0)
+            sign = stats + 4 * pairs.to(tl.int64)
+            total = tl.zeros((LANES,), tl.float64)
+            right = tl.zeros((LANES,), tl.float64)
+            kept = tl.zeros((LANES,), tl.float64)
+            for first in range(0, pairs, LANES):
+                at = first + tl.arange(0, LANES)
+                mask = at < pairs
+                kept += (tl.load(sign + at, mask=mask, other=0.0, cache_modifier=".cg") == -1).to(tl.float64)
+                right += (tl.load(sign + pairs + at, mask=mask, other=0.0, cache_modifier=".cg") > 0).to(tl.float64)
+                total += tl.load(sign + 2 * pairs + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
+            total, right, kept = tl.reduce((total, right, kept), 0, _add3)
+            count = pairs.to(tl.float32)
+            tl.store(loss, (weight * total).to(tl.float32))
+            tl.store(sign + 3 * pairs, tl.math.div_rn(right.to(tl.float32), count))
+            tl.store(sign + 3 * pairs + 1, tl.math.div_rn(kept.to(tl.float32), count))
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def pair_kernel(policy, reference, target, grad, loss, stats, counters, pairs, elements, steepness, strength, inverse, weight,
+                FLIPPER: tl.constexpr, SHARED: tl.constexpr, WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+                WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    """One program a pair."""
+    pair = tl.program_id(0).to(tl.int64)
+    winner = pair * elements
+    loser = (pair + pairs) * elements
+    shared = winner if SHARED else loser
+    d_w, m_w, q_w, e_w = _half(policy + winner, reference + winner, target + winner, elements, WHOLE, BLOCK, WIDTH, CHUNKS)
+    d_l, m_l, q_l, e_l = _half(policy + loser, reference + loser, target + shared, elements, WHOLE, BLOCK, WIDTH, CHUNKS)
+    d_w, d_l, m_w, m_l, q_w, q_l = tl.reduce((d_w, d_l, m_w, m_l, q_w, q_l), 0, _add)
+    own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, steepness, strength, FLIPPER)
+    if WANTS_GRAD:
+        _put_gradient(grad + winner, e_w, c_w, elements, WHOLE, BLOCK, CHUNKS)
+        _put_gradient(grad + loser, e_l, c_l, elements, WHOLE, BLOCK, CHUNKS)
+    _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, inverse, weight, loss, stats)
+    _total(counters, pairs, weight, loss, stats)
+
+
+@triton.jit
+def _meet(counter, first, parts):
+    """Waits until `parts` programs are here, one of them with `first`; what each stored before, all may load afterwards.
+
+    The arrivals add up to 2**31, which changes the counter's sign bit and nothing else: as with the grid barrier of
+    cooperative groups there is nothing to reset, and the next launch may have another number of parts.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, tl.where(first, 2147483647 - (parts - 2), 1), sem="acq_rel")
+    while (before ^ tl.atomic_add(counter, 0, sem="acquire")) >= 0:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _two_totals(partial, parts):
+    """Two of a pair's sums over its parts, in fp64 for the largest pairs' sake: most give a lane one or none."""
+    one = tl.zeros((LANES,), tl.float64)
+    two = tl.zeros((LANES,), tl.float64)
+    for first in range(0, parts, LANES):
+        part = first + tl.arange(0, LANES)
+        at = partial + part.to(tl.int64) * 8
+        one += tl.load(at, mask=part < parts, other=0.0, cache_modifier=".cg").to(tl.float64)
+        two += tl.load(at + 1, mask=part < parts, other=0.0, cache_modifier=".cg").to(tl.float64)
+    return tl.reduce((one.to(tl.float32), two.to(tl.float32)), 0, _add2)
+
+
+@triton.jit(do_not_specialize=["pairs", "parts"])
+def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters, pairs, elements, parts, steepness, strength,
+                 inverse, weight, PHASE: tl.constexpr, FLIPPER: tl.constexpr, SHARED: tl.constexpr, WANTS_GRAD: tl.constexpr,
+                 WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    """Programs share the parts of all pairs; `partial` is (pairs, parts, 8): six sums, and in a pair's first two coefficients.
+
+    Together, all programs are on the chip and at least as many as a pair has parts, and each goes through its parts in order.
+    So nobody waits for a program that waits for a later pair, and the first pair that is not finished will be.
+    """
+    # No invariants: they would wait in registers, and there is none to spare.
+    for work in tl.range(tl.program_id(0), pairs * parts, tl.num_programs(0), disable_licm=True):
+        pair = (work // parts).to(tl.int64)
+        part = (work % parts).to(tl.int64)
+        start = part * (BLOCK * CHUNKS)
+        left = tl.minimum(elements - start, BLOCK * CHUNKS).to(tl.int32)
+        winner = pair * elements + start
+        loser = (pair + pairs) * elements + start
+        shared = winner if SHARED else loser
+        sums = partial + pair * parts * 8
+        if PHASE == TOGETHER or PHASE == SUMS:
+            d_w, m_w, q_w, e_w = _half(policy + winner, reference + winner, target + winner, left, WHOLE, BLOCK, WIDTH, CHUNKS)
+            d_l, m_l, q_l, e_l = _half(policy + loser, reference + loser, target + shared, left, WHOLE, BLOCK, WIDTH, CHUNKS)
+            d_w, d_l, m_w, m_l, q_w, q_l = tl.reduce((d_w, d_l, m_w, m_l, q_w, q_l), 0, _add)
+            at = sums + part * 8
+            tl.store(at, d_w)
+            tl.store(at + 1, d_l)
+            tl.store(at + 2, m_w)
+            tl.store(at + 3, m_l)
+            tl.store(at + 4, q_w)
+            tl.store(at + 5, q_l)
+        if PHASE == TOGETHER:
+            _meet(counters + 1 + pair, part == 0, parts)
+            d_w, d_l = _two_totals(sums, parts)
+            own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, steepness, strength, FLIPPER)
+        if PHASE == GRADIENT:
+            c_w = tl.load(sums + 6)
+            c_l = tl.load(sums + 7)
+            e_w = _errors(policy + winner, target + winner, left, WHOLE, BLOCK, CHUNKS)
+            e_l = _errors(policy + loser, target + shared, left, WHOLE, BLOCK, CHUNKS)
+        if (PHASE == TOGETHER or PHASE == GRADIENT) and WANTS_GRAD:
+            _put_gradient(grad + winner, e_w, c_w, left, WHOLE, BLOCK, CHUNKS)
+            _put_gradient(grad + loser, e_l, c_l, left, WHOLE, BLOCK, CHUNKS)
+        if PHASE == TOGETHER:
+            if part == 0:
+                m_w, m_l = _two_totals(sums + 2, parts)
+                q_w, q_l = _two_totals(sums + 4, parts)
+                _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, inverse, weight, loss, stats)
+    if PHASE == TOGETHER:
+        _total(counters, pairs, weight, loss, stats)
+
+
+@triton.jit(do_not_specialize=["pairs", "parts"])
+def results_kernel(loss, stats, partial, counters, pairs, parts, steepness, strength, inverse, weight, FLIPPER: tl.constexpr):
+    """One program a pair, between parts_kernel's sums and its gradient."""
+    pair = tl.program_id(0).to(tl.int64)
+    sums = partial + pair * parts * 8
+    d_w, d_l = _two_totals(sums, parts)
+    own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, steepness, strength, FLIPPER)
+    tl.store(sums + 6, c_w)
+    tl.store(sums + 7, c_l)
+    m_w, m_l = _two_totals(sums + 2, parts)
+    q_w, q_l = _two_totals(sums + 4, parts)
+    _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, inverse, weight, loss, stats)
+    _total(counters, pairs, weight, loss, stats)
