@@ -79,12 +79,14 @@ class BuildLibraries(build_ext):
         names = {"": ["_cpu", "_cuda"], "cpu": ["_cpu"], "cuda": ["_cpu", "_cuda"], "none": []}[wanted]
         self.extensions = [each for each in self.extensions if each.name.removeprefix("seppo_fast.") in names]
         self.must = bool(wanted)
+        self.copied = bool(self.inplace or self.editable_mode)  # to the source, afterwards; setuptools forgets it meanwhile
         super().run()
 
     def build_extension(self, extension: Extension) -> None:
         name = extension.name.removeprefix("seppo_fast.")
         output = Path(self.get_ext_fullpath(extension.name))
-        output.unlink(missing_ok=True)  # rather none than one of another version
+        for stale in (output, Path("seppo_fast") / f"{name}.so")[:1 + self.copied]:
+            stale.unlink(missing_ok=True)  # rather none than one of another version
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             if sys.platform != "linux":
@@ -99,7 +101,7 @@ class BuildLibraries(build_ext):
             if self.must:
                 raise SystemExit(f"seppo_fast: cannot build {name}.so: {error}") from error
             slower = "'triton' or 'reference'" if name == "_cuda" else "'reference'"
-            # stderr and a warning colour of its own: pip hides what setuptools logs.
+            # stderr, which pip shows with -v only; seppo_fast.ops.available_backends() says it again.
             print(f"\nWARNING: seppo_fast: {name}.so is not built: {error}. The loss will run on the {slower} backend.\n",
                   file=sys.stderr, flush=True)
 

@@ -32,7 +32,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cachep
 
 def build(out: Path) -> dict[str, object]:
     """The CUDA and CPU libraries in place, by setup.py. What cannot be built leaves the Triton backend."""
-    run = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"SEPPO_FAST_BUILD": "cuda"})
     library = ROOT / "seppo_fast/_cuda.so"
     return {"ok": run.returncode == 0 and library.exists(), "bytes": library.stat().st_size if library.exists() else 0,
             "said": (run.stdout + run.stderr)[-2000:]}

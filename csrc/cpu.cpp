@@ -350,15 +350,17 @@ Outputs pair_loss(const Tensor& model_pred, const Tensor& ref_pred, const Tensor
   return {loss, stats, grad};
 }
 
-// factor * upstream * grad in grad's dtype, the product in fp32; one upstream for all, or one for each pair.
-Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
+// factor * upstream * grad in grad's dtype, the product in fp32; one upstream for all, or one for each pair. `out` may be grad.
+void rescale_into(const Tensor& out, const Tensor& grad, const Tensor& upstream, double factor) {
+  STD_TORCH_CHECK(dtype_code(upstream) == kFloat && upstream.numel() > 0 && grad.numel() > 0 &&
+                      (upstream.dim() == 0 || 2 * upstream.numel() == grad.size(0)),
+                  "seppo_fast::rescale: upstream must be fp32, () or (B,)");
   const int64_t samples = grad.size(0), elements = grad.numel() / samples, pairs = upstream.numel();
   const float* given = static_cast<const float*>(upstream.const_data_ptr());
   const int64_t stride = upstream.dim() ? upstream.stride(0) : 0;
   const int64_t bytes = (int64_t)grad.element_size();
   const Kernels kernels = kernels_here(dtype_code(grad), kFloat, kFloat);
   const char* from = static_cast<const char*>(grad.const_data_ptr());
-  Tensor out = new_like(grad);
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const bool stream = 2 * grad.numel() * bytes >= kStreamFrom;
   const int64_t pieces = (elements + kPiece - 1) / kPiece;
@@ -371,12 +373,22 @@ Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
     }
     fence(stream);
   });
+}
+
+Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
+  Tensor out = new_like(grad);
+  rescale_into(out, grad, upstream, factor);
   return out;
 }
 
+void rescale_in_place(const Tensor& grad, const Tensor& upstream, double factor) { rescale_into(grad, grad, upstream, factor); }
+
 }  // namespace
+
+extern "C" int seppo_fast_abi() { return SEPPO_ABI; }
 
 STABLE_TORCH_LIBRARY_IMPL(seppo_fast, CPU, m) {
   m.impl("pair_loss", TORCH_BOX(&pair_loss));
   m.impl("rescale", TORCH_BOX(&rescale));
+  m.impl("rescale_", TORCH_BOX(&rescale_in_place));
 }

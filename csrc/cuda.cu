@@ -514,8 +514,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4) gradient_pass(const __grid_c
 
 // factor * upstream * grad in grad's dtype; one upstream for all (stride 0), or one for each pair.
 template <class X, bool kVector>
-__global__ void __launch_bounds__(kGroupThreads) rescaled(X* __restrict__ to, const X* __restrict__ from,
-                                                          const float* __restrict__ upstream, int64_t stride,
+__global__ void __launch_bounds__(kGroupThreads) rescaled(X* to, const X* from, const float* __restrict__ upstream, int64_t stride,
                                                           float factor, int64_t samples, int64_t elements) {
   constexpr int kWidth = kVector ? 16 / sizeof(X) : 1;
   const int64_t per_sample = elements / kWidth, pairs = samples / 2, step = (int64_t)gridDim.x * blockDim.x;
@@ -837,20 +836,29 @@ void run_rescale(const Tensor& out, const Tensor& grad, const Tensor& upstream, 
               upstream.dim() ? upstream.stride(0) : (int64_t)0, (float)factor, samples, elements);
 }
 
-Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
+// `out` may be grad.
+void rescale_into(const Tensor& out, const Tensor& grad, const Tensor& upstream, double factor) {
   const int device = grad.get_device_index(), dtype = dtype_of(grad);
   STD_TORCH_CHECK(upstream.is_cuda() && upstream.get_device_index() == device && dtype_of(upstream) == kFloat &&
                       (upstream.dim() == 0 || 2 * upstream.numel() == grad.size(0)),
                   "seppo_fast::rescale: upstream must be fp32, () or (B,), on grad's device");
   const Guard guard(device);
-  Tensor out = new_like(grad, device);
   if (dtype == kFloat) run_rescale<float>(out, grad, upstream, factor, device);
   else if (dtype == kHalf) run_rescale<__half>(out, grad, upstream, factor, device);
   else run_rescale<__nv_bfloat16>(out, grad, upstream, factor, device);
+}
+
+Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
+  Tensor out = new_like(grad, grad.get_device_index());
+  rescale_into(out, grad, upstream, factor);
   return out;
 }
 
+void rescale_in_place(const Tensor& grad, const Tensor& upstream, double factor) { rescale_into(grad, grad, upstream, factor); }
+
 }  // namespace
+
+extern "C" int seppo_fast_abi() { return SEPPO_ABI; }
 
 // The same op with a launch plan of the caller's, for tests (no plan may change a bit) and measurements.
 STABLE_TORCH_LIBRARY_FRAGMENT(seppo_fast, m) {
@@ -863,4 +871,5 @@ STABLE_TORCH_LIBRARY_IMPL(seppo_fast, CUDA, m) {
   m.impl("pair_loss", TORCH_BOX(&pair_loss));
   m.impl("pair_loss_planned", TORCH_BOX(&pair_loss_planned));
   m.impl("rescale", TORCH_BOX(&rescale));
+  m.impl("rescale_", TORCH_BOX(&rescale_in_place));
 }

@@ -9,6 +9,9 @@
 #define SEPPO_HD inline
 #endif
 
+// Counted up with every change of the operators' signatures; seppo_fast/ops/native.py has the same number.
+#define SEPPO_ABI 3
+
 namespace seppo {
 
 // The codes that seppo_fast/ops/fused.py passes.

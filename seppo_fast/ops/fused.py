@@ -17,11 +17,13 @@ _PAIR_LOSS = ("(Tensor model_pred, Tensor ref_pred, Tensor target, float beta, i
               " bool wants_grad) -> (Tensor, Tensor, Tensor)")
 _LIBRARY = torch.library.Library("seppo_fast", "FRAGMENT")
 for _schema in (f"pair_loss{_PAIR_LOSS}", f"pair_loss_triton{_PAIR_LOSS}",
-                "rescale(Tensor grad, Tensor upstream, float factor) -> Tensor"):
+                "rescale(Tensor grad, Tensor upstream, float factor) -> Tensor",
+                "rescale_(Tensor(a!) grad, Tensor upstream, float factor) -> ()"):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _pair_loss = torch.ops.seppo_fast.pair_loss.default
 _pair_loss_triton = torch.ops.seppo_fast.pair_loss_triton.default
 _rescale = torch.ops.seppo_fast.rescale.default
+_rescale_in_place = torch.ops.seppo_fast.rescale_.default
 
 
 @torch.library.register_fake("seppo_fast::pair_loss_triton", lib=_LIBRARY)
@@ -34,6 +36,11 @@ def _(model_pred, ref_pred, target, beta, flipper, scale, weight, wants_grad):
 @torch.library.register_fake("seppo_fast::rescale", lib=_LIBRARY)
 def _(grad, upstream, factor):
     return torch.empty_like(grad)
+
+
+@torch.library.register_fake("seppo_fast::rescale_", lib=_LIBRARY)
+def _(grad, upstream, factor):
+    return None
 
 
 def _launch_triton(*arguments):
@@ -65,9 +72,9 @@ def fused_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
     compute = _pair_loss if backend == "native" else _pair_loss_triton if compiling else _launch_triton
     loss, stats, grad = compute(policy, ref_pred, target, beta, FLIPPER_CODES[flipper], scale, weight, wants_grad)
     if reduction == "none":
-        loss = stats.narrow(0, 6 * pairs, pairs)
+        loss = stats.narrow(0, 6 * pairs, pairs).clone()  # a view could not be changed in place
     if wants_grad:
-        plain = compiling or reduction == "none" or torch._C._are_functorch_transforms_active()
+        plain = compiling or torch._C._are_functorch_transforms_active()
         how = (grad_scale is not None, backend)
         loss = _Attach.apply(model_pred, loss, grad, how) if plain else _attach(model_pred, (loss,), grad, how)
     return loss, stats
@@ -90,10 +97,12 @@ class _Attach(torch.autograd.Function):
     def backward(ctx, upstream):
         grad, model_pred = ctx.saved_tensors
         known, backend = ctx.how
+        # There may be a next time, and who gets a gradient may change it in place. Else it is not needed any more.
+        kept = not torch.compiler.is_compiling() and _graph_is_kept()
         if not (known or _is_one(upstream)):
-            grad = _rescale(grad, upstream.detach(), 1.0) if backend == "native" else _multiplied(grad, upstream)
-        elif not torch.compiler.is_compiling() and _graph_is_kept():
-            grad = grad.clone()  # there may be a next time, and who gets a gradient may change it in place
+            grad = _rescaled(grad, upstream.detach(), backend, in_place=not (kept or _is_traced()))
+        elif kept:
+            grad = grad.clone()
         if grad.dtype is not model_pred.dtype:
             grad = grad.to(model_pred.dtype)
         if torch.is_grad_enabled():
@@ -117,14 +126,23 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 def _is_one(upstream: Tensor) -> bool:
     """Whether nothing is left to multiply by, where asking is free: a plain tensor on the CPU."""
-    return type(upstream) is Tensor and upstream.is_cpu and not upstream.dim() and not torch.compiler.is_compiling() and (
-        upstream.item() == 1.0)
+    return upstream.is_cpu and not upstream.dim() and not _is_traced() and upstream.item() == 1.0
+
+
+def _is_traced() -> bool:
+    """Whether values cannot be looked at, nor tensors changed: in a compiler's hands, or vmap's."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 @torch.no_grad()
-def _multiplied(grad: Tensor, upstream: Tensor) -> Tensor:
+def _rescaled(grad: Tensor, upstream: Tensor, backend: str, in_place: bool) -> Tensor:
     """`upstream * grad`, rounded once to grad's dtype, in one launch; `upstream` is () or, one for each pair, (B,)."""
-    out = torch.empty_like(grad)
+    if backend == "native" and not in_place:
+        return _rescale(grad, upstream, 1.0)
+    if backend == "native":
+        _rescale_in_place(grad, upstream, 1.0)
+        return grad
+    out = grad if in_place else torch.empty_like(grad)
     halves, pairs = (2, -1), (1, -1) + (1,) * (grad.dim() - 1)
     # With a dimension the fp32 number decides the dtype of the product, and `out` what is stored, where a 0-d tensor would
     # be rounded to grad's dtype first.

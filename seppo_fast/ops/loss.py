@@ -1,7 +1,7 @@
 """`seppo_loss`: checks, choice of backend, reduction and statistics."""
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -38,32 +38,23 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     return {name: _why_not(name, device_type) or "available" for name in BACKENDS}
 
 
-# (backend, device type) -> None or why not. Filled ahead for what a compiled graph may ask, which cannot load libraries.
-_REASONS: dict[tuple[str, str], str | None] = {}
-
-
+@torch.compiler.assume_constant_result  # a graph that is being traced cannot load libraries
 def _why_not(backend: str, device_type: str) -> str | None:
-    if (backend, device_type) not in _REASONS:
-        _REASONS[backend, device_type] = _find_out(backend, device_type)
-    return _REASONS[backend, device_type]
+    """None or why not. Not before it is asked for: importing triton takes a while, and asking for GPUs starts CUDA."""
+    return _find_out(backend, device_type)
 
 
+@cache
 def _find_out(backend: str, device_type: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "native":
         return native.why_not(device_type)
     try:
-        from seppo_fast.ops import triton_kernel  # not before it is asked for: importing triton takes a while
+        from seppo_fast.ops import triton_kernel
     except ImportError as error:
         return f"triton cannot be imported: {error}"
     return triton_kernel.why_not(device_type)
-
-
-for _device_type in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
-    for _backend in BACKENDS:
-        if _why_not(_backend, _device_type) is None:
-            break
 
 
 @overload
@@ -127,9 +118,9 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
         loss, stats = fused_loss(model_pred, ref_pred, target, beta, flipper, reduction, backend, grad_scale)
         return (loss, _unpacked(stats, model_pred.shape[0])) if return_stats else loss
     losses, sign, logits = pair_losses(model_pred, ref_pred, target, beta, flipper)
+    if grad_scale is not None:  # before the reduction, so that a pair that is not finite stays alone
+        losses = _FixedUpstream.apply(losses, grad_scale / len(losses) if reduction == "mean" else grad_scale)
     loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
-    if grad_scale is not None:
-        loss = _FixedUpstream.apply(loss, grad_scale)
     if not return_stats:
         return loss
     logits = logits.detach()
@@ -155,7 +146,7 @@ class _FixedUpstream(torch.autograd.Function):
     def forward(ctx, loss: Tensor, grad_scale: float) -> Tensor:
         ctx.save_for_backward(loss)
         ctx.grad_scale = grad_scale
-        return loss.view_as(loss)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:

@@ -1,5 +1,6 @@
 """Finds and loads the libraries built from csrc/: one for the CPU, one for CUDA. Both add kernels to `seppo_fast::pair_loss`."""
 
+import ctypes
 import warnings
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 FOLDER = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu": FOLDER / "_cpu.so", "cuda": FOLDER / "_cuda.so"}
 OLDEST_TORCH = (2, 10)
+OLDEST_GPU = (8, 0)
+ABI = 3  # SEPPO_ABI of csrc/pair_loss.h: the operators' signatures, which nothing else compares
 
 
 @cache
@@ -22,15 +25,29 @@ def why_not(device_type: str) -> str | None:
         return f"there is no native library for {device_type} tensors"
     if not library.exists():
         return (f"{library.name} was not built: install seppo_fast from its source with a C++ compiler"
-                f"{' and nvcc' if device_type == 'cuda' else ''} at hand (pip install --no-build-isolation)")
-    if device_type == "cuda" and torch.version.cuda is None:
-        return f"torch {torch.__version__} has no CUDA"
+                f"{' and nvcc' if device_type == 'cuda' else ''} at hand (pip install -v --no-build-isolation says what it lacks)")
+    if device_type == "cuda" and (lack := gpu_lacks()):
+        return lack
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     try:
         torch.ops.load_library(library)
+        found = getattr(ctypes.CDLL(str(library)), "seppo_fast_abi", lambda: 0)()
+        reason = None if found == ABI else (f"{library.name} was built from other sources (its interface is {found}, not {ABI}):"
+                                            " install seppo_fast again")
     except OSError as error:
-        reason = f"{library.name} cannot be loaded: {error}"
+        reason = f"{library.name} cannot be loaded: {error.__cause__ or error}"  # torch's own words leave the cause out
+    if reason:
         warnings.warn(f"seppo_fast: {reason}; a slower backend is used", RuntimeWarning, stacklevel=2)
-        return reason
+    return reason
+
+
+def gpu_lacks() -> str | None:
+    """Why kernels for `OLDEST_GPU` and later cannot run on this process's GPU, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.cuda.get_device_capability() < OLDEST_GPU:
+        return f"it wants compute capability 8.0 or newer, this GPU has {'.'.join(map(str, torch.cuda.get_device_capability()))}"
     return None

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from seppo_fast.ops.native import gpu_lacks
 from seppo_fast.ops.triton_device import GRADIENT, SUMS, TOGETHER, pair_kernel, parts_kernel, results_kernel
 
 ONE_PROGRAM = 16384  # the largest sample whose pair one program holds
@@ -104,8 +105,4 @@ def why_not(device_type: str) -> str | None:
         return None  # on any device, slowly: for tests
     if device_type != "cuda":
         return f"triton has no kernels for {device_type} tensors"
-    if not torch.cuda.is_available():
-        return "there is no GPU"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"it wants compute capability 8.0 or newer, this GPU has {'.'.join(map(str, torch.cuda.get_device_capability()))}"
-    return None
+    return gpu_lacks()

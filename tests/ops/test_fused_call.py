@@ -100,6 +100,31 @@ def test_the_gradient_is_the_policys_alone():
     assert not any(value.requires_grad for value in stats)
 
 
+def test_an_unknown_upstream_gradient_takes_no_second_tensor():
+    """Where nobody can ask for the stored gradient again, it is rescaled where it is."""
+    model, ref, target = make((4, 4, 32, 32))
+    loss = seppo_loss(model, ref, target)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        got = grads(loss, model, torch.tensor(0.37))
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages()) < model.nbytes / 4
+    loss = seppo_loss(model, ref, target)
+    kept = grads(loss, model, torch.tensor(0.37), retain_graph=True)
+    assert torch.equal(kept, got)
+    kept.fill_(torch.nan)
+    assert torch.equal(grads(loss, model, torch.tensor(0.37)), got)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("grad_scale", [None, 0.25])
+def test_losses_may_be_changed_in_place(backend, grad_scale):
+    model, ref, target = make()
+    for reduction in ("none", "sum"):
+        loss = seppo_loss(model, ref, target, reduction=reduction, backend=backend, grad_scale=grad_scale)
+        want = grads(loss.sum(), model, retain_graph=True)
+        loss /= 4
+        torch.testing.assert_close(grads(loss.sum(), model), want if grad_scale else want / 4)
+
+
 def test_no_gradient_is_made_that_nobody_wants():
     """Same loss and statistics, in memory that does not grow with the inputs."""
     model, ref, target = make((4, 4, 32, 32))
@@ -121,6 +146,7 @@ def test_opcheck(dtype, shared):
     torch.library.opcheck(torch.ops.seppo_fast.pair_loss.default, (*arguments[:-1], False))
     torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor(0.5), 2.0))
     torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor([0.5, 3.0]), 2.0))
+    torch.library.opcheck(torch.ops.seppo_fast.rescale_.default, (model.detach(), torch.tensor([0.5, 3.0]), 2.0))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -162,7 +188,12 @@ def test_the_launcher_of_other_devices_rescales_with_one_rounding():
             exact = (grad.double().unflatten(0, (2, 2)) * (2 * upstream.double()).view(1, -1, 1, 1, 1)).flatten(0, 1)
             torch.testing.assert_close(native_result.double(), exact.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=0)
             assert native_result.stride() == grad.stride()
-            assert torch.equal(fused._multiplied(grad, upstream * 2.0), native_result)
+            for backend in ("native", "triton"):
+                for in_place in (False, True):
+                    given = grad.clone(memory_format=torch.preserve_format)
+                    got = fused._rescaled(given, upstream * 2.0, backend, in_place)
+                    assert torch.equal(got, native_result) and got.stride() == grad.stride()
+                    assert (got is given) == in_place and (in_place or torch.equal(given, grad))
 
 
 def _rank(rank, world, port, results):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_parity import assert_alone
 
 from seppo_fast.ops import SeppoStats, available_backends, seppo_loss
 
@@ -41,6 +42,15 @@ def make(shape, seed=0, near=0.02, dtype=torch.float64, shared=False):
     ref = whole + 0.3 * torch.randn(shape, generator=g, dtype=torch.float64)
     model = ref + near * torch.randn(shape, generator=g, dtype=torch.float64)
     return model.to(dtype).requires_grad_(), ref.to(dtype), target.to(dtype)
+
+
+@pytest.mark.parametrize("backend", [name for name, why in available_backends("cpu").items() if why == "available"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("grad_scale", [None, 0.5])
+def test_a_bad_pair_stays_alone_in_every_backend(backend, reduction, grad_scale):
+    for value, tensor, where in itertools.product((torch.nan, torch.inf), (0, 2), (1, 5)):
+        if reduction == "none" or grad_scale is not None:
+            assert_alone(backend, "cpu", value, tensor, where, reduction=reduction, grad_scale=grad_scale)
 
 
 @pytest.mark.parametrize("beta", [1.0, 2000.0, 5000.0])
