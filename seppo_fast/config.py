@@ -25,12 +25,19 @@ class Lora(Section):
 
 
 class Model(Section):
-    """A diffusers pipeline directory (Stable Diffusion or SDXL), or its id on the hub."""
+    """A diffusers pipeline directory (Stable Diffusion or SDXL), or its id on the hub.
+
+    `channels_last`, `attention` and `compile` hold for policy and reference alike: a rounding difference between the two
+    would decide the signs at an iteration's start, where they are equal.
+    """
 
     path: Name
     revision: str | None = None
     variant: str | None = None
     gradient_checkpointing: bool = False
+    channels_last: bool = False
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    compile: Literal["none", "regional"] = "none"
     lora: Lora | None = None
 
 
@@ -55,12 +62,19 @@ class Data(Section):
 
 
 class Sampler(Section):
-    """How reference samples are made. `window`: for how much training ahead, one optimizer update or one iteration."""
+    """How reference samples are made. `window`: for how much training ahead, one optimizer update or one iteration.
+
+    `batch_size` "auto" is measured; `cuda_graph` is without effect on the CPU. `compile` and `fuse_projections` are the
+    sampling loop's alone.
+    """
 
     solver: Literal["ddim", "dpmsolver++", "pndm", "unipc", "euler"] = "ddim"
     steps: Positive = 50
     guidance_scale: Annotated[float, Field(ge=0)] = 7.5
-    batch_size: Positive = 16
+    batch_size: Positive | Literal["auto"] = 16
+    cuda_graph: bool = True
+    compile: Literal["none", "regional", "full"] = "none"
+    fuse_projections: bool = False
     window: Literal["update", "iteration"] = "update"
 
 
@@ -105,12 +119,15 @@ METHODS = {
 
 
 class Seppo(Section):
+    """`reference_score` rollout: the reference's errors on a pair are computed once, where its sample is made."""
+
     model: Model
     data: Data = Data()
     output_dir: Name = "runs/seppo"
     method: Literal["seppo", "spin", "ditto", "dpo", "sft"] = "seppo"
     reference: Literal["uniform", "latest", "initial"] | None = None
     flipper: Literal["aaf", "indicator", "none"] | None = None
+    reference_score: Literal["online", "rollout"] = "online"
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2000.0
     noise: Literal["independent", "shared"] = "independent"
     caption_dropout: Share = 0.0
