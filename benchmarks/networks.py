@@ -36,11 +36,11 @@ NETWORKS = {
                          projection_class_embeddings_input_dim=2816,
                          down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
                          up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D")), side=128, width=2048, pooled=1280),
-    # For the CPU: the shape of SD-1.5's, a tenth as wide.
-    "small": Network(dict(sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, cross_attention_dim=64,
-                          block_out_channels=(32, 64, 128, 128), attention_head_dim=4, norm_num_groups=16,
-                          down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-                          up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)), side=16, width=64),
+    # For the CPU: the quickstart's.
+    "quickstart": Network(dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=32,
+                               block_out_channels=(32, 64), attention_head_dim=4, norm_num_groups=8,
+                               down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                               up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")), side=8, width=32),
 }
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
                 set_alpha_to_one=False, steps_offset=1)

@@ -30,18 +30,18 @@ def main() -> None:
 
     made: list[int] = []
     ended: list[float] = []
-    generate, finish = Trainer.generate_losers, Trainer.finish_update
+    ask, finish = Trainer.ask_reference, Trainer.finish_update
 
     def counted(self: Trainer, *arguments: int) -> None:
-        before = len(self.losers)
-        generate(self, *arguments)
-        made.append(len(self.losers) - before)
+        before = len(self.made)
+        ask(self, *arguments)
+        made.append(len(self.made) - before)
 
     def finished(self: Trainer, *arguments: object) -> None:
         ended.append(time.perf_counter())
         finish(self, *arguments)
 
-    Trainer.generate_losers, Trainer.finish_update = counted, finished
+    Trainer.ask_reference, Trainer.finish_update = counted, finished
     quiet_libraries()
     ranks = join()
     run(parse_config(json.loads(given.config.read_text())), None, ranks, StopSignals())

@@ -1,6 +1,7 @@
 """A run from its configuration to `final/`: what Algorithm 1 needs, in the order in which it can be had."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ from seppo_fast.training.trainer import Trainer
 Model = StableDiffusion | StableDiffusionXL
 
 
-def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) -> Path:
+def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
+        make_trainer: Callable[..., Trainer] = Trainer) -> Path:
     """Train from `config` and return the folder of the trained model; every rank calls."""
     ours = config.seppo
     batch = batch_plan(config.deepspeed, ranks.world)
@@ -66,7 +68,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) 
                           ours.flipper, *precision(config.deepspeed))
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
     made = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
-    trainer = Trainer(
+    trainer = make_trainer(
         settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs, reference=reference,
         pool=open_pool(config, folder, engine, state, ranks), table=table.to(ranks.device),
         grids=prepare_grids(model, config, cache, folder, ranks),
