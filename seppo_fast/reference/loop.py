@@ -81,6 +81,8 @@ def sample(denoise: Denoise, table: SolverTable, noise: Tensor, conditions: Cond
 
 def run(loop: Loop, step: Callable[[], object], noise: Tensor, conditions: Conditions, before_step: Callable[[], None]) -> Tensor:
     """One batch through the loop, each step made by `step`."""
+    if conditions.keys() != loop.conditions.keys():
+        raise ValueError(f"conditions are {sorted(conditions)}, the unconditional ones {sorted(loop.conditions)}")
     loop.start(noise, conditions)
     for _ in range(len(loop.table.inputs)):
         before_step()
