@@ -15,8 +15,8 @@ from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch
 from seppo_fast.errors import UserError
 from seppo_fast.models import Conditions
+from seppo_fast.reference.loop import sample
 from seppo_fast.reference.pool import Pool, pick
-from seppo_fast.reference.sampler import sample
 from seppo_fast.reference.solver import SolverTable
 from seppo_fast.seeds import generator
 from seppo_fast.training import checkpoint
