@@ -25,47 +25,37 @@ from benchmarks.networks import (
     make_unet,
     own_flops,
 )
-from benchmarks.timing import waiter
+from benchmarks.timing import in_turn, waiter
 from seppo_fast.config import Sampler as Settings
 from seppo_fast.reference import Sampler, solver_table
 
 GUIDANCE = 7.5
 Draw = Callable[[], Tensor]
-# (network, batch, steps), the most telling first: whatever ends the run leaves these
-POINTS = {
-    "cpu": [("quickstart", batch, 20) for batch in (64, 16, 4, 1)] + [("quickstart", 64, 50)],
-    "cuda": [*(("sd15", batch, 50) for batch in (16, 64, 1, 32, 4, 8, 2)), ("sd15", 16, 20), ("sdxl", 8, 50), ("sdxl", 16, 50),
-             ("sdxl", 1, 50)],
+# Settings of our sampler by name; the best of them at a point is what a user can have there.
+OURS = {"ours": {}, "ours_regional": {"compile": "regional"}, "ours_eager": {"cuda_graph": False}}
+DIFFUSERS, EAGER = "diffusers", "diffusers_eager"
+Point = tuple[str, int, int, tuple[str, ...]]  # network, batch, steps, ways
+# The most telling first: whatever ends the run leaves these. Each compiled way compiles anew for each batch, for about a minute.
+POINTS: dict[str, list[Point]] = {
+    "cpu": [("quickstart", 64, 20, ("ours", EAGER, "ours_regional", DIFFUSERS)),
+            *(("quickstart", batch, 20, ("ours", EAGER)) for batch in (32, 16, 8, 4, 2, 1)),
+            ("quickstart", 64, 50, ("ours", EAGER))],
+    "cuda": [*(("sd15", batch, 50, ("ours",)) for batch in (16, 64)),
+             ("sd15", 16, 50, ("ours", "ours_regional", EAGER, DIFFUSERS)),
+             *(("sd15", batch, 50, ("ours",)) for batch in (1, 32, 8, 4, 2)), ("sd15", 16, 20, ("ours",)),
+             ("sd15", 64, 50, ("ours", "ours_regional", DIFFUSERS)), ("sdxl", 8, 50, ("ours", EAGER)),
+             ("sd15", 1, 50, ("ours", "ours_regional", EAGER, DIFFUSERS)), ("sdxl", 8, 50, ("ours", "ours_regional", DIFFUSERS)),
+             ("sd15", 16, 50, ("ours", "ours_eager")), *(("sdxl", batch, 50, ("ours",)) for batch in (1, 16, 32))],
 }
-# How our sampler is set; the best of them at a point is what a user can have there.
-WAYS = {"cpu": {"ours": {}}, "cuda": {"ours_graph": {}, "ours_graph_regional": {"compile": "regional"},
-                                      "ours_eager": {"cuda_graph": False}}}
 
 
 def matmul_rate(device: str, seconds: float = 2.0) -> float:
     """FLOP/s of the best square matrix product, bf16 on a GPU, fp32 on the CPU: the median of its repetitions."""
     dtype, sizes = (torch.bfloat16, (4096, 8192)) if device == "cuda" else (torch.float32, (1024, 2048))
-    rates = []
-    for size in sizes:
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        times = repeat(lambda a=a, b=b: a @ b, device, seconds / len(sizes), least=5)
-        rates.append(2 * size**3 / statistics.median(times))
-    return max(rates)
-
-
-def repeat(call: Callable[[], object], device: str, seconds: float, least: int = 2) -> list[float]:
-    """Seconds of each of at least `least` calls, for about `seconds`; the first call is not counted."""
-    wait = waiter(device)
-    call()
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < until:
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        times.append(time.perf_counter() - start)
-    return times
+    products = {str(size): partial(torch.mm, *(torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)))
+                for size in sizes}
+    times = in_turn({size: lambda _, product=product: product() for size, product in products.items()}, seconds, device=device)
+    return max(2 * int(size)**3 / (statistics.median(took) / 1e6) for size, took in times.items())
 
 
 def ours(name: str, batch: int, steps: int, device: str, **settings: object) -> Draw:
@@ -81,8 +71,8 @@ def ours(name: str, batch: int, steps: int, device: str, **settings: object) -> 
     return lambda: sampler.draw(noise, given)
 
 
-def diffusers_best(name: str, batch: int, steps: int, device: str, compiled: bool = True) -> Draw:
-    """The documented way to the best speed; `compiled` False for a comparison of the samples themselves."""
+def theirs(name: str, batch: int, steps: int, device: str, compiled: bool) -> Draw:
+    """diffusers' pipeline; `compiled`: with all that its documentation recommends for speed."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     unet = make_unet(name, device, dtype).requires_grad_(False)
     if compiled:
@@ -102,73 +92,89 @@ def inputs(name: str, batch: int, device: str, dtype: torch.dtype) -> tuple[Tens
 
 def difference(name: str, device: str, steps: int = 5) -> float:
     """The largest difference between our samples and diffusers' from the same noise, in units of their standard deviation."""
-    mine, theirs = ours(name, 2, steps, device)(), diffusers_best(name, 2, steps, device, compiled=False)()
-    return ((mine.float() - theirs.float()).abs().max() / theirs.float().std()).item()
+    mine, other = ours(name, 2, steps, device)(), theirs(name, 2, steps, device, compiled=False)()
+    return ((mine.float() - other.float()).abs().max() / other.float().std()).item()
 
 
-def measure(device: str, keep: Keep, seconds: float, repeats: float = 3.0, points: Sequence[tuple[str, int, int]] | None = None,
-            compiled_baseline: bool = True) -> None:
-    """Rows by point, until `seconds` have passed; the baseline compiles anew at each batch, which takes most of the time."""
+def measure(device: str, keep: Keep, seconds: float, repeats: float = 3.0, points: Sequence[Point] | None = None) -> None:
+    """Rows by point and way, no point begun after `seconds`; the ways of a point are timed in turn, `repeats` seconds each."""
     until = time.perf_counter() + seconds
-    points = POINTS[device] if points is None else points
-    result: Row = {"matmul_tflops": round(matmul_rate(device) / 1e12, 3), "guidance": GUIDANCE, "flops": {}, "difference": {},
+    result: Row = {"matmul_tflops": round(matmul_rate(device) / 1e12, 4), "guidance": GUIDANCE, "flops": {}, "difference": {},
                    "not_reached": []}
     rows: list[Row] = []
-    for name, batch, steps in points:
+    for name, batch, steps, ways in POINTS[device] if points is None else points:
         if time.perf_counter() > until:
-            result["not_reached"].append(f"{name} batch {batch}, {steps} steps")
+            result["not_reached"].append(f"{name} batch {batch}, {steps} steps: {', '.join(ways)}")
             continue
         if name not in result["flops"]:
             result["flops"][name] = {"own": own_flops(name), "torch_flop_counter": counted_flops(name)}
-            result["difference"][name] = round(difference(name, device), 5)
-        for way in (*WAYS[device], "diffusers"):
-            make = partial(diffusers_best, name, batch, steps, device, compiled_baseline) if way == "diffusers" else \
-                partial(ours, name, batch, steps, device, **WAYS[device][way])
+            result["difference"][name] = float(f"{difference(name, device):.2g}")
+        tflop = 2 * steps * batch * result["flops"][name]["own"] / 1e12
+        draws, first = opened(name, batch, steps, device, ways)
+        times = alternated(draws, repeats * len(draws), device)
+        for way in ways:
             row: Row = {"network": name, "batch": batch, "steps": steps, "way": way}
-            rows.append(row | time_draw(make, device, repeats, batch, 2 * steps * result["flops"][name]["own"],
-                                        1e12 * result["matmul_tflops"]))
+            if way in draws:
+                took = statistics.median(times[way])
+                row |= {"images_per_s": round(batch / took, 4), "of_matmul": round(tflop / took / result["matmul_tflops"], 4),
+                        "draw_s": round(took, 4), "draws": len(times[way])}
+            rows.append(row | first[way])
             print(rows[-1], flush=True)
-            keep(result | {"ratios": ratios(rows), "rows": rows})
-            if device == "cuda":
-                torch.compiler.reset()
-                torch.cuda.empty_cache()
+        keep(result | {"ratios": ratios(rows), "rows": rows})
+        del draws
+        torch.compiler.reset()
+        if device == "cuda":
+            torch.cuda.empty_cache()
     keep(result | {"ratios": ratios(rows), "rows": rows})
 
 
-def time_draw(make: Callable[[], Draw], device: str, seconds: float, batch: int, flops: float, rate: float) -> Row:
-    """Images per second and share of the matrix-product rate; `first_s`: the first draw, captures and compilation included."""
-    wait = waiter(device)
-    try:
-        draw = make()
-        start = time.perf_counter()
-        draw()
-        wait()
-        first = time.perf_counter() - start
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        took = statistics.median(repeat(draw, device, seconds))
-    except (torch.OutOfMemoryError, RuntimeError) as error:  # one way that does not work here leaves the others
-        return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-    peak = {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if device == "cuda" else {}
-    return {"images_per_s": round(batch / took, 4), "of_matmul": round(batch * flops / took / rate, 4),
-            "first_s": round(first, 2), "draw_s": round(took, 4), **peak}
+def opened(name: str, batch: int, steps: int, device: str, ways: Sequence[str]) -> tuple[dict[str, Draw], dict[str, Row]]:
+    """The ways that work here, and of each how long its first draw took, captures and compilation included, or why it failed."""
+    draws, first, wait = {}, {}, waiter(device)
+    for way in ways:
+        try:
+            start = time.perf_counter()
+            draw = ours(name, batch, steps, device, **OURS[way]) if way in OURS else \
+                theirs(name, batch, steps, device, compiled=way == DIFFUSERS)
+            wait()
+            made = time.perf_counter()
+            draw()
+            wait()
+        except (torch.OutOfMemoryError, RuntimeError) as error:  # the other ways remain
+            first[way] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        else:
+            draws[way] = draw
+            first[way] = {"first_s": round(time.perf_counter() - made, 2), "load_s": round(made - start, 2)}
+    return draws, first
+
+
+def alternated(draws: dict[str, Draw], seconds: float, device: str) -> dict[str, list[float]]:
+    """Seconds of draws, one of each way in turn, two at least. They last too long for what went before to matter."""
+    times: dict[str, list[float]] = {way: [] for way in draws}
+    until, wait = time.perf_counter() + seconds, waiter(device)
+    while draws and (len(times[next(iter(draws))]) < 2 or time.perf_counter() < until):
+        for way, draw in draws.items():
+            start = time.perf_counter()
+            draw()
+            wait()
+            times[way].append(time.perf_counter() - start)
+    return times
 
 
 def ratios(rows: Sequence[Row]) -> list[Row]:
-    """Of each point: our best way, and its images per second over diffusers'."""
+    """Of each point: our best way, and its images per second over diffusers', compiled and as it is."""
     found: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         if "images_per_s" in row:
             found.setdefault((row["network"], row["batch"], row["steps"]), {})[row["way"]] = row
     result = []
     for (network, batch, steps), ways in found.items():
-        mine = [row for way, row in ways.items() if way != "diffusers"]
+        mine = [row for way, row in ways.items() if way in OURS]
         if not mine:
             continue
         best = max(mine, key=lambda row: row["images_per_s"])
-        row = {"network": network, "batch": batch, "steps": steps, "best": best["way"], "images_per_s": best["images_per_s"],
-               "of_matmul": best["of_matmul"]}
-        if "diffusers" in ways:
-            row["over_diffusers"] = round(best["images_per_s"] / ways["diffusers"]["images_per_s"], 3)
-        result.append(row)
+        row = {"network": network, "batch": batch, "steps": steps, "best": best["way"],
+               **{key: best[key] for key in ("images_per_s", "of_matmul", "first_s", "draw_s")}}
+        result.append(row | {f"over_{way}": round(best["images_per_s"] / ways[way]["images_per_s"], 3)
+                             for way in (DIFFUSERS, EAGER) if way in ways})
     return result
