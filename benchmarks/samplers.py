@@ -28,6 +28,7 @@ from benchmarks.networks import (
 from benchmarks.timing import in_turn, waiter
 from seppo_fast.config import Sampler as Settings
 from seppo_fast.reference import Sampler, solver_table
+from seppo_fast.training.profile_report import operator_table, operators
 
 GUIDANCE = 7.5
 Draw = Callable[[], Tensor]
@@ -51,7 +52,7 @@ POINTS: dict[str, list[Point]] = {
 
 def matmul_rate(device: str, seconds: float = 2.0) -> float:
     """FLOP/s of the best square matrix product, bf16 on a GPU, fp32 on the CPU: the median of its repetitions."""
-    dtype, sizes = (torch.bfloat16, (4096, 8192)) if device == "cuda" else (torch.float32, (1024, 2048))
+    dtype, sizes = (torch.bfloat16, (4096, 8192)) if device == "cuda" else (torch.float32, (512, 1024))
     products = {str(size): partial(torch.mm, *(torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)))
                 for size in sizes}
     times = in_turn({size: lambda _, product=product: product() for size, product in products.items()}, seconds, device=device)
@@ -178,3 +179,18 @@ def ratios(rows: Sequence[Row]) -> list[Row]:
         result.append(row | {f"over_{way}": round(best["images_per_s"] / ways[way]["images_per_s"], 3)
                              for way in (DIFFUSERS, EAGER) if way in ways})
     return result
+
+
+def profile(device: str) -> str:
+    """The operators of one draw, ours and diffusers'."""
+    name, batch, steps = ("sd15", 16, 10) if device == "cuda" else ("quickstart", 64, 10)
+    tables = []
+    for who, make in (("ours", ours), ("diffusers, not compiled", partial(theirs, compiled=False))):
+        draw = make(name, batch, steps, device)
+        draw()
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiler:
+            draw()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        tables.append(operator_table(operators(profiler, device), f"{who}: {name}, batch {batch}, {steps} guided steps"))
+    return "\n\n".join(tables)

@@ -27,7 +27,9 @@ def operators(profile: torch.profiler.profile, device: torch.device | str) -> li
         found = [Operator(event.key, event.count, event.self_device_time_total / 1e6) for event in events
                  if event.device_type == DeviceType.CUDA]
     else:
-        found = [Operator(event.key, event.count, event.self_cpu_time_total / 1e6) for event in events]
+        # What runs on another thread, as gloo's collectives do, has no time of its own in this one.
+        found = [Operator(event.key, event.count, (event.cpu_time_total if event.is_async else event.self_cpu_time_total) / 1e6)
+                 for event in events]
     return sorted(found, key=lambda operator: -operator.seconds)
 
 
