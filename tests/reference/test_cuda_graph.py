@@ -296,7 +296,7 @@ def test_what_cannot_be_captured_runs_as_it_is():
         return Denoise()(unet, latents, t, conditions)
 
     drawing = captured(unet, reads_a_value)
-    with pytest.warns(RuntimeWarning, match="seppo.sampler.cuda_graph fails here, and the sampler goes on without it"):
+    with pytest.warns(RuntimeWarning, match="seppo.sampler.cuda_graph does not work here, and the run goes on without it"):
         got = drawing.draw(noise, conditions)
     close(got, expected(unet, noise, conditions))
     close(drawing.draw(noise, conditions), expected(unet, noise, conditions))
