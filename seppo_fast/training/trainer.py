@@ -85,7 +85,7 @@ class Trainer:
             return
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
         slots = [slot for u in range(update, last) for slot in self.slots(u) if slot not in self.made]
-        with self.timed("sampling"), self.reporter.sampling(len(slots)) as progress:
+        with self.timed("sampling"), self.reference_on_device(), self.reporter.sampling(len(slots)) as progress:
             for some in chunks(slots, self.settings.sampler.batch_size):
                 self.made.update(self.ask(some))
                 progress.update(len(some))
@@ -185,7 +185,8 @@ class Trainer:
                 for name, parameter in self.reference.named_parameters():
                     if name in weights:
                         parameter.copy_(weights[name])
-            self.grids.write(self.state.update, self.draw)
+            with self.reference_on_device():
+                self.grids.write(self.state.update, self.draw)
         self.ranks.barrier()
 
     def save(self) -> Path:
@@ -217,6 +218,19 @@ class Trainer:
             f" checkpoint: {good[-1] if good else 'none yet'}. Lower optimizer.params.lr or seppo.beta, clip gradients,"
             " or train in bf16 or fp32"
         )
+
+    @contextmanager
+    def reference_on_device(self) -> Iterator[None]:
+        """The reference on this rank's device; before and after it lies in host memory if no training step asks it.
+
+        That is so with a whole iteration's scores made ahead. A LoRA's reference shares the policy's base, and stays.
+        """
+        rests = (self.settings.reference_score == "rollout" and self.settings.sampler.window == "iteration"
+                 and self.settings.model.lora is None)
+        self.reference.to(self.ranks.device)
+        yield
+        if rests:
+            self.reference.to("cpu")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
