@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #ifdef __x86_64__
@@ -27,6 +28,7 @@ using torch::stable::Tensor;
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+struct Scored {};  // in place of a reference's dtype: it is known by its errors alone
 struct Sums { double difference, model, reference; };
 // Where a thread will read next: each input, and the bytes of its elements; 0 if it will not.
 struct Ahead {
@@ -39,7 +41,7 @@ struct Kernels {
                    const Ahead& ahead);
   void (*rescale)(void* to, const void* from, int64_t count, float factor, bool stream);
 };
-enum { kFloat, kHalf, kBFloat };
+enum { kFloat, kHalf, kBFloat, kScored };
 
 inline float as_float(uint32_t bits) {
   float x;
@@ -176,7 +178,8 @@ Tensor new_empty(const Tensor& x) {
 float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 struct Problem {
-  View policy, reference, target;
+  View policy, reference, target;  // no bytes of a reference that is known by its errors
+  const float* given;              // these errors (2 * pairs,), or null
   Kernels kernels;
   int64_t pairs, elements, pieces;
   float beta, scale;
@@ -209,6 +212,10 @@ struct Problem {
   float finish_sample(int64_t sample, const Sums& sum) const {  // returns the mean difference
     const double n = (double)elements;
     model_mse[sample] = (float)(sum.model / n);
+    if (given) {
+      ref_mse[sample] = given[sample];
+      return seppo::excess(model_mse[sample], given[sample]);
+    }
     ref_mse[sample] = (float)(sum.reference / n);
     return (float)(sum.difference / n);
   }
@@ -294,14 +301,17 @@ void threads_share_pairs(const Problem& problem, int64_t group) {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
-Outputs pair_loss(const Tensor& model_pred, const Tensor& ref_pred, const Tensor& target, double beta, int64_t flipper,
+// `reference`: predictions, shaped like model_pred, or their mean squared errors, (2B,).
+Outputs pair_loss(const Tensor& model_pred, const Tensor& reference, const Tensor& target, double beta, int64_t flipper,
                   double scale, double weight, bool wants_grad) {
   const int64_t samples = model_pred.size(0), total = model_pred.numel();
   STD_TORCH_CHECK(samples >= 2 && samples % 2 == 0 && total > 0, "seppo_fast::pair_loss: model_pred must be (2B, ...)");
   const int64_t pairs = samples / 2, elements = total / samples, targets = target.size(0);
-  STD_TORCH_CHECK(ref_pred.numel() == total && (targets == samples || targets == pairs) &&
+  const bool scored = reference.dim() == 1;
+  STD_TORCH_CHECK(reference.numel() == (scored ? samples : total) && (targets == samples || targets == pairs) &&
                       target.numel() == targets * elements,
-                  "seppo_fast::pair_loss: the shapes of ref_pred and target do not fit model_pred's");
+                  "seppo_fast::pair_loss: the shapes of reference and target do not fit model_pred's");
+  STD_TORCH_CHECK(!scored || dtype_code(reference) == kFloat, "seppo_fast::pair_loss: errors must be float32");
   Tensor loss = new_tensor(0, nullptr, nullptr, aoti_torch_dtype_float32()), stats = new_floats(7 * pairs + 2),
          grad = wants_grad ? new_like(model_pred) : new_empty(model_pred);
 
@@ -310,9 +320,10 @@ Outputs pair_loss(const Tensor& model_pred, const Tensor& ref_pred, const Tensor
   };
   Problem problem;
   problem.policy = view(model_pred, samples);
-  problem.reference = view(ref_pred, samples);
+  problem.reference = scored ? View{nullptr, samples, 0} : view(reference, samples);
+  problem.given = scored ? static_cast<const float*>(reference.const_data_ptr()) : nullptr;
   problem.target = view(target, targets);
-  problem.kernels = kernels_here(dtype_code(model_pred), dtype_code(ref_pred), dtype_code(target));
+  problem.kernels = kernels_here(dtype_code(model_pred), scored ? kScored : dtype_code(reference), dtype_code(target));
   problem.pairs = pairs;
   problem.elements = elements;
   problem.pieces = (elements + kPiece - 1) / kPiece;

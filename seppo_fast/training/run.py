@@ -26,7 +26,7 @@ from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine
 from seppo_fast.training.folder import RunFolder, open_folder
 from seppo_fast.training.metrics import keep_rows
-from seppo_fast.training.objective import Objective
+from seppo_fast.training.objective import Denoise, Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.plan import cache_bytes, plan
 from seppo_fast.training.ranks import Ranks, StopSignals
@@ -62,17 +62,17 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) 
         share_frozen(reference, engine.module)  # before it moves: its own base need not fit beside the policy's
     if reference is not None:
         reference.to(ranks.device)
-    objective = Objective(model.denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta, ours.flipper,
-                          *precision(config.deepspeed))
+    objective = Objective(denoiser(model, ours.model.channels_last), DDPMScheduler.from_config(model.scheduler_config), ours.beta,
+                          ours.flipper, *precision(config.deepspeed))
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
-    losers = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
+    made = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     trainer = Trainer(
         settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs, reference=reference,
         pool=open_pool(config, folder, engine, state, ranks), table=table.to(ranks.device),
         grids=prepare_grids(model, config, cache, folder, ranks),
         reporter=Reporter(folder.path, ours.iterations * ours.updates_per_iteration, state.update,
                           engine.monitor, ranks.rank),
-        signals=signals, folder=folder.path, state=state, losers=losers,
+        signals=signals, folder=folder.path, state=state, made=made,
     )
     try:
         trainer.train()
@@ -129,7 +129,17 @@ def load_policies(model: Model, config: Config, ranks: Ranks) -> tuple[nn.Module
             add_lora(unet, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    if ours.model.compile == "regional":
+        for unet in filter(None, (policy, reference)):
+            unet.compile_repeated_blocks()
     return policy, reference
+
+
+def denoiser(model: Model, channels_last: bool) -> Denoise:
+    """How policy and reference are called. Only activations change their layout: DeepSpeed keeps the policy's weights flat."""
+    if not channels_last:
+        return model.denoise
+    return lambda unet, latents, *given: model.denoise(unet, latents.contiguous(memory_format=torch.channels_last), *given)
 
 
 def open_pool(config: Config, folder: RunFolder, engine: DeepSpeedEngine, state: State, ranks: Ranks) -> Pool | None:
