@@ -1,4 +1,4 @@
-"""Memory layout, attention and compilation of the UNets: the same for policy and reference, which are compared with each other."""
+"""Attention and compilation of the UNets: the same for policy and reference, which are compared with each other."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from torch import Tensor, nn
 
 from seppo_fast.config import Model
 from seppo_fast.errors import warn_fallback
@@ -16,16 +15,15 @@ from seppo_fast.models.attention import choose_attention
 def prepare_unets(unets: Sequence[UNet2DConditionModel], settings: Model, latents: tuple[int, int], dtype: torch.dtype,
                   device: torch.device, say: Callable[[str], None] = print,
                   agree: Callable[[int], int] = lambda index: index) -> None:
-    """Make `unets` as `settings` asks, before they are captured or put into an engine; `latents` (h, w) are what they will see."""
+    """Make `unets` as `settings` asks, before they are captured or put into an engine; `latents` (h, w) are what they will see.
+
+    `agree` makes all ranks' of the attention that each of them would choose.
+    """
     compiles = settings.compile == "regional" and _compiles(unets[0], dtype, device)
     choose_attention(unets, settings.attention, latents, dtype, device, say, agree)
-    for unet in unets:
-        if settings.channels_last:
-            unet.to(memory_format=torch.channels_last)
-            # ZeRO lays the policy's weights out anew, one after the other; the input's layout then carries it through the network.
-            unet.register_forward_pre_hook(_channels_last)
-        if compiles:
-            unet.compile_repeated_blocks(dynamic=False)
+    if compiles:
+        for unet in unets:
+            unet.compile_repeated_blocks()
 
 
 def _compiles(unet: UNet2DConditionModel, dtype: torch.dtype, device: torch.device) -> bool:
@@ -34,14 +32,10 @@ def _compiles(unet: UNet2DConditionModel, dtype: torch.dtype, device: torch.devi
     trial = copy.deepcopy(block).to(device, dtype)
     latents, prompt = (torch.zeros(1, 8, layer.in_features, device=device, dtype=dtype) for layer in
                        (trial.attn1.to_k, trial.attn2.to_k))
+    trial.compile()
     try:
-        torch.compile(trial, dynamic=False)(latents, encoder_hidden_states=prompt).sum().backward()
+        trial(latents, encoder_hidden_states=prompt).sum().backward()
     except Exception as error:  # whatever the compiler raises
         warn_fallback("seppo.model.compile", error)
         return False
     return True
-
-
-def _channels_last(unet: nn.Module, given: tuple) -> tuple:
-    latents: Tensor = given[0]
-    return latents.contiguous(memory_format=torch.channels_last), *given[1:]

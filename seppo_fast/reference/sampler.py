@@ -91,6 +91,12 @@ class Sampler:
         agreed = "" if self.batch_size == size else f", as all ranks agreed; {size} here"
         self.say(f"sampler: batches of {self.batch_size}{agreed}: {why}")
 
+    def release(self) -> None:
+        """Give the graphs and their memory back; the next draw makes them anew."""
+        self._ready.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None]) -> Tensor:
         """One batch; padded to a shape that is ready, where its own would have to be compiled or captured first."""
         self._check_module()

@@ -136,6 +136,9 @@ def test_compiled_blocks_are_the_loops_alone():
     unet.load_state_dict(network(1).state_dict(), assign=True)
     close(drawing.draw(noise, conditions), expected(network(1), noise, conditions))
     assert "preparing it anew" in said[1]
+    drawing.release()
+    close(drawing.draw(noise, conditions), expected(network(1), noise, conditions))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1, "the compiled code is used again"
 
 
 class Small(torch.nn.Module):
