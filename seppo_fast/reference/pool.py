@@ -76,10 +76,9 @@ class Pool:
         """Copy policy `index` over those parameters of `module` that it has, in place: their storage stays."""
         start = time.perf_counter()
         parameters = dict(module.named_parameters())
-        if self._coming is not None:
+        if self._coming is not None and self._coming[0] == index:
             coming, self._coming = self._coming, None
-            if coming[0] == index and index not in self._host:
-                self._keep(index, coming[1].result())
+            self._keep(index, coming[1].result())
         if index in self._host:
             self._host.move_to_end(index)
             _check(self._path(index), {name: tuple(w.shape) for name, w in self._host[index].items()}, parameters)
@@ -96,7 +95,7 @@ class Pool:
         Until then it may be one policy more than `host_memory_bytes` allows. A fault in the file shows in `load_into`.
         """
         path = self._path(index)
-        if index in self._host or self._coming is not None or not path.exists():
+        if index in self._host or self._coming is not None and self._coming[0] == index or not path.exists():
             return
         if path.stat().st_size <= self.host_memory_bytes:
             self._coming = index, self._reader.submit(self._read, index)

@@ -255,8 +255,10 @@ def test_reading_ahead(tmp_path):
     for i in range(4):
         writer.add(i, weights(network(i)), write=True)
     pool = Pool(tmp_path, torch.float32, 2 * size)
-    pool.prefetch(2)
-    pool.prefetch(3)  # one at a time
+    pool.prefetch(3)
+    pool.prefetch(2)  # instead
+    pool.load_into(1, reference)  # another in between
+    assert same(reference, state(network(1)))
     pool.load_into(2, reference)
     assert same(reference, state(network(2)))
     (tmp_path / "policy_00002.safetensors").unlink()
