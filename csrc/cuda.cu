@@ -18,10 +18,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdint>
@@ -31,10 +29,11 @@
 #include <utility>
 
 #include "pair_loss.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::stable::Tensor;
+using seppo::dtype_code, seppo::floats, seppo::kBFloat, seppo::kFloat, seppo::kHalf, seppo::Tensor;
 
 constexpr int kLanes = 32;
 constexpr int kPerThread = 16;                                 // elements of each half of a pair
@@ -50,7 +49,6 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kSums = 6;  // difference, policy, reference; winner and loser of each
 
 enum Plan { kAuto, kClustered, kCooperative, kInPasses };
-enum Dtype { kFloat, kHalf, kBFloat };
 
 struct Any {};  // an input whose dtype is known at run time only
 
@@ -573,42 +571,7 @@ cudaStream_t stream_of(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-Tensor new_tensor(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int device) {
-  AtenTensorHandle handle = nullptr;  // the C call rather than stable::empty, which looks the operator up by name
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cuda(), device, &handle));
-  return Tensor(handle);
-}
-
-Tensor new_floats(int64_t count, int device) {
-  const int64_t stride = 1;
-  return new_tensor(1, &count, &stride, aoti_torch_dtype_float32(), device);
-}
-
-int32_t torch_dtype_of(const Tensor& x) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return dtype;
-}
-
-Tensor new_like(const Tensor& x, int device) {
-  return new_tensor(x.dim(), x.sizes().data(), x.strides().data(), torch_dtype_of(x), device);
-}
-
-Tensor new_empty(const Tensor& x, int device) {
-  const int64_t none = 0, stride = 1;
-  return new_tensor(1, &none, &stride, torch_dtype_of(x), device);
-}
-
-float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
-
-int dtype_of(const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-                  "seppo_fast: expected float32, float16 or bfloat16");
-  return type == ScalarType::Float ? kFloat : type == ScalarType::Half ? kHalf : kBFloat;
-}
+seppo::Place gpu(int index) { return {aoti_torch_device_type_cuda(), index}; }
 
 bool aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
 
@@ -727,7 +690,7 @@ void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
       std::optional<Tensor> own;
       if (problem.pairs > 1) problem.ticket = ticket_of(stream, device);
       if (problem.pairs > 1 && !problem.ticket) {
-        own.emplace(new_floats(1, device_index));
+        own.emplace(seppo::new_floats(1, gpu(device_index)));
         problem.ticket = static_cast<unsigned*>(own->mutable_data_ptr());
         STD_CUDA_CHECK(cudaMemsetAsync(problem.ticket, 0, sizeof(unsigned), stream));
       }
@@ -740,7 +703,7 @@ void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
   }
   const int64_t work = problem.pairs * problem.groups;
   // Freed on return: the allocator hands it out again in the order of this stream only.
-  const Tensor workspace = new_floats(work * kSums + problem.pairs * 3 + 1, device_index);
+  const Tensor workspace = seppo::new_floats(work * kSums + problem.pairs * 3 + 1, gpu(device_index));
   problem.partial = floats(workspace);
   problem.coefficients = reinterpret_cast<float2*>(problem.partial + work * kSums);  // an even offset: 8-byte aligned
   problem.arrived = reinterpret_cast<unsigned*>(problem.coefficients + problem.pairs);
@@ -787,12 +750,12 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& ref_pred, cons
                       target.get_device_index() == device,
                   "seppo_fast::pair_loss: all tensors must be on one device");
   const Guard guard(device);
-  Tensor loss = new_tensor(0, nullptr, nullptr, aoti_torch_dtype_float32(), device),
-         stats = new_floats(7 * pairs + 2, device),
-         grad = wants_grad ? new_like(model_pred, device) : new_empty(model_pred, device);
+  const seppo::Place here = gpu(device);
+  Tensor loss = seppo::new_float(here), stats = seppo::new_floats(7 * pairs + 2, here),
+         grad = wants_grad ? seppo::new_like(model_pred, here) : seppo::new_empty(model_pred, here);
 
   const auto input = [&](const Tensor& x, int64_t rows) {
-    return Input{static_cast<const char*>(x.const_data_ptr()), rows == samples ? pairs * elements : 0, dtype_of(x)};
+    return Input{static_cast<const char*>(x.const_data_ptr()), rows == samples ? pairs * elements : 0, dtype_code(x)};
   };
   Problem problem = {};
   problem.policy = input(model_pred, samples);
@@ -838,8 +801,8 @@ void run_rescale(const Tensor& out, const Tensor& grad, const Tensor& upstream, 
 
 // `out` may be grad.
 void rescale_into(const Tensor& out, const Tensor& grad, const Tensor& upstream, double factor) {
-  const int device = grad.get_device_index(), dtype = dtype_of(grad);
-  STD_TORCH_CHECK(upstream.is_cuda() && upstream.get_device_index() == device && dtype_of(upstream) == kFloat &&
+  const int device = grad.get_device_index(), dtype = dtype_code(grad);
+  STD_TORCH_CHECK(upstream.is_cuda() && upstream.get_device_index() == device && dtype_code(upstream) == kFloat &&
                       (upstream.dim() == 0 || 2 * upstream.numel() == grad.size(0)),
                   "seppo_fast::rescale: upstream must be fp32, () or (B,), on grad's device");
   const Guard guard(device);
@@ -849,7 +812,7 @@ void rescale_into(const Tensor& out, const Tensor& grad, const Tensor& upstream,
 }
 
 Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
-  Tensor out = new_like(grad, grad.get_device_index());
+  Tensor out = seppo::new_like(grad, gpu(grad.get_device_index()));
   rescale_into(out, grad, upstream, factor);
   return out;
 }
