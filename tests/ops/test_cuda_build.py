@@ -207,6 +207,7 @@ def test_ties_and_bad_pairs():
     for value, tensor, where in itertools.product((float("nan"), float("inf")), range(3), (0, 1, 5)):
         for shape in ((6, 4, 5, 5), (6, 4, 64, 64), (6, 16, 128, 128)):
             assert_alone("native", "cuda", value, tensor, where, shape)
+            assert_alone("native", "cuda", value, tensor, where, shape, form=scored)
 
 
 @runs

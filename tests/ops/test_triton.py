@@ -97,6 +97,7 @@ def test_from_the_references_errors(shape, dtype):
 @pytest.mark.parametrize("tensor,where", [(0, 0), (1, 4), (2, 2)])
 def test_one_bad_pair_stays_alone(value, tensor, where):
     assert_alone("triton", DEVICE, value, tensor, where)
+    assert_alone("triton", DEVICE, value, tensor, where, form=scored)
     if not INTERPRETED or tensor == 0 and value != value:
         assert_alone("triton", DEVICE, value, tensor, where, shape=(6, 17_000))  # several programs a pair
 
@@ -302,8 +303,8 @@ def compiled(kernel, chip, policy, other, elements, shared=False, options=(), **
     from triton.compiler import ASTSource
     names = kernel.arg_names
     _, how = triton_kernel.plan(elements, 4 if policy == "fp32" else 2)
-    constants = {name: value for name, value in (how | dict(FLIPPER=0, SCORED=False, SHARED=shared, WANTS_GRAD=True) | constants).items()
-                 if name in names}
+    usual = dict(FLIPPER=0, SCORED=False, SHARED=shared, WANTS_GRAD=True)
+    constants = {name: value for name, value in (how | usual | constants).items() if name in names}
     if elements == 1:
         constants["elements"] = 1  # as the launcher does with this number
     types = dict.fromkeys(("loss", "stats", "partial"), "*fp32") | {"counters": "*i32"}
