@@ -42,13 +42,13 @@ def engine_bytes(config: Config, batch: Batch, trained: int, largest: int) -> En
     offload = (section.get("offload_optimizer") or {}).get("device", "none") != "none"
     stage = int(zero.stage)
     own = trained // batch.world  # of the weights, those that this rank updates
-    step = 0 if offload else _adams_temporaries(raw) * own
+    step = 0 if offload else adam_temporaries(raw) * own
 
     if stage == 0:
         return EngineBytes(optimizer=8 * trained, gradients=4 * trained, sampling=0, bucket_elements=0, bucket_dtype=dtype,
                            buckets=0, update=4 * trained + max(4 * min(trained, FALLBACK_BUCKET), step))
     optimizer = size * largest if offload else 12 * own
-    if dtype == torch.bfloat16 and sums and stage == 1 and not offload:  # BF16_Optimizer
+    if uses_bf16_optimizer(raw):
         kept = 0 if raw["bf16"].get("immediate_grad_update") else 2 * trained
         sent = 0 if raw.get("communication_data_type") == "fp32" else 2 * trained  # a copy, even on one rank
         return EngineBytes(optimizer=optimizer, gradients=4 * trained + kept, sampling=4 * trained, bucket_elements=0,
@@ -71,7 +71,15 @@ def engine_bytes(config: Config, batch: Batch, trained: int, largest: int) -> En
                        bucket_dtype=torch.float32 if stage == 1 and sums else dtype)
 
 
-def _adams_temporaries(raw: dict) -> int:
+def uses_bf16_optimizer(raw: dict) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, which sums all gradients in fp32, and not that of the ZeRO stages."""
+    zero = raw.get("zero_optimization", {})
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    sums = raw.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    return precision(raw).dtype == torch.bfloat16 and sums and int(zero.get("stage", 0)) == 1 and not offload
+
+
+def adam_temporaries(raw: dict) -> int:
     """Bytes that an update of Adam needs for each weight beyond its state: none where one kernel does all of it."""
     params = raw["optimizer"].get("params", {})
     return 4 if params.get("torch_adam") and not params.get("fused") else 0
