@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from seppo_fast.config import METHODS
-from seppo_fast.configfile import Batch, Config, explain
+from seppo_fast.configfile import Batch, Config, explain_all
 from seppo_fast.errors import UserError
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training.cost import Cost, Model
@@ -60,8 +60,7 @@ def load_rates(path: str | None) -> list[Rate]:
     try:
         own = Rate.model_validate(raw["rates"])
     except ValidationError as error:
-        problems = "\n  ".join(explain(item, Rate, "rates") for item in error.errors())
-        raise UserError(f"--rates {path}:\n  {problems}") from None
+        raise UserError("\n  ".join([f"--rates {path}:", *explain_all(error, Rate, "rates")])) from None
     return [own, *(rate for rate in shipped if not own.device.startswith(rate.device))]
 
 
