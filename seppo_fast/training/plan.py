@@ -43,9 +43,9 @@ def plan(config: Config, batch: Batch, cost: Cost | None, row_bytes: int | None,
                        f" {ours.checkpoint.keep_last} kept",
     }
     if samples:
+        size = "a size that is measured" if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
         lines["reference samples"] = (f"{samples} in all, {batch.size} an update; {ours.sampler.solver},"
-                                      f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}, in batches of"
-                                      f" {ours.sampler.batch_size}")
+                                      f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}, in batches of {size}")
     if method.references:
         size = "" if cost is None else f", {_gb(cost.trained * pool_dtype(config).itemsize)} each"
         kept = f"{ours.pool.host_memory_gb:g} GB of host memory, the rest on disk"
@@ -61,15 +61,18 @@ def plan(config: Config, batch: Batch, cost: Cost | None, row_bytes: int | None,
 
 
 def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
-    """What DeepSpeed's settings cost without need. Read in its source (0.19); the second and third also seen on the CPU."""
+    """What DeepSpeed's settings cost without need, as read in its source (0.19) and, where two ranks are not needed, tested."""
     raw = engine_config(config, batch)
-    stage = int(raw.get("zero_optimization", {}).get("stage", 0))
+    dtype, stage = precision(raw).dtype, int(raw.get("zero_optimization", {}).get("stage", 0))
     offload = (raw.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
     lines = []
     if stage >= 2 and batch.world > 1 and batch.accumulation > 1:
-        size = "" if cost is None else f" ({_gb(cost.trained * precision(raw).dtype.itemsize)})"
+        size = "" if cost is None else f" ({_gb(cost.trained * dtype.itemsize)})"
         lines.append(f"zero_optimization.stage {stage} reduces the gradients{size} between the ranks in each of the"
                      f" {batch.accumulation} micro-batches of an update; stage 1 does so once")
+    if dtype.itemsize < 4 and batch.accumulation > 1 and raw.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+        lines.append(f"gradients of {batch.accumulation} micro-batches are summed in {str(dtype).removeprefix('torch.')};"
+                     " data_types.grad_accum_dtype fp32 sums them exactly, for more memory")
     if uses_bf16_optimizer(raw):
         if raw.get("communication_data_type") != "fp32":
             lines.append("the fp32 gradient sums are rounded to bf16 before they are reduced, on one rank too; not so with"

@@ -25,6 +25,7 @@ def test_the_shipped_settings_need_no_advice() -> None:
 @pytest.mark.parametrize(("override", "expected"), [
     ("zero_optimization.stage=2", "reduces the gradients between the ranks in each of the 256 micro-batches"),
     ("communication_data_type=null", '"communication_data_type": "fp32"'),
+    ("data_types={}", "gradients of 256 micro-batches are summed in bfloat16"),
     ("bf16.immediate_grad_update=false", "bf16.immediate_grad_update true saves that copy"),
     ("optimizer.params.fused=false", "optimizer.params.fused true saves memory"),
 ])
