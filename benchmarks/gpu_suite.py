@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_steps
+from benchmarks.throughput_summary import rates
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 525  # of the whole run
@@ -170,6 +171,7 @@ def main() -> None:
                 outcome = ended(process, limit)
         found = json.loads(result.read_text()) if result.exists() else {}
         summary[name] = {"outcome": outcome, "seconds": round(time.monotonic() - start, 1), **found}
+        summary["rates"] = rates(summary)
         (out / "gpu_suite.json").write_text(json.dumps(summary, indent=1) + "\n")
         print(f"{name}: {outcome}, {summary[name]['seconds']} s {gpu_steps.headline(found)}", flush=True)
         if outcome != "done":

@@ -24,7 +24,7 @@ import torch
 from benchmarks import loop, ranks, samplers, swap, training_memory
 from benchmarks.loop import ROOT, Case, Keep, Row
 from benchmarks.loss import one_row_a_line
-from benchmarks.throughput_summary import targets
+from benchmarks.throughput_summary import rates, targets
 from benchmarks.timing import commit, machine
 from seppo_fast.quickstart.__main__ import free_port
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             def keep(found: Row, part: str = part, start: float = start, load: float = load) -> None:
                 result[part] = found | {"seconds_taken": round(time.perf_counter() - start, 1),
                                         "load_average": [round(load, 2), round(os.getloadavg()[0], 2)]}
-                result["targets"] = targets(result, device)
+                result["targets"], result["rates"] = targets(result, device), rates(result)
                 file.write_text(one_row_a_line(result))
 
             try:

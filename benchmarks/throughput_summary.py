@@ -106,3 +106,24 @@ TARGETS = {
 def targets(result: Row, device: str) -> Sequence[Row]:
     """Each target of the device, judged."""
     return [target.judged(result) for target in TARGETS[device]]
+
+
+def rates(result: Row) -> Row | None:
+    """What `--dry-run --rates` reads: the shares of the matrix-product rate by batch; None before the sampler was measured.
+
+    Training a pair is eight forwards of a sample: the policy's forward and backward on two, the reference's forward on two.
+    """
+    sampler, loop = result.get("sampler", {}), result.get("loop", {})
+    if not sampler.get("ratios"):
+        return None
+    network, steps = sampler["ratios"][0]["network"], sampler["ratios"][0]["steps"]
+    same = [row for row in sampler["ratios"] if (row["network"], row["steps"]) == (network, steps)]
+    shares = sorted([row["batch"], row["of_matmul"]] for row in same)
+    found: Row = {"device": result["machine"].get("gpu") or result["machine"]["cpu"], "matmul_tflops": sampler["matmul_tflops"],
+                  "sampling_fraction": shares, "source": f"measured: benchmarks.throughput, {network}, commit {result['commit']}"}
+    ours = [row for row in loop.get("rows", []) if row["trainer"] == "ours"]
+    if ours:
+        flops = 8 * sampler["flops"][network]["own"] * loop["case"]["batch"]
+        share = flops / ours[-1]["training_s"] / (1e12 * sampler["matmul_tflops"])
+        found["training_fraction"] = [[loop["case"]["micro"], round(share, 4)]]
+    return found

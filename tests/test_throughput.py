@@ -16,7 +16,8 @@ from benchmarks.gpu_suite import ended
 from benchmarks.loop import Case, Row
 from benchmarks.obvious_trainer import ObviousTrainer
 from benchmarks.throughput_readme import throughput
-from benchmarks.throughput_summary import targets
+from benchmarks.throughput_summary import rates, targets
+from seppo_fast.training.time_plan import load_rates
 
 
 @pytest.mark.parametrize(("name", "parameters", "tflop"), [("sd15", 859_520_964, 0.803), ("sdxl", 2_567_463_684, 6.76),
@@ -106,8 +107,9 @@ def cpu_result(**changes: float) -> Row:
                      "pairs_per_s": {"obvious": 10.0, "ours": 10 * ratio}, "ours_over_obvious": ratio,
                      "rows": [{"trainer": "obvious", **phases}, {"trainer": "ours", **phases}]},
             "ranks": {"pairs_per_s": {"1": 30.0, "2": 51.0}, "two_over_one": 1.7, "shared_evenly": True},
-            "sampler": {"matmul_tflops": 0.1, "ratios": [{"network": "quickstart", "batch": 64, "steps": 20, "best": "ours",
-                                                          "images_per_s": 12.3, "of_matmul": 0.3, "over_diffusers": 1.1}]},
+            "sampler": {"matmul_tflops": 0.1, "flops": {"quickstart": {"own": 44_761_088}},
+                        "ratios": [{"network": "quickstart", "batch": 64, "steps": 20, "best": "ours", "images_per_s": 12.3,
+                                    "of_matmul": 0.3, "over_diffusers": 1.1}]},
             "swap": {"rows": [{"network": "quickstart", "from": "disk", "bytes": 3_900_000, "seconds": 0.004, "gb_s": 1.0}]}}
 
 
@@ -124,6 +126,16 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     sampler = targets({"sampler": {"ratios": ratios}}, "cuda")
     assert (sampler[1]["met"], sampler[1]["where"]) == (False, "sd15, batch 1, 50 steps")
     assert (sampler[2]["met"], sampler[2]["where"]) == (True, "sd15, batch 64, 50 steps")
+
+
+def test_the_dry_run_reads_the_rates(tmp_path: Path) -> None:
+    assert rates({"machine": {}}) is None
+    result = cpu_result()
+    file = tmp_path / "throughput.json"
+    file.write_text(json.dumps(result | {"rates": rates(result)}))
+    rate = load_rates(str(file))[0]
+    assert (rate.device, rate.matmul_tflops, rate.sampling_fraction) == ("Some CPU", 0.1, [(64, 0.3)])
+    assert rate.training_fraction == [(64, round(8 * 64 * 44_761_088 / 0.5 / 1e11, 4))]
 
 
 def test_the_readme_block_has_the_measured_figures(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ captured once a shape and replayed. The weights in the module may change in plac
 module makes a new capture.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seppo_fast import config
+from seppo_fast.errors import warn_fallback
 from seppo_fast.reference import tuning
 from seppo_fast.reference.batching import even, free_memory, measured_size, padded, seconds
 from seppo_fast.reference.cuda_graph import capture, fingerprint
@@ -91,6 +91,12 @@ class Sampler:
         agreed = "" if self.batch_size == size else f", as all ranks agreed; {size} here"
         self.say(f"sampler: batches of {self.batch_size}{agreed}: {why}")
 
+    def release(self) -> None:
+        """Give the graphs and their memory back; the next draw makes them anew."""
+        self._ready.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None]) -> Tensor:
         """One batch; padded to a shape that is ready, where its own would have to be compiled or captured first."""
         self._check_module()
@@ -128,7 +134,7 @@ class Sampler:
                 with self._network():
                     cost.append(f"compile {seconds(lambda: first_step(loop), self.device):.1f} s")
             except Exception as error:  # whatever the compiler raises; a fault of the model's own comes back without it
-                give_up("compile", error)
+                warn_fallback("seppo.sampler.compile", error)
                 self._compile = "none"
                 self._tune()
         ready = Ready(self._open(shape, self._denoise))
@@ -140,7 +146,7 @@ class Sampler:
                 ready = Ready(ready.loop, graph)
                 cost.append(f"capture {spent:.1f} s")
             except Exception as error:
-                give_up("cuda_graph", error)
+                warn_fallback("seppo.sampler.cuda_graph", error)
                 self._capture = False
         if cost:
             self._ready[shape], self._fingerprint = ready, fingerprint(self.module)
@@ -165,10 +171,3 @@ def first_step(loop: Loop) -> None:
     """A step for its own sake, of zero noise and no prompt."""
     loop.start(torch.zeros_like(loop.known[0]), {})
     loop.step()
-
-
-def give_up(key: str, error: Exception) -> None:
-    """One warning that the sampler goes on without what `key` asks for."""
-    reason = (str(error).strip() or "no message").splitlines()[0]
-    warnings.warn(f"seppo.sampler.{key} fails here, and the sampler goes on without it ({type(error).__name__}: {reason}); "
-                  "set it to \"none\" or false to be rid of this warning", RuntimeWarning, stacklevel=2)

@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan, parse_config
 from seppo_fast.errors import UserError
+from seppo_fast.reference.batching import even
 from seppo_fast.training.engine import Step
+from seppo_fast.training.objective import Noised, Objective
 from seppo_fast.training.profile_report import (
     PHASES,
     Operator,
@@ -82,6 +85,18 @@ class Clock:
         return measured
 
 
+@dataclass(frozen=True)
+class TimedObjective(Objective):
+    """The objective with a clock around each network's answer. No hooks on the networks: they may be captured or compiled."""
+
+    clock: Clock | None = None
+    policy: DeepSpeedEngine | None = None
+
+    def _predict(self, module: nn.Module, noised: Noised) -> Tensor:
+        phase = "policy forward" if module is self.policy else "reference scoring"
+        return self.clock.timed(super()._predict, phase)(module, noised)
+
+
 @dataclass
 class ProfiledTrainer(Trainer):
     """One update to warm up, `updates` with the clock, one with the profiler; `Enough` ends it. Writes no checkpoint."""
@@ -91,23 +106,12 @@ class ProfiledTrainer(Trainer):
 
     def train(self) -> None:
         """Algorithm 1 until enough is measured."""
-        self.clock, self.drawing = Clock(self.ranks.device), False
+        self.clock = Clock(self.ranks.device)
         self.profiler: torch.profiler.profile | None = None
         self.engine.backward = self.clock.timed(self.engine.backward, "backward")
         self.engine.step = self.stepped(self.clock.timed(self.engine.step, "optimizer step"))
-        for module, phase in ((self.engine.module, "policy forward"), (self.reference, "reference scoring")):
-            if module is not None:
-                module.register_forward_pre_hook(partial(self.before, phase))
-                module.register_forward_hook(self.after, always_call=True)
+        self.objective = TimedObjective(**vars(self.objective), clock=self.clock, policy=self.engine)
         super().train()
-
-    def before(self, phase: str, *_: object) -> None:
-        """A network's call begins; while samples are drawn it belongs to them."""
-        self.clock.enter("sampling" if self.drawing else phase)
-
-    def after(self, *_: object) -> None:
-        """And ends."""
-        self.clock.leave()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -124,25 +128,17 @@ class ProfiledTrainer(Trainer):
         """Whether this is the update with the profiler."""
         return self.state.update == self.updates + 1
 
-    def draw(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Samples of the reference, which is called to score pairs as well."""
-        self.drawing = True
-        try:
-            return super().draw(*args, **kwargs)
-        finally:
-            self.drawing = False
-
     def ask_reference(self, k: int, update: int) -> None:
         """Line 3; in the last update one batch is drawn once more, under the profiler."""
         if self.state.update == 1:
             self.clock.restart()
         super().ask_reference(k, update)
         if self.last and METHODS[self.settings.method].losers == "reference":
-            size = self.settings.sampler.batch_size
-            slots = list(self.slots(update))[:None if size == "auto" else size]
+            slots = list(self.slots(update))
+            slots = slots[:even(len(slots), self.sampler.batch_size)]
             noise, conditions = self.pairs.initial_noise(slots), self.pairs.prompts(slots)
-            with new_profiler() as profiler:
-                self.draw(noise, conditions)
+            with self.reference_on_device(), new_profiler() as profiler:
+                self.sampler.draw(noise, conditions)
             self.found["sampling"] = operators(profiler, self.ranks.device), len(slots)
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:

@@ -1,10 +1,9 @@
 """SePPO (Algorithm 1); other rows of the methods' table make the same loop SPIN, DITTO, Diffusion-DPO or SFT."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor, nn
 from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch
 from seppo_fast.errors import UserError
-from seppo_fast.models import Conditions
-from seppo_fast.reference.loop import sample
+from seppo_fast.reference.batching import even
 from seppo_fast.reference.pool import Pool, pick
-from seppo_fast.reference.solver import SolverTable
+from seppo_fast.reference.sampler import Sampler
 from seppo_fast.seeds import generator
 from seppo_fast.training import checkpoint
 from seppo_fast.training.ahead import ahead
@@ -33,7 +31,7 @@ from seppo_fast.training.samples import Grids
 
 @dataclass
 class Trainer:
-    """One run. `reference` and `pool` are None for SFT; `made` is what the reference made for slots not trained on yet."""
+    """One run. `reference`, `sampler`, `pool` are None for SFT; `made` is what the reference made for slots not trained on yet."""
 
     settings: Seppo
     batch: Batch
@@ -43,7 +41,7 @@ class Trainer:
     pairs: PairSource
     reference: nn.Module | None
     pool: Pool | None
-    table: SolverTable
+    sampler: Sampler | None
     grids: Grids | None
     reporter: Reporter
     signals: StopSignals
@@ -78,15 +76,17 @@ class Trainer:
         if self.pool is not None:
             self.reference_index = pick(self.settings.reference, k, self.settings.seed)
             self.pool.load_into(self.reference_index, self.reference)
+            self.pool.prefetch(pick(self.settings.reference, k + 1, self.settings.seed))
 
     def ask_reference(self, k: int, update: int) -> None:
         """Line 3: the reference's samples, and its scores if `rollout`, for this update or for what is left of the iteration."""
         if METHODS[self.settings.method].losers != "reference" and self.settings.reference_score == "online":
             return
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
-        slots = [slot for u in range(update, last) for slot in self.slots(u) if slot not in self.made]
-        with self.timed("sampling"), self.reporter.sampling(len(slots)) as progress:
-            for some in chunks(slots, self.settings.sampler.batch_size):
+        window = [slot for u in range(update, last) for slot in self.slots(u)]
+        slots = [slot for slot in window if slot not in self.made]
+        with self.timed("sampling"), self.reference_on_device(), self.reporter.sampling(len(slots)) as progress:
+            for some in chunks(slots, even(len(window), self.sampler.batch_size)):
                 self.made.update(self.ask(some))
                 progress.update(len(some))
 
@@ -94,7 +94,7 @@ class Trainer:
         """What the reference makes for a batch of slots, on the CPU; scored in such large batches as it samples in."""
         made: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
         if METHODS[self.settings.method].losers == "reference":
-            latents = self.draw(self.pairs.initial_noise(slots), self.pairs.prompts(slots), self.check_signals)
+            latents = self.sampler.draw(self.pairs.initial_noise(slots), self.pairs.prompts(slots), self.check_signals)
             for slot, loser in zip(slots, latents.cpu(), strict=True):
                 made[slot]["loser"] = loser
         if self.settings.reference_score == "rollout":
@@ -169,12 +169,6 @@ class Trainer:
         """Raise `Stop` on all ranks once one of them was signalled."""
         self.signals.check(self.ranks)
 
-    def draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None] = lambda: None) -> Tensor:
-        """`(B, C, h, w)` scaled latents by the model that is in `reference`."""
-        with self.objective.precision(noise.device):
-            return sample(partial(self.objective.denoise, self.reference), self.table, noise, conditions,
-                          self.pairs.unconditional, self.settings.sampler.guidance_scale, self.objective.dtype, before_step)
-
     def draw_grid(self) -> None:
         """Samples of the present policy from fixed prompts and noise; passes through the reference model's storage."""
         if not self.settings.samples.every:
@@ -185,7 +179,8 @@ class Trainer:
                 for name, parameter in self.reference.named_parameters():
                     if name in weights:
                         parameter.copy_(weights[name])
-            self.grids.write(self.state.update, self.draw)
+            with self.reference_on_device():
+                self.grids.write(self.state.update, self.sampler.draw)
         self.ranks.barrier()
 
     def save(self) -> Path:
@@ -217,6 +212,20 @@ class Trainer:
             f" checkpoint: {good[-1] if good else 'none yet'}. Lower optimizer.params.lr or seppo.beta, clip gradients,"
             " or train in bf16 or fp32"
         )
+
+    @contextmanager
+    def reference_on_device(self) -> Iterator[None]:
+        """The reference on this rank's device; before and after it lies in host memory if no training step asks it.
+
+        That is so with a whole iteration's scores made ahead. A LoRA's reference shares the policy's base, and stays.
+        """
+        rests = (self.settings.reference_score == "rollout" and self.settings.sampler.window == "iteration"
+                 and self.settings.model.lora is None)
+        self.reference.to(self.ranks.device)
+        yield
+        if rests:
+            self.sampler.release()
+            self.reference.to("cpu")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -114,6 +114,7 @@ def test_conditions_must_be_those_of_the_empty_prompt():
 
 def test_compiled_blocks_are_the_loops_alone():
     """One compilation for all blocks and batches; padded when ragged; a NaN stays in its batch; a changed model is noticed."""
+    torch.compiler.reset()  # what other tests compiled would do
     unet, counting, said = network(), Counting(), []
     noise, conditions = given(3)
     with torch.no_grad():
@@ -135,6 +136,9 @@ def test_compiled_blocks_are_the_loops_alone():
     unet.load_state_dict(network(1).state_dict(), assign=True)
     close(drawing.draw(noise, conditions), expected(network(1), noise, conditions))
     assert "preparing it anew" in said[1]
+    drawing.release()
+    close(drawing.draw(noise, conditions), expected(network(1), noise, conditions))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1, "the compiled code is used again"
 
 
 class Small(torch.nn.Module):
@@ -166,7 +170,7 @@ def test_a_compiler_that_fails_leaves_the_plain_loop(how):
     noise, conditions = given(5)
     drawing = sampler(unet, compile=how, say=said.append)
     with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/compiler",), "force_disable_caches": True}):
-        with pytest.warns(RuntimeWarning, match="seppo.sampler.compile fails here, and the sampler goes on without it"):
+        with pytest.warns(RuntimeWarning, match="seppo.sampler.compile does not work here, and the run goes on without it"):
             got = drawing.draw(noise, conditions)
     close(got, expected(unet, noise, conditions))
     with warnings.catch_warnings():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from runs import apart, column, identical, rows, unet_of, weights
 from safetensors.torch import load_file
 
@@ -79,3 +80,31 @@ def test_scores_are_in_the_checkpoint(settings: Any, train: Any, monkeypatch: py
 def test_a_method_without_reference_has_no_score(settings: Any) -> None:
     with pytest.raises(UserError, match="reference_score='rollout' does not go with method='sft'"):
         parse_config(settings(**{"seppo.method": "sft"}, **ROLLOUT))
+
+
+@pytest.mark.parametrize("changes, rests", [(ROLLOUT | {"seppo.sampler.window": "iteration"}, True), (ROLLOUT, False),
+                                            ({"seppo.sampler.window": "iteration"}, False)],
+                         ids=["iterations scored ahead", "updates scored ahead", "online"])
+def test_the_reference_leaves_the_device_while_nobody_asks_it(changes: dict[str, Any], rests: bool, settings: Any, train: Any,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU there is nowhere to go; seen here is where it was sent last when it is asked and when the policy is trained."""
+    sent, seen = ["device"], []
+    to, ask, update = UNet2DConditionModel.to, Trainer.ask, Trainer.update_policy
+
+    def moved(self: UNet2DConditionModel, where: Any) -> Any:
+        sent.append("host" if where == "cpu" else "device")
+        return to(self, where)
+
+    def asked(self: Trainer, slots: Any) -> Any:
+        monkeypatch.setattr(UNet2DConditionModel, "to", moved)  # from here on only the trainer moves a model
+        seen.append(("asked", sent[-1]))
+        return ask(self, slots)
+
+    def updated(self: Trainer, number: int) -> Any:
+        seen.append(("trained", sent[-1]))
+        return update(self, number)
+
+    monkeypatch.setattr(Trainer, "ask", asked)
+    monkeypatch.setattr(Trainer, "update_policy", updated)
+    train(settings(**changes))
+    assert set(seen) == {("asked", "device"), ("trained", "host" if rests else "device")}
