@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", nargs="+", choices=sorted({part for parts in PARTS.values() for part in parts}))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, help="for the sampler; by default 60 on the CPU, 300 on a GPU")
+    parser.add_argument("--seconds", type=float, help="after which no batch of the sampler is begun; 100 on the CPU, 300 on a GPU")
     given = parser.parse_args(argv)
     out, device = given.out.resolve(), given.device
     out.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
                 file.write_text(one_row_a_line(result))
 
             try:
-                measure(part, device, Path(folder), keep, text, given.seconds or {"cpu": 60, "cuda": 300}[device])
+                measure(part, device, Path(folder), keep, text, given.seconds or {"cpu": 100, "cuda": 300}[device])
             except RuntimeError as error:  # the other parts remain
                 keep(result.get(part, {}) | {"failed": str(error)[-2000:]})
             print(f"{part}: {result[part]['seconds_taken']} s {result[part].get('failed', '')}", flush=True)
