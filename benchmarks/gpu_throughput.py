@@ -11,7 +11,7 @@ TRAINING = ("diffusers", "pydantic", "deepspeed", "transformers", "datasets", "p
 
 
 def step(name: str, out: Path, keep: Keep, limit: float) -> None:
-    """One step of the suite; models and runs are made in `out` and stay for the next step that needs them."""
+    """One step of the suite; models and runs are made in `out`/work and stay for the next step that needs them."""
     missing = [module for module in NEEDED.get(name, TRAINING) if importlib.util.find_spec(module) is None]
     if missing:
         return keep({"skipped": f"not installed here: {', '.join(missing)}"})

@@ -38,7 +38,7 @@ class Case:
     lr: float = 2.5e-4
     ours: tuple[str, ...] = ()
     warm_up: int = 2
-    updates: tuple[int, int] = (10, 2)
+    updates: tuple[int, int] = (8, 2)
     rounds: int = 2
     batched: bool = True  # measure the obvious trainer with one pipeline call a micro-batch too
 
@@ -81,6 +81,7 @@ def measure(case: Case, keep: Keep) -> None:
             updates = way(case)[case.warm_up if name == "ours" else 1:]
             rate = statistics.median(case.batch / row["wall"] for row in updates)
             row: Row = {"trainer": name, "round": turn, "pairs_per_s": round(rate, 3), "updates": len(updates)}
+            row["peak_gb"] = updates[-1]["peak_memory_gb"]
             row |= {f"{phase}_s": round(statistics.median(u[f"seconds_{phase}"] for u in updates), 4) for phase in PHASES}
             rows.append(row)
             print(row, flush=True)

@@ -161,7 +161,7 @@ def write_pipeline(folder: Path, device: str = "cpu", dtype: torch.dtype = torch
             max_position_embeddings=77, projection_dim=768, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     pipeline = StableDiffusionPipeline(
-        vae=vae.to(dtype), text_encoder=text.to(dtype), tokenizer=tokenizer, unet=make_unet("sd15", device, dtype),
+        vae=nn.Module.to(vae, dtype), text_encoder=text.to(dtype), tokenizer=tokenizer, unet=make_unet("sd15", device, dtype),
         scheduler=DDIMScheduler(**SCHEDULE), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.loss_baselines import app_b2
+from seppo_fast.training.metrics import peak_memory_gb
 
 
 class ObviousTrainer:
@@ -134,6 +135,7 @@ def main() -> None:
             loss = trainer.update(given.batch)
             seconds = trainer.now() - start
             row = {"update": update, "loss": loss, "seconds": round(seconds, 4), "pairs_per_s": given.batch / seconds,
+                   "peak_memory_gb": round(peak_memory_gb(trainer.device), 3),
                    **{f"seconds_{name}": round(value, 4) for name, value in trainer.seconds.items()}}
             file.write(json.dumps(row) + "\n")
             file.flush()

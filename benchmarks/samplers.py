@@ -96,7 +96,7 @@ def difference(name: str, device: str, steps: int = 5) -> float:
     return ((mine.float() - other.float()).abs().max() / other.float().std()).item()
 
 
-def measure(device: str, keep: Keep, seconds: float, repeats: float = 3.0, points: Sequence[Point] | None = None) -> None:
+def measure(device: str, keep: Keep, seconds: float, repeats: float = 2.0, points: Sequence[Point] | None = None) -> None:
     """Rows by point and way, no point begun after `seconds`; the ways of a point are timed in turn, `repeats` seconds each."""
     until = time.perf_counter() + seconds
     result: Row = {"matmul_tflops": round(matmul_rate(device) / 1e12, 4), "guidance": GUIDANCE, "flops": {}, "difference": {},

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
 
             try:
                 measure(part, device, Path(folder), keep, text, given.seconds or {"cpu": 100, "cuda": 300}[device])
-            except RuntimeError as error:  # the other parts remain
+            except Exception as error:  # the other parts remain
+                traceback.print_exc()
                 keep(result.get(part, {}) | {"failed": str(error)[-2000:]})
             print(f"{part}: {result[part]['seconds_taken']} s {result[part].get('failed', '')}", flush=True)
     for target in result["targets"]:

@@ -51,12 +51,13 @@ def loop_table(loop: Row) -> str:
     case, rates = loop["case"], loop["pairs_per_s"]
     lines = [f"The whole loop: {case['name']}, {case['steps']} steps, {case['batch']} pairs an update in micro-batches of"
              f" {case['micro']}; seconds of the last run's median update.", "",
-             "| trainer | pairs/s | ours is | sampling, s | data, s | training, s |", "|---|---|---|---|---|---|"]
+             "| trainer | pairs/s | ours is | sampling, s | data, s | training, s | peak memory, GB |",
+             "|---|---|---|---|---|---|---|"]
     for trainer in (name for name in TRAINERS if name in rates):
         row = [row for row in loop["rows"] if row["trainer"] == trainer][-1]
         ratio = f"{loop[f'ours_over_{trainer}']:.2f}x" if f"ours_over_{trainer}" in loop else "-"
         seconds = " | ".join(f"{row[f'{phase}_s']:.2f}" for phase in ("sampling", "data", "training"))
-        lines.append(f"| {TRAINERS[trainer]} | {rates[trainer]:.2f} | {ratio} | {seconds} |")
+        lines.append(f"| {TRAINERS[trainer]} | {rates[trainer]:.2f} | {ratio} | {seconds} | {row['peak_gb']:.2f} |")
     return "\n".join(lines)
 
 

@@ -101,7 +101,7 @@ def test_swaps_bring_every_byte(tmp_path: Path) -> None:
 def cpu_result(**changes: float) -> Row:
     """What benchmarks/throughput.py writes on the CPU."""
     ratio = changes.get("ratio", 4.0)
-    phases = {"sampling_s": 1.0, "data_s": 0.1, "training_s": 0.5}
+    phases = {"sampling_s": 1.0, "data_s": 0.1, "training_s": 0.5, "peak_gb": 2.0}
     return {"machine": {"cpu": "Some CPU", "cores": 4, "threads": 2}, "versions": {"torch": "2.99"}, "commit": "abc",
             "loop": {"case": {"name": "quickstart", "steps": 8, "batch": 64, "micro": 64}, "load_average": [0.1, 1.9],
                      "pairs_per_s": {"obvious": 10.0, "ours": 10 * ratio}, "ours_over_obvious": ratio,
@@ -142,7 +142,8 @@ def test_the_readme_block_has_the_measured_figures(tmp_path: Path) -> None:
     assert throughput(tmp_path).count("not measured yet") == 2
     (tmp_path / "throughput_cpu.json").write_text(json.dumps(cpu_result()))
     text = throughput(tmp_path)
-    for line in ("| ours | 40.00 | - | 1.00 | 0.10 | 0.50 |", "| obvious, a prompt a call | 10.00 | 4.00x | 1.00 | 0.10 | 0.50 |",
+    for line in ("| ours | 40.00 | - | 1.00 | 0.10 | 0.50 | 2.00 |",
+                 "| obvious, a prompt a call | 10.00 | 4.00x | 1.00 | 0.10 | 0.50 | 2.00 |",
                  "| quickstart, 20, 64 | 12.3 | 30.0% | - | 1.10x |", "- the loop at least 2x the obvious trainer: met, 4 (8 steps,"
                  " batch 64)", "Another reference, 3.9 MB of quickstart: 4 ms from disk (1.0 GB/s)."):
         assert line in text.splitlines(), text
