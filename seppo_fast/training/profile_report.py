@@ -76,7 +76,7 @@ def advice(seconds: Mapping[str, float], config: Config, batch: Batch, cuda: boo
         if sampler.compile == "none":
             said.append(begin + "seppo.sampler.compile=regional fuses what lies between the convolutions and products (rounding"
                         " differs, compilation comes first)")
-        elif not sampler.fuse_projections:
+        elif not sampler.fuse_projections and not ours.model.lora and ours.model.attention != "xformers":
             said.append(begin + "seppo.sampler.fuse_projections=true makes three products of attention one")
         share_of_rank = batch.size // batch.world
         if sampler.batch_size != "auto" and sampler.batch_size < min(16, share_of_rank):

@@ -228,7 +228,10 @@ def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: floa
 
 
 def shortened(config: Config, folder: Path, updates: int) -> Config:
-    """The configuration for `updates` + 2 updates that leave nothing behind: no monitors, no grids, no end of an iteration."""
+    """The configuration for `updates` + 2 updates that leave nothing behind: no monitors, no grids, no end of an iteration.
+
+    Samples are made for one update at a time: an iteration's would come before the first of them.
+    """
     raw = copy.deepcopy(config.as_dict())
     for monitor in MONITORS:
         raw.pop(monitor, None)

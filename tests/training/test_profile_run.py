@@ -105,6 +105,9 @@ def test_advice_follows_what_was_measured(settings: Callable[..., dict[str, Any]
     assert "data is 50%" in advised(settings, {"data": 1.0, "sampling": 1.0})
     offloaded = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     assert "moves it to the CPU" in advised(settings, {"optimizer step": 1.0, "sampling": 1.0}, **offloaded)
+    compiled = {"seppo.sampler.compile": "regional"}
+    assert "fuse_projections" in advised(settings, SAMPLING, **compiled)
+    assert "fuse_projections" not in advised(settings, SAMPLING, **compiled, **{"seppo.model.lora": {"rank": 4}})
     assert "collectives are 30%" in advised(settings, SAMPLING, world=2, in_collectives=0.3)
 
 
