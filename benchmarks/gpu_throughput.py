@@ -25,7 +25,7 @@ def step(name: str, out: Path, keep: Keep, limit: float) -> None:
 
         profile = out / "sampler_profile.txt"
         profile.write_text(samplers.profile("cuda") + "\n")
-        samplers.measure("cuda", keep, limit - 90)  # the last point that is begun compiles
+        samplers.measure("cuda", keep, limit - 80)  # the last point that is begun compiles
     elif name == "swap":
         from benchmarks import swap
 

@@ -66,9 +66,9 @@ def sd15_case(work: Path, device: str = "cuda") -> Case:
         for index in range(64):
             Image.fromarray(random.integers(0, 255, (512, 512, 3), dtype=np.uint8)).save(pictures / f"{index}.png")
             metadata.write(json.dumps({"file_name": f"{index}.png", "text": f"a handwritten {index}"}) + "\n")
-    ours = ("seppo.samples.every=0", "seppo.sampler.batch_size=32", "seppo.sampler.compile=regional",
+    ours = ("seppo.samples.every=0", "seppo.sampler.batch_size=16", "seppo.sampler.compile=regional",
             "seppo.model.channels_last=true")
-    return Case("sd15", work / "sd15", pictures, work, "ds_a100.json", device, resolution=512, steps=50, guidance=7.5, batch=32,
+    return Case("sd15", work / "sd15", pictures, work, "ds_a100.json", device, resolution=512, steps=50, guidance=7.5, batch=16,
                 micro=8, beta=2000.0, lr=5e-6, ours=ours, warm_up=1, updates=(3, 1), rounds=1, batched=False)
 
 
