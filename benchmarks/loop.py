@@ -123,8 +123,8 @@ def overrides(case: Case, run: Path) -> list[str]:
             "seppo.model.path": case.base, "seppo.data.source": case.demonstrations, "seppo.data.cache_dir": case.work / "cache",
             "seppo.data.resolution": case.resolution, "seppo.output_dir": run, "seppo.beta": case.beta,
             "seppo.sampler.solver": "ddim", "seppo.sampler.steps": case.steps, "seppo.sampler.guidance_scale": case.guidance,
-            # One iteration: the pool grows and checkpoints are written between iterations, thirty updates apart in the paper.
-            "seppo.iterations": 1, "seppo.updates_per_iteration": updates}
+            # One iteration: the pool grows and checkpoints are written between them, thirty updates apart in the paper.
+            "seppo.iterations": 1, "seppo.updates_per_iteration": updates, "seppo.checkpoint.every": 10**6}
     return [*(f"{key}={value}" for key, value in said.items()), *case.ours]
 
 

@@ -33,4 +33,4 @@ def measure(case: Case, keep: Keep) -> None:
         print(rows[-1], flush=True)
         keep({"gpu_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if torch.cuda.is_available() else None,
               "rows": rows})
-        fresh(run)  # its checkpoint is large
+        fresh(run)  # its pool and final/ are large
