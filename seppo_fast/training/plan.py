@@ -45,7 +45,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, row_bytes: int | None,
     if samples:
         size = "a size that is measured" if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
         lines["reference samples"] = (f"{samples} in all, {batch.size} an update; {ours.sampler.solver},"
-                                      f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}, in batches of {size}")
+                                      f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}, in batches of"
+                                      f" {size}")
     if method.references:
         size = "" if cost is None else f", {_gb(cost.trained * pool_dtype(config).itemsize)} each"
         kept = f"{ours.pool.host_memory_gb:g} GB of host memory, the rest on disk"
