@@ -130,7 +130,7 @@ class Trainer:
         There every pair is a tie by definition. Two computations of the same error in batches of other sizes would be told
         apart by their rounding, and the flipper would take that for an answer.
         """
-        exact = self.pool is not None and self.pool.dtype.itemsize >= self.objective.dtype.itemsize
+        exact = self.pool is not None and torch.promote_types(self.pool.dtype, self.objective.dtype) == self.pool.dtype
         drops = self.settings.model.lora is not None and self.settings.model.lora.dropout > 0
         latest = self.reference_index == self.iteration_of(update) - 1 and update % self.settings.updates_per_iteration == 0
         return self.settings.reference_score == "rollout" and exact and latest and not drops
