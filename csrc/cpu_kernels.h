@@ -90,10 +90,12 @@ static inline void store(float* to, Floats x) { store_bits<stream>(to, x); }
 template <bool stream, class Half>
 static inline void store(Half* to, Floats x) { store_bits<stream>(to, narrow(x, Half{})); }
 
+// The reference's part: nothing where R is Scored, and its errors are known already.
 template <class P, class R, class T>
 static Sums sums(const void* policy, const void* reference, const void* target, int64_t count) {
   // fp32 within a block, fp64 between blocks: a lane adds 16 numbers before it goes over to fp64.
   constexpr int kBlock = 32 * LANES;
+  constexpr bool predicted = !std::is_same_v<R, Scored>;
   const P* p = (const P*)policy;
   const R* r = (const R*)reference;
   const T* t = (const T*)target;
@@ -104,22 +106,26 @@ static Sums sums(const void* policy, const void* reference, const void* target, 
     Floats d0 = {}, m0 = {}, r0 = {}, d1 = {}, m1 = {}, r1 = {};
     int64_t i = start;
     for (; i + 2 * LANES <= end; i += 2 * LANES) {
-      const Floats a = load(p + i), b = load(r + i), c = load(t + i);
-      const Floats x = load(p + i + LANES), y = load(r + i + LANES), z = load(t + i + LANES);
-      const Floats ac = a - c, bc = b - c, xz = x - z, yz = y - z;
-      d0 += (a - b) * (ac + bc);
-      d1 += (x - y) * (xz + yz);
+      const Floats a = load(p + i), c = load(t + i), x = load(p + i + LANES), z = load(t + i + LANES);
+      const Floats ac = a - c, xz = x - z;
       m0 += ac * ac;
       m1 += xz * xz;
-      r0 += bc * bc;
-      r1 += yz * yz;
+      if constexpr (predicted) {
+        const Floats b = load(r + i), y = load(r + i + LANES), bc = b - c, yz = y - z;
+        d0 += (a - b) * (ac + bc);
+        d1 += (x - y) * (xz + yz);
+        r0 += bc * bc;
+        r1 += yz * yz;
+      }
     }
     for (; i < end; i += LANES) {
-      const Floats a = load(p + i), b = load(r + i), c = load(t + i);
-      const Floats ac = a - c, bc = b - c;
-      d0 += (a - b) * (ac + bc);
+      const Floats a = load(p + i), c = load(t + i), ac = a - c;
       m0 += ac * ac;
-      r0 += bc * bc;
+      if constexpr (predicted) {
+        const Floats b = load(r + i), bc = b - c;
+        d0 += (a - b) * (ac + bc);
+        r0 += bc * bc;
+      }
     }
     difference += __builtin_convertvector(d0 + d1, Doubles);
     model += __builtin_convertvector(m0 + m1, Doubles);
@@ -132,11 +138,13 @@ static Sums sums(const void* policy, const void* reference, const void* target, 
     sum.reference += ref[i];
   }
   for (int64_t i = whole; i < count; i++) {
-    const float a = widen(p[i]), b = widen(r[i]), c = widen(t[i]);
-    const float ac = a - c, bc = b - c;
-    sum.difference += (double)((a - b) * (ac + bc));
+    const float a = widen(p[i]), c = widen(t[i]), ac = a - c;
     sum.model += (double)(ac * ac);
-    sum.reference += (double)(bc * bc);
+    if constexpr (predicted) {
+      const float b = widen(r[i]), bc = b - c;
+      sum.difference += (double)((a - b) * (ac + bc));
+      sum.reference += (double)(bc * bc);
+    }
   }
   return sum;
 }
@@ -192,7 +200,7 @@ static void rescale(void* to, const void* from, int64_t count, float factor, boo
   }
 }
 
-// The functions for a combination of dtypes; the numbers are cpu.cpp's kFloat, kHalf, kBFloat.
+// The functions for a combination of dtypes; the numbers are cpu.cpp's kFloat, kHalf, kBFloat, kScored.
 template <class P, class R>
 static Kernels kernels_for(int t) {
   if (t == kFloat) return {sums<P, R, float>, gradient<P, float>, rescale<P>};
@@ -202,6 +210,7 @@ static Kernels kernels_for(int t) {
 
 template <class P>
 static Kernels kernels_for(int r, int t) {
+  if (r == kScored) return kernels_for<P, Scored>(t);
   return r == kFloat ? kernels_for<P, float>(t) : r == kHalf ? kernels_for<P, Float16>(t) : kernels_for<P, BFloat16>(t);
 }
 

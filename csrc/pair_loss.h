@@ -9,8 +9,8 @@
 #define SEPPO_HD inline
 #endif
 
-// Counted up with every change of the operators' signatures; seppo_fast/ops/native.py has the same number.
-#define SEPPO_ABI 3
+// Counted up with every change of what the operators take; seppo_fast/ops/native.py has the same number.
+#define SEPPO_ABI 4
 
 namespace seppo {
 
@@ -21,6 +21,10 @@ struct PairLoss {
   float loss, sign, logit;
   float winner_coefficient, loser_coefficient;  // gradient of scale * loss = coefficient * (policy - target)
 };
+
+// The policy's MSE minus the reference's where only these are known. An infinite error of the reference would make a loss of 0
+// and pass for a pair well learnt: Inf - Inf shows it.
+SEPPO_HD float excess(float model_mse, float ref_mse) { return model_mse - (ref_mse + (ref_mse - ref_mse)); }
 
 // `winner`, `loser`: the policy's MSE minus the reference's, of a sample with `elements` elements. A tie is -1, and so
 // is NaN: it reaches the logit by itself, and from there the loss and both coefficients.

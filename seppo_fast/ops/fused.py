@@ -1,11 +1,12 @@
 """The fused backends under autograd: one pass computes losses, statistics and gradient; backward only hands it over.
 
-A backend is a function `(model_pred, ref_pred, target, beta, flipper, scale, weight, wants_grad)` of dense tensors in one
-memory format that returns `(loss (), stats (7B + 2,), grad)`. `loss` is weight times the sum of the pairs' losses. `stats` is
-one tensor, because allocating many is what host time goes into: model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,),
-losses (B,), implicit_acc, aaf_rate. `grad` is `scale * d(sum of losses) / d(model_pred)` in model_pred's dtype and layout, or
-(0,) when it is not wanted. While compiling a backend is an operator, so that the graph stays whole; in eager mode whatever
-has the least overhead.
+A backend is a function `(model_pred, reference, target, beta, flipper, scale, weight, wants_grad)` of dense tensors in one
+memory format that returns `(loss (), stats (7B + 2,), grad)`. `reference` holds predictions, shaped like model_pred, or their
+mean squared errors, (2B,) in fp32: then a sample's model_mse must not depend on the batch that it is in.
+`loss` is weight times the sum of the pairs' losses. `stats` is one tensor, because allocating many is what host time goes
+into: model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,), losses (B,), implicit_acc, aaf_rate. `grad` is
+`scale * d(sum of losses) / d(model_pred)` in model_pred's dtype and layout, or (0,) when it is not wanted. While compiling a
+backend is an operator, so that the graph stays whole; in eager mode whatever has the least overhead.
 """
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 FLIPPER_CODES = {"aaf": 0, "indicator": 1, "none": 2}  # those of csrc/pair_loss.h
 
-_PAIR_LOSS = ("(Tensor model_pred, Tensor ref_pred, Tensor target, float beta, int flipper, float scale, float weight,"
+_PAIR_LOSS = ("(Tensor model_pred, Tensor reference, Tensor target, float beta, int flipper, float scale, float weight,"
               " bool wants_grad) -> (Tensor, Tensor, Tensor)")
 _LIBRARY = torch.library.Library("seppo_fast", "FRAGMENT")
 for _schema in (f"pair_loss{_PAIR_LOSS}", f"pair_loss_triton{_PAIR_LOSS}",
@@ -28,7 +29,7 @@ _rescale_in_place = torch.ops.seppo_fast.rescale_.default
 
 @torch.library.register_fake("seppo_fast::pair_loss_triton", lib=_LIBRARY)
 @torch.library.register_fake("seppo_fast::pair_loss", lib=_LIBRARY)
-def _(model_pred, ref_pred, target, beta, flipper, scale, weight, wants_grad):
+def _(model_pred, reference, target, beta, flipper, scale, weight, wants_grad):
     stats = model_pred.new_empty((7 * (model_pred.shape[0] // 2) + 2,), dtype=torch.float32)
     return stats.new_empty(()), stats, torch.empty_like(model_pred) if wants_grad else model_pred.new_empty((0,))
 
@@ -51,12 +52,12 @@ def _launch_triton(*arguments):
 _LIBRARY.impl("pair_loss_triton", _launch_triton, "CompositeExplicitAutograd")
 
 
-def fused_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float, flipper: str, reduction: str,
+def fused_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float, flipper: str, reduction: str,
                backend: str, grad_scale: float | None) -> tuple[Tensor, Tensor]:
     """The reduced loss and the statistics (7B + 2,), from checked inputs."""
     wants_grad = model_pred.requires_grad and torch.is_grad_enabled()
-    if ref_pred.requires_grad:
-        ref_pred = ref_pred.detach()
+    if reference.requires_grad:
+        reference = reference.detach()
     if target.requires_grad:
         target = target.detach()
     pairs = model_pred.shape[0] // 2
@@ -64,13 +65,15 @@ def fused_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
     scale = weight if grad_scale is None else weight * grad_scale
     # Below autograd: the operator's outputs are constants, and one node hands the gradient over.
     policy = model_pred.detach() if wants_grad else model_pred
-    if wants_grad and grad_scale is None and policy.dtype is torch.float16:
-        policy = policy.float()  # fp16 may not hold the gradient before its upstream gradient (a loss scale) is in
-    if not (policy.is_contiguous() and ref_pred.is_contiguous() and target.is_contiguous()):
-        policy, ref_pred, target = _alike(policy, ref_pred, target)
+    if policy.dtype is torch.float16 and (wants_grad and grad_scale is None or reference.dim() == 1):
+        # fp16 may not hold the gradient before its upstream gradient (a loss scale) is in. Kernels may add up fp32 in
+        # another order than fp16, and errors are only equal when all are made in one: with or without a gradient.
+        policy = policy.float()
+    if not (policy.is_contiguous() and reference.is_contiguous() and target.is_contiguous()):
+        policy, reference, target = _alike(policy, reference, target)
     compiling = torch.compiler.is_compiling()
     compute = _pair_loss if backend == "native" else _pair_loss_triton if compiling else _launch_triton
-    loss, stats, grad = compute(policy, ref_pred, target, beta, FLIPPER_CODES[flipper], scale, weight, wants_grad)
+    loss, stats, grad = compute(policy, reference, target, beta, FLIPPER_CODES[flipper], scale, weight, wants_grad)
     if reduction == "none":
         loss = stats.narrow(0, 6 * pairs, pairs).clone()  # a view could not be changed in place
     if wants_grad:
@@ -150,10 +153,11 @@ def _rescaled(grad: Tensor, upstream: Tensor, backend: str, in_place: bool) -> T
     return out
 
 
-def _alike(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _alike(model_pred: Tensor, reference: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same values, each sample dense, all in model_pred's memory format; no copy where that is so already."""
     layout = torch.contiguous_format
     for dims, candidate in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if model_pred.dim() == dims and model_pred.is_contiguous(memory_format=candidate):
             layout = candidate
-    return tuple(x.contiguous(memory_format=layout) for x in (model_pred, ref_pred, target))
+    policy, target = (x.contiguous(memory_format=layout) for x in (model_pred, target))
+    return policy, reference.contiguous(memory_format=layout if reference.dim() > 1 else torch.contiguous_format), target

@@ -1,6 +1,5 @@
-"""`seppo_loss`: checks, choice of backend, reduction and statistics."""
+"""`seppo_loss` and `per_sample_mse`: choice of backend, reduction and statistics."""
 
-import math
 from functools import cache, lru_cache
 from typing import Literal, NamedTuple, overload
 
@@ -8,14 +7,12 @@ import torch
 from torch import Tensor
 
 from seppo_fast.ops import native
+from seppo_fast.ops.checks import ERRORS, PREDICTIONS, check_options, check_tensors
 from seppo_fast.ops.fused import fused_loss
 from seppo_fast.ops.reference import mean_squared_errors, pair_losses
 
-FUSED_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FLIPPERS = ("aaf", "indicator", "none")
-REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("native", "triton", "reference")  # fastest first
+_check_options_once = lru_cache(typed=True)(check_options)  # a loop passes the same few numbers and names for ever
 
 
 class SeppoStats(NamedTuple):
@@ -58,23 +55,24 @@ def _find_out(backend: str, device_type: str) -> str | None:
 
 
 @overload
-def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float = ..., *, flipper: str = ...,
-               reduction: str = ..., backend: str = ..., grad_scale: float | None = ...,
-               return_stats: Literal[False] = ...) -> Tensor: ...
+def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = ..., target: Tensor = ..., beta: float = ..., *,
+               ref_mse: Tensor | None = ..., flipper: str = ..., reduction: str = ..., backend: str = ...,
+               grad_scale: float | None = ..., return_stats: Literal[False] = ...) -> Tensor: ...
 
 
 @overload
-def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float = ..., *, flipper: str = ...,
-               reduction: str = ..., backend: str = ..., grad_scale: float | None = ...,
-               return_stats: Literal[True]) -> tuple[Tensor, SeppoStats]: ...
+def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = ..., target: Tensor = ..., beta: float = ..., *,
+               ref_mse: Tensor | None = ..., flipper: str = ..., reduction: str = ..., backend: str = ...,
+               grad_scale: float | None = ..., return_stats: Literal[True]) -> tuple[Tensor, SeppoStats]: ...
 
 
-def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float = 2000.0, *, flipper: str = "aaf",
-               reduction: str = "mean", backend: str = "auto", grad_scale: float | None = None,
-               return_stats: bool = False) -> Tensor | tuple[Tensor, SeppoStats]:
+def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tensor | None = None, beta: float = 2000.0, *,
+               ref_mse: Tensor | None = None, flipper: str = "aaf", reduction: str = "mean", backend: str = "auto",
+               grad_scale: float | None = None, return_stats: bool = False) -> Tensor | tuple[Tensor, SeppoStats]:
     """The SePPO loss (Eq. 8 in the convention of App. B.2) of B pairs: `-logsigmoid(z)`, reduced.
 
-    With m and q the mean squared errors of `model_pred` and `ref_pred` against `target`, w the winner and l the loser,
+    The reference policy is given by its predictions, `ref_pred=`, or by what it scored, `ref_mse=`: one of the two.
+    With m and q the mean squared errors of `model_pred` and of the reference against `target`, w the winner and l the loser,
     `z = -0.5 * beta * ((m_w - q_w) + s * (m_l - q_l))`. The sign s is decided by the winner alone:
 
     flipper      m_w > q_w   otherwise (ties too)
@@ -90,6 +88,13 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
             here only, in this dtype.
         ref_pred: `(2B, ...)` the reference policy's, any of these dtypes.
         target: what both should have predicted, `(2B, ...)`, or `(B, ...)` when the two halves share the noise.
+        ref_mse: `(2B,)` fp32 (or fp64), in place of `ref_pred`: the reference's mean squared errors, winners first, as
+            `per_sample_mse` makes them. With predictions m - q is summed without cancellation and exactly 0 where they are
+            equal. The difference of two fp32 means instead has the roundings of both: about one unit in the last place of
+            the MSE, or 2^-23 of it, in either half of the pair. That is up to `beta * 2^-23` times the MSE in the logit:
+            for an MSE of 1 at beta 2000 to 5000, 2e-4 to 6e-4, and a winner that is nearer to a tie than this has either
+            sign. It is a tie for equal predictions only if both errors were added up in the same order, which
+            `per_sample_mse` sees to (for the same backend, dtype and memory format, in batches of any size).
         beta: how far the policy may move from the reference; 2000 in the paper.
         reduction: `"mean"` or `"sum"` over pairs, or `"none"` for `(B,)`.
         backend: `"auto"` or a name from `available_backends()`. fp64 takes the reference.
@@ -102,9 +107,13 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
     Returns the loss in fp32 (fp64 when an input is), whatever the inputs' dtype. Nothing here waits for the device. A
     sample that is not finite spoils its own pair's loss and gradient and no other's.
     """
-    device_type, wide = _check_tensors(model_pred, ref_pred, target)
+    if (ref_pred is None) == (ref_mse is None):
+        raise TypeError("seppo_loss wants the reference's predictions as ref_pred or their mean squared errors as ref_mse,"
+                        f" got {'neither' if ref_mse is None else 'both'}")
+    reference, names = (ref_pred, PREDICTIONS) if ref_mse is None else (ref_mse, ERRORS)
+    device_type, wide = check_tensors(model_pred, reference, target, names)
     if torch.compiler.is_compiling():  # once, and Dynamo warns of caches
-        _check_options(beta, flipper, reduction, grad_scale)
+        check_options(beta, flipper, reduction, grad_scale)
     else:
         try:
             _check_options_once(beta, flipper, reduction, grad_scale)
@@ -115,17 +124,38 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float
     if wide:
         backend = "reference"
     if backend != "reference":
-        loss, stats = fused_loss(model_pred, ref_pred, target, beta, flipper, reduction, backend, grad_scale)
+        loss, stats = fused_loss(model_pred, reference, target, beta, flipper, reduction, backend, grad_scale)
         return (loss, _unpacked(stats, model_pred.shape[0])) if return_stats else loss
-    losses, sign, logits = pair_losses(model_pred, ref_pred, target, beta, flipper)
+    losses, sign, logits = pair_losses(model_pred, reference, target, beta, flipper)
     if grad_scale is not None:  # before the reduction, so that a pair that is not finite stays alone
         losses = _FixedUpstream.apply(losses, grad_scale / len(losses) if reduction == "mean" else grad_scale)
     loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
     if not return_stats:
         return loss
     logits = logits.detach()
-    return loss, SeppoStats(*mean_squared_errors(model_pred, ref_pred, target), sign, logits,
+    return loss, SeppoStats(*mean_squared_errors(model_pred, reference, target), sign, logits,
                             implicit_acc=_share(logits > 0, logits.dtype), aaf_rate=_share(sign == -1, logits.dtype))
+
+
+@torch.no_grad()
+def per_sample_mse(pred: Tensor, target: Tensor, *, backend: str = "auto") -> Tensor:
+    """`(N,)` the mean squared error of each sample, fp32 (fp64 when an input is), detached: what `ref_mse=` wants.
+
+    pred: `(N, ...)`; target: the same shape, or `(N / 2, ...)` when the second half of pred shares the first's.
+
+    Bit for bit the `model_mse` that `seppo_loss(pred, ref_mse=..., target=target, backend=backend)` finds, since it is
+    that: so a policy that is still equal to the reference ties. For this, both must have the predictions in the same dtype
+    and memory format; the batches may have other sizes, and the sample may be a winner there and a loser here.
+    """
+    count = len(pred) if isinstance(pred, Tensor) and pred.dim() else 0
+    if count % 2 and isinstance(target, Tensor) and target.shape == pred.shape:  # backends know pairs
+        pred, target = (torch.cat([x, x[-1:]]) for x in (pred, target))
+    device_type, wide = check_tensors(pred, pred, target, ("pred", "pred", "target"))
+    backend = _choose(backend, device_type)
+    nothing = torch.zeros(pred.shape[:1], device=pred.device)
+    if wide or backend == "reference":
+        return mean_squared_errors(pred, nothing, target)[0][:count]
+    return fused_loss(pred, nothing, target, 1.0, "none", "sum", backend, None)[1][:count]
 
 
 def _unpacked(stats: Tensor, samples: int) -> SeppoStats:
@@ -152,63 +182,6 @@ class _FixedUpstream(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
         loss, = ctx.saved_tensors
         return torch.full_like(upstream, ctx.grad_scale).where(loss.isfinite(), torch.nan), None
-
-
-def _check_tensors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> tuple[str, bool]:
-    """The type of the common device, and whether an input is fp64."""
-    try:  # what is nearly always true, in a few comparisons; anything else is looked at closely
-        dtypes = (model_pred.dtype, ref_pred.dtype, target.dtype)
-        shape, target_shape, device = model_pred.shape, target.shape, model_pred.device
-        if (FUSED_DTYPES.issuperset(dtypes) and shape == ref_pred.shape and len(shape) > 1 and not shape[0] % 2
-                and (target_shape == shape or target_shape[0] * 2 == shape[0] and target_shape[1:] == shape[1:])
-                and 0 not in shape and device == ref_pred.device and device == target.device):
-            return device.type, False
-    except (AttributeError, IndexError, TypeError):
-        pass
-    _explain_tensors(model_pred, ref_pred, target)
-    return model_pred.device.type, True
-
-
-def _explain_tensors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> None:
-    named = (("model_pred", model_pred), ("ref_pred", ref_pred), ("target", target))
-    for name, tensor in named:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-    shape = tuple(model_pred.shape)
-    if len(shape) < 2:
-        raise ValueError(f"model_pred must have shape (2B, ...) with at least 2 dimensions, got {shape}")
-    if shape[0] % 2:
-        raise ValueError(f"model_pred must hold winners, then as many losers: an even first dimension, got {shape}")
-    if 0 in shape:
-        raise ValueError(f"model_pred must not be empty, got {shape}")
-    if tuple(ref_pred.shape) != shape:
-        raise ValueError(f"ref_pred must have model_pred's shape {shape}, got {tuple(ref_pred.shape)}")
-    shared = (shape[0] // 2, *shape[1:])
-    if tuple(target.shape) not in (shape, shared):
-        raise ValueError(f"target must have model_pred's shape {shape}, or {shared} when both halves share it,"
-                         f" got {tuple(target.shape)}")
-    for name, tensor in named[1:]:
-        if tensor.device != model_pred.device:
-            raise ValueError(f"{name} must be on model_pred's device {model_pred.device}, got {tensor.device}")
-
-
-def _check_options(beta: float, flipper: str, reduction: str, grad_scale: float | None) -> None:
-    for name, number in (("beta", beta), ("grad_scale", grad_scale)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) and (name == "beta" or number is not None):
-            raise TypeError(f"{name} must be a Python number, got {type(number).__name__}")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be positive and finite, got {beta}")
-    if grad_scale is not None and not math.isfinite(grad_scale):
-        raise ValueError(f"grad_scale must be finite, got {grad_scale}")
-    if flipper not in FLIPPERS:
-        raise ValueError(f"flipper must be one of {', '.join(FLIPPERS)}, got {flipper!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-
-
-_check_options_once = lru_cache(typed=True)(_check_options)  # a loop passes the same few numbers and names for ever
 
 
 def _choose(backend: str, device_type: str) -> str:

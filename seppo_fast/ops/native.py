@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu": FOLDER / "_cpu.so", "cuda": FOLDER / "_cuda.so"}
 OLDEST_TORCH = (2, 10)
 OLDEST_GPU = (8, 0)
-ABI = 3  # SEPPO_ABI of csrc/pair_loss.h: the operators' signatures, which nothing else compares
+ABI = 4  # SEPPO_ABI of csrc/pair_loss.h: what the operators take, which nothing else compares
 
 
 @cache

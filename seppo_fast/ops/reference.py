@@ -11,16 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pair_losses(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float,
+def pair_losses(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float,
                 flipper: str) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, sign and logit of each pair, `(B,)` each, from predictions `(2B, ...)` and a target of all or half of that.
 
-    fp32, or fp64 when an input is fp64; differentiable in `model_pred` alone.
+    `reference`: predictions like model_pred, or their mean squared errors `(2B,)`. fp32, or fp64 when an input is fp64;
+    differentiable in `model_pred` alone.
     """
-    policy, reference, target = _widened(model_pred, ref_pred.detach(), target.detach())
-    # The policy's squared error minus the reference's, as a product: subtracting the two MSEs would cancel nearly all
-    # of their digits just where the sign is decided, and would not be exactly zero for equal predictions.
-    difference = ((policy - reference) * (policy + reference - 2 * target)).mean(_elements(policy))
+    policy, reference, target = _widened(model_pred, reference.detach(), target.detach())
+    if reference.dim() == 2:
+        # An infinite error would make a loss of 0 and pass for a pair well learnt: Inf - Inf shows it.
+        difference = _mean_square(policy - target) - (reference + (reference - reference))
+    else:
+        # The policy's squared error minus the reference's, as a product: subtracting the two MSEs would cancel nearly all
+        # of their digits just where the sign is decided, and would not be exactly zero for equal predictions.
+        difference = ((policy - reference) * (policy + reference - 2 * target)).mean(list(range(2, policy.dim())))
     winner, loser = difference
     sign = _sign(winner.detach(), flipper)
     logits = -0.5 * beta * (winner + sign * loser)
@@ -28,11 +33,22 @@ def pair_losses(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: floa
 
 
 @torch.no_grad()
-def mean_squared_errors(model_pred: Tensor, ref_pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def mean_squared_errors(model_pred: Tensor, reference: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """MSE of the policy and of the reference for each sample, `(2B,)` each, winners first."""
-    policy, reference, target = _widened(model_pred, ref_pred, target)
-    dims = _elements(policy)
-    return (policy - target).square().mean(dims).flatten(), (reference - target).square().mean(dims).flatten()
+    policy, reference, target = _widened(model_pred, reference, target)
+    ref_mse = reference if reference.dim() == 2 else _mean_square(reference - target)
+    return _mean_square(policy - target).flatten(), ref_mse.flatten()
+
+
+def _mean_square(errors: Tensor) -> Tensor:
+    """`(2, B, ...)` -> `(2, B)`, added up by halves: the order of elementwise sums depends on nothing, where that of
+    torch.sum may depend on the number of samples, and then errors of equal predictions would not be equal."""
+    sums = errors.square().flatten(2)
+    elements = sums.shape[2]
+    while sums.shape[2] > 1:
+        half = (sums.shape[2] + 1) // 2
+        sums = sums[..., :half] + F.pad(sums[..., half:], (0, sums.shape[2] % 2))
+    return sums.squeeze(2) / elements
 
 
 def _widened(policy: Tensor, reference: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,10 +58,6 @@ def _widened(policy: Tensor, reference: Tensor, target: Tensor) -> tuple[Tensor,
     halves = target.shape[0] // pairs
     return (policy.to(wide).unflatten(0, (2, pairs)), reference.to(wide).unflatten(0, (2, pairs)),
             target.to(wide).unflatten(0, (halves, pairs)))
-
-
-def _elements(halves: Tensor) -> list[int]:
-    return list(range(2, halves.dim()))
 
 
 def _sign(winner: Tensor, flipper: str) -> Tensor:

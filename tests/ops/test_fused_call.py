@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from seppo_fast.ops import fused, native, seppo_loss
+from seppo_fast.ops import fused, native, per_sample_mse, seppo_loss
 
 pytestmark = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 
@@ -147,6 +147,34 @@ def test_opcheck(dtype, shared):
     torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor(0.5), 2.0))
     torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor([0.5, 3.0]), 2.0))
     torch.library.opcheck(torch.ops.seppo_fast.rescale_.default, (model.detach(), torch.tensor([0.5, 3.0]), 2.0))
+
+
+def test_the_references_errors():
+    """Under opcheck, autograd and the compiler like its predictions."""
+    model, ref, target = make()
+    errors = per_sample_mse(ref, target)
+    assert not errors.requires_grad and not per_sample_mse(model, target).requires_grad
+    torch.library.opcheck(torch.ops.seppo_fast.pair_loss.default, (model.detach(), errors, target, 2000.0, 0, 0.5, 1.0, True))
+    given = torch.stack([errors, errors], dim=1).requires_grad_()[:, 0]  # a column of a table
+    for options in ({}, {"reduction": "none"}, {"reduction": "sum", "grad_scale": 0.3}):
+        loss = seppo_loss(model, ref_mse=given, target=target, **options)
+        upstream = torch.full_like(loss, 0.3)
+        want = grads(seppo_loss(model, ref, target, **options), model, upstream)
+        first = grads(loss, model, upstream, retain_graph=True)
+        torch.testing.assert_close(first, want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(grads(loss, model, upstream), first)
+    torch._dynamo.reset()
+
+    def step(model, errors, target):
+        loss, stats = seppo_loss(1.0 * model, ref_mse=errors, target=target, return_stats=True)
+        return 0.3 * loss, stats.logits, per_sample_mse(model, target)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for pairs in (1, 2, 5):
+        model, ref, target = make((2 * pairs, 4, 8, 8), torch.bfloat16, seed=pairs)
+        arguments = model, per_sample_mse(ref, target), target
+        got, want = compiled(*arguments), step(*arguments)
+        assert all(map(torch.equal, got, want)) and torch.equal(grads(got[0], model), grads(want[0], model))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

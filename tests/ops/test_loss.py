@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_parity import assert_alone
+from fused_parity import assert_alone, assert_tie_of_errors, scored
+from fused_parity import make as make_low
 
-from seppo_fast.ops import SeppoStats, available_backends, seppo_loss
+from seppo_fast.ops import SeppoStats, available_backends, per_sample_mse, seppo_loss
 
 SHAPES = [(2, 1), (6, 7), (4, 4, 8, 8), (8, 3, 5, 7), (4, 4, 3, 6, 5)]
 LOW = [torch.float16, torch.bfloat16, torch.float32]
@@ -51,6 +52,7 @@ def test_a_bad_pair_stays_alone_in_every_backend(backend, reduction, grad_scale)
     for value, tensor, where in itertools.product((torch.nan, torch.inf), (0, 2), (1, 5)):
         if reduction == "none" or grad_scale is not None:
             assert_alone(backend, "cpu", value, tensor, where, reduction=reduction, grad_scale=grad_scale)
+            assert_alone(backend, "cpu", value, tensor // 2, where, form=scored, reduction=reduction, grad_scale=grad_scale)
 
 
 @pytest.mark.parametrize("beta", [1.0, 2000.0, 5000.0])
@@ -74,6 +76,36 @@ def test_app_b2_in_fp64(shape, beta):
         torch.testing.assert_close(got, expected, **close)
         signs |= set(sign.tolist())
     assert signs == {1.0, -1.0}, "the seeds must cover both cases of the flipper"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_app_b2_from_the_references_errors(shape):
+    for seed in range(4):
+        model, ref, target = make(shape, seed)
+        want, model_mse, ref_mse, sign, inside, accuracy = app_b2(model, ref, target, 2000.0)
+        loss, stats = seppo_loss(model, ref_mse=ref_mse, target=target, return_stats=True)
+        close = dict(rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(loss, want, **close)
+        torch.testing.assert_close(stats.model_mse, model_mse.detach(), **close)
+        torch.testing.assert_close(stats.logits, inside.detach(), **close)
+        assert torch.equal(stats.sign, sign) and torch.equal(stats.ref_mse, ref_mse) and stats.implicit_acc == accuracy
+        torch.testing.assert_close(*(torch.autograd.grad(x, model)[0] for x in (loss, want)), **close)
+        torch.testing.assert_close(per_sample_mse(ref, target), ref_mse, **close)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_equal_errors_are_a_tie(dtype):
+    for shape in ((4, 4, 8, 8), (6, 7), (10, 3, 17, 29), (4, 4, 3, 6, 5)):
+        inputs = make_low(shape, dtype)
+        assert_tie_of_errors(inputs, "reference")
+        half = inputs[2][:shape[0] // 2]
+        assert torch.equal(per_sample_mse(inputs[0], half, backend="reference"),
+                           per_sample_mse(inputs[0], torch.cat([half, half]), backend="reference"))
+        if len(shape) == 4:
+            last = [x.to(memory_format=torch.channels_last) for x in inputs]
+            assert_tie_of_errors(last, "reference")
+            assert torch.equal(per_sample_mse(last[0], last[2], backend="reference"),
+                               per_sample_mse(inputs[0], inputs[2], backend="reference"))
 
 
 @pytest.mark.parametrize("model_dtype,ref_dtype", list(itertools.product(LOW, LOW)))
@@ -198,6 +230,8 @@ def test_gradcheck(flipper, reduction):
     assert set(sign.tolist()) == {1.0, -1.0}
     options = dict(flipper=flipper, reduction=reduction)
     assert torch.autograd.gradcheck(lambda m: seppo_loss(m, ref, target, 3.0, **options), model)
+    errors = per_sample_mse(ref, target)
+    assert torch.autograd.gradcheck(lambda m: seppo_loss(m, ref_mse=errors, target=target, beta=3.0, **options), model)
 
 
 @pytest.mark.parametrize("where", [0, 1, 3, 5])  # winners of pairs 0 and 1, losers of 0 and 2
@@ -261,6 +295,7 @@ def test_it_never_reads_a_value():
     assert loss.device.type == model.grad.device.type == "meta" and all(s.device.type == "meta" for s in stats)
     with pytest.raises(RuntimeError):
         loss.item()
+    seppo_loss(model, ref_mse=per_sample_mse(ref, target), target=target, return_stats=True)[0].backward()
 
 
 @pytest.mark.parametrize("flipper", ["aaf", "indicator", "none"])
@@ -312,6 +347,10 @@ def on_meta(**changes):
     return tensors(device="meta", **changes)
 
 
+def given(ref_mse, **changes):
+    return tensors() | {"ref_pred": None, "ref_mse": ref_mse} | changes
+
+
 @pytest.mark.parametrize("arguments,error,message", [
     (tensors(model_pred=np.zeros((4, 3))), TypeError, "model_pred must be a torch.Tensor, got ndarray"),
     (tensors(target=None), TypeError, "target must be a torch.Tensor, got NoneType"),
@@ -328,6 +367,14 @@ def on_meta(**changes):
     (tensors(target=torch.zeros(1, 3)), ValueError, r"target must have .* got \(1, 3\)"),
     (tensors(target=torch.zeros(4, 3, device="meta")), ValueError, "target must be on .* device cpu, got meta"),
     (tensors(ref_pred=torch.zeros(4, 3, device="meta")), ValueError, "ref_pred must be on .* cpu, got meta"),
+    (tensors(ref_mse=torch.zeros(4)), TypeError, "as ref_pred or their mean squared errors as ref_mse, got both"),
+    (given(None), TypeError, "as ref_pred or their mean squared errors as ref_mse, got neither"),
+    (given(torch.zeros(4), target=None), TypeError, "target must be a torch.Tensor, got NoneType"),
+    (given(0.5), TypeError, "ref_mse must be a torch.Tensor, got float"),
+    (given(torch.zeros(4, dtype=torch.bfloat16)), TypeError, "ref_mse must be float32 or float64, .*, got torch.bfloat16"),
+    (given(torch.zeros(2)), ValueError, r"ref_mse must have shape \(4,\), one error for each .*, got \(2,\)"),
+    (given(torch.zeros(4, 3)), ValueError, r"ref_mse must have shape \(4,\), .* got \(4, 3\)"),
+    (given(torch.zeros(4, device="meta")), ValueError, "ref_mse must be on .* cpu, got meta"),
     (tensors(beta=0.0), ValueError, "beta must be positive and finite, got 0.0"),
     (tensors(beta=-1), ValueError, "beta must be positive and finite, got -1"),
     (tensors(beta=float("nan")), ValueError, "beta must be positive and finite, got nan"),
@@ -346,6 +393,26 @@ def on_meta(**changes):
 def test_messages(arguments, error, message):
     with pytest.raises(error, match=message):
         seppo_loss(**arguments)
+
+
+@pytest.mark.parametrize("pred,target,error,message", [
+    (None, torch.zeros(4, 3), TypeError, "^pred must be a torch.Tensor, got NoneType"),
+    (torch.zeros(4, 3), torch.zeros(3, 3), ValueError, r"^target must have pred's shape \(4, 3\), .* got \(3, 3\)"),
+    (torch.zeros(3, 3), torch.zeros(3, 3, device="meta"), ValueError, "^target must be on pred's device cpu, got meta"),
+    (torch.zeros(4, 3, dtype=torch.int32), torch.zeros(4, 3), TypeError, "^pred must be float32, .*, got torch.int32"),
+])
+def test_messages_of_per_sample_mse(pred, target, error, message):
+    with pytest.raises(error, match=message):
+        per_sample_mse(pred, target)
+
+
+def test_errors_have_no_gradient_and_take_any_stride():
+    model, errors, target = scored(make_low((4, 6)))
+    table = torch.stack([errors, errors + 1], dim=1).requires_grad_()
+    loss, stats = seppo_loss(model.requires_grad_(), ref_mse=table[:, 0], target=target, return_stats=True)
+    loss.backward()
+    assert table.grad is None and not stats.ref_mse.requires_grad and torch.equal(stats.ref_mse, errors)
+    assert torch.equal(loss, seppo_loss(model, ref_mse=errors, target=target))
 
 
 def test_backends():

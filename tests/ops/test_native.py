@@ -12,11 +12,11 @@ import fused_parity
 import psutil
 import pytest
 import torch
-from fused_parity import DTYPES, FLIPPERS, make, run
+from fused_parity import DTYPES, FLIPPERS, assert_tie_of_errors, make, run, scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seppo_fast.ops import available_backends, native, seppo_loss
+from seppo_fast.ops import available_backends, native, per_sample_mse, seppo_loss
 
 pytestmark = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 
@@ -48,6 +48,20 @@ def test_a_tie_is_exact(shape, dtype):
     fused_parity.assert_tie(make(SHAPES[shape], dtype), "native")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_from_the_references_errors(shape, dtype):
+    for beta, shared, reduction in ((1.0, False, "mean"), (2000.0, True, "none"), (5000.0, False, "sum")):
+        inputs = scored(make(SHAPES[shape], dtype, shared=shared))
+        each = torch.linspace(-1, 2, SHAPES[shape][0] // 2) if reduction == "none" else 0.37
+        for flipper in FLIPPERS:
+            assert_within_twice(inputs, upstream=each, beta=beta, flipper=flipper, reduction=reduction)
+    inputs = make(SHAPES[shape], dtype)
+    assert_tie_of_errors(inputs, "native")
+    if len(SHAPES[shape]) == 4:
+        assert_tie_of_errors([x.to(memory_format=torch.channels_last) for x in inputs], "native")
+
+
 @settings(max_examples=60, deadline=None)
 @given(pairs=st.integers(1, 5), rest=st.lists(st.integers(1, 9), min_size=1, max_size=4), dtype=st.sampled_from(DTYPES),
        shared=st.booleans(), permute=st.randoms(use_true_random=False), seed=st.integers(0, 99))
@@ -71,7 +85,8 @@ def test_the_same_bits_20_times_whatever_the_threads():
             inputs, seen = make(shape, torch.bfloat16), []
             for run_number in range(20):
                 torch.set_num_threads(1 + run_number % 3)
-                seen.append(run(inputs, "native"))
+                seen.append(run(inputs, "native") | {"scored": run(scored(inputs), "native")["grad"],
+                                                     "errors": per_sample_mse(inputs[0], inputs[2])})
             for other in seen[1:]:
                 assert all(torch.equal(seen[0][name], other[name]) for name in other)
     finally:
@@ -89,11 +104,14 @@ for shape in [(2, 1), (6, 7), (4, 4, 64, 64), (2, 16 * 16384 + 3), (66, 4, 8, 8)
         g = torch.Generator().manual_seed(0)
         model, ref, target = (torch.randn(shape, generator=g).to(dtype) for _ in range(3))
         want = None
+        errors = (ref - target).float().square().flatten(1).mean(1)
         for backend in ("reference", "native"):
-            policy = model.clone().requires_grad_()
-            loss, stats = seppo_loss(policy, ref, target, 1.0, backend=backend, return_stats=True)
-            loss.backward()
-            got = [loss.detach(), policy.grad, *stats]
+            got = []
+            for reference in ({"ref_pred": ref}, {"ref_mse": errors}):
+                policy = model.clone().requires_grad_()
+                loss, stats = seppo_loss(policy, target=target, beta=1.0, backend=backend, return_stats=True, **reference)
+                loss.backward()
+                got += [loss.detach(), policy.grad, *stats]
             if want is not None:
                 for a, b in zip(got, want, strict=True):
                     torch.testing.assert_close(a, b)
