@@ -90,7 +90,7 @@ def test_rates_of_ones_own(settings: Callable[..., dict[str, Any]], forks: Forks
     (tmp_path / "rates.json").write_text(json.dumps({"rates": rates}))
     result = forks.run(settings(), "--dry-run", "--rates", str(tmp_path / "rates.json"))
     assert result.status == 0
-    assert "700 TFLOP/s; sampling 50% of it (8 at a time); training 25% (4 pairs at a time)" in result.output, result.output
+    assert "700 TFLOP/s; sampling 50% of it (8 at a time); training 25% of it (4 pairs at a time)" in result.output, result.output
     words(forks.run(settings(), "--dry-run", "--rates", str(tmp_path / "none.json")), "--rates", "none.json")
 
 
