@@ -129,10 +129,10 @@ class Sampler:
         """A loop for batches of `shape`: compiled and captured, or as it is where that is not wanted or fails."""
         cost = []
         if self._compile != "none":
-            loop = self._open(shape, self._denoise)
+            loop, cache = self._open(shape, self._denoise), tuning.Cache()
             try:
                 with self._network():
-                    cost.append(f"compile {seconds(lambda: first_step(loop), self.device):.1f} s")
+                    cost.append(f"compile {seconds(lambda: first_step(loop), self.device):.1f} s ({cache})")
             except Exception as error:  # whatever the compiler raises; a fault of the model's own comes back without it
                 warn_fallback("seppo.sampler.compile", error)
                 self._compile = "none"
