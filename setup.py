@@ -20,7 +20,7 @@ try:
 except ImportError:  # setuptools < 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-HEADERS = ["csrc/pair_loss.h", "csrc/cpu_kernels.h"]
+HEADERS = ["csrc/pair_loss.h", "csrc/tensors.h"]
 TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # No -march and no -ffast-math: cpu.cpp picks its instructions at run time, and NaN must stay NaN.
 CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", TORCH_2_10]
@@ -116,8 +116,8 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     ext_modules=[
-        Extension("seppo_fast._cpu", ["csrc/cpu.cpp"], depends=HEADERS, optional=True),
-        Extension("seppo_fast._cuda", ["csrc/cuda.cu"], depends=HEADERS[:1], optional=True),
+        Extension("seppo_fast._cpu", ["csrc/cpu.cpp"], depends=[*HEADERS, "csrc/cpu_kernels.h"], optional=True),
+        Extension("seppo_fast._cuda", ["csrc/cuda.cu"], depends=HEADERS, optional=True),
     ],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
 )

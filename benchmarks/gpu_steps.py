@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.loss_cases import DTYPES, SHAPES, Case, floor_bytes, forward_backward, losses, make_case, rotating_cases
 from benchmarks.timing import Calls, commit, first_calls, in_turn, peak_bytes
-from seppo_fast.ops import available_backends, seppo_loss
+from seppo_fast.ops import available_backends, per_sample_mse, seppo_loss
 
 __all__ = ["bandwidth", "baselines", "commit", "headline", "host", "memory", "plans"]
 
@@ -188,9 +188,12 @@ def sanitize() -> None:
                 for upstream in (None, 0.5):
                     loss = seppo_loss(*case, backend=backend, reduction="sum", grad_scale=upstream)
                     torch.autograd.grad(loss, case[0], torch.full_like(loss, 3.0))
+                errors = per_sample_mse(case[1], case[2], backend=backend)
+                torch.autograd.grad(seppo_loss(case[0], ref_mse=errors, target=case[2], backend=backend), case[0])
             if "native" in fused_backends():
                 for plan in (0, COOPERATIVE, IN_PASSES):
-                    torch.ops.seppo_fast.pair_loss_planned(*(x.detach() for x in case), *OPTIONS, plan, 0)
+                    for reference in (case[1], errors):
+                        torch.ops.seppo_fast.pair_loss_planned(case[0].detach(), reference, case[2], *OPTIONS, plan, 0)
     torch.cuda.synchronize()
     print("calls made")
 

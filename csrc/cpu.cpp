@@ -5,10 +5,8 @@
 // The sums are made of pieces of kPiece elements added up in order, whoever computes them: the number of threads
 // changes no bit of the result.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <cstring>
@@ -21,10 +19,11 @@
 #endif
 
 #include "pair_loss.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::stable::Tensor;
+using seppo::dtype_code, seppo::floats, seppo::kBFloat, seppo::kFloat, seppo::kHalf, seppo::Tensor;
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
@@ -41,7 +40,7 @@ struct Kernels {
                    const Ahead& ahead);
   void (*rescale)(void* to, const void* from, int64_t count, float factor, bool stream);
 };
-enum { kFloat, kHalf, kBFloat, kScored };
+constexpr int kScored = kBFloat + 1;
 
 inline float as_float(uint32_t bits) {
   float x;
@@ -141,41 +140,6 @@ struct View {  // dense samples, one after another
     return data + ((sample % samples) * elements + offset) * bytes;
   }
 };
-
-int dtype_code(const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-                  "seppo_fast::pair_loss: expected float32, float16 or bfloat16");
-  return type == ScalarType::Float ? kFloat : type == ScalarType::Half ? kHalf : kBFloat;
-}
-
-Tensor new_tensor(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
-  AtenTensorHandle handle = nullptr;  // the C call rather than stable::empty, which looks the operator up by name
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor new_floats(int64_t count) {
-  const int64_t stride = 1;
-  return new_tensor(1, &count, &stride, aoti_torch_dtype_float32());
-}
-
-int32_t dtype_of(const Tensor& x) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return dtype;
-}
-
-Tensor new_like(const Tensor& x) { return new_tensor(x.dim(), x.sizes().data(), x.strides().data(), dtype_of(x)); }
-
-Tensor new_empty(const Tensor& x) {
-  const int64_t none = 0, stride = 1;
-  return new_tensor(1, &none, &stride, dtype_of(x));
-}
-
-float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 struct Problem {
   View policy, reference, target;  // no bytes of a reference that is known by its errors
@@ -299,6 +263,8 @@ void threads_share_pairs(const Problem& problem, int64_t group) {
   }
 }
 
+seppo::Place cpu() { return {aoti_torch_device_type_cpu(), 0}; }
+
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
 // `reference`: predictions, shaped like model_pred, or their mean squared errors, (2B,).
@@ -312,8 +278,9 @@ Outputs pair_loss(const Tensor& model_pred, const Tensor& reference, const Tenso
                       target.numel() == targets * elements,
                   "seppo_fast::pair_loss: the shapes of reference and target do not fit model_pred's");
   STD_TORCH_CHECK(!scored || dtype_code(reference) == kFloat, "seppo_fast::pair_loss: errors must be float32");
-  Tensor loss = new_tensor(0, nullptr, nullptr, aoti_torch_dtype_float32()), stats = new_floats(7 * pairs + 2),
-         grad = wants_grad ? new_like(model_pred) : new_empty(model_pred);
+  const seppo::Place here = cpu();
+  Tensor loss = seppo::new_float(here), stats = seppo::new_floats(7 * pairs + 2, here),
+         grad = wants_grad ? seppo::new_like(model_pred, here) : seppo::new_empty(model_pred, here);
 
   const auto view = [](const Tensor& x, int64_t count) {
     return View{static_cast<const char*>(x.const_data_ptr()), count, (int64_t)x.element_size()};
@@ -387,7 +354,7 @@ void rescale_into(const Tensor& out, const Tensor& grad, const Tensor& upstream,
 }
 
 Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
-  Tensor out = new_like(grad);
+  Tensor out = seppo::new_like(grad, cpu());
   rescale_into(out, grad, upstream, factor);
   return out;
 }

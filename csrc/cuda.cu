@@ -18,10 +18,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdint>
@@ -31,10 +29,11 @@
 #include <utility>
 
 #include "pair_loss.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::stable::Tensor;
+using seppo::dtype_code, seppo::floats, seppo::kBFloat, seppo::kFloat, seppo::kHalf, seppo::Tensor;
 
 constexpr int kLanes = 32;
 constexpr int kPerThread = 16;                                 // elements of each half of a pair
@@ -50,9 +49,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kSums = 6;  // difference, policy, reference; winner and loser of each
 
 enum Plan { kAuto, kClustered, kCooperative, kInPasses };
-enum Dtype { kFloat, kHalf, kBFloat };
 
-struct Any {};  // an input whose dtype is known at run time only
+struct Any {};     // an input whose dtype is known at run time only
+struct Scored {};  // no input: the reference is known by its errors
 
 struct Input {
   const char* data;
@@ -62,6 +61,7 @@ struct Input {
 
 struct Problem {
   Input policy, reference, target;
+  const float* given;  // the reference's errors (2 * pairs,) where it is Scored, else null
   char* grad;  // null: not wanted. The errors are kept all the same, since a branch would part the loads
   int64_t pairs, elements, groups;
   double weight;
@@ -225,6 +225,7 @@ struct Piece {
 
   template <bool kWithSums, bool kKeep>
   static __device__ __forceinline__ void read(const Problem& problem, int64_t pair, int64_t group, float (&sums)[kSums]) {
+    constexpr bool kPredicted = kWithSums && !std::is_same_v<R, Scored>;
     const int64_t start = pair * problem.elements + group * kGroup;
     const int offset = first(), end = left(problem, group) - offset;
 #pragma unroll 1  // the loads of one half are in flight at once; those of both would not fit the registers
@@ -239,16 +240,16 @@ struct Piece {
         float p[kWidth], r[kWidth], t[kWidth];
         policy.template load<kWidth, kVector, false>(p, skip, end - skip);
         target.template load<kWidth, kVector, true>(t, skip, end - skip);
-        if constexpr (kWithSums) reference.template load<kWidth, kVector, false>(r, skip, end - skip);
+        if constexpr (kPredicted) reference.template load<kWidth, kVector, false>(r, skip, end - skip);
         float e[kWidth];
 #pragma unroll
         for (int i = 0; i < kWidth; i++) {
           e[i] = p[i] - t[i];
-          if constexpr (kWithSums) {
+          if constexpr (kWithSums) policy_error += e[i] * e[i];
+          if constexpr (kPredicted) {
             const float f = r[i] - t[i];
             // The policy's squared error minus the reference's without cancellation, exactly 0 for equal predictions.
             difference += (p[i] - r[i]) * (e[i] + f);
-            policy_error += e[i] * e[i];
             reference_error += f * f;
           }
         }
@@ -343,14 +344,24 @@ struct alignas(16) Shared {
     __syncthreads();
   }
 
+  template <bool kScored>
   __device__ __forceinline__ seppo::PairLoss finish(const Problem& problem, int64_t pair, bool writes) const {
     const float elements = (float)problem.elements;
-    const seppo::PairLoss out = seppo::pair_loss(total[0] / elements, total[1] / elements, elements, problem.beta,
-                                                 problem.flipper, problem.scale);
+    float mean[kSums];
+#pragma unroll
+    for (int i = 0; i < kSums; i++) mean[i] = total[i] / elements;
+    if constexpr (kScored) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        mean[4 + half] = __ldg(problem.given + pair + half * problem.pairs);
+        mean[half] = seppo::excess(mean[2 + half], mean[4 + half]);
+      }
+    }
+    const seppo::PairLoss out = seppo::pair_loss(mean[0], mean[1], elements, problem.beta, problem.flipper, problem.scale);
     if (writes && threadIdx.x == 0) {
       float* to = problem.stats + pair;
 #pragma unroll
-      for (int i = 0; i < 4; i++) to[i * problem.pairs] = total[2 + i] / elements;
+      for (int i = 0; i < 4; i++) to[i * problem.pairs] = mean[2 + i];
       to[4 * problem.pairs] = out.sign;
       to[5 * problem.pairs] = out.logit;
       to[6 * problem.pairs] = out.loss;
@@ -388,6 +399,11 @@ __device__ __forceinline__ void finish_batch(const Problem& problem, unsigned of
   if (threadIdx.x == 0) problem.put_totals(sums[0], sums[1], sums[2]);
 }
 
+// Nobody waits for them until the sums are made.
+__device__ __forceinline__ void prefetch_given(const Problem& problem, int64_t pair) {
+  if (threadIdx.x < 2) asm volatile("prefetch.global.L1 [%0];" ::"l"(problem.given + pair + threadIdx.x * problem.pairs));
+}
+
 template <class P, class R, class T, bool kVector>
 __global__ void __launch_bounds__(kMaxThreads, 1) clustered(const __grid_constant__ Problem problem, int log_blocks) {
   __shared__ Shared shared;
@@ -399,6 +415,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) clustered(const __grid_constan
   // Nobody may write into a block that has not started: the other half of this barrier is after the loads.
   if (log_blocks) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
+  constexpr bool kScored = std::is_same_v<R, Scored>;
+  if constexpr (kScored) prefetch_given(problem, pair());
   float sums[kSums];
   Piece<P, R, T, kVector>::template read<true, true>(problem, pair(), group(), sums);
   shared.put_warp_sums(sums);
@@ -422,7 +440,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) clustered(const __grid_constan
     __syncthreads();
   }
   shared.put_totals<1>(problem.groups, [&](int which, int64_t i) { return shared.group[which][i]; });
-  const seppo::PairLoss out = shared.finish(problem, pair(), rank() == 0);
+  const seppo::PairLoss out = shared.finish<kScored>(problem, pair(), rank() == 0);
   if (problem.grad) {
     Piece<P, R, T, kVector>::write_gradient(problem, pair(), group(), out.winner_coefficient, out.loser_coefficient);
   }
@@ -444,6 +462,7 @@ __device__ __forceinline__ void put_pair_totals(const Problem& problem, Shared& 
 template <class P, class R, class T, bool kVector>
 __global__ void __launch_bounds__(kGroupThreads, 4) cooperative(const __grid_constant__ Problem problem) {
   __shared__ Shared shared;
+  constexpr bool kScored = std::is_same_v<R, Scored>;
   const auto grid = cooperative_groups::this_grid();
   if (blockIdx.x == 0) {
     for (int64_t i = threadIdx.x; i < problem.pairs; i += blockDim.x) problem.arrived[i] = 0;
@@ -453,6 +472,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4) cooperative(const __grid_con
   const unsigned all = (unsigned)(problem.pairs * problem.groups);  // choose() sees to it that this fits
   for (unsigned work = blockIdx.x; work < all; work += gridDim.x) {
     const unsigned pair = (unsigned)(work / problem.groups), group = work - pair * (unsigned)problem.groups;
+    if constexpr (kScored) prefetch_given(problem, pair);
     float sums[kSums];
     Piece<P, R, T, kVector>::template read<true, true>(problem, pair, group, sums);
     shared.put_warp_sums(sums);
@@ -469,7 +489,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4) cooperative(const __grid_con
     }
     __syncthreads();
     put_pair_totals<1>(problem, shared, pair);
-    const seppo::PairLoss out = shared.finish(problem, pair, group == 0);
+    const seppo::PairLoss out = shared.finish<kScored>(problem, pair, group == 0);
     if (problem.grad) {
       Piece<P, R, T, kVector>::write_gradient(problem, pair, group, out.winner_coefficient, out.loser_coefficient);
     }
@@ -490,25 +510,26 @@ __global__ void __launch_bounds__(kGroupThreads, 4) sum_pass(const __grid_consta
   }
 }
 
+template <bool kScored>
 __global__ void __launch_bounds__(kGroupThreads) finish_pass(const __grid_constant__ Problem problem) {
   __shared__ Shared shared;
   for (int64_t pair = blockIdx.x; pair < problem.pairs; pair += gridDim.x) {
     put_pair_totals<8>(problem, shared, pair);
-    const seppo::PairLoss out = shared.finish(problem, pair, true);
+    const seppo::PairLoss out = shared.finish<kScored>(problem, pair, true);
     if (threadIdx.x == 0) problem.coefficients[pair] = {out.winner_coefficient, out.loser_coefficient};
     __syncthreads();
   }
   finish_batch(problem, gridDim.x);
 }
 
-template <class P, class R, class T, bool kVector>
+template <class P, class T, bool kVector>
 __global__ void __launch_bounds__(kGroupThreads, 4) gradient_pass(const __grid_constant__ Problem problem) {
   for (int64_t work = blockIdx.x; work < problem.pairs * problem.groups; work += gridDim.x) {
     const int64_t pair = work / problem.groups, group = work % problem.groups;
     float sums[kSums];
-    Piece<P, R, T, kVector>::template read<false, true>(problem, pair, group, sums);
+    Piece<P, Scored, T, kVector>::template read<false, true>(problem, pair, group, sums);
     const float2 coefficients = problem.coefficients[pair];
-    Piece<P, R, T, kVector>::write_gradient(problem, pair, group, coefficients.x, coefficients.y);
+    Piece<P, Scored, T, kVector>::write_gradient(problem, pair, group, coefficients.x, coefficients.y);
   }
 }
 
@@ -573,42 +594,7 @@ cudaStream_t stream_of(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-Tensor new_tensor(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int device) {
-  AtenTensorHandle handle = nullptr;  // the C call rather than stable::empty, which looks the operator up by name
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cuda(), device, &handle));
-  return Tensor(handle);
-}
-
-Tensor new_floats(int64_t count, int device) {
-  const int64_t stride = 1;
-  return new_tensor(1, &count, &stride, aoti_torch_dtype_float32(), device);
-}
-
-int32_t torch_dtype_of(const Tensor& x) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return dtype;
-}
-
-Tensor new_like(const Tensor& x, int device) {
-  return new_tensor(x.dim(), x.sizes().data(), x.strides().data(), torch_dtype_of(x), device);
-}
-
-Tensor new_empty(const Tensor& x, int device) {
-  const int64_t none = 0, stride = 1;
-  return new_tensor(1, &none, &stride, torch_dtype_of(x), device);
-}
-
-float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
-
-int dtype_of(const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-                  "seppo_fast: expected float32, float16 or bfloat16");
-  return type == ScalarType::Float ? kFloat : type == ScalarType::Half ? kHalf : kBFloat;
-}
+seppo::Place gpu(int index) { return {aoti_torch_device_type_cuda(), index}; }
 
 bool aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
 
@@ -727,7 +713,7 @@ void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
       std::optional<Tensor> own;
       if (problem.pairs > 1) problem.ticket = ticket_of(stream, device);
       if (problem.pairs > 1 && !problem.ticket) {
-        own.emplace(new_floats(1, device_index));
+        own.emplace(seppo::new_floats(1, gpu(device_index)));
         problem.ticket = static_cast<unsigned*>(own->mutable_data_ptr());
         STD_CUDA_CHECK(cudaMemsetAsync(problem.ticket, 0, sizeof(unsigned), stream));
       }
@@ -740,7 +726,7 @@ void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
   }
   const int64_t work = problem.pairs * problem.groups;
   // Freed on return: the allocator hands it out again in the order of this stream only.
-  const Tensor workspace = new_floats(work * kSums + problem.pairs * 3 + 1, device_index);
+  const Tensor workspace = seppo::new_floats(work * kSums + problem.pairs * 3 + 1, gpu(device_index));
   problem.partial = floats(workspace);
   problem.coefficients = reinterpret_cast<float2*>(problem.partial + work * kSums);  // an even offset: 8-byte aligned
   problem.arrived = reinterpret_cast<unsigned*>(problem.coefficients + problem.pairs);
@@ -758,45 +744,55 @@ void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
     }
   }
   Config(grid_for(work, device), kGroupThreads, stream).launch(sum_pass<P, R, T, kVector>, problem);
-  Config(grid_for(problem.pairs, device), kGroupThreads, stream).launch(finish_pass, problem);
+  Config(grid_for(problem.pairs, device), kGroupThreads, stream).launch(finish_pass<std::is_same_v<R, Scored>>, problem);
   if (problem.grad) {
-    Config(grid_for(work, device), kGroupThreads, stream, kGroupBytes).launch(gradient_pass<P, R, T, kVector>, problem);
+    Config(grid_for(work, device), kGroupThreads, stream, kGroupBytes).launch(gradient_pass<P, T, kVector>, problem);
   }
 }
 
 template <class P>
 void run_for(const Problem& problem, bool vector, Launch plan, int device, cudaStream_t stream) {
   const int own = problem.policy.dtype;
-  if (!vector) run<P, Any, Any, false>(problem, plan, device, stream);
-  else if (problem.reference.dtype == own && problem.target.dtype == own) run<P, P, P, true>(problem, plan, device, stream);
-  else run<P, Any, Any, true>(problem, plan, device, stream);
+  if (problem.given) {
+    if (!vector) run<P, Scored, Any, false>(problem, plan, device, stream);
+    else if (problem.target.dtype == own) run<P, Scored, P, true>(problem, plan, device, stream);
+    else run<P, Scored, Any, true>(problem, plan, device, stream);
+  } else {
+    if (!vector) run<P, Any, Any, false>(problem, plan, device, stream);
+    else if (problem.reference.dtype == own && problem.target.dtype == own) run<P, P, P, true>(problem, plan, device, stream);
+    else run<P, Any, Any, true>(problem, plan, device, stream);
+  }
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
-Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& ref_pred, const Tensor& target, double beta,
+// `reference`: predictions, shaped like model_pred, or their mean squared errors, (2B,).
+Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& reference, const Tensor& target, double beta,
                           int64_t flipper, double scale, double weight, bool wants_grad, int64_t plan, int64_t blocks) {
   const int64_t samples = model_pred.size(0), total = model_pred.numel();
   STD_TORCH_CHECK(samples >= 2 && samples % 2 == 0 && total > 0, "seppo_fast::pair_loss: model_pred must be (2B, ...)");
   const int64_t pairs = samples / 2, elements = total / samples, targets = target.size(0);
-  STD_TORCH_CHECK(ref_pred.numel() == total && (targets == samples || targets == pairs) &&
+  const bool scored = reference.dim() == 1;
+  STD_TORCH_CHECK(reference.numel() == (scored ? samples : total) && (targets == samples || targets == pairs) &&
                       target.numel() == targets * elements,
-                  "seppo_fast::pair_loss: the shapes of ref_pred and target do not fit model_pred's");
+                  "seppo_fast::pair_loss: the shapes of reference and target do not fit model_pred's");
+  STD_TORCH_CHECK(!scored || dtype_code(reference) == kFloat, "seppo_fast::pair_loss: errors must be float32");
   const int device = model_pred.get_device_index();
-  STD_TORCH_CHECK(ref_pred.is_cuda() && target.is_cuda() && ref_pred.get_device_index() == device &&
+  STD_TORCH_CHECK(reference.is_cuda() && target.is_cuda() && reference.get_device_index() == device &&
                       target.get_device_index() == device,
                   "seppo_fast::pair_loss: all tensors must be on one device");
   const Guard guard(device);
-  Tensor loss = new_tensor(0, nullptr, nullptr, aoti_torch_dtype_float32(), device),
-         stats = new_floats(7 * pairs + 2, device),
-         grad = wants_grad ? new_like(model_pred, device) : new_empty(model_pred, device);
+  const seppo::Place here = gpu(device);
+  Tensor loss = seppo::new_float(here), stats = seppo::new_floats(7 * pairs + 2, here),
+         grad = wants_grad ? seppo::new_like(model_pred, here) : seppo::new_empty(model_pred, here);
 
   const auto input = [&](const Tensor& x, int64_t rows) {
-    return Input{static_cast<const char*>(x.const_data_ptr()), rows == samples ? pairs * elements : 0, dtype_of(x)};
+    return Input{static_cast<const char*>(x.const_data_ptr()), rows == samples ? pairs * elements : 0, dtype_code(x)};
   };
   Problem problem = {};
   problem.policy = input(model_pred, samples);
-  problem.reference = input(ref_pred, samples);
+  if (scored) problem.given = static_cast<const float*>(reference.const_data_ptr());
+  else problem.reference = input(reference, samples);
   problem.target = input(target, targets);
   problem.grad = wants_grad ? static_cast<char*>(grad.mutable_data_ptr()) : nullptr;
   problem.pairs = pairs;
@@ -810,7 +806,7 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& ref_pred, cons
 
   // 8 elements are 16 bytes of a half-precision policy, 4 of fp32: samples that divide keep every access aligned.
   const bool vector = elements % (problem.policy.dtype == kFloat ? 4 : 8) == 0 && aligned(model_pred) &&
-                      aligned(ref_pred) && aligned(target) && aligned(grad);
+                      (scored || aligned(reference)) && aligned(target) && aligned(grad);
   const Launch chosen = choose(pairs, problem.groups, device_of(device), (int)plan, (int)blocks);
   const cudaStream_t stream = stream_of(device);
   if (problem.policy.dtype == kFloat) run_for<float>(problem, vector, chosen, device, stream);
@@ -819,9 +815,9 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& ref_pred, cons
   return {loss, stats, grad};
 }
 
-Outputs pair_loss(const Tensor& model_pred, const Tensor& ref_pred, const Tensor& target, double beta, int64_t flipper,
+Outputs pair_loss(const Tensor& model_pred, const Tensor& reference, const Tensor& target, double beta, int64_t flipper,
                   double scale, double weight, bool wants_grad) {
-  return pair_loss_planned(model_pred, ref_pred, target, beta, flipper, scale, weight, wants_grad, kAuto, 0);
+  return pair_loss_planned(model_pred, reference, target, beta, flipper, scale, weight, wants_grad, kAuto, 0);
 }
 
 template <class X>
@@ -838,8 +834,8 @@ void run_rescale(const Tensor& out, const Tensor& grad, const Tensor& upstream, 
 
 // `out` may be grad.
 void rescale_into(const Tensor& out, const Tensor& grad, const Tensor& upstream, double factor) {
-  const int device = grad.get_device_index(), dtype = dtype_of(grad);
-  STD_TORCH_CHECK(upstream.is_cuda() && upstream.get_device_index() == device && dtype_of(upstream) == kFloat &&
+  const int device = grad.get_device_index(), dtype = dtype_code(grad);
+  STD_TORCH_CHECK(upstream.is_cuda() && upstream.get_device_index() == device && dtype_code(upstream) == kFloat &&
                       (upstream.dim() == 0 || 2 * upstream.numel() == grad.size(0)),
                   "seppo_fast::rescale: upstream must be fp32, () or (B,), on grad's device");
   const Guard guard(device);
@@ -849,7 +845,7 @@ void rescale_into(const Tensor& out, const Tensor& grad, const Tensor& upstream,
 }
 
 Tensor rescale(const Tensor& grad, const Tensor& upstream, double factor) {
-  Tensor out = new_like(grad, grad.get_device_index());
+  Tensor out = seppo::new_like(grad, gpu(grad.get_device_index()));
   rescale_into(out, grad, upstream, factor);
   return out;
 }
@@ -863,7 +859,7 @@ extern "C" int seppo_fast_abi() { return SEPPO_ABI; }
 // The same op with a launch plan of the caller's, for tests (no plan may change a bit) and measurements.
 STABLE_TORCH_LIBRARY_FRAGMENT(seppo_fast, m) {
   m.def(
-      "pair_loss_planned(Tensor model_pred, Tensor ref_pred, Tensor target, float beta, int flipper, float scale, "
+      "pair_loss_planned(Tensor model_pred, Tensor reference, Tensor target, float beta, int flipper, float scale, "
       "float weight, bool wants_grad, int plan, int blocks) -> (Tensor, Tensor, Tensor)");
 }
 

@@ -73,12 +73,13 @@ def assert_same_bits(first, second, rows=None):
         assert torch.equal(a, b), name
 
 
-def assert_alone(backend, device, value, tensor, where, shape=(6, 4, 5, 5), **options):
-    """A sample that is not finite spoils its own pair (of 3) and no other's."""
+def assert_alone(backend, device, value, tensor, where, shape=(6, 4, 5, 5), form=list, **options):
+    """A sample, or with `form=scored` an error, that is not finite spoils its own pair (of 3) and no other's."""
     options = {"reduction": "none", **options}
-    inputs = make(shape, device=device)
+    inputs = form(make(shape, device=device))
     broken = [x.clone() for x in inputs]
-    broken[tensor].view(shape[0], -1)[where, 17] = value
+    each = broken[tensor].view(shape[0], -1)
+    each[where, 17 % each.shape[1]] = value
     good, bad = (run(x, backend, **options) for x in (inputs, broken))
     assert not (bad["loss"].expand(3)[where % 3].isfinite() and bad["grad"][[where % 3, where % 3 + 3]].isfinite().all())
     fine = [i for i in range(3) if i != where % 3]

@@ -21,10 +21,11 @@ def _by_thread(x, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _half(policy, reference, target, left, WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-          CHUNKS: tl.constexpr):
+def _half(policy, reference, target, left, SCORED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+          WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
     """By thread: difference of the squared errors without cancellation (exactly 0 when p == r), policy's error, reference's;
-    and the policy's errors, a tensor for each of CHUNKS * BLOCK elements, of which there are `left`, or fewer."""
+    and the policy's errors, a tensor for each of CHUNKS * BLOCK elements, of which there are `left`, or fewer. Of a reference
+    that is SCORED nothing is read, and the difference and its error are 0."""
     difference = tl.zeros((BLOCK // WIDTH,), tl.float32)
     model, ref = difference, difference
     errors = ()
@@ -32,12 +33,13 @@ def _half(policy, reference, target, left, WHOLE: tl.constexpr, BLOCK: tl.conste
     for chunk in tl.static_range(CHUNKS):
         t = _load(target + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
         p = _load(policy + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
-        r = _load(reference + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
         e = p - t
-        f = r - t
-        difference += _by_thread((p - r) * (e + f), WIDTH)
         model += _by_thread(e * e, WIDTH)
-        ref += _by_thread(f * f, WIDTH)
+        if not SCORED:
+            r = _load(reference + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
+            f = r - t
+            difference += _by_thread((p - r) * (e + f), WIDTH)
+            ref += _by_thread(f * f, WIDTH)
         errors = errors + (e,)
         tl.debug_barrier()  # or all loads are issued first, and what they return does not fit the registers
     return difference, model, ref, errors
@@ -82,8 +84,20 @@ def _add3(a, b, c, d, e, f):
 
 
 @triton.jit
+def _given(reference, pair, pairs):
+    """The errors of a reference that is SCORED."""
+    return tl.load(reference + pair), tl.load(reference + pairs + pair)
+
+
+@triton.jit
+def _excess(model_mse, ref_mse):
+    """`excess` of pair_loss.h: NaN, where the reference's error is infinite."""
+    return model_mse - (ref_mse + (ref_mse - ref_mse))
+
+
+@triton.jit
 def _pair_loss(winner, loser, steepness, strength, FLIPPER: tl.constexpr):
-    """Loss, sign, logit and the gradient's two coefficients from the sums of differences; `pair_loss` of pair_loss.h."""
+    """Loss, sign, logit and the gradient's two coefficients from the differences; `pair_loss` of pair_loss.h."""
     sign = tl.where(winner > 0, 1.0 if FLIPPER == 0 else 0.0 if FLIPPER == 1 else -1.0, -1.0)
     logit = steepness * (winner + sign * loser)
     e = tl.exp(-tl.abs(logit))
@@ -98,13 +112,13 @@ def _pair_loss(winner, loser, steepness, strength, FLIPPER: tl.constexpr):
 
 
 @triton.jit
-def _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, inverse, weight, loss, stats):
+def _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, weight, loss, stats):
     """A pair's results to memory, and the totals with them if it is the only one."""
-    tl.store(stats + pair, m_w * inverse)
-    tl.store(stats + pairs + pair, m_l * inverse)
+    tl.store(stats + pair, m_w)
+    tl.store(stats + pairs + pair, m_l)
     at = stats + 2 * pairs
-    tl.store(at + pair, q_w * inverse)
-    tl.store(at + pairs + pair, q_l * inverse)
+    tl.store(at + pair, q_w)
+    tl.store(at + pairs + pair, q_l)
     at += 2 * pairs
     tl.store(at + pair, sign)
     tl.store(at + pairs + pair, logit)
@@ -147,21 +161,28 @@ def _total(counter, pairs, weight, loss, stats):
 
 @triton.jit(do_not_specialize=["pairs"])
 def pair_kernel(policy, reference, target, grad, loss, stats, counters, pairs, elements, steepness, strength, inverse, weight,
-                FLIPPER: tl.constexpr, SHARED: tl.constexpr, WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
-                WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+                FLIPPER: tl.constexpr, SCORED: tl.constexpr, SHARED: tl.constexpr, WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr,
+                BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
     """One program a pair."""
     pair = tl.program_id(0).to(tl.int64)
     winner = pair * elements
     loser = (pair + pairs) * elements
     shared = winner if SHARED else loser
-    d_w, m_w, q_w, e_w = _half(policy + winner, reference + winner, target + winner, elements, WHOLE, BLOCK, WIDTH, CHUNKS)
-    d_l, m_l, q_l, e_l = _half(policy + loser, reference + loser, target + shared, elements, WHOLE, BLOCK, WIDTH, CHUNKS)
-    d_w, d_l, m_w, m_l, q_w, q_l = tl.reduce((d_w, d_l, m_w, m_l, q_w, q_l), 0, _add)
+    d_w, m_w, q_w, e_w = _half(policy + winner, reference + winner, target + winner, elements, SCORED, WHOLE, BLOCK, WIDTH, CHUNKS)
+    d_l, m_l, q_l, e_l = _half(policy + loser, reference + loser, target + shared, elements, SCORED, WHOLE, BLOCK, WIDTH, CHUNKS)
+    if SCORED:
+        m_w, m_l = tl.reduce((m_w, m_l), 0, _add2)
+        q_w, q_l = _given(reference, pair, pairs)
+        m_w, m_l = m_w * inverse, m_l * inverse
+        d_w, d_l = _excess(m_w, q_w), _excess(m_l, q_l)
+    else:
+        d_w, d_l, m_w, m_l, q_w, q_l = tl.reduce((d_w, d_l, m_w, m_l, q_w, q_l), 0, _add)
+        m_w, m_l, q_w, q_l = m_w * inverse, m_l * inverse, q_w * inverse, q_l * inverse
     own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, steepness, strength, FLIPPER)
     if WANTS_GRAD:
         _put_gradient(grad + winner, e_w, c_w, elements, WHOLE, BLOCK, CHUNKS)
         _put_gradient(grad + loser, e_l, c_l, elements, WHOLE, BLOCK, CHUNKS)
-    _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, inverse, weight, loss, stats)
+    _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, weight, loss, stats)
     _total(counters, pairs, weight, loss, stats)
 
 
@@ -192,11 +213,34 @@ def _two_totals(partial, parts):
     return tl.reduce((one.to(tl.float32), two.to(tl.float32)), 0, _add2)
 
 
+@triton.jit
+def _differences(reference, sums, pair, pairs, parts, inverse, SCORED: tl.constexpr):
+    """What `_pair_loss` wants of a pair that is in parts: sums, or means where the reference is SCORED."""
+    if SCORED:
+        m_w, m_l, q_w, q_l = _means(reference, sums, pair, pairs, parts, inverse, SCORED)
+        d_w, d_l = _excess(m_w, q_w), _excess(m_l, q_l)
+    else:
+        d_w, d_l = _two_totals(sums, parts)
+    return d_w, d_l
+
+
+@triton.jit
+def _means(reference, sums, pair, pairs, parts, inverse, SCORED: tl.constexpr):
+    m_w, m_l = _two_totals(sums + 2, parts)
+    if SCORED:
+        q_w, q_l = _given(reference, pair, pairs)
+    else:
+        q_w, q_l = _two_totals(sums + 4, parts)
+        q_w, q_l = q_w * inverse, q_l * inverse
+    return m_w * inverse, m_l * inverse, q_w, q_l
+
+
 @triton.jit(do_not_specialize=["pairs", "parts"])
 def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters, pairs, elements, parts, steepness, strength,
-                 inverse, weight, PHASE: tl.constexpr, FLIPPER: tl.constexpr, SHARED: tl.constexpr, WANTS_GRAD: tl.constexpr,
-                 WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
-    """Programs share the parts of all pairs; `partial` is (pairs, parts, 8): six sums, and in a pair's first two coefficients.
+                 inverse, weight, PHASE: tl.constexpr, FLIPPER: tl.constexpr, SCORED: tl.constexpr, SHARED: tl.constexpr,
+                 WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    """Programs share the parts of all pairs; `partial` is (pairs, parts, 8): six sums (the policy's two, if the reference is
+    SCORED), and in a pair's first two coefficients.
 
     Together, all programs are on the chip and at least as many as a pair has parts, and each goes through its parts in order.
     So nobody waits for a program that waits for a later pair, and the first pair that is not finished will be.
@@ -212,19 +256,24 @@ def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters
         shared = winner if SHARED else loser
         sums = partial + pair * parts * 8
         if PHASE == TOGETHER or PHASE == SUMS:
-            d_w, m_w, q_w, e_w = _half(policy + winner, reference + winner, target + winner, left, WHOLE, BLOCK, WIDTH, CHUNKS)
-            d_l, m_l, q_l, e_l = _half(policy + loser, reference + loser, target + shared, left, WHOLE, BLOCK, WIDTH, CHUNKS)
-            d_w, d_l, m_w, m_l, q_w, q_l = tl.reduce((d_w, d_l, m_w, m_l, q_w, q_l), 0, _add)
+            d_w, m_w, q_w, e_w = _half(policy + winner, reference + winner, target + winner, left, SCORED, WHOLE, BLOCK, WIDTH,
+                                       CHUNKS)
+            d_l, m_l, q_l, e_l = _half(policy + loser, reference + loser, target + shared, left, SCORED, WHOLE, BLOCK, WIDTH,
+                                       CHUNKS)
             at = sums + part * 8
-            tl.store(at, d_w)
-            tl.store(at + 1, d_l)
+            if SCORED:
+                m_w, m_l = tl.reduce((m_w, m_l), 0, _add2)
+            else:
+                d_w, d_l, m_w, m_l, q_w, q_l = tl.reduce((d_w, d_l, m_w, m_l, q_w, q_l), 0, _add)
+                tl.store(at, d_w)
+                tl.store(at + 1, d_l)
+                tl.store(at + 4, q_w)
+                tl.store(at + 5, q_l)
             tl.store(at + 2, m_w)
             tl.store(at + 3, m_l)
-            tl.store(at + 4, q_w)
-            tl.store(at + 5, q_l)
         if PHASE == TOGETHER:
             _meet(counters + 1 + pair, part == 0, parts)
-            d_w, d_l = _two_totals(sums, parts)
+            d_w, d_l = _differences(reference, sums, pair, pairs, parts, inverse, SCORED)
             own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, steepness, strength, FLIPPER)
         if PHASE == GRADIENT:
             c_w = tl.load(sums + 6)
@@ -236,23 +285,22 @@ def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters
             _put_gradient(grad + loser, e_l, c_l, left, WHOLE, BLOCK, CHUNKS)
         if PHASE == TOGETHER:
             if part == 0:
-                m_w, m_l = _two_totals(sums + 2, parts)
-                q_w, q_l = _two_totals(sums + 4, parts)
-                _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, inverse, weight, loss, stats)
+                policy_w, policy_l, ref_w, ref_l = _means(reference, sums, pair, pairs, parts, inverse, SCORED)
+                _put_results(pair, pairs, own, sign, logit, policy_w, policy_l, ref_w, ref_l, weight, loss, stats)
     if PHASE == TOGETHER:
         _total(counters, pairs, weight, loss, stats)
 
 
 @triton.jit(do_not_specialize=["pairs", "parts"])
-def results_kernel(loss, stats, partial, counters, pairs, parts, steepness, strength, inverse, weight, FLIPPER: tl.constexpr):
+def results_kernel(reference, loss, stats, partial, counters, pairs, parts, steepness, strength, inverse, weight,
+                   FLIPPER: tl.constexpr, SCORED: tl.constexpr):
     """One program a pair, between parts_kernel's sums and its gradient."""
     pair = tl.program_id(0).to(tl.int64)
     sums = partial + pair * parts * 8
-    d_w, d_l = _two_totals(sums, parts)
+    d_w, d_l = _differences(reference, sums, pair, pairs, parts, inverse, SCORED)
     own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, steepness, strength, FLIPPER)
     tl.store(sums + 6, c_w)
     tl.store(sums + 7, c_l)
-    m_w, m_l = _two_totals(sums + 2, parts)
-    q_w, q_l = _two_totals(sums + 4, parts)
-    _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, inverse, weight, loss, stats)
+    m_w, m_l, q_w, q_l = _means(reference, sums, pair, pairs, parts, inverse, SCORED)
+    _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, weight, loss, stats)
     _total(counters, pairs, weight, loss, stats)

@@ -65,21 +65,23 @@ def _room(device: torch.device) -> int:
     return RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
-def pair_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float, flipper: int, scale: float, weight: float,
+def pair_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float, flipper: int, scale: float, weight: float,
               wants_grad: bool, together: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (), stats (7B + 2,) and the gradient; `together=False` is for tests: what pairs too large for the chip get."""
+    """loss (), stats (7B + 2,) and the gradient. `reference`: predictions, shaped like model_pred, or their mean squared errors
+    (2B,). `together=False` is for tests: what pairs too large for the chip get."""
     if model_pred.is_cuda and model_pred.device.index != torch.cuda.current_device():
         with torch.cuda.device(model_pred.device):
-            return pair_loss(model_pred, ref_pred, target, beta, flipper, scale, weight, wants_grad, together)
+            return pair_loss(model_pred, reference, target, beta, flipper, scale, weight, wants_grad, together)
     samples = model_pred.shape[0]
     pairs, elements = samples // 2, model_pred.numel() // samples
     loss = model_pred.new_empty((), dtype=torch.float32)
     stats = model_pred.new_empty(7 * pairs + 2, dtype=torch.float32)
     grad = torch.empty_like(model_pred) if wants_grad else model_pred.new_empty(0)
     parts, how = plan(elements, model_pred.element_size())
-    tensors = (model_pred, ref_pred, target, grad, loss, stats)
-    numbers = (-0.5 * beta / elements, scale * beta / elements, 1 / elements, weight)
-    options = dict(how, FLIPPER=flipper, SHARED=target.shape[0] != samples, WANTS_GRAD=wants_grad)
+    scored = reference.dim() == 1
+    tensors = (model_pred, reference, target, grad, loss, stats)
+    numbers = (-0.5 * beta / (1 if scored else elements), scale * beta / elements, 1 / elements, weight)
+    options = dict(how, FLIPPER=flipper, SCORED=scored, SHARED=target.shape[0] != samples, WANTS_GRAD=wants_grad)
     if parts == 1:
         pair_kernel[(pairs,)](*tensors, _counters(model_pred, 1), pairs, elements, *numbers, **options)
         return loss, stats, grad
@@ -92,8 +94,8 @@ def pair_loss(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float,
                                          maxnreg=65536 // (RESIDENT * PART_WARPS * 32), **options)
         return loss, stats, grad
     parts_kernel[(work,)](*arguments, PHASE=SUMS.value, **options)
-    results_kernel[(pairs,)](loss, stats, partial, counters, pairs, parts, *numbers, FLIPPER=flipper, num_warps=PART_WARPS,
-                             **EXACT)
+    results_kernel[(pairs,)](reference, loss, stats, partial, counters, pairs, parts, *numbers, FLIPPER=flipper, SCORED=scored,
+                             num_warps=PART_WARPS, **EXACT)
     if wants_grad:
         parts_kernel[(work,)](*arguments, PHASE=GRADIENT.value, **options)
     return loss, stats, grad

@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_parity import DTYPES, FLIPPERS, SHAPES, assert_alone, assert_same_bits, assert_tie, assert_within_twice, make, run
+from fused_parity import (
+    DTYPES,
+    FLIPPERS,
+    SHAPES,
+    assert_alone,
+    assert_same_bits,
+    assert_tie,
+    assert_tie_of_errors,
+    assert_within_twice,
+    make,
+    run,
+    scored,
+)
 
 from seppo_fast.ops import native, seppo_loss
 
@@ -52,11 +64,12 @@ def cuobjdump():
     return shutil.which("cuobjdump")
 
 
-def kernels(found, kernel, name):
-    """The instantiation for policy, reference and target all of one dtype, with 16-byte accesses."""
+def kernels(found, kernel, name, from_errors=False):
+    """The instantiation for policy, reference (if it is not known by its errors) and target of one dtype, with 16-byte accesses."""
     code = NAMES[name]
-    same = "fff" if code == "f" else code + "S\\w*?_S\\w*?_" if code != "f" else ""
-    chosen = [k for k in found if re.search(rf"\d{kernel}I{same}Lb1E", k)]
+    again = "f" if code == "f" else r"S\w*?_"
+    reference = r"N\w*?6ScoredE" if from_errors else again
+    chosen = [k for k in found if re.search(rf"\d{kernel}I{code}{reference}{again}Lb1E", k)]
     assert len(chosen) == 1, (kernel, name, chosen)
     return found[chosen[0]]
 
@@ -71,8 +84,9 @@ PATHS = [(80, "clustered"), (80, "cooperative"), (90, "clustered")]
 def test_no_spills(chip, name):
     number, report, _ = chip
     for kernel in [kernel for other, kernel in PATHS if other == number]:
-        stack, stores, loads, registers = kernels(report, kernel, name)
-        assert (stack, stores, loads) == (0, 0, 0) and registers <= 64, (number, kernel, name)
+        for from_errors in (False, True):
+            stack, stores, loads, registers = kernels(report, kernel, name, from_errors)
+            assert (stack, stores, loads) == (0, 0, 0) and registers <= 64, (number, kernel, name, from_errors)
 
 
 @builds
@@ -87,18 +101,20 @@ def test_little_is_spilled_anywhere(chip):
 @builds
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
-def test_16_bytes_at_a_time(chip, name):
+@pytest.mark.parametrize("from_errors", [False, True])
+def test_16_bytes_at_a_time(chip, name, from_errors):
     """Every input element read once and every gradient element written once, in 16-byte accesses, in one kernel."""
     number, _, sass = chip
     if not sass:
         pytest.skip("there is no cuobjdump")
     steps = 16 * (4 if name == "float" else 2) // 16  # 16 elements of a half; the code of the two halves is one loop
     for kernel in [kernel for other, kernel in PATHS if other == number]:
-        code = kernels(sass, kernel, name)
+        code = kernels(sass, kernel, name, from_errors)
         loads = re.findall(r"\bLDG\.E\.\S*", code)
         wide = [load for load in loads if ".128" in load]
-        assert len(wide) == 3 * steps, (kernel, loads)
-        assert all("STRONG" in load for load in loads if load not in wide), "the rest is what other blocks summed"
+        assert len(wide) == (2 if from_errors else 3) * steps, (kernel, loads)
+        rest = [load for load in loads if load not in wide and "STRONG" not in load]  # STRONG is what other blocks summed
+        assert rest == (["LDG.E.CONSTANT"] * 2 if from_errors else []), "the reference's two errors"
         assert len(re.findall(r"\bSTG\.E\.128", code)) == steps
         assert not re.search(r"\b(LDL|STL)\b", code)
 
@@ -139,6 +155,22 @@ def test_against_fp64(shape, dtype, flipper):
 
 
 @runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_from_the_references_errors(shape, dtype):
+    for beta, shared, flipper in itertools.product((1.0, 2000.0, 5000.0), (False, True), FLIPPERS):
+        inputs = scored(make(SHAPES[shape], dtype, "cuda", shared=shared))
+        assert_within_twice(inputs, "native", beta=beta, flipper=flipper, upstream=0.37)
+    inputs = make(SHAPES[shape], dtype, "cuda")
+    assert_tie_of_errors(inputs, "native")
+    if len(SHAPES[shape]) == 4:
+        assert_tie_of_errors([x.to(memory_format=torch.channels_last) for x in inputs], "native")
+    mixed = [inputs[0], inputs[1], inputs[2].to(torch.float32 if dtype is torch.bfloat16 else torch.bfloat16)]
+    assert_within_twice(scored(mixed), "native")
+    assert_tie_of_errors(mixed, "native")
+
+
+@runs
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES, DTYPES)))
 def test_mixed_dtypes(dtypes):
     for shape in ((6, 3, 11, 13), SHAPES["sd15"], SHAPES["two_groups"]):
@@ -151,20 +183,21 @@ def test_mixed_dtypes(dtypes):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_plan_changes_a_bit(shape, dtype):
     """Clusters of every size, the cooperative grid, separate passes, other alignments, 20 repetitions, other batches."""
-    inputs = make(SHAPES[shape], dtype, "cuda")
-    first = planned(inputs)
-    assert all(x.isfinite().all() for x in first.values())
-    for plan, blocks in [*plans_for(SHAPES[shape]), *[(AUTO, 0)] * 20]:
-        assert_same_bits(first, planned(inputs, plan, blocks))
-        no_grad = planned(inputs, plan, blocks, wants_grad=False)
-        assert no_grad.pop("grad").shape == (0,)
-        assert_same_bits(no_grad, first)
-    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs]
-    for plan in (AUTO, COOPERATIVE, IN_PASSES):
-        assert_same_bits(first, planned(shifted, plan))
-    pairs = len(inputs[0]) // 2
-    alone = planned([x[[0, pairs]] for x in inputs])
-    assert torch.equal(alone["grad"], first["grad"][[0, pairs]]) and torch.equal(alone["logits"], first["logits"][:1])
+    predicted = make(SHAPES[shape], dtype, "cuda")
+    for inputs in (predicted, scored(predicted)):
+        first = planned(inputs)
+        assert all(x.isfinite().all() for x in first.values())
+        for plan, blocks in [*plans_for(SHAPES[shape]), *[(AUTO, 0)] * 20]:
+            assert_same_bits(first, planned(inputs, plan, blocks))
+            no_grad = planned(inputs, plan, blocks, wants_grad=False)
+            assert no_grad.pop("grad").shape == (0,)
+            assert_same_bits(no_grad, first)
+        shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs]
+        for plan in (AUTO, COOPERATIVE, IN_PASSES):
+            assert_same_bits(first, planned(shifted, plan))
+        pairs = len(inputs[0]) // 2
+        alone = planned([x[[0, pairs]] for x in inputs])
+        assert torch.equal(alone["grad"], first["grad"][[0, pairs]]) and torch.equal(alone["logits"], first["logits"][:1])
 
 
 @runs
@@ -174,6 +207,7 @@ def test_ties_and_bad_pairs():
     for value, tensor, where in itertools.product((float("nan"), float("inf")), range(3), (0, 1, 5)):
         for shape in ((6, 4, 5, 5), (6, 4, 64, 64), (6, 16, 128, 128)):
             assert_alone("native", "cuda", value, tensor, where, shape)
+            assert_alone("native", "cuda", value, tensor, where, shape, form=scored)
 
 
 @runs

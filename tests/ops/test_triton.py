@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_parity import DTYPES, FLIPPERS, SHAPES, assert_alone, assert_same_bits, assert_tie, make, run
+from fused_parity import (
+    DTYPES,
+    FLIPPERS,
+    SHAPES,
+    assert_alone,
+    assert_same_bits,
+    assert_tie,
+    assert_tie_of_errors,
+    make,
+    run,
+    scored,
+)
 from fused_parity import assert_within_twice as within_twice
 
 triton = pytest.importorskip("triton")
@@ -68,10 +79,25 @@ def test_a_tie_is_exact(shape):
 
 
 @runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["odd", "seven", "odd_large"] if INTERPRETED else SHAPES)
+def test_from_the_references_errors(shape, dtype):
+    flipper = FLIPPERS[DTYPES.index(dtype)]
+    inputs = make(SHAPES[shape], dtype, DEVICE)
+    assert_within_twice(scored(inputs), "triton", beta=5000.0, flipper=flipper, upstream=0.37)
+    if INTERPRETED and (shape == "odd_large") != (dtype is torch.float16):
+        return
+    assert_tie_of_errors(inputs, "triton")
+    if len(SHAPES[shape]) == 4:
+        assert_tie_of_errors([x.to(memory_format=torch.channels_last) for x in inputs], "triton")
+
+
+@runs
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tensor,where", [(0, 0), (1, 4), (2, 2)])
 def test_one_bad_pair_stays_alone(value, tensor, where):
     assert_alone("triton", DEVICE, value, tensor, where)
+    assert_alone("triton", DEVICE, value, tensor, where, form=scored)
     if not INTERPRETED or tensor == 0 and value != value:
         assert_alone("triton", DEVICE, value, tensor, where, shape=(6, 17_000))  # several programs a pair
 
@@ -111,8 +137,9 @@ def assert_equal(first, second):
 @runs
 @pytest.mark.parametrize("wants_grad", [True, False])
 @pytest.mark.parametrize("shape", ["odd", "seven", "one", "odd_large"])
-def test_every_output_is_written(shape, wants_grad, monkeypatch):
-    inputs = make(SHAPES[shape], torch.bfloat16, DEVICE)
+@pytest.mark.parametrize("form", [list, scored])
+def test_every_output_is_written(shape, wants_grad, form, monkeypatch):
+    inputs = form(make(SHAPES[shape], torch.bfloat16, DEVICE))
     good = compute(inputs, wants_grad=wants_grad)
     empty, empty_like = torch.Tensor.new_empty, torch.empty_like
     poison = lambda x: x.fill_(torch.nan) if x.is_floating_point() else x  # noqa: E731
@@ -172,10 +199,11 @@ def test_more_large_pairs_than_there_are_counters(monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="where programs run at the same time they can wait")
-@pytest.mark.parametrize("dtype,shape", [(torch.bfloat16, (4, 20_500)), (torch.float32, (2, 17_000))])
-def test_together_but_for_the_waiting(dtype, shape, monkeypatch):
+@pytest.mark.parametrize("dtype,shape,form", [(torch.bfloat16, (4, 20_500), list), (torch.float32, (2, 17_000), list),
+                                              (torch.float32, (4, 17_000), scored)])
+def test_together_but_for_the_waiting(dtype, shape, form, monkeypatch):
     """Nobody waits, and so all sums are there when the same programs run a second time."""
-    inputs = make(shape, dtype)
+    inputs = form(make(shape, dtype))
     want = compute(inputs)
     parts, _ = triton_kernel.plan(shape[1], inputs[0].element_size())
     partial, empty = torch.full((8 * shape[0] // 2 * parts,), torch.nan), torch.Tensor.new_empty
@@ -195,8 +223,8 @@ LARGE = [(2, 65_536), (2, 16, 128, 128), (128, 4, 16, 32, 32), (600, 17_000), (2
 @pytest.mark.parametrize("shape", LARGE)
 def test_together_or_in_turn(shape, dtype):
     """One cooperative launch, on grids of any size too, or three launches: the same bits."""
-    for shared in (False, True):
-        inputs = make(shape, dtype, DEVICE, shared=shared)
+    for shared, form in itertools.product((False, True), (scored, list)):
+        inputs = form(make(shape, dtype, DEVICE, shared=shared))
         want = compute(inputs, together=False)
         for _ in range(5):
             assert_equal(compute(inputs), want)
@@ -275,12 +303,13 @@ def compiled(kernel, chip, policy, other, elements, shared=False, options=(), **
     from triton.compiler import ASTSource
     names = kernel.arg_names
     _, how = triton_kernel.plan(elements, 4 if policy == "fp32" else 2)
-    constants = {name: value for name, value in (how | dict(FLIPPER=0, SHARED=shared, WANTS_GRAD=True) | constants).items()
-                 if name in names}
+    usual = dict(FLIPPER=0, SCORED=False, SHARED=shared, WANTS_GRAD=True)
+    constants = {name: value for name, value in (how | usual | constants).items() if name in names}
     if elements == 1:
         constants["elements"] = 1  # as the launcher does with this number
     types = dict.fromkeys(("loss", "stats", "partial"), "*fp32") | {"counters": "*i32"}
-    types |= {"policy": "*" + policy, "grad": "*" + policy, "reference": "*" + other, "target": "*" + other}
+    types |= {"policy": "*" + policy, "grad": "*" + policy, "target": "*" + other}
+    types["reference"] = "*fp32" if constants.get("SCORED") else "*" + other
     types |= dict.fromkeys(("steepness", "strength", "inverse", "weight"), "fp32") | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
@@ -300,17 +329,18 @@ def resources(asm, folder):
     return dict(zip(("registers", "stack", "shared", "local"), map(int, found[0]), strict=True))
 
 
-def assert_traffic(asm, policy, other, elements, rows=2):
-    """`elements` of winner and loser: each of the three inputs read once, the gradient written once, 16 bytes at a time.
+def assert_traffic(asm, policy, other, elements, rows=2, inputs=3):
+    """`elements` of winner and loser: each of the inputs read once, the gradient written once, 16 bytes at a time.
 
-    What else goes to and from memory is a number a thread, and the ticket.
+    What else goes to and from memory is a number a thread, and the ticket; of two inputs, the reference's errors besides.
     """
     per_thread = rows * elements // (32 * asm_warps(asm))
     bytes_of = {"fp32": 4, "bf16": 2, "fp16": 2}
     loads = re.findall(r"ld\.global\.v\S*", asm["ptx"])
-    assert loads == ["ld.global.v4.b32"] * (per_thread * (bytes_of[policy] + 2 * bytes_of[other]) // 16), loads
+    assert loads == ["ld.global.v4.b32"] * (per_thread * (bytes_of[policy] + (inputs - 1) * bytes_of[other]) // 16), loads
     others = set(re.findall(r"ld\.global\S*", asm["ptx"])) - set(loads)
-    assert others <= {"ld.global.cg.b32", "ld.global.gpu.acquire.b32"}, others
+    errors = {"ld.global.b32"} if inputs == 2 else set()
+    assert errors <= others <= {"ld.global.cg.b32", "ld.global.gpu.acquire.b32"} | errors, others
     stores = re.findall(r"st\.global\S*", asm["ptx"])
     assert stores.count("st.global.v4.b32") == per_thread * bytes_of[policy] // 16, stores
     assert set(stores) == {"st.global.v4.b32", "st.global.b32"}, stores
@@ -318,15 +348,15 @@ def assert_traffic(asm, policy, other, elements, rows=2):
 
 
 @compiles
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared,inputs", [(False, 3), (True, 3), (True, 2)])
 @pytest.mark.parametrize("policy,other", [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp16", "fp32"), ("bf16", "fp32")])
 @pytest.mark.parametrize("chip", [80, 90])
-def test_compiled_for_sd15(chip, policy, other, shared, tmp_path):
+def test_compiled_for_sd15(chip, policy, other, shared, inputs, tmp_path):
     """One kernel; each input read once, 16 bytes at a time; no spills; one ticket."""
-    asm = compiled(triton_kernel.pair_kernel, chip, policy, other, 16384, shared)
+    asm = compiled(triton_kernel.pair_kernel, chip, policy, other, 16384, shared, SCORED=inputs == 2)
     used = resources(asm, tmp_path)
     assert used["stack"] == used["local"] == 0 and used["registers"] * 32 * asm_warps(asm) <= 65536, used
-    assert_traffic(asm, policy, other, 16384)
+    assert_traffic(asm, policy, other, 16384, inputs=inputs)
     assert re.findall(r"atom\.\S*", asm["ptx"]) == ["atom.global.gpu.acq_rel.add.u32"]
     # The thread that stores the results takes the ticket.
     assert len(set(re.findall(r"@(%p\d+) (?:st\.global\.b32|atom)", asm["ptx"]))) == 1
@@ -334,18 +364,20 @@ def test_compiled_for_sd15(chip, policy, other, shared, tmp_path):
 
 @compiles
 @pytest.mark.parametrize("policy,other", [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")])
+@pytest.mark.parametrize("inputs", [3, 2])
 @pytest.mark.parametrize("chip", [80, 90])
-def test_compiled_for_video(chip, policy, other, tmp_path):
+def test_compiled_for_video(chip, policy, other, inputs, tmp_path):
     """The same of a part, for 4 x 16 x 32 x 32; as many fit a multiprocessor as the launch counts on."""
     registers = 65536 // (triton_kernel.RESIDENT * 32 * triton_kernel.PART_WARPS)
     asm = compiled(triton_kernel.parts_kernel, chip, policy, other, 65536, options={"maxnreg": registers},
-                   PHASE=triton_kernel.TOGETHER.value)
+                   PHASE=triton_kernel.TOGETHER.value, SCORED=inputs == 2)
     used = resources(asm, tmp_path)
     assert used["stack"] == used["local"] == 0 and used["registers"] <= registers and used["shared"] < 8192, used
-    assert_traffic(asm, policy, other, triton_kernel.PART)
+    assert_traffic(asm, policy, other, triton_kernel.PART, inputs=inputs)
     assert re.findall(r"atom\.\S*", asm["ptx"]) == ["atom.global.gpu.acq_rel.add.u32"] * 2, "arrival and ticket"
-    # One thread stores the six sums, arrives and looks again for the others, and all wait for it.
-    arrival = re.search(r"((?:@%p\d+ st\.global\.b32.*?){6})bar\.sync.*?@(%p\d+) atom\.global\.gpu\.acq_rel.*?bar\.sync.*?"
+    # One thread stores the sums, arrives and looks again for the others, and all wait for it.
+    sums = 6 if inputs == 3 else 2
+    arrival = re.search(rf"((?:@%p\d+ st\.global\.b32.*?){{{sums}}})bar\.sync.*?@(%p\d+) atom\.global\.gpu\.acq_rel.*?bar\.sync.*?"
                         r"@(%p\d+) ld\.global\.gpu\.acquire\.b32.*?bar\.sync.*?bar\.sync.*?ld\.global\.cg", asm["ptx"], re.DOTALL)
     assert set(re.findall(r"@(%p\d+) st", arrival[1])) == {arrival[2]} == {arrival[3]}
 
@@ -357,12 +389,16 @@ def test_compiled_in_turn(chip, tmp_path):
     gradient = compiled(triton_kernel.parts_kernel, chip, "bf16", "bf16", 65536, PHASE=triton_kernel.GRADIENT.value)
     assert re.findall(r"ld\.global\S*", sums["ptx"]) == ["ld.global.v4.b32"] * 12
     assert re.findall(r"st\.global\.v\S*", gradient["ptx"]) == ["st.global.v4.b32"] * 4
-    for asm in (sums, gradient, compiled(triton_kernel.results_kernel, chip, "bf16", "bf16", 65536)):
+    from_errors = [compiled(kernel, chip, "bf16", "bf16", 65536, PHASE=triton_kernel.SUMS.value, SCORED=True)
+                   for kernel in (triton_kernel.parts_kernel, triton_kernel.results_kernel)]
+    assert re.findall(r"ld\.global\S*", from_errors[0]["ptx"]) == ["ld.global.v4.b32"] * 8
+    for asm in (sums, gradient, compiled(triton_kernel.results_kernel, chip, "bf16", "bf16", 65536), *from_errors):
         used = resources(asm, tmp_path)
         assert used["stack"] == used["local"] == 0, used
     for elements in (1, 9, 17 * 29, 70_001):  # the launcher makes a constant of 1
         kernel = triton_kernel.pair_kernel if elements <= 16384 else triton_kernel.parts_kernel
         compiled(kernel, chip, "fp32", "bf16", elements, PHASE=triton_kernel.TOGETHER.value)
+        compiled(kernel, chip, "fp32", "bf16", elements, PHASE=triton_kernel.TOGETHER.value, SCORED=True)
 
 
 def asm_warps(asm):
