@@ -148,6 +148,7 @@ class Sampler:
             except Exception as error:
                 warn_fallback("seppo.sampler.cuda_graph", error)
                 self._capture = False
+                self._tune()
         if cost:
             self._ready[shape], self._fingerprint = ready, fingerprint(self.module)
             self.say(f"sampler: {', '.join(cost)}, for batches of {shape[0]}")
