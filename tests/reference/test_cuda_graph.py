@@ -325,17 +325,13 @@ def test_released_graphs_give_their_memory_back():
     unet, denoise = network(device="cuda"), Denoise()
     drawing = captured(unet, denoise)
     noise, conditions = given(4)
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
     want, calls = drawing.draw(noise, conditions), denoise.calls
-    assert torch.cuda.memory_reserved() > before
     drawing.release()
-    unet.to("cpu")
-    unet.to("cuda")
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 2**21
+    before = torch.cuda.memory_reserved()  # with what the libraries keep
     close(drawing.draw(noise, conditions), want)
-    assert denoise.calls == 2 * calls
+    assert denoise.calls == 2 * calls and torch.cuda.memory_reserved() > before
+    drawing.release()
+    assert torch.cuda.memory_reserved() <= before + 2**21  # the smallest that the allocator asks for
 
 
 @gpu
