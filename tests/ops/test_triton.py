@@ -80,13 +80,13 @@ def test_a_tie_is_exact(shape):
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ["odd", "seven", "odd_large"] if INTERPRETED else SHAPES)
+@pytest.mark.parametrize("shape", ["odd", "seven", "odd_large"] if INTERPRETED else ["odd", "seven", "odd_large", "sd15", "video"])
 def test_from_the_references_errors(shape, dtype):
     flipper = FLIPPERS[DTYPES.index(dtype)]
     inputs = make(SHAPES[shape], dtype, DEVICE)
     assert_within_twice(scored(inputs), "triton", beta=5000.0, flipper=flipper, upstream=0.37)
     if INTERPRETED and (shape == "odd_large") != (dtype is torch.float16):
-        return
+        return  # one of them is slow enough
     assert_tie_of_errors(inputs, "triton")
     if len(SHAPES[shape]) == 4:
         assert_tie_of_errors([x.to(memory_format=torch.channels_last) for x in inputs], "triton")
