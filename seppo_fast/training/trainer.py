@@ -85,6 +85,8 @@ class Trainer:
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
         window = [slot for u in range(update, last) for slot in self.slots(u)]
         slots = [slot for slot in window if slot not in self.made]
+        if not slots:
+            return
         with self.timed("sampling"), self.reference_on_device(), self.reporter.sampling(len(slots)) as progress:
             for some in chunks(slots, even(len(window), self.sampler.batch_size)):
                 self.made.update(self.ask(some))
