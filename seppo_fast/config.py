@@ -157,4 +157,6 @@ class Seppo(Section):
                                  " method='seppo' takes every reference and flipper")
             elif not allowed:
                 raise ValueError(f"{key}={filled[key]!r} does not go with method={method!r}, which has no {key}")
+        if not row.references and filled.get("reference_score") == "rollout":
+            raise ValueError(f"reference_score='rollout' does not go with method={method!r}, which has no reference")
         return filled

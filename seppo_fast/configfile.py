@@ -4,15 +4,16 @@ import copy
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from seppo_fast.config import Seppo
+from seppo_fast.config import Positive, Seppo
 from seppo_fast.errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -77,7 +78,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
         try:
             seppo = Seppo.model_validate(raw["seppo"])
         except ValidationError as error:
-            problems += [explain(item, Seppo, "seppo") for item in error.errors()]
+            problems += explain_all(error, Seppo, "seppo")
     if problems or seppo is None:
         raise UserError("the configuration has " + _count(len(problems)) + ":\n  " + "\n  ".join(problems))
     return Config({key: value for key, value in raw.items() if key != "seppo"}, seppo)
@@ -161,7 +162,51 @@ def _is_enabled(section: Any) -> bool:
     return isinstance(section, dict) and bool(section.get("enabled"))
 
 
-def explain(item: Mapping[str, Any], root: type[BaseModel], prefix: str) -> str:
+def explain_all(error: ValidationError, root: type[BaseModel], prefix: str) -> list[str]:
+    """A line for each key of `root`, whose section is `prefix`, that is wrong. Of a union pydantic tells each option's error."""
+    lines: list[str] = []
+    for item in error.errors():
+        names, annotation = _field(item["loc"], root)
+        options = _options(annotation)
+        if len(options) > 1 and len(names) < len(item["loc"]):
+            line = f"{'.'.join([prefix, *names])}: expected {', or '.join(options)} (got {item['input']!r})"
+        else:
+            line = _explain(item, root, prefix)
+        if line not in lines:
+            lines.append(line)
+    return lines
+
+
+def _field(location: Sequence[Any], root: type[BaseModel]) -> tuple[list[str], Any]:
+    """The keys at the start of an error's location, as far as they are fields, and the last one's annotation."""
+    section, names, annotation = root, [], None
+    for name in location:
+        if section is None or name not in section.model_fields:
+            break
+        annotation = section.model_fields[name].annotation
+        names.append(name)
+        section = _nested(annotation)
+    return names, annotation
+
+
+NOUNS = {int: "a whole number", float: "a number", str: "a text", list: "a list", bool: "true or false"}
+
+
+def _options(annotation: Any) -> list[str]:
+    """What a union allows, in words; empty for anything else."""
+    words = []
+    for option in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ():
+        kind = get_args(option)[0] if get_origin(option) is Annotated else option
+        if get_origin(kind) is Literal:
+            words += [json.dumps(value) for value in get_args(kind)]
+        elif option == Positive:
+            words.append("a whole number above 0")
+        elif kind is not NoneType:
+            words.append(NOUNS.get(get_origin(kind) or kind, str(kind)))
+    return words
+
+
+def _explain(item: Mapping[str, Any], root: type[BaseModel], prefix: str) -> str:
     """One pydantic error as a line: the key's full path, what is wrong, what was got, and a near key where it is unknown."""
     path = ".".join([prefix, *map(str, item["loc"])])
     if item["type"] == "extra_forbidden":

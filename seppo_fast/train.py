@@ -22,8 +22,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="go on from the run folder's newest complete checkpoint, or from PATH")
     parser.add_argument("--dry-run", action="store_true",
                         help="check everything that can be checked, print the plan, train nothing")
+    parser.add_argument("--rates", metavar="FILE",
+                        help="with --dry-run: a device's speed, as `python -m benchmarks.throughput` measures it")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.rates and not arguments.dry_run:
+        parser.error("--rates goes with --dry-run")
+    return arguments
 
 
 def main() -> int:
@@ -44,7 +49,7 @@ def main() -> int:
             from seppo_fast.training.dry_run import dry_run
 
             if rank == 0:
-                print(dry_run(config, int(os.environ.get("WORLD_SIZE", 1))), flush=True)
+                print(dry_run(config, int(os.environ.get("WORLD_SIZE", 1)), arguments.rates), flush=True)
             return 0
         signals = StopSignals()
         ranks = join()

@@ -61,6 +61,8 @@ def test_the_a100_dry_run(on_path: None, tmp_path: Path) -> None:
                  "5e-06 as it is, not scaled by the batch (AdamW, schedule constant, warm-up 0 updates)", "ddim, 50 steps",
                  "before you train: seppo.data.source is not set: --set seppo.data.source=PATH",
                  "before you train: seppo.model.path stable-diffusion-v1-5/stable-diffusion-v1-5 is no directory here",
+                 "859.5 M parameters (859.5 M trained)", "0.803 TFLOP a forward", "memory a rank      about",
+                 "time for 430080 pairs = 7 iterations x 61440 on", "NVIDIA A100: ", "reference_score rollout",
                  "dry run: nothing was trained or written"):
         assert line in result.stdout, result.stdout
     assert not (tmp_path / "run").exists()
@@ -81,6 +83,15 @@ def test_a_dry_run_with_model_and_data(settings: Callable[..., dict[str, Any]], 
         assert line in result.output, result.output
     assert "before you train" not in result.output
     assert not (tmp_path / "run").exists()
+
+
+def test_rates_of_ones_own(settings: Callable[..., dict[str, Any]], forks: Forks, tmp_path: Path) -> None:
+    rates = {"device": "NVIDIA H200", "matmul_tflops": 700.0, "sampling_fraction": 0.5, "training_fraction": 0.25, "source": "own"}
+    (tmp_path / "rates.json").write_text(json.dumps({"rates": rates}))
+    result = forks.run(settings(), "--dry-run", "--rates", str(tmp_path / "rates.json"))
+    assert result.status == 0
+    assert "700 TFLOP/s; sampling 50% of it (8 at a time); training 25% (4 pairs at a time)" in result.output, result.output
+    words(forks.run(settings(), "--dry-run", "--rates", str(tmp_path / "none.json")), "--rates", "none.json")
 
 
 def test_a_dry_run_says_it_once_on_two_ranks(settings: Callable[..., dict[str, Any]], forks: Forks) -> None:
@@ -198,5 +209,5 @@ def test_help_names_every_argument(forks: Forks) -> None:
 
     result = subprocess.run([sys.executable, "seppo_fast/train.py", "--help"], cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 0
-    for argument in ("--config", "--set", "--resume auto|PATH", "--dry-run"):
+    for argument in ("--config", "--set", "--resume auto|PATH", "--dry-run", "--rates FILE"):
         assert argument in result.stdout

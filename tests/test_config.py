@@ -85,7 +85,9 @@ def test_a_key_like_no_other_gets_no_advice() -> None:
     ("seppo.sampler.guidance_scale", -0.5, "greater than or equal to 0"),
     ("seppo.sampler.guidance_scale", float("nan"), "finite"),
     ("seppo.sampler.solver", "dim", "'ddim', 'dpmsolver++', 'pndm', 'unipc' or 'euler' (got 'dim')"),
-    ("seppo.sampler.batch_size", 0, "greater than 0"),
+    ("seppo.sampler.batch_size", 0, "batch_size: expected a whole number above 0, or \"auto\" (got 0)"),
+    ("seppo.sampler.batch_size", "atuo", "batch_size: expected a whole number above 0, or \"auto\" (got 'atuo')"),
+    ("seppo.sampler.batch_size", 2.5, "batch_size: expected a whole number above 0, or \"auto\" (got 2.5)"),
     ("seppo.sampler", 3, "expected a section"),
     ("seppo.model.lora", {"rank": 0}, "greater than 0"),
     ("seppo.model.lora", 4, "expected a section"),
@@ -124,6 +126,11 @@ def test_an_impossible_value_is_named_with_what_is_expected(path: str, value: An
     text = message(changed(**{path: value}))
     assert path in text and wanted in text
     assert "errors.pydantic.dev" not in text and "Traceback" not in text
+
+
+def test_the_options_of_a_key_are_one_problem() -> None:
+    text = message(changed(**{"seppo.sampler.batch_size": "atuo", "seppo.beta": 0}))
+    assert text.startswith("the configuration has 2 problems:") and len(text.splitlines()) == 3
 
 
 def test_warm_up_parameters_are_checked() -> None:

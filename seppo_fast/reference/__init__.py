@@ -1,7 +1,8 @@
 """The reference policy: which past policy it is (pool), and how it draws samples (solver, sampler)."""
 
+from seppo_fast.reference.loop import sample
 from seppo_fast.reference.pool import Pool, pick
-from seppo_fast.reference.sampler import sample
+from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, solver_table
 
-__all__ = ["Pool", "SolverTable", "pick", "sample", "solver_table"]
+__all__ = ["Pool", "Sampler", "SolverTable", "pick", "sample", "solver_table"]

@@ -1,11 +1,13 @@
 """Past policies: which one is the reference of an iteration (Section 4.1), and where their weights are kept."""
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,46 +34,87 @@ def pick(strategy: Literal["uniform", "latest", "initial"], k: int, seed: int) -
     raise ValueError(f"strategy must be uniform, latest or initial, got {strategy!r}")
 
 
+class Swap(NamedTuple):
+    """Bytes read and seconds taken to put another policy into a module."""
+
+    bytes: int
+    seconds: float
+
+
 class Pool:
     """Past policies by index, as `policy_00007.safetensors` in `folder`, the ones last used in host memory as well.
 
     One rank writes, and all ranks read the same folder: put a barrier between an `add` and the next `load_into`.
-    `host_memory_bytes` is this process's share. No device memory is held.
+    `host_memory_bytes` is this process's share, pinned where there is a GPU. No device memory is held. `last_swap` is what
+    the last `load_into` cost.
     """
+
+    last_swap: Swap | None = None
 
     def __init__(self, folder: Path, dtype: torch.dtype, host_memory_bytes: int) -> None:
         self.folder, self.dtype, self.host_memory_bytes = Path(folder), dtype, host_memory_bytes
         self._host: OrderedDict[int, Weights] = OrderedDict()  # least recently used first
+        self._reader = ThreadPoolExecutor(1, "pool")
+        self._coming: tuple[int, Future[Weights]] | None = None  # what `prefetch` is reading
 
     def add(self, index: int, weights: Mapping[str, Tensor], *, write: bool) -> None:
         """Put a policy into the pool, copied and in the pool's dtype; with `write`, on disk when this returns."""
         self._host.pop(index, None)
+        if self._coming is not None and self._coming[0] == index:
+            self._coming = None
         size = sum(weight.numel() for weight in weights.values()) * self.dtype.itemsize
         fits = size <= self.host_memory_bytes
         if not (fits or write):
             return
-        copy = {name: torch.empty(weight.shape, dtype=self.dtype).copy_(weight.detach())
-                for name, weight in weights.items()}
+        copy = {name: _on_host(weight, self.dtype, stays=fits) for name, weight in weights.items()}
         if write:
             self._write(index, copy)
         if fits:
-            self._host[index] = copy
-            while sum(map(_size, self._host.values())) > self.host_memory_bytes:
-                self._host.popitem(last=False)
+            self._keep(index, copy)
 
     def load_into(self, index: int, module: nn.Module) -> None:
         """Copy policy `index` over those parameters of `module` that it has, in place: their storage stays."""
+        start = time.perf_counter()
         parameters = dict(module.named_parameters())
+        if self._coming is not None and self._coming[0] == index:
+            coming, self._coming = self._coming, None
+            self._keep(index, coming[1].result())
         if index in self._host:
             self._host.move_to_end(index)
             _check(self._path(index), {name: tuple(w.shape) for name, w in self._host[index].items()}, parameters)
-            _copy(iter(self._host[index].items()), parameters)
+            size = _copy(iter(self._host[index].items()), parameters)
+        else:
+            with self._opened(index) as file:
+                _check(self._path(index), {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, parameters)
+                size = _copy(((name, file.get_tensor(name)) for name in file.keys()), parameters)
+        self.last_swap = Swap(size, time.perf_counter() - start)
+
+    def prefetch(self, index: int) -> None:
+        """Begin to read policy `index` into host memory, where it fits and is not there yet; `load_into` waits for the rest.
+
+        Until then it may be one policy more than `host_memory_bytes` allows. A fault in the file shows in `load_into`.
+        """
+        path = self._path(index)
+        if index in self._host or self._coming is not None and self._coming[0] == index or not path.exists():
             return
+        if path.stat().st_size <= self.host_memory_bytes:
+            self._coming = index, self._reader.submit(self._read, index)
+
+    def _read(self, index: int) -> Weights:
+        with self._opened(index) as file:
+            return {name: _on_host(file.get_tensor(name), self.dtype, stays=True) for name in file.keys()}
+
+    def _keep(self, index: int, weights: Weights) -> None:
+        self._host[index] = weights
+        while sum(map(_size, self._host.values())) > self.host_memory_bytes:
+            self._host.popitem(last=False)
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Any]:
         path = self._path(index)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                _check(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, parameters)
-                _copy(((name, file.get_tensor(name)) for name in file.keys()), parameters)
+                yield file
         except FileNotFoundError as error:
             raise UserError(f"{path}: past policy {index} is not there (the pool has {self.indices()}); resume from a"
                             " checkpoint, or start anew in another output_dir") from error
@@ -87,6 +130,7 @@ class Pool:
         """Forget the policies later than `last`; with `write`, remove their files and what a crash left half done."""
         for index in [index for index in self._host if index > last]:
             del self._host[index]
+        self._coming = None
         if not write:
             return
         for index in self._on_disk():
@@ -139,10 +183,26 @@ def _check(path: Path, stored: dict[str, tuple[int, ...]], parameters: dict[str,
                             " it was written for another model or another LoRA rank")
 
 
+def _on_host(weight: Tensor, dtype: torch.dtype, stays: bool) -> Tensor:
+    """A copy in host memory; one that stays is pinned, so that the device can read it by itself."""
+    return torch.empty(weight.shape, dtype=dtype, pin_memory=stays and torch.cuda.is_available()).copy_(weight.detach())
+
+
 @torch.no_grad()
-def _copy(weights: Iterator[tuple[str, Tensor]], parameters: dict[str, nn.Parameter]) -> None:
+def _copy(weights: Iterator[tuple[str, Tensor]], parameters: dict[str, nn.Parameter]) -> int:
+    """Copy and return the number of bytes; all copies are queued, and waited for once."""
+    size, devices = 0, set()
     for name, weight in weights:
-        storage = parameters[name].data_ptr()
-        parameters[name].copy_(weight)
+        parameter = parameters[name]
+        storage = parameter.data_ptr()
+        if weight.dtype != parameter.dtype:  # PyTorch would convert on the host first
+            weight = weight.to(parameter.device, non_blocking=True)
+        parameter.copy_(weight, non_blocking=True)
         # A captured graph and the parameters shared with the policy go on reading the old address.
-        assert parameters[name].data_ptr() == storage, f"{name} was moved by the copy"
+        assert parameter.data_ptr() == storage, f"{name} was moved by the copy"
+        size += weight.nbytes
+        devices.add(parameter.device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    return size

@@ -1,53 +1,173 @@
-"""Drawing latents from a denoising network: a loop that does not wait for the device, and that can be captured."""
+"""Drawing samples with the network in a module, in batches of one shape, captured and compiled where that is asked for.
 
-from collections.abc import Callable
+The host launches a batch's steps one after the other and waits for none between the first and the last. On a GPU the step is
+captured once a shape and replayed. The weights in the module may change in place at any time; whatever else changes about the
+module makes a new capture.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from seppo_fast import config
+from seppo_fast.errors import warn_fallback
+from seppo_fast.reference import tuning
+from seppo_fast.reference.batching import even, free_memory, measured_size, padded, seconds
+from seppo_fast.reference.cuda_graph import capture, fingerprint
+from seppo_fast.reference.loop import Conditions, Denoise, Loop, open_loop, run
 from seppo_fast.reference.solver import SolverTable
 
-Conditions = dict[str, Tensor]
-Denoise = Callable[[Tensor, Tensor, Conditions], Tensor]
+Shape = tuple[int, ...]
 
 
-@torch.no_grad()
-def sample(denoise: Denoise, table: SolverTable, noise: Tensor, conditions: Conditions, unconditional: Conditions,
-           guidance_scale: float, dtype: torch.dtype, before_step: Callable[[], None] = lambda: None) -> Tensor:
-    """Latents `(B, C, h, w)` fp32 that the solver in `table` makes of `noise` `(B, C, h, w)`, one N(0, I) a sample.
+@dataclass(frozen=True)
+class Ready:
+    """A loop whose step was compiled or captured for the loop's storage."""
 
-    `denoise(latents, timesteps, conditions)` sees `dtype`; the weighted sums are fp32. `conditions` have batch B and
-    `unconditional` batch 1. Guidance (`u + guidance_scale * (c - u)`) runs both in one doubled batch, unconditional
-    first, and not at all when `guidance_scale` is 1. `table` is on the device of `noise`. `before_step` may raise to give up.
+    loop: Loop
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self) -> None:
+        self.graph.replay() if self.graph else self.loop.step()
+
+
+class Sampler:
+    """Draws latents with the network in `module`; `denoise(module, latents, timesteps, conditions)` is its output.
+
+    `table` is on the module's device, `unconditional` has batch 1, `dtype` is what the network is given. The loop runs under
+    `autocast`, or none, whatever the caller's. `batch_size` is None until an "auto" is measured, by `fit` or the first draw.
     """
-    predict = _predictor(denoise, conditions, unconditional, guidance_scale, len(noise), noise.device, dtype)
-    known = noise.new_empty((len(table.inputs) + 1, *noise.shape), dtype=torch.float32)  # the noise, then each output
-    known[0] = noise
-    for i, timestep in enumerate(table.timesteps.unbind()):
-        before_step()
-        latents = _weighted_sum(table.inputs[i, :i + 1], known[:i + 1])
-        known[i + 1] = predict(latents, timestep)
-    return _weighted_sum(table.outputs[-1], known)
+
+    def __init__(self, module: nn.Module, denoise: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor], table: SolverTable,
+                 unconditional: Conditions, settings: config.Sampler, dtype: torch.dtype, autocast: torch.dtype | None = None,
+                 say: Callable[[str], None] = print) -> None:
+        self.module, self.table, self.unconditional, self.say = module, table, unconditional, say
+        self.guidance_scale, self.dtype, self.autocast = settings.guidance_scale, dtype, autocast
+        self.device = table.inputs.device
+        self.batch_size = None if settings.batch_size == "auto" else settings.batch_size
+        self._plain: Denoise = partial(denoise, module)
+        self._compile, self._fuse = settings.compile, settings.fuse_projections
+        self._capture = settings.cuda_graph and self.device.type == "cuda"
+        self._ready: dict[Shape, Ready] = {}  # by the batch's shape
+        self._tune()
+
+    @torch.no_grad()
+    def draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None] = lambda: None) -> Tensor:
+        """`(N, C, h, w)` fp32 scaled latents from `noise` (N, C, h, w) under `conditions` (N, ...), for any N.
+
+        `before_step` runs on the host before each step of each batch; it may raise to give up.
+        """
+        if self.batch_size is None:
+            self.fit(noise.shape[1:], len(noise))
+        size = even(len(noise), self.batch_size)
+        parts = [slice(start, start + size) for start in range(0, len(noise), size)]
+        return torch.cat([self._draw(noise[part], {name: value[part] for name, value in conditions.items()}, before_step)
+                          for part in parts])
+
+    @torch.no_grad()
+    def fit(self, shape: Sequence[int], wanted: int, agree: Callable[[int], int] = lambda size: size,
+            free: Callable[[torch.device], int] = free_memory) -> None:
+        """Measure "auto" for samples of `shape` (C, h, w), at most `wanted` a batch; a number stays as it is.
+
+        Ranks may find different sizes. What they draw is the same but for rounding; where they must make the same number of
+        steps, `agree` turns a rank's size into everyone's. `free` is the memory left on the device, in bytes.
+        """
+        if self.batch_size is not None:
+            return
+
+        def step_of(size: int) -> Callable[[], None]:
+            loop = self._open((size, *shape), self._plain)
+            return lambda: first_step(loop)
+
+        with self._precision():
+            size, why = measured_size(step_of, wanted, self.device, free)
+        self.batch_size = agree(size)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        agreed = "" if self.batch_size == size else f", as all ranks agreed; {size} here"
+        self.say(f"sampler: batches of {self.batch_size}{agreed}: {why}")
+
+    def release(self) -> None:
+        """Give the graphs and their memory back; the next draw makes them anew."""
+        self._ready.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None]) -> Tensor:
+        """One batch; padded to a shape that is ready, where its own would have to be compiled or captured first."""
+        self._check_module()
+        self._refresh()
+        larger = [shape for shape in self._ready if shape[0] >= len(noise) and shape[1:] == noise.shape[1:]]
+        shape = min(larger, default=tuple(noise.shape))
+        ready = self._ready.get(shape) or self._prepare(shape)
+        full = {name: padded(value, shape[0]) for name, value in conditions.items()}
+        with self._network():
+            return run(ready.loop, ready.step, padded(noise, shape[0]), full, before_step)[:len(noise)]
+
+    def _check_module(self) -> None:
+        """A graph goes on reading the storage and running the kernels that it was captured with: drop all once these changed."""
+        tuned = self._capture or self._fuse or self._compile != "none"
+        if tuned and fingerprint(self.module) != self._fingerprint:
+            if self._ready:
+                self.say("sampler: more than the values of the model's weights has changed; preparing it anew")
+            self._tune()
+
+    def _tune(self) -> None:
+        """Forget all that was prepared, and look at the module as it is now."""
+        self._ready.clear()
+        self._denoise = tuning.compiled(self._plain) if self._compile == "full" else self._plain
+        self._changes, self._refresh = tuning.fused_projections(self.module) if self._fuse else ([], lambda: None)
+        if self._compile == "regional":
+            self._changes += tuning.compiled_blocks(self.module)
+        self._fingerprint = fingerprint(self.module)
+
+    def _prepare(self, shape: Shape) -> Ready:
+        """A loop for batches of `shape`: compiled and captured, or as it is where that is not wanted or fails."""
+        cost = []
+        if self._compile != "none":
+            loop = self._open(shape, self._denoise)
+            try:
+                with self._network():
+                    cost.append(f"compile {seconds(lambda: first_step(loop), self.device):.1f} s")
+            except Exception as error:  # whatever the compiler raises; a fault of the model's own comes back without it
+                warn_fallback("seppo.sampler.compile", error)
+                self._compile = "none"
+                self._tune()
+        ready = Ready(self._open(shape, self._denoise))
+        if self._capture:
+            pool = next((other.graph.pool() for other in self._ready.values()), None)
+            try:
+                with self._network():
+                    graph, spent = capture(lambda: first_step(ready.loop), ready.loop.step, self.device, pool)
+                ready = Ready(ready.loop, graph)
+                cost.append(f"capture {spent:.1f} s")
+            except Exception as error:
+                warn_fallback("seppo.sampler.cuda_graph", error)
+                self._capture = False
+        if cost:
+            self._ready[shape], self._fingerprint = ready, fingerprint(self.module)
+            self.say(f"sampler: {', '.join(cost)}, for batches of {shape[0]}")
+        return ready
+
+    def _open(self, shape: Shape, denoise: Denoise) -> Loop:
+        return open_loop(denoise, self.table, shape, self.unconditional, self.guidance_scale, self.dtype)
+
+    @contextmanager
+    def _network(self) -> Iterator[None]:
+        """The network as the loop, and nobody else, is to see it."""
+        with tuning.changed(self._changes), self._precision():
+            yield
+
+    def _precision(self) -> torch.autocast:
+        # A capture must not read casts that autocast has cached: they would be those of the weights of that moment.
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=not self._capture)
 
 
-def _predictor(denoise: Denoise, conditions: Conditions, unconditional: Conditions, guidance_scale: float, batch: int,
-               device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network as a function of latents and timestep, with conditions and guidance put in."""
-    conditions = {name: value.to(device, dtype) for name, value in conditions.items()}
-    if guidance_scale == 1:
-        return lambda latents, timestep: denoise(latents.to(dtype), timestep.expand(batch), conditions).float()
-
-    both = {name: torch.cat([unconditional[name].to(device, dtype).expand_as(value), value])
-            for name, value in conditions.items()}
-
-    def guided(latents: Tensor, timestep: Tensor) -> Tensor:
-        twice = torch.cat([latents, latents]).to(dtype)
-        without, given = denoise(twice, timestep.expand(2 * batch), both).float().chunk(2)
-        return without + guidance_scale * (given - without)
-
-    return guided
-
-
-def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:
-    """Sum of `weights[i] * terms[i]`. Not a matrix product: TF32 or autocast would round the weights."""
-    return (weights.view(-1, *[1] * (terms.dim() - 1)) * terms).sum(0)
+def first_step(loop: Loop) -> None:
+    """A step for its own sake, of zero noise and no prompt."""
+    loop.start(torch.zeros_like(loop.known[0]), {})
+    loop.step()

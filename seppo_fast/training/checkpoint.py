@@ -3,14 +3,14 @@
     checkpoints/update_00000030/
         deepspeed/             DeepSpeed's shards: weights, optimizer, schedule (pickles: read only if this run wrote them)
         policy.safetensors     the trainable weights, for people and other programs
-        rank_0.safetensors     reference samples not used yet, random states; one file a rank
+        rank_0.safetensors     what the reference made and is not used yet, random states; one file a rank
         state.json             how far the run was, of which configuration and data
         complete.json          every file and its size, written last
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 from seppo_fast.disk import flush, flush_tree
 from seppo_fast.errors import UserError
 from seppo_fast.training.engine import policy_weights
+from seppo_fast.training.pairs import Made
 from seppo_fast.training.ranks import Ranks
 
 MARKER = "complete.json"
@@ -50,13 +51,12 @@ class State:
     nonfinite_in_a_row: int = 0
 
 
-def save(folder: Path, engine: DeepSpeedEngine, state: State, losers: Mapping[int, Tensor], ranks: Ranks,
-         keep_last: int) -> Path:
+def save(folder: Path, engine: DeepSpeedEngine, state: State, made: Made, ranks: Ranks, keep_last: int) -> Path:
     """Write a checkpoint; every rank must call. A crash, a kill or a full disk leaves the earlier ones as they were.
 
-    Its name counts the updates, and the reference samples each rank holds for those to come: the later one sorts last.
+    Its name counts the updates, and the slots for which each rank holds what the reference made: the later one sorts last.
     """
-    final = folder / (f"update_{state.update:08d}" + (f"_{len(losers):08d}" if losers else ""))
+    final = folder / (f"update_{state.update:08d}" + (f"_{len(made):08d}" if made else ""))
     if ranks.largest(ranks.rank == 0 and missing(final) is None):  # one rank decides: file systems may lag on another machine
         return final
     temporary = folder / f".{final.name}.tmp"
@@ -68,7 +68,7 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, losers: Mapping[in
     weights = policy_weights(engine, keep=ranks.rank == 0)
     with _clear_errors(final):
         engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
-        save_file(_rank_tensors(losers), temporary / f"rank_{ranks.rank}.safetensors")
+        save_file(_rank_tensors(made), temporary / f"rank_{ranks.rank}.safetensors")
         if ranks.rank == 0:
             save_file(weights, temporary / "policy.safetensors")
             (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
@@ -105,8 +105,8 @@ def _clear_errors(final: Path) -> Iterator[None]:
                         " seppo.checkpoint.keep_last) and resume with --resume auto") from error
 
 
-def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, Tensor]:
-    """Restore engine and random states; returns the reference samples not used yet, by slot. Check `state_of` first."""
+def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, dict[str, Tensor]]:
+    """Restore engine and random states; returns what the reference made that is not used yet. Check `state_of` first."""
     loaded, _ = engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
     if loaded is None:
         raise UserError(f"{path}: DeepSpeed found nothing to load in it; remove it and resume from the one before")
@@ -114,7 +114,9 @@ def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, Tensor]
     torch.set_rng_state(tensors["rng_cpu"])
     if "rng_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng_cuda"])
-    return dict(zip(tensors["slots"].tolist(), tensors["losers"], strict=True)) if "slots" in tensors else {}
+    slots = tensors["slots"].tolist() if "slots" in tensors else []
+    made = {name.removeprefix("made."): tensor for name, tensor in tensors.items() if name.startswith("made.")}
+    return {slot: {name: tensor[i] for name, tensor in made.items()} for i, slot in enumerate(slots)}
 
 
 def complete(folder: Path) -> list[Path]:
@@ -177,13 +179,14 @@ def check_data(path: Path, state: State, data: str) -> None:
                         " restore seppo.data.source and seppo.model.path, or use another output_dir")
 
 
-def _rank_tensors(losers: Mapping[int, Tensor]) -> dict[str, Tensor]:
+def _rank_tensors(made: Made) -> dict[str, Tensor]:
     tensors = {"rng_cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
-    if losers:
-        slots = sorted(losers)
-        tensors |= {"slots": torch.tensor(slots), "losers": torch.stack([losers[slot] for slot in slots])}
+    if made:
+        slots = sorted(made)
+        tensors["slots"] = torch.tensor(slots)
+        tensors |= {f"made.{name}": torch.stack([made[slot][name] for slot in slots]) for name in made[slots[0]]}
     return tensors
 
 

@@ -1,112 +1,139 @@
-"""What a run costs before it runs: FLOPs and activation bytes, counted on the model's own graph without memory."""
+"""What a run costs before it runs: FLOPs and bytes, counted on the model's own graph without executing it."""
 
 from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.models import StableDiffusion, StableDiffusionXL
 from seppo_fast.models.lora import add_lora, trainable_weights
-from seppo_fast.training.engine import engine_config, precision
+from seppo_fast.training.engine import precision
+from seppo_fast.training.engine_bytes import TakenGradients, engine_bytes
+from seppo_fast.training.live import inference, micro_batch
+
+Model = StableDiffusion | StableDiffusionXL
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of one rank. FLOPs are per pair; bytes are at the peak of a micro-batch."""
+    """Counts of one rank. FLOPs are per pair; bytes are as PyTorch allocates them, kernels' workspaces apart."""
 
     parameters: int
     trained: int
     forward: float  # FLOPs of one network evaluation on one sample
     sampling: float  # FLOPs of one reference sample
-    training: float  # FLOPs of the policy's forward and backward and the reference's forward, on a pair
+    training: float  # FLOPs of the policy's forward and backward on a pair
+    scoring: float  # FLOPs of the reference's forward on a pair
     weights: int
-    gradients: int
-    optimizer: int
     reference: int
-    activations: int
+    optimizer: int
+    gradients: int  # summed over the accumulation window
+    bucket: int  # through which DeepSpeed reduces gradients, in backward
+    activations: int  # of a micro-batch at its peak, the bucket apart
+    update: int  # what the optimizer's update needs in place of gradients, bucket and activations
+    sampler: int  # of the sampler's batch at its peak; of one sample where the batch size is "auto"
+    resting: int  # of the gradients' bytes, those that stay while the reference samples
+    graph: bool  # a CUDA graph keeps the sampler's bytes from everything else
+
+    @property
+    def standing(self) -> int:
+        """Bytes that are there from the first update to the last."""
+        return self.weights + self.reference + self.optimizer
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The most that each phase of an update needs."""
+        phases = {"micro-batch": self.gradients + self.bucket + self.activations, "optimizer": self.update}
+        if self.sampling:
+            phases["sampling"] = self.resting + self.sampler
+        return {name: self.standing + size for name, size in phases.items()}
 
     @property
     def memory(self) -> int:
-        """Bytes in all, without the allocator's slack and the sampler's batches."""
-        return self.weights + self.gradients + self.optimizer + self.reference + self.activations
+        """The most bytes that are allocated at once."""
+        return max(self.peaks.values())
+
+    @property
+    def reserved(self) -> int:
+        """The most bytes that the device must have: a captured graph's own pool is free for nothing else."""
+        return max(size + (self.sampler if self.graph and name != "sampling" else 0) for name, size in self.peaks.items())
+
+    @property
+    def pair(self) -> float:
+        """FLOPs of a pair in all."""
+        return self.sampling + self.training + self.scoring
 
     @property
     def sampling_share(self) -> float:
         """Share of the FLOPs that the reference samples take."""
-        return self.sampling / (self.sampling + self.training)
+        return self.sampling / self.pair
 
 
-def estimate(model: StableDiffusion | StableDiffusionXL, config: Config, batch: Batch, evaluations: int) -> Cost:
+def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Cost:
     """Cost of `config` with `model`; `evaluations` of the network make a reference sample (before guidance doubles them)."""
     ours = config.seppo
     dtype, autocast = precision(config.deepspeed)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model.path, subfolder="unet")).to(dtype)
+        unet = nn.Module.to(UNet2DConditionModel.from_config(dict(model.directory.configs["unet"])), dtype)
         if ours.model.lora:
             add_lora(unet, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
-    trained = sum(weight.numel() for weight in trainable_weights(unet).values())
-    parameters = sum(weight.numel() for weight in unet.parameters())
-    halves = 1 if METHODS[ours.method].losers is None else 2
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.denoise(unet, *_inputs(model, unet, ours.data.resolution, 1, dtype))
-    forward = float(counter.get_total_flops())
-    saved = _SavedBytes(unet)
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        model.denoise(unet, *_inputs(model, unet, ours.data.resolution, halves * batch.micro, dtype))
-
-    generated = METHODS[ours.method].losers == "reference"
+    trainable = list(trainable_weights(unet).values())
+    trained = sum(weight.numel() for weight in trainable)
+    weights = sum(weight.nbytes for weight in unet.parameters())
+    method = METHODS[ours.method]
+    halves = 1 if method.losers is None else 2
+    generated = method.losers == "reference"
     guided = 1 if ours.sampler.guidance_scale == 1 else 2
-    passes = 4 if ours.model.gradient_checkpointing else 3  # a backward is two forwards, a checkpointed one is three
-    zero = engine_config(config, batch).get("zero_optimization", {})
-    stage, shards = int(zero.get("stage", 0)), batch.world
-    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    # Half-precision gradients summed in fp32 exist twice: as autograd makes them, and as they are summed.
-    summed = 4 if dtype.itemsize < 4 and config.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32" else 0
-    per_weight = 8 + (4 if dtype.itemsize < 4 else 0)  # Adam's moments in fp32, and a master copy
+
+    def inputs(samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return _inputs(model, unet, ours.data.resolution, samples, dtype)
+
+    one = inputs(1)
+    forward = float(inference(lambda: model.denoise(unet, *one)).flops)
+    scoring = forward * halves if ours.flipper else 0.0
+
+    engine = engine_bytes(config, batch, trained, max(weight.numel() for weight in trainable))
+    taken = TakenGradients(engine)
+    micro = inputs(halves * batch.micro)
+    online = bool(ours.flipper) and ours.reference_score == "online"
+    meter = micro_batch(unet, lambda: model.denoise(unet, *micro), reference=online, gradient=taken, finish=taken.finish)
+    training = meter.flops / batch.micro - (scoring if online else 0.0)
+
+    samples = 1 if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
+    drawn = inputs(guided * samples)
+    known = 4 * (evaluations + 1) * samples * one[0].numel()  # the sampling loop's outputs so far, in fp32
+    sampler = inference(lambda: model.denoise(unet, *drawn)).peak if generated else 0
+    activations = meter.peak - engine.bucket
+    if autocast:  # computes in half the bytes, and keeps a cast copy of the weights for as long
+        activations, sampler = ((size + weights) // 2 for size in (activations, sampler))
+
+    stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+    own = trainable if ours.model.lora and stage < 3 else unet.parameters()  # LoRA: the frozen ones are the policy's
     return Cost(
-        parameters=parameters, trained=trained, forward=forward,
-        sampling=forward * guided * evaluations if generated else 0.0,
-        training=forward * halves * (passes + (1 if ours.flipper else 0)),
-        weights=parameters * dtype.itemsize // (shards if stage == 3 else 1),
-        gradients=trained * (dtype.itemsize + summed) // (shards if stage >= 2 else 1),
-        optimizer=0 if offloaded else trained * per_weight // (shards if stage >= 1 else 1),
-        reference=0 if not ours.flipper else (trained if ours.model.lora and stage < 3 else parameters) * dtype.itemsize,
-        activations=saved.total // (2 if autocast else 1),
+        parameters=sum(weight.numel() for weight in unet.parameters()), trained=trained, forward=forward,
+        sampling=forward * guided * evaluations if generated else 0.0, training=training, scoring=scoring,
+        weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
+        reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.samples.every else 0,
+        optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
+        update=engine.update, sampler=sampler + known if generated else 0, resting=engine.sampling,
+        graph=generated and ours.sampler.cuda_graph,
     )
 
 
-class _SavedBytes:
-    """Adds up what autograd keeps for the backward: each storage once, weights not at all."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.total = 0
-        self._seen = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-        self._alive: list[Tensor] = []  # a freed storage's address could be given to the next one
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self._alive.append(tensor)
-            self.total += storage.nbytes()
-        return tensor
-
-
-def _inputs(model: StableDiffusion | StableDiffusionXL, unet: UNet2DConditionModel, resolution: int, batch: int,
+def _inputs(model: Model, unet: UNet2DConditionModel, resolution: int, samples: int,
             dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What `model.denoise` takes beside the network, for so many samples, on the meta device."""
     size = resolution // model.vae_scale_factor
     make = {"device": "meta", "dtype": dtype}
-    conditions = {"prompt_embeds": torch.empty(batch, 77, unet.config.cross_attention_dim, **make)}
+    conditions = {"prompt_embeds": torch.empty(samples, 77, unet.config.cross_attention_dim, **make)}
     if unet.config.addition_embed_type == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        conditions["pooled"] = torch.empty(batch, pooled, **make)
-    timesteps = torch.empty(batch, device="meta", dtype=torch.long)
-    return torch.empty(batch, model.latent_channels, size, size, **make), timesteps, conditions
+        conditions["pooled"] = torch.empty(samples, pooled, **make)
+    timesteps = torch.empty(samples, device="meta", dtype=torch.long)
+    return torch.empty(samples, model.latent_channels, size, size, **make), timesteps, conditions

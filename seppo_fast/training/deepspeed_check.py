@@ -15,7 +15,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
-from seppo_fast.configfile import explain, nearest, unknown
+from seppo_fast.configfile import explain_all, nearest, unknown
 
 MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config,
@@ -64,7 +64,7 @@ def _refused(name: str, model: type[BaseModel], section: Mapping[str, Any]) -> l
     try:
         model(**section)
     except ValidationError as error:
-        return [explain(item, model, name) for item in error.errors()]
+        return explain_all(error, model, name)
     except (TypeError, ValueError, AssertionError) as error:
         return [f"{name}: {error}"]
     return []

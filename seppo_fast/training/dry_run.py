@@ -6,26 +6,36 @@ from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan
 from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
 from seppo_fast.models import is_hub_id, open_model
+from seppo_fast.models.known import known_model
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config
 from seppo_fast.training.plan import cache_bytes, plan
+from seppo_fast.training.time_plan import load_rates, time_plan
 
 
-def dry_run(config: Config, world: int) -> str:
-    """The plan, and what is still to be provided; raises `UserError` for what is there and wrong."""
+def dry_run(config: Config, world: int, rates: str | None = None) -> str:
+    """The plan, and what is still to be provided; raises `UserError` for what is there and wrong.
+
+    `rates` is a file of a device's measured speed, beside the shipped ones.
+    """
     ours = config.seppo
     batch = batch_plan(config.deepspeed, world)
     check_engine_config(config, batch)
-    cost, row_bytes, rows, missing = None, None, None, []
-    if not is_hub_id(ours.model.path):  # a dry run fetches nothing
+    known_rates = load_rates(rates)
+    cost, row_bytes, rows, times, missing = None, None, None, [], []
+    if is_hub_id(ours.model.path):  # a dry run fetches nothing
+        model = known_model(ours.model.path)
+        missing.append(f"seppo.model.path {ours.model.path} is no directory here: it will be looked up on the hub, and "
+                       + ("compute, memory and time are those of the model published under this name" if model else
+                          "compute, memory and time cannot be estimated before"))
+    else:
         model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant)
+    if model is not None:
         table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
         cost = estimate(model, config, batch, len(table.timesteps))
         row_bytes = cache_bytes(model, config)
-    else:
-        missing.append(f"seppo.model.path {ours.model.path} is no directory here: it will be looked up on the hub, and compute and"
-                       " memory cannot be estimated before")
+        times = [time_plan(config, batch, cost, model, known_rates)]
     if ours.data.source is None:
         missing.append(SOURCE_NOT_SET)
     elif is_hub_dataset(ours.data):
@@ -34,5 +44,5 @@ def dry_run(config: Config, world: int) -> str:
         rows = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed).count
     if (Path(ours.output_dir) / "run.json").exists():
         missing.append(f"{ours.output_dir} already holds a run: go on with it by --resume auto, or choose another seppo.output_dir")
-    lines = [plan(config, batch, cost, row_bytes, rows), *(f"before you train: {line}" for line in missing)]
+    lines = [plan(config, batch, cost, row_bytes, rows), *times, *(f"before you train: {line}" for line in missing)]
     return "\n".join([*lines, "dry run: nothing was trained or written"])

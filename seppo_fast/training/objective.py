@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from seppo_fast.models import Conditions
-from seppo_fast.ops import seppo_loss
+from seppo_fast.ops import per_sample_mse, seppo_loss
 
 Denoise = Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
 
@@ -23,6 +24,16 @@ class Pairs:
     noise: Tensor  # (2B, C, h, w), or (B, C, h, w) when both halves share it
     timesteps: Tensor  # (B,) one a pair
     conditions: Conditions  # (B, ...)
+    ref_mse: Tensor | None = None  # (2B,) fp32, the reference's errors, where they are known already
+
+
+class Noised(NamedTuple):
+    """What policy and reference are both asked, for all samples of a micro-batch, and what they should answer."""
+
+    latents: Tensor  # (2B, C, h, w)
+    timesteps: Tensor  # (2B,)
+    conditions: Conditions  # (2B, ...)
+    target: Tensor  # (2B, C, h, w), or (B, C, h, w) when both halves share it
 
 
 @dataclass(frozen=True)
@@ -39,32 +50,46 @@ class Objective:
     def __call__(self, policy: nn.Module, reference: nn.Module | None, pairs: Pairs, upstream: float) -> tuple[Tensor, Tensor]:
         """The scalar loss, and `(B, 6)` detached: MSEs of policy (w, l) and reference (w, l), sign, logit; `(B, 1)` for SFT.
 
-        `upstream` is the gradient that backward will be called with. A loss that is not finite has no finite gradients.
+        `upstream` is the gradient that backward will be called with. A loss that is not finite has no finite gradients. The
+        reference is not called where the pairs bring its errors. It is None where the policy still is its reference: it
+        would answer the same. Nothing waits for the device.
         """
+        noised = self._noised(pairs)
+        model_pred = self._predict(policy, noised)
+        if self.flipper is None:
+            mse = mse_loss(model_pred.float(), noised.target.float(), reduction="none").flatten(1).mean(dim=1)
+            return finite_or_nan(mse.mean()), mse.detach()[:, None]
+        if reference is None:
+            given = {"ref_pred": model_pred.detach()}
+        elif pairs.ref_mse is not None:
+            given = {"ref_mse": pairs.ref_mse}
+        else:
+            with torch.no_grad():
+                given = {"ref_pred": self._predict(reference, noised)}
+        loss, stats = seppo_loss(model_pred, target=noised.target, beta=self.beta, flipper=self.flipper, grad_scale=upstream,
+                                 return_stats=True, **given)
+        columns = [*stats.model_mse.chunk(2), *stats.ref_mse.chunk(2), stats.sign, stats.logits]
+        return loss, torch.stack(columns, dim=1)
+
+    @torch.no_grad()
+    def score(self, reference: nn.Module, pairs: Pairs) -> Tensor:
+        """`(B, 2)` fp32: the reference's MSEs on winner and loser, the ones that `__call__` would compare with."""
+        noised = self._noised(pairs)
+        return per_sample_mse(self._predict(reference, noised), noised.target).unflatten(0, (2, -1)).T
+
+    def _noised(self, pairs: Pairs) -> Noised:
         halves = len(pairs.latents) // len(pairs.timesteps)
         timesteps = pairs.timesteps.repeat(halves)
         noise = torch.cat([pairs.noise] * (len(pairs.latents) // len(pairs.noise)))
         conditions = {name: torch.cat([value] * halves) for name, value in pairs.conditions.items()}
-        noisy = self.scheduler.add_noise(pairs.latents, noise, timesteps)
+        target = pairs.noise
         if self.scheduler.config.prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(pairs.latents, noise, timesteps)
-        else:
-            target = pairs.noise
+        return Noised(self.scheduler.add_noise(pairs.latents, noise, timesteps), timesteps, conditions, target)
 
-        model_pred = self._predict(policy, noisy, timesteps, conditions)
-        if self.flipper is None:
-            mse = mse_loss(model_pred.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
-            return finite_or_nan(mse.mean()), mse.detach()[:, None]
-        with torch.no_grad():
-            ref_pred = self._predict(reference, noisy, timesteps, conditions)
-        loss, stats = seppo_loss(model_pred, ref_pred, target, self.beta, flipper=self.flipper, grad_scale=upstream,
-                                 return_stats=True)
-        columns = [*stats.model_mse.chunk(2), *stats.ref_mse.chunk(2), stats.sign, stats.logits]
-        return loss, torch.stack(columns, dim=1)
-
-    def _predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        with self.precision(noisy.device):
-            return self.denoise(module, noisy.to(self.dtype), timesteps, conditions)
+    def _predict(self, module: nn.Module, noised: Noised) -> Tensor:
+        with self.precision(noised.latents.device):
+            return self.denoise(module, noised.latents.to(self.dtype), noised.timesteps, noised.conditions)
 
     def precision(self, device: torch.device) -> AbstractContextManager:
         """The mode in which policy and reference both run: a rounding difference between them would decide the first signs."""

@@ -15,6 +15,10 @@ from seppo_fast.models import Conditions
 from seppo_fast.seeds import generator, normal
 from seppo_fast.training.objective import Pairs
 
+# What the reference has made for a slot, on the CPU: "loser", its sample (C, h, w), scaled latents; "ref_mse" (2,) fp32, its
+# errors on the pair's winner and loser, where they are computed ahead of the training.
+Made = Mapping[int, dict[str, Tensor]]
+
 
 class PairSource:
     """Winners and prompt embeddings from the cache, losers from the cache (`dpo`) or from what the reference made."""
@@ -24,33 +28,35 @@ class PairSource:
         self.cache, self.settings, self.scaling_factor = cache, settings, scaling_factor
         self.num_timesteps, self.device, self.dtype = num_timesteps, device, dtype
         self.order = Order(len(cache), settings.seed)
-        self.unconditional = self._to_device(cache.embeddings([0]))
+        self.unconditional = self._embeddings([0])
 
-    def pairs(self, slots: Sequence[int], losers: Mapping[int, Tensor]) -> Pairs:
-        """The micro-batch of these slots; `losers` are the reference samples by slot, scaled latents."""
+    def pairs(self, slots: Sequence[int], made: Made) -> Pairs:
+        """The micro-batch of these slots, with what the reference has made for them; copied without waiting for the device."""
         seed = self.settings.seed
         rows = self.cache.rows([self.order.row(slot) for slot in slots])
         latents = [self._latents(rows.mean, rows.std, "posterior", slots)]
         if self.settings.method == "dpo":
             latents.append(self._latents(rows.loser_mean, rows.loser_std, "loser posterior", slots))
         elif self.settings.method != "sft":
-            latents.append(torch.stack([losers[slot] for slot in slots]))
+            latents.append(torch.stack([made[slot]["loser"] for slot in slots]))
         noise = [normal(self.cache.shape, seed, "noise", slots)]
         if len(latents) == 2 and self.settings.noise == "independent":
             noise.append(normal(self.cache.shape, seed, "loser noise", slots))
         timesteps = [torch.randint(self.num_timesteps, (), generator=generator(seed, "timestep", slot)) for slot in slots]
         prompts = [0 if self._dropped(slot) else prompt for slot, prompt in zip(slots, rows.prompts, strict=True)]
-        return Pairs(torch.cat(latents).to(self.device), torch.cat(noise).to(self.device),
-                     torch.stack(timesteps).to(self.device), self._to_device(self.cache.embeddings(prompts)))
+        scores = [made[slot]["ref_mse"] for slot in slots if "ref_mse" in made.get(slot, ())]
+        return Pairs(self._to_device(torch.cat(latents)), self._to_device(torch.cat(noise)),
+                     self._to_device(torch.stack(timesteps)), self._embeddings(prompts),
+                     self._to_device(torch.stack(scores, dim=1).flatten()) if scores else None)
 
     def prompts(self, slots: Sequence[int]) -> Conditions:
         """Prompt embeddings of these slots, never dropped: what the reference is asked for."""
         rows = [self.order.row(slot) for slot in slots]
-        return self._to_device(self.cache.embeddings(self.cache.prompts.of_row[rows]))
+        return self._embeddings(self.cache.prompts.of_row[rows])
 
     def initial_noise(self, slots: Sequence[int]) -> Tensor:
         """`(B, C, h, w)` from which the reference samples of these slots start."""
-        return normal(self.cache.shape, self.settings.seed, "initial noise", slots).to(self.device)
+        return self._to_device(normal(self.cache.shape, self.settings.seed, "initial noise", slots))
 
     def _latents(self, mean: Tensor, std: Tensor, purpose: str, slots: Sequence[int]) -> Tensor:
         if self.settings.data.posterior == "sample":
@@ -61,5 +67,10 @@ class PairSource:
         chance = self.settings.caption_dropout
         return chance > 0 and torch.rand((), generator=generator(self.settings.seed, "dropout", slot)).item() < chance
 
-    def _to_device(self, conditions: Conditions) -> Conditions:
-        return {name: value.to(self.device, self.dtype) for name, value in conditions.items()}
+    def _embeddings(self, prompts: Sequence[int]) -> Conditions:
+        return {name: self._to_device(value.to(self.dtype)) for name, value in self.cache.embeddings(prompts).items()}
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":  # from pageable memory the copy would wait for all that the device still has to do
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)

@@ -11,7 +11,8 @@ from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import cache_root, latent_shape
 from seppo_fast.models import StableDiffusion, StableDiffusionXL
 from seppo_fast.training.cost import Cost
-from seppo_fast.training.engine import pool_dtype
+from seppo_fast.training.engine import engine_config, pool_dtype, precision
+from seppo_fast.training.engine_bytes import adam_temporaries, uses_bf16_optimizer
 
 
 def cache_bytes(model: StableDiffusion | StableDiffusionXL, config: Config) -> int:
@@ -42,21 +43,61 @@ def plan(config: Config, batch: Batch, cost: Cost | None, row_bytes: int | None,
                        f" {ours.checkpoint.keep_last} kept",
     }
     if samples:
+        size = "a size that is measured" if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
         lines["reference samples"] = (f"{samples} in all, {batch.size} an update; {ours.sampler.solver},"
-                                      f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}, in batches of"
-                                      f" {ours.sampler.batch_size}")
+                                      f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}, in batches of {size}")
     if method.references:
         size = "" if cost is None else f", {_gb(cost.trained * pool_dtype(config).itemsize)} each"
         kept = f"{ours.pool.host_memory_gb:g} GB of host memory, the rest on disk"
         lines["pool"] = f"{ours.iterations + 1} past policies at the end{size}; {kept}"
     if cost:
-        lines["compute"] = (f"{cost.forward / 1e12:.3g} TFLOP a forward, {(cost.sampling + cost.training) / 1e12:.3g} a pair,"
+        lines["compute"] = (f"{cost.forward / 1e12:.3g} TFLOP a forward, {cost.pair / 1e12:.3g} a pair,"
                             f" {cost.sampling_share:.0%} of it for reference samples")
-        lines["memory a rank"] = (f"about {_gb(cost.memory)}: weights {_gb(cost.weights)}, gradients {_gb(cost.gradients)},"
-                                  f" optimizer {_gb(cost.optimizer)}, reference {_gb(cost.reference)}, activations"
-                                  f" {_gb(cost.activations)} (an estimate, without the allocator's slack)")
+        lines["memory a rank"], lines["of it"] = _memory(config, cost)
+    for number, line in enumerate(advice(config, batch, cost), 1):
+        lines[f"advice {number}"] = line
     width = max(map(len, lines))
     return "\n".join([f"seppo_fast {__version__}: the plan", *(f"  {k:<{width}}  {v}" for k, v in lines.items())])
+
+
+def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
+    """What DeepSpeed's settings cost without need, as read in its source (0.19) and, where two ranks are not needed, tested."""
+    raw = engine_config(config, batch)
+    dtype, stage = precision(raw).dtype, int(raw.get("zero_optimization", {}).get("stage", 0))
+    offload = (raw.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
+    lines = []
+    if stage >= 2 and batch.world > 1 and batch.accumulation > 1:
+        size = "" if cost is None else f" ({_gb(cost.trained * dtype.itemsize)})"
+        lines.append(f"zero_optimization.stage {stage} reduces the gradients{size} between the ranks in each of the"
+                     f" {batch.accumulation} micro-batches of an update; stage 1 does so once")
+    if dtype.itemsize < 4 and batch.accumulation > 1 and raw.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+        lines.append(f"gradients of {batch.accumulation} micro-batches are summed in {str(dtype).removeprefix('torch.')};"
+                     " data_types.grad_accum_dtype fp32 sums them exactly, for more memory")
+    if uses_bf16_optimizer(raw):
+        if raw.get("communication_data_type") != "fp32":
+            lines.append("the fp32 gradient sums are rounded to bf16 before they are reduced, on one rank too; not so with"
+                         ' "communication_data_type": "fp32"')
+        if not raw["bf16"].get("immediate_grad_update"):
+            size = "" if cost is None else f" of {_gb(2 * cost.trained)}"
+            lines.append("gradients are kept in bf16 beside their fp32 sums; bf16.immediate_grad_update true saves that"
+                         f" copy{size}")
+    if adam_temporaries(raw) and not offload:
+        size = "" if cost is None else f" {_gb(adam_temporaries(raw) * cost.trained // (batch.world if stage else 1))}"
+        lines.append(f"optimizer.params.fused true saves{size or ' memory'} at the optimizer's update, and many launches")
+    return lines
+
+
+def _memory(config: Config, cost: Cost) -> tuple[str, str]:
+    """How much, and what it is made of."""
+    peaks = ", ".join(f"{name} {_gb(size)}" for name, size in cost.peaks.items())
+    graph = f", and {_gb(cost.sampler)} stay with the sampler's CUDA graph" if cost.graph else ""
+    bucket = f", buckets {_gb(cost.bucket)}" if cost.bucket else ""
+    sampler = f", sampler {_gb(cost.sampler)}" if cost.sampling else ""
+    if config.seppo.sampler.batch_size == "auto" and cost.sampling:
+        sampler += " a sample (batch_size auto: as many as pay and fit)"
+    parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}, optimizer {_gb(cost.optimizer)}, gradients"
+             f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}")
+    return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts} (kernels' workspaces and the allocator's slack apart)"
 
 
 def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:

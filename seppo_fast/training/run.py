@@ -1,6 +1,8 @@
 """A run from its configuration to `final/`: what Algorithm 1 needs, in the order in which it can be had."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +19,10 @@ from seppo_fast.errors import UserError
 from seppo_fast.models import StableDiffusion, StableDiffusionXL, open_model
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import add_lora, share_frozen
+from seppo_fast.models.prepare import prepare_unets
 from seppo_fast.reference.pool import Pool
-from seppo_fast.reference.solver import solver_table
+from seppo_fast.reference.sampler import Sampler
+from seppo_fast.reference.solver import SolverTable, solver_table
 from seppo_fast.training import checkpoint
 from seppo_fast.training.card import model_card
 from seppo_fast.training.checkpoint import State
@@ -26,7 +30,7 @@ from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine
 from seppo_fast.training.folder import RunFolder, open_folder
 from seppo_fast.training.metrics import keep_rows
-from seppo_fast.training.objective import Objective
+from seppo_fast.training.objective import Denoise, Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.plan import cache_bytes, plan
 from seppo_fast.training.ranks import Ranks, StopSignals
@@ -56,23 +60,24 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) 
     if ranks.rank == 0:
         print(f"{len(cache)} demonstrations are usable", flush=True)
 
-    policy, reference = load_policies(model, config, ranks)
+    policy, reference = load_policies(model, config, cache.shape[1:], ranks)
     engine = start_engine(policy, config, batch)
     if reference is not None and ours.model.lora:
         share_frozen(reference, engine.module)  # before it moves: its own base need not fit beside the policy's
     if reference is not None:
         reference.to(ranks.device)
-    objective = Objective(model.denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta, ours.flipper,
-                          *precision(config.deepspeed))
+    objective = Objective(denoiser(model, ours.model.channels_last), DDPMScheduler.from_config(model.scheduler_config), ours.beta,
+                          ours.flipper, *precision(config.deepspeed))
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
-    losers = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
+    sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
+    made = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     trainer = Trainer(
         settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs, reference=reference,
-        pool=open_pool(config, folder, engine, state, ranks), table=table.to(ranks.device),
+        pool=open_pool(config, folder, engine, state, ranks), sampler=sampler,
         grids=prepare_grids(model, config, cache, folder, ranks),
         reporter=Reporter(folder.path, ours.iterations * ours.updates_per_iteration, state.update,
                           engine.monitor, ranks.rank),
-        signals=signals, folder=folder.path, state=state, losers=losers,
+        signals=signals, folder=folder.path, state=state, made=made,
     )
     try:
         trainer.train()
@@ -115,7 +120,7 @@ def begin(folder: RunFolder, state: State, cache: LatentCache, ranks: Ranks) -> 
         (folder.path / "config.json").write_text(json.dumps(state.config, indent=2) + "\n")
 
 
-def load_policies(model: Model, config: Config, ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
+def load_policies(model: Model, config: Config, latents: tuple[int, int], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
     """The policy, for the engine, and one reference of the same architecture and dtype outside it (for grids, too)."""
     ours = config.seppo
     dtype = precision(config.deepspeed).dtype
@@ -129,7 +134,32 @@ def load_policies(model: Model, config: Config, ranks: Ranks) -> tuple[nn.Module
             add_lora(unet, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    prepare_unets([*filter(None, (policy, reference))], ours.model, latents, precision(config.deepspeed).autocast or dtype,
+                  ranks.device, teller(ranks), ranks.largest)
     return policy, reference
+
+
+def teller(ranks: Ranks) -> Callable[[str], None]:
+    """What prints a line once for all ranks."""
+    return partial(print, flush=True) if ranks.rank == 0 else lambda line: None
+
+
+def open_sampler(config: Config, batch: Batch, objective: Objective, reference: nn.Module, table: SolverTable, pairs: PairSource,
+                 ranks: Ranks) -> Sampler:
+    """What draws from `reference`. All ranks take the smallest of their batch sizes: each step asks all of them for signals."""
+    ours = config.seppo
+    sampler = Sampler(reference, objective.denoise, table.to(ranks.device), pairs.unconditional, ours.sampler, objective.dtype,
+                      objective.autocast, teller(ranks))
+    updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
+    sampler.fit(pairs.cache.shape, updates * batch.size // batch.world, agree=lambda size: -ranks.largest(-size))
+    return sampler
+
+
+def denoiser(model: Model, channels_last: bool) -> Denoise:
+    """How policy and reference are called. Only activations change their layout: DeepSpeed keeps the policy's weights flat."""
+    if not channels_last:
+        return model.denoise
+    return lambda unet, latents, *given: model.denoise(unet, latents.contiguous(memory_format=torch.channels_last), *given)
 
 
 def open_pool(config: Config, folder: RunFolder, engine: DeepSpeedEngine, state: State, ranks: Ranks) -> Pool | None:
@@ -164,7 +194,7 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunF
     conditions = {name: value.to(dtype) for name, value in embed(repeated).items()}
     del embed
     give_back_memory()
-    return Grids(folder.path / "samples", model, samples, conditions, cache.shape, ranks.device, ours.sampler.batch_size)
+    return Grids(folder.path / "samples", model, samples, conditions, cache.shape, ranks.device)
 
 
 def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: int) -> Path:

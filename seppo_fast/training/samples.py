@@ -24,18 +24,14 @@ class Grids:
     conditions: Conditions
     shape: tuple[int, int, int]
     device: torch.device
-    batch_size: int
 
     def write(self, update: int, draw: Callable[[Tensor, Conditions], Tensor]) -> Path:
         """Draw and decode every sample, write `update_00000030.png`."""
         count = len(self.settings.prompts) * self.settings.per_prompt
         noise = normal(self.shape, self.settings.seed, "grid", range(count)).to(self.device)
-        images = []
+        latents = draw(noise, self.conditions)
         vae = self._vae.to(self.device)
-        for start in range(0, count, self.batch_size):
-            some = slice(start, start + self.batch_size)
-            latents = draw(noise[some], {name: value[some] for name, value in self.conditions.items()})
-            images += [self.model.decode(vae, latent).cpu() for latent in latents.split(1)]  # pixels are large beside a trainer
+        images = [self.model.decode(vae, latent).cpu() for latent in latents.split(1)]  # pixels are large beside a trainer
         vae.to("cpu")  # the memory is the training's
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"update_{update:08d}.png"

@@ -1,10 +1,9 @@
 """SePPO (Algorithm 1); other rows of the methods' table make the same loop SPIN, DITTO, Diffusion-DPO or SFT."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch
 from seppo_fast.errors import UserError
-from seppo_fast.models import Conditions
+from seppo_fast.reference.batching import even
 from seppo_fast.reference.pool import Pool, pick
-from seppo_fast.reference.sampler import sample
-from seppo_fast.reference.solver import SolverTable
+from seppo_fast.reference.sampler import Sampler
 from seppo_fast.seeds import generator
 from seppo_fast.training import checkpoint
+from seppo_fast.training.ahead import ahead
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.engine import Step, policy_weights, step, upstream_gradient
 from seppo_fast.training.metrics import peak_memory_gb, summarise
@@ -32,7 +31,7 @@ from seppo_fast.training.samples import Grids
 
 @dataclass
 class Trainer:
-    """One run. `reference` and `pool` are None for SFT; `losers` are reference samples by slot, scaled latents on the CPU."""
+    """One run. `reference`, `sampler`, `pool` are None for SFT; `made` is what the reference made for slots not trained on yet."""
 
     settings: Seppo
     batch: Batch
@@ -42,13 +41,13 @@ class Trainer:
     pairs: PairSource
     reference: nn.Module | None
     pool: Pool | None
-    table: SolverTable
+    sampler: Sampler | None
     grids: Grids | None
     reporter: Reporter
     signals: StopSignals
     folder: Path
     state: State
-    losers: dict[int, Tensor] = field(default_factory=dict)
+    made: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     reference_index: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -61,7 +60,7 @@ class Trainer:
             for k in range(self.iteration_of(self.state.update), self.settings.iterations + 1):  # line 1
                 self.take_reference(k)  # line 2
                 for update in range(self.state.update, k * self.settings.updates_per_iteration):
-                    self.generate_losers(k, update)  # line 3
+                    self.ask_reference(k, update)  # line 3
                     done = self.update_policy(update)  # line 4
                     self.finish_update(k, *done)
         except Stop as stop:
@@ -77,42 +76,69 @@ class Trainer:
         if self.pool is not None:
             self.reference_index = pick(self.settings.reference, k, self.settings.seed)
             self.pool.load_into(self.reference_index, self.reference)
+            self.pool.prefetch(pick(self.settings.reference, k + 1, self.settings.seed))
 
-    def generate_losers(self, k: int, update: int) -> None:
-        """Line 3: the reference's samples for this update's prompts, or for all that is left of the iteration."""
-        if METHODS[self.settings.method].losers != "reference":
+    def ask_reference(self, k: int, update: int) -> None:
+        """Line 3: the reference's samples, and its scores if `rollout`, for this update or for what is left of the iteration."""
+        if METHODS[self.settings.method].losers != "reference" and self.settings.reference_score == "online":
             return
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
-        slots = [slot for u in range(update, last) for slot in self.slots(u) if slot not in self.losers]
-        with self.timed("sampling"), self.reporter.sampling(len(slots)) as progress:
-            for some in chunks(slots, self.settings.sampler.batch_size):
-                latents = self.draw(self.pairs.initial_noise(some), self.pairs.prompts(some), self.check_signals)
-                self.losers.update(zip(some, latents.cpu(), strict=True))
+        window = [slot for u in range(update, last) for slot in self.slots(u)]
+        slots = [slot for slot in window if slot not in self.made]
+        with self.timed("sampling"), self.reference_on_device(), self.reporter.sampling(len(slots)) as progress:
+            for some in chunks(slots, even(len(window), self.sampler.batch_size)):
+                self.made.update(self.ask(some))
                 progress.update(len(some))
+
+    def ask(self, slots: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """What the reference makes for a batch of slots, on the CPU; scored in such large batches as it samples in."""
+        made: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
+        if METHODS[self.settings.method].losers == "reference":
+            latents = self.sampler.draw(self.pairs.initial_noise(slots), self.pairs.prompts(slots), self.check_signals)
+            for slot, loser in zip(slots, latents.cpu(), strict=True):
+                made[slot]["loser"] = loser
+        if self.settings.reference_score == "rollout":
+            errors = self.objective.score(self.reference, self.pairs.pairs(slots, made))
+            for slot, pair in zip(slots, errors.cpu(), strict=True):
+                made[slot]["ref_mse"] = pair
+        return made
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:
         """Line 4: one optimizer update over the accumulation window; returns how it went and all ranks' per-pair table."""
         # For dropout: an update that is begun anew after a stop in its middle must draw the same.
         torch.manual_seed(generator(self.settings.seed, "dropout", update, self.ranks.rank).initial_seed())
-        tables = []
-        micro_batches = list(chunks(self.slots(update), self.batch.micro))
-        for slots in micro_batches:
-            with self.timed("data"):
-                pairs = self.pairs.pairs(slots, self.losers)
-            with self.timed("training"):
-                loss, table = self.objective(self.engine, self.reference, pairs, upstream_gradient(self.engine))
-                self.engine.backward(loss)
-                done = step(self.engine)
-            tables.append(table)
-            if slots is not micro_batches[-1]:  # after the last one the update is made and must be counted first
-                self.check_signals()
+        tables, done, reference = [], None, None if self.still_is_reference(update) else self.reference
+        micro_batches = ahead(lambda slots: self.pairs.pairs(slots, self.made), chunks(self.slots(update), self.batch.micro),
+                              self.ranks.device)
+        with closing(micro_batches):
+            while done is None:
+                with self.timed("data"):
+                    pairs = next(micro_batches)
+                with self.timed("training"):
+                    loss, table = self.objective(self.engine, reference, pairs, upstream_gradient(self.engine))
+                    self.engine.backward(loss)
+                    done = step(self.engine)
+                tables.append(table)
+                if done is None:  # after the last one the update is made and must be counted first
+                    self.check_signals()
         with self.timed("training"):
             return done, self.ranks.gather(torch.cat(tables).cpu())
+
+    def still_is_reference(self, update: int) -> bool:
+        """Whether scores made ahead are of the policy as it is now: an iteration's first update, against the latest policy.
+
+        There every pair is a tie by definition. Two computations of the same error in batches of other sizes would be told
+        apart by their rounding, and the flipper would take that for an answer.
+        """
+        exact = self.pool is not None and self.pool.dtype.itemsize >= self.objective.dtype.itemsize
+        drops = self.settings.model.lora is not None and self.settings.model.lora.dropout > 0
+        latest = self.reference_index == self.iteration_of(update) - 1 and update % self.settings.updates_per_iteration == 0
+        return self.settings.reference_score == "rollout" and exact and latest and not drops
 
     def finish_update(self, k: int, done: Step, table: Tensor) -> None:
         """Count the update, report it, and at its turn add the policy to the pool, write a checkpoint, draw a grid."""
         for slot in self.slots(self.state.update):
-            self.losers.pop(slot, None)
+            self.made.pop(slot, None)
         self.state.update += 1
         self.state.skipped += done.skipped
         lost = done.skipped and not (done.harmless and bool(table.isfinite().all()))
@@ -143,12 +169,6 @@ class Trainer:
         """Raise `Stop` on all ranks once one of them was signalled."""
         self.signals.check(self.ranks)
 
-    def draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None] = lambda: None) -> Tensor:
-        """`(B, C, h, w)` scaled latents by the model that is in `reference`."""
-        with self.objective.precision(noise.device):
-            return sample(partial(self.objective.denoise, self.reference), self.table, noise, conditions,
-                          self.pairs.unconditional, self.settings.sampler.guidance_scale, self.objective.dtype, before_step)
-
     def draw_grid(self) -> None:
         """Samples of the present policy from fixed prompts and noise; passes through the reference model's storage."""
         if not self.settings.samples.every:
@@ -159,12 +179,13 @@ class Trainer:
                 for name, parameter in self.reference.named_parameters():
                     if name in weights:
                         parameter.copy_(weights[name])
-            self.grids.write(self.state.update, self.draw)
+            with self.reference_on_device():
+                self.grids.write(self.state.update, self.sampler.draw)
         self.ranks.barrier()
 
     def save(self) -> Path:
         """A checkpoint of this moment; in the middle of a window, of the window's start and the samples made for it."""
-        return checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.losers, self.ranks,
+        return checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.made, self.ranks,
                                self.settings.checkpoint.keep_last)
 
     def report(self, k: int, done: Step, table: Tensor) -> None:
@@ -191,6 +212,20 @@ class Trainer:
             f" checkpoint: {good[-1] if good else 'none yet'}. Lower optimizer.params.lr or seppo.beta, clip gradients,"
             " or train in bf16 or fp32"
         )
+
+    @contextmanager
+    def reference_on_device(self) -> Iterator[None]:
+        """The reference on this rank's device; before and after it lies in host memory if no training step asks it.
+
+        That is so with a whole iteration's scores made ahead. A LoRA's reference shares the policy's base, and stays.
+        """
+        rests = (self.settings.reference_score == "rollout" and self.settings.sampler.window == "iteration"
+                 and self.settings.model.lora is None)
+        self.reference.to(self.ranks.device)
+        yield
+        if rests:
+            self.sampler.release()
+            self.reference.to("cpu")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

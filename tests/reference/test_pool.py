@@ -248,6 +248,59 @@ def test_adding_again_replaces(tmp_path):
     assert small.indices() == [0, 2], "what was added again counts as used"
 
 
+def test_reading_ahead(tmp_path):
+    """What was prefetched is loaded without its file, counts as used last, and a fault in it shows when it is loaded."""
+    size = sum(p.nbytes for p in network(0).parameters())
+    writer, reference = Pool(tmp_path, torch.float32, 0), network(99)
+    for i in range(4):
+        writer.add(i, weights(network(i)), write=True)
+    pool = Pool(tmp_path, torch.float32, 2 * size)
+    pool.prefetch(3)
+    pool.prefetch(2)  # instead
+    pool.load_into(1, reference)  # another in between
+    assert same(reference, state(network(1)))
+    pool.load_into(2, reference)
+    assert same(reference, state(network(2)))
+    (tmp_path / "policy_00002.safetensors").unlink()
+    pool.prefetch(7)  # not there yet
+    pool.prefetch(1)
+    pool.load_into(0, reference)
+    assert same(reference, state(network(0))), "another may be taken than was thought"
+    pool.load_into(2, reference)
+    assert same(reference, state(network(2)))
+    (tmp_path / "policy_00003.safetensors").write_bytes(b"torn")
+    pool.prefetch(3)
+    with pytest.raises(UserError, match="policy_00003.safetensors: cannot be read"):
+        pool.load_into(3, reference)
+    writer.prefetch(0)  # does not fit
+    (tmp_path / "policy_00000.safetensors").unlink()
+    with pytest.raises(UserError, match="past policy 0 is not there"):
+        writer.load_into(0, reference)
+
+
+def test_what_is_added_or_forgotten_meanwhile_is_not_taken_from_the_file(tmp_path):
+    pool, reference = Pool(tmp_path, torch.float32, GIGABYTE), network(99)
+    Pool(tmp_path, torch.float32, 0).add(0, weights(network(0)), write=True)
+    pool.prefetch(0)
+    pool.add(0, weights(network(1)), write=False)
+    pool.load_into(0, reference)
+    assert same(reference, state(network(1)))
+    Pool(tmp_path, torch.float32, 0).add(1, weights(network(0)), write=True)
+    pool.prefetch(1)
+    pool.truncate(0)
+    with pytest.raises(UserError, match="past policy 1 is not there"):
+        pool.load_into(1, reference)
+
+
+@pytest.mark.parametrize("host", [0, GIGABYTE])
+def test_a_swap_says_what_it_cost(tmp_path, host):
+    pool = Pool(tmp_path, torch.bfloat16, host)
+    pool.add(0, weights(network(0)), write=True)
+    assert pool.last_swap is None
+    pool.load_into(0, network(1))
+    assert pool.last_swap.bytes == 2 * sum(p.numel() for p in network(0).parameters()) and pool.last_swap.seconds > 0
+
+
 def test_an_empty_pool(tmp_path):
     pool = Pool(tmp_path / "none", torch.float32, 0)
     assert pool.indices() == []
@@ -323,7 +376,7 @@ def test_a_moved_parameter_is_noticed(tmp_path):
     class Moving(nn.Parameter):
         """Stands for any wrapper that answers `copy_` with new storage."""
 
-        def copy_(self, other):
+        def copy_(self, other, non_blocking=False):
             self.data = other.clone()
             return self
 

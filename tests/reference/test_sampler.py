@@ -1,126 +1,248 @@
-"""The sampling loop: guidance, dtypes, batches, and that it never waits for the device."""
+"""The sampler: any number of samples, compiled or not, fused or not, and nobody else sees what it does to the network."""
+
+import warnings
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 
-from seppo_fast.reference import SolverTable, sample, solver_table
+from seppo_fast.config import Lora
+from seppo_fast.config import Sampler as Settings
+from seppo_fast.errors import UserError
+from seppo_fast.models.lora import add_lora
+from seppo_fast.reference import Pool, Sampler, sample, solver_table
 
 SCHEDULE = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
             "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1}
+TABLE = solver_table(SCHEDULE, "ddim", 3)
 
 
-@pytest.fixture(scope="module")
-def unet():
-    torch.manual_seed(0)
+def network(seed=0):
+    torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
         cross_attention_dim=12, attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")).eval()
 
 
-def denoiser(unet):
-    return lambda latents, t, conditions: unet(latents, t, encoder_hidden_states=conditions["prompt_embeds"]).sample
+class Counting:
+    """A denoiser that keeps the number of rows of each call and the dtype that it computed in."""
+
+    def __init__(self):
+        self.rows, self.dtypes = [], []
+
+    def __call__(self, unet, latents, t, conditions):
+        out = unet(latents, t, encoder_hidden_states=conditions["prompt_embeds"], return_dict=False)[0]
+        self.rows.append(len(latents))
+        self.dtypes.append(out.dtype)
+        return out
 
 
-def given(batch, seed=0):
+def denoise(unet, latents, t, conditions):
+    return unet(latents, t, encoder_hidden_states=conditions["prompt_embeds"], return_dict=False)[0]
+
+
+UNCONDITIONAL = {"prompt_embeds": torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(7))}
+
+
+def given(count, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, 4, 8, 8, generator=g), {"prompt_embeds": 3 * torch.randn(batch, 5, 12, generator=g)},
-            {"prompt_embeds": 3 * torch.randn(1, 5, 12, generator=g)})
+    return torch.randn(count, 4, 8, 8, generator=g), {"prompt_embeds": 3 * torch.randn(count, 5, 12, generator=g)}
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5, 7.5])
-def test_equals_the_loop_of_a_diffusers_pipeline(unet, guidance):
-    noise, conditions, unconditional = given(3)
-    scheduler = DDIMScheduler.from_config(SCHEDULE)
-    scheduler.set_timesteps(8)
-    latents = noise
+def sampler(unet, denoise=denoise, autocast=None, say=lambda text: None, **settings):
+    settings = Settings(**{"steps": 3, "guidance_scale": 2.5, "batch_size": 4} | settings)
+    return Sampler(unet, denoise, TABLE, UNCONDITIONAL, settings, torch.float32, autocast, say)
+
+
+def expected(unet, noise, conditions, guidance=2.5):
+    return sample(lambda *given: denoise(unet, *given), TABLE, noise, conditions, UNCONDITIONAL, guidance, torch.float32)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count,size,rows", [(1, 4, [1]), (4, 4, [4]), (5, 4, [3, 2]), (9, 4, [3, 3, 3]), (2, 64, [2])])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_any_number_in_even_batches_and_nothing_is_wasted(count, size, rows, guidance):
+    unet, counting = network(), Counting()
+    noise, conditions = given(count)
+    got = sampler(unet, counting, batch_size=size, guidance_scale=guidance).draw(noise, conditions)
+    assert got.shape == noise.shape and got.dtype == torch.float32
+    close(got, expected(unet, noise, conditions, guidance))
+    assert counting.rows == [n * (1 if guidance == 1 else 2) for n in rows for _ in range(3)]
+
+
+def test_its_precision_is_its_own():
+    unet, counting = network(), Counting()
+    noise, conditions = given(2)
+    plain = sampler(unet, counting).draw(noise, conditions)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampler(unet, counting).draw(noise, conditions), plain)
+    half = sampler(unet, counting, autocast=torch.bfloat16).draw(noise, conditions)
+    assert counting.dtypes == [torch.float32] * 6 + [torch.bfloat16] * 3
+    assert 1e-4 < (half - plain).abs().max() < 0.5
+
+
+def test_giving_up_in_the_middle():
+    unet, calls = network(), []
+    noise, conditions = given(8)
+
+    def before_step():
+        calls.append(None)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    drawing = sampler(unet, fuse_projections=True)
+    with pytest.raises(KeyboardInterrupt):
+        drawing.draw(noise, conditions, before_step)
+    assert len(calls) == 5
+    assert {type(part) for part in unet.attn_processors.values()} == {AttnProcessor2_0}
+    close(drawing.draw(noise, conditions), expected(unet, noise, conditions))
+
+
+def test_conditions_must_be_those_of_the_empty_prompt():
+    noise, conditions = given(2)
+    with pytest.raises(ValueError, match="conditions are .*pooled.*, the unconditional ones .'prompt_embeds'"):
+        sampler(network()).draw(noise, conditions | {"pooled": torch.zeros(2, 3)})
+
+
+# compile
+
+
+def test_compiled_blocks_are_the_loops_alone():
+    """One compilation for all blocks and batches; padded when ragged; a NaN stays in its batch; a changed model is noticed."""
+    torch.compiler.reset()  # what other tests compiled would do
+    unet, counting, said = network(), Counting(), []
+    noise, conditions = given(3)
     with torch.no_grad():
-        for t in scheduler.timesteps:
-            c = unet(latents, t, encoder_hidden_states=conditions["prompt_embeds"]).sample
-            u = unet(latents, t, encoder_hidden_states=unconditional["prompt_embeds"].expand(3, -1, -1)).sample
-            latents = scheduler.step(u + guidance * (c - u), t, latents, return_dict=False)[0]
-    got = sample(denoiser(unet), solver_table(SCHEDULE, "ddim", 8), noise, conditions, unconditional, guidance,
-                 torch.float32)
-    torch.testing.assert_close(got, latents, rtol=1e-4, atol=1e-4)
-    assert (got - noise).abs().max() > 0.1
+        alone = denoise(unet, noise, torch.tensor([5]), conditions)
+    want = expected(unet, noise, conditions)
+    drawing = sampler(unet, counting, compile="regional", batch_size=2, say=said.append)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert drawing.draw(noise * torch.nan, conditions).isnan().all()
+        close(drawing.draw(noise, conditions), want)
+        close(drawing.draw(noise[2:], {"prompt_embeds": conditions["prompt_embeds"][2:]}), want[2:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    assert set(counting.rows) == {4}, "one shape: two samples and their guidance"
+    assert len(said) == 1 and said[0].startswith("sampler: compile ") and said[0].endswith(" s, for batches of 2")
+    with torch.no_grad():
+        assert torch.equal(denoise(unet, noise, torch.tensor([5]), conditions), alone), "the training step sees no compiled block"
+
+    unet.load_state_dict(network(1).state_dict(), assign=True)
+    close(drawing.draw(noise, conditions), expected(network(1), noise, conditions))
+    assert "preparing it anew" in said[1]
+    drawing.release()
+    close(drawing.draw(noise, conditions), expected(network(1), noise, conditions))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1, "the compiled code is used again"
 
 
-@pytest.mark.parametrize("solver,calls", [("ddim", 4), ("pndm", 5), ("euler", 4)])
-@pytest.mark.parametrize("guidance,factor", [(1.0, 1), (7.5, 2), (0.0, 2)])
-def test_what_the_network_is_given(solver, calls, guidance, factor):
-    seen = []
+class Small(torch.nn.Module):
+    """A network that compiles in a second."""
 
-    def denoise(latents, timesteps, conditions):
-        seen.append((latents, timesteps, conditions))
-        return latents * 0.1
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(4, 4, 3, padding=1)
 
-    noise, _, _ = given(3)
-    conditions = {"prompt_embeds": torch.full((3, 5, 12), 2.0), "pooled": torch.full((3, 7), 3.0)}
-    unconditional = {"prompt_embeds": torch.zeros(1, 5, 12), "pooled": torch.ones(1, 7)}
-    table = solver_table(SCHEDULE, solver, 4)
-    got = sample(denoise, table, noise, conditions, unconditional, guidance, torch.bfloat16)
-    assert got.dtype == torch.float32 and got.shape == noise.shape
-    assert len(seen) == calls
-    for i, (latents, timesteps, c) in enumerate(seen):
-        assert latents.shape == (3 * factor, 4, 8, 8) and latents.dtype == torch.bfloat16
-        assert torch.equal(timesteps, table.timesteps[i].repeat(3 * factor))
-        assert {v.dtype for v in c.values()} == {torch.bfloat16}
-        assert c["prompt_embeds"][:, 0, 0].tolist() == [0.0] * 3 * (factor - 1) + [2.0] * 3  # unconditional first
-        assert c["pooled"][:, 0].tolist() == [1.0] * 3 * (factor - 1) + [3.0] * 3
-        if factor == 2:
-            assert torch.equal(latents[:3], latents[3:])
-    assert torch.equal(seen[0][0][:3], (table.inputs[0, 0] * noise).bfloat16())
+    def forward(self, latents, t, encoder_hidden_states, return_dict):
+        return (self.layer(latents) + encoder_hidden_states.mean((1, 2))[:, None, None, None] + t.view(-1, 1, 1, 1) / 1000,)
 
 
-def test_a_sample_does_not_depend_on_its_batch(unet):
-    noise, conditions, unconditional = given(5)
-    table = solver_table(SCHEDULE, "dpmsolver++", 6)
-    whole = sample(denoiser(unet), table, noise, conditions, unconditional, 3.0, torch.float32)
-    for i in range(5):
-        one = {"prompt_embeds": conditions["prompt_embeds"][i:i + 1]}
-        alone = sample(denoiser(unet), table, noise[i:i + 1], one, unconditional, 3.0, torch.float32)
-        torch.testing.assert_close(alone[0], whole[i], rtol=1e-4, atol=1e-4)
+def test_the_whole_network_compiled():
+    net, said = Small(), []
+    noise, conditions = given(5)
+    drawing = sampler(net, compile="full", say=said.append)
+    close(drawing.draw(noise, conditions), expected(net, noise, conditions))
+    with torch.no_grad():
+        net.layer.weight.mul_(2)
+    close(drawing.draw(noise, conditions), expected(net, noise, conditions))
+    assert len(said) == 1
 
 
-def test_sums_are_fp32_under_autocast_and_low_precision():
-    """With a network that always answers 1, the sample is known exactly, whatever the network's dtype."""
-    table = solver_table(SCHEDULE, "ddim", 50)
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    want = table.outputs[-1, 0].double() * noise.double() + table.outputs[-1, 1:].double().sum()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = sample(lambda x, t, c: torch.ones_like(x), table, noise, {}, {}, 1.0, torch.bfloat16)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("how", ["regional", "full"])
+def test_a_compiler_that_fails_leaves_the_plain_loop(how):
+    torch.compiler.reset()  # what other tests compiled would do
+    unet, said = Small() if how == "full" else network(), []
+    noise, conditions = given(5)
+    drawing = sampler(unet, compile=how, say=said.append)
+    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/compiler",), "force_disable_caches": True}):
+        with pytest.warns(RuntimeWarning, match="seppo.sampler.compile does not work here, and the run goes on without it"):
+            got = drawing.draw(noise, conditions)
+    close(got, expected(unet, noise, conditions))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        close(drawing.draw(noise, conditions), expected(unet, noise, conditions))
+    assert said == []
 
 
-def test_no_graph_is_kept_and_inputs_are_left_alone(unet):
-    noise, conditions, unconditional = given(2)
-    copies = noise.clone(), conditions["prompt_embeds"].clone()
-    table = solver_table(SCHEDULE, "ddim", 3)
-    got = sample(denoiser(unet), table, noise, conditions, unconditional, 2.0, torch.float32)
-    assert not got.requires_grad and got.grad_fn is None
-    assert torch.equal(noise, copies[0]) and torch.equal(conditions["prompt_embeds"], copies[1])
+def test_nothing_to_compile():
+    with pytest.raises(UserError, match='seppo.sampler.compile: this model has no transformer blocks.*"full" or "none"'):
+        sampler(torch.nn.Linear(1, 1), compile="regional")
 
 
-def test_video_latents():
-    noise = torch.randn(2, 4, 3, 8, 8)
-    table = solver_table(SCHEDULE, "ddim", 4)
-    frames = sample(lambda x, t, c: torch.tanh(x), table, noise, {}, {}, 1.0, torch.float32)
-    each = [sample(lambda x, t, c: torch.tanh(x), table, noise[:, :, f], {}, {}, 1.0, torch.float32) for f in range(3)]
-    torch.testing.assert_close(frames, torch.stack(each, 2))
+# fused projections
 
 
-@pytest.mark.parametrize("guidance", [1.0, 7.5])
-def test_it_never_reads_a_value(guidance):
-    """On the meta device `.item()`, a branch on a value or a copy to the host raises: so nothing synchronises."""
-    table: SolverTable = solver_table(SCHEDULE, "pndm", 5).to("meta")
-    noise = torch.empty(2, 4, 8, 8, device="meta")
-    conditions = {"prompt_embeds": torch.empty(2, 5, 12, device="meta")}
-    unconditional = {"prompt_embeds": torch.empty(1, 5, 12, device="meta")}
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=12,
-            attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    got = sample(denoiser(unet), table, noise, conditions, unconditional, guidance, torch.float32)
-    assert got.device.type == "meta" and got.shape == noise.shape
+def test_fused_projections_follow_the_weights(tmp_path, monkeypatch):
+    unet, other = network(0), network(1)
+    noise, conditions = given(3)
+    pool = Pool(tmp_path, torch.float32, 10**9)
+    for index, module in enumerate((unet, other)):
+        pool.add(index, dict(module.named_parameters()), write=True)
+    drawing = sampler(unet, fuse_projections=True)
+    calls, plain = [], FusedAttnProcessor2_0.__call__
+    monkeypatch.setattr(FusedAttnProcessor2_0, "__call__", lambda *args, **kwargs: calls.append(None) or plain(*args, **kwargs))
+    close(drawing.draw(noise, conditions), expected(network(0), noise, conditions))
+    assert len(calls) == 3 * 8, "the fused projection is what is used"
+    pool.load_into(1, unet)
+    close(drawing.draw(noise, conditions), expected(other, noise, conditions))
+    pool.load_into(0, unet)
+    with torch.no_grad():
+        assert torch.equal(denoise(unet, noise, torch.tensor([5]), conditions),
+                           denoise(network(0), noise, torch.tensor([5]), conditions)), "the training step sees the plain network"
+    assert len(calls) == 2 * 3 * 8
+
+
+def test_fused_projections_refuse():
+    unet = network()
+    add_lora(unet, Lora(rank=2), seed=0)
+    with pytest.raises(UserError, match="seppo.sampler.fuse_projections: does not go with seppo.model.lora"):
+        sampler(unet, fuse_projections=True)
+    unet = network()
+    unet.set_attn_processor(AttnProcessor())
+    with pytest.raises(UserError, match='needs seppo.model.attention "sdpa", this model\'s attention is AttnProcessor'):
+        sampler(unet, fuse_projections=True)
+
+
+# batch size
+
+
+@pytest.mark.parametrize("free,wanted", [(10**12, 5), (10**12, 1), (1, 64)])
+def test_batch_size_is_found(free, wanted):
+    unet, said = network(), []
+    noise, conditions = given(5)
+    drawing = sampler(unet, batch_size="auto", say=said.append)
+    assert drawing.batch_size is None
+    drawing.fit(noise.shape[1:], wanted, free=lambda device: free)
+    assert 1 <= drawing.batch_size <= (1 if free == 1 else wanted)
+    assert len(said) == 1 and said[0].startswith(f"sampler: batches of {drawing.batch_size}: ")
+    if free == 1:
+        assert "2 need more than 50% of the free memory" in said[0]
+    close(drawing.draw(noise, conditions), expected(unet, noise, conditions))
+
+
+def test_batch_size_of_several_ranks_and_at_first_use():
+    noise, conditions = given(3)
+    drawing, said = sampler(network(), batch_size="auto", say=(said := []).append), said
+    drawing.fit(noise.shape[1:], 3, agree=lambda size: 7)
+    assert drawing.batch_size == 7 and "batches of 7, as all ranks agreed; " in said[0]
+    drawing = sampler(network(), batch_size="auto")
+    close(drawing.draw(noise, conditions), expected(network(), noise, conditions))
+    assert 1 <= drawing.batch_size <= 3
+    fixed = sampler(network(), batch_size=2)
+    fixed.fit(noise.shape[1:], 3)
+    assert fixed.batch_size == 2

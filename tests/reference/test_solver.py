@@ -37,6 +37,7 @@ SCHEDULES = {
                "beta_start": 0.00085, "num_train_timesteps": 1000, "solver_order": 2, "solver_type": "midpoint",
                "algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
 }
+SCHEDULES |= {f"{name}-v": SCHEDULES[name] | {"prediction_type": "v_prediction"} for name in ("sd-1.5", "sdxl", "animatediff")}
 CLASSES = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler, "pndm": PNDMScheduler,
            "unipc": UniPCMultistepScheduler, "euler": EulerDiscreteScheduler}
 
@@ -58,7 +59,7 @@ def own_loop(solver, config, steps, noise, **settings):
     return latents, scheduler.timesteps
 
 
-@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("steps", [5, 8, 20, 50])
 @pytest.mark.parametrize("solver", CLASSES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_equals_the_schedulers_own_loop(schedule, solver, steps):

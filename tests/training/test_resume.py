@@ -20,14 +20,15 @@ from forked import Forks, Strike
 
 from seppo_fast.training import checkpoint
 
-WINDOW = "window of an iteration, lora with dropout, warm-up"
+WINDOW = "window of an iteration, scored once, lora with dropout, warm-up"
 CHANGES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"bf16": {"enabled": True}},
     "bf16 zero 2": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},
     "zero 3": {"zero_optimization": {"stage": 3}},
     WINDOW: {
-        "seppo.sampler.window": "iteration", "seppo.model.lora": {"rank": 2, "alpha": 4.0, "dropout": 0.2},
+        "seppo.sampler.window": "iteration", "seppo.reference_score": "rollout",
+        "seppo.model.lora": {"rank": 2, "alpha": 4.0, "dropout": 0.2},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 2e-3, "warmup_type": "linear"}},
         "seppo.caption_dropout": 0.3, "seppo.model.gradient_checkpointing": True,
     },

@@ -1,0 +1,46 @@
+"""Models whose shape is known before they are downloaded: what a plan needs, from their published configurations."""
+
+from pathlib import Path
+from typing import Any
+
+from seppo_fast.models.directory import Directory
+from seppo_fast.models.sd import StableDiffusion
+from seppo_fast.models.sdxl import StableDiffusionXL
+
+SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+             "num_train_timesteps": 1000, "steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False}
+VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
+
+# Keys that are not here have diffusers' defaults.
+SD15: dict[str, dict[str, Any]] = {
+    "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280]},
+    "vae": VAE | {"scaling_factor": 0.18215},
+    "text_encoder": {"hidden_size": 768},
+    "scheduler": SCHEDULER,
+}
+SDXL: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+    },
+    "vae": VAE | {"scaling_factor": 0.13025},
+    "text_encoder": {"hidden_size": 768},
+    "text_encoder_2": {"hidden_size": 1280, "projection_dim": 1280},
+    "scheduler": SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+}
+KNOWN = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
+    "runwayml/stable-diffusion-v1-5": SD15,
+    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+}
+
+
+def known_model(path: str) -> StableDiffusion | StableDiffusionXL | None:
+    """The model of this hub id, without weights: it can be planned with, not loaded. None where its shape is not known."""
+    if path not in KNOWN:
+        return None
+    directory = Directory(Path(path), {}, KNOWN[path], {})
+    return StableDiffusionXL(directory) if KNOWN[path] is SDXL else StableDiffusion(directory)

@@ -1,0 +1,41 @@
+"""Attention and compilation of the UNets: the same for policy and reference, which are compared with each other."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+
+from seppo_fast.config import Model
+from seppo_fast.errors import warn_fallback
+from seppo_fast.models.attention import choose_attention
+
+
+def prepare_unets(unets: Sequence[UNet2DConditionModel], settings: Model, latents: tuple[int, int], dtype: torch.dtype,
+                  device: torch.device, say: Callable[[str], None] = print,
+                  agree: Callable[[int], int] = lambda index: index) -> None:
+    """Make `unets` as `settings` asks, before they are captured or put into an engine; `latents` (h, w) are what they will see.
+
+    `agree` makes all ranks' of the attention that each of them would choose.
+    """
+    compiles = settings.compile == "regional" and _compiles(unets[0], dtype, device)
+    choose_attention(unets, settings.attention, latents, dtype, device, say, agree)
+    if compiles:
+        for unet in unets:
+            unet.compile_repeated_blocks()
+
+
+def _compiles(unet: UNet2DConditionModel, dtype: torch.dtype, device: torch.device) -> bool:
+    """Try a copy of one block, forward and backward: later it would be in the middle of an update that the compiler fails."""
+    block = next(part for part in unet.modules() if isinstance(part, BasicTransformerBlock))
+    trial = copy.deepcopy(block).to(device, dtype)
+    latents, prompt = (torch.zeros(1, 8, layer.in_features, device=device, dtype=dtype) for layer in
+                       (trial.attn1.to_k, trial.attn2.to_k))
+    trial.compile()
+    try:
+        trial(latents, encoder_hidden_states=prompt).sum().backward()
+    except Exception as error:  # whatever the compiler raises
+        warn_fallback("seppo.model.compile", error)
+        return False
+    return True

@@ -1,0 +1,74 @@
+"""Capturing a step as a CUDA graph, and telling when a captured one no longer speaks of the module it was captured from."""
+
+import time
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 3  # as PyTorch's notes on CUDA graphs ask for: libraries allocate and choose their kernels in the first calls
+
+
+def capture(warm_up: Callable[[], object], step: Callable[[], object], device: torch.device,
+            pool: tuple[int, int] | None) -> tuple[torch.cuda.CUDAGraph, float]:
+    """`step` as a graph, in the memory pool of earlier graphs where one is given, and the seconds that it took.
+
+    A graph is to be replayed on the stream that is current here, and no two of one pool at the same time.
+    """
+    start = time.perf_counter()
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):  # restored when a capture fails, too
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                warm_up()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread may be copying the next micro-batch to the device
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            step()
+    return graph, time.perf_counter() - start
+
+
+class Same:
+    """An object that equals itself alone; holding it keeps its address from being given to another."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+
+def fingerprint(module: nn.Module) -> tuple:
+    """What a capture of `module` bakes in; where two differ, a graph from the one must not be replayed for the other.
+
+    That is where each parameter and buffer lies, and every other attribute of every submodule: the attention processor,
+    train or eval mode, which adapters are active and their scale, hooks. No value on the device is read.
+    """
+    tensors = [_place(tensor) for tensor in chain(module.parameters(), module.buffers())]
+    attributes = [(type(part), *(_frozen(value) for name, value in vars(part).items() if name not in _COVERED))
+                  for part in module.modules()]
+    return (*tensors, *attributes)
+
+
+_COVERED = ("_parameters", "_buffers", "_modules")
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def _frozen(value: Any) -> Any:
+    """`value` as it is now, comparable: lists and dictionaries change in place."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return _place(value)
+    if isinstance(value, dict):
+        return tuple((_frozen(key), _frozen(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(map(_frozen, value))
+    return Same(value)

@@ -1,0 +1,85 @@
+"""What the sampling loop alone changes in the network: compiled blocks and fused projections.
+
+Both round differently from the plain network. The training step compares policy and reference, which are equal when an
+iteration starts, so there neither may differ from the other: the changes are made for the loop and taken back after it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from seppo_fast.errors import UserError
+
+Change = tuple[nn.Module, str, object]
+MISSING = object()
+
+
+@contextmanager
+def changed(changes: list[Change]) -> Iterator[None]:
+    """Set these attributes of these modules, and put back what was there when the block is left."""
+    before = [(module, name, vars(module).get(name, MISSING)) for module, name, _ in changes]
+    try:
+        for module, name, value in changes:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            if value is MISSING:
+                vars(module).pop(name, None)
+            else:
+                setattr(module, name, value)
+
+
+def compiled_blocks(module: nn.Module) -> list[Change]:
+    """The transformer blocks, compiled one by one, as diffusers' `compile_repeated_blocks` chooses them."""
+    blocks = [part for part in module.modules() if isinstance(part, BasicTransformerBlock)]
+    if not blocks:
+        raise UserError("seppo.sampler.compile: this model has no transformer blocks to compile; use \"full\" or \"none\"")
+    return [(block, "forward", torch.compile(block.forward, dynamic=False)) for block in blocks]
+
+
+def fused_projections(module: nn.Module) -> tuple[list[Change], Callable[[], None]]:
+    """Query, key and value (or key and value) as one matrix product each; and what copies the weights in again.
+
+    The fused weights are copies, frozen, and no policy in a pool has them: refresh them before each batch.
+    """
+    attentions = [part for part in module.modules() if isinstance(part, Attention)]
+    if any(isinstance(part, BaseTunerLayer) for part in module.modules()):
+        raise UserError("seppo.sampler.fuse_projections: does not go with seppo.model.lora, whose adapters sit on the"
+                        " projections that would be fused; set it to false")
+    others = sorted({type(part.processor).__name__ for part in attentions} - {AttnProcessor2_0.__name__})
+    if others or not attentions:
+        raise UserError(f"seppo.sampler.fuse_projections: needs seppo.model.attention \"sdpa\", this model's attention is"
+                        f" {', '.join(others) or 'none'}; set one or the other")
+    with torch.no_grad():
+        for attention in attentions:
+            attention.fuse_projections()
+    pairs = [_fused(attention) for attention in attentions]
+    for fused, _ in pairs:
+        fused.requires_grad_(False)
+
+    @torch.no_grad()
+    def refresh() -> None:
+        for fused, parts in pairs:
+            torch.cat([part.weight for part in parts], out=fused.weight)
+            if fused.bias is not None:
+                torch.cat([part.bias for part in parts], out=fused.bias)
+
+    processor = FusedAttnProcessor2_0()
+    return [(attention, "processor", processor) for attention in attentions], refresh
+
+
+def _fused(attention: Attention) -> tuple[nn.Linear, list[nn.Linear]]:
+    if attention.is_cross_attention:
+        return attention.to_kv, [attention.to_k, attention.to_v]
+    return attention.to_qkv, [attention.to_q, attention.to_k, attention.to_v]
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The whole network as one compiled function, for the shapes that it is called with."""
+    return torch.compile(function, dynamic=False)

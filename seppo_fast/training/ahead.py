@@ -1,0 +1,23 @@
+"""The next micro-batch is made while this one is trained on."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def ahead(make: Callable[[Item], Made], items: Iterable[Item], device: torch.device) -> Iterator[Made]:
+    """`make(item)` of each item in turn; a thread is at the next one while the caller has this one. Its errors come here."""
+    on_device = [torch.cuda.set_device, (device,)] if device.type == "cuda" else [None, ()]  # a thread starts on GPU 0
+    with ThreadPoolExecutor(1, initializer=on_device[0], initargs=on_device[1]) as thread:
+        coming = None
+        for item in items:
+            present, coming = coming, thread.submit(make, item)
+            if present is not None:
+                yield present.result()
+        if coming is not None:
+            yield coming.result()

@@ -1,0 +1,152 @@
+"""How long a run takes on known devices: its FLOPs, over the share of a device's matrix rate that such work reaches."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+
+from seppo_fast.config import METHODS
+from seppo_fast.configfile import Batch, Config, explain_all
+from seppo_fast.errors import UserError
+from seppo_fast.reference.solver import solver_table
+from seppo_fast.training.cost import Cost, Model
+
+SHIPPED = Path(__file__).parent.parent / "rates.json"
+GPUS = (1, 2, 4, 8)
+STEPS = (50, 25, 20)
+BATCHES = (1, 4, 16)
+Share = Annotated[float, Field(gt=0, le=1)]
+Shares = Share | list[tuple[Annotated[int, Field(gt=0)], Share]] | None
+
+
+class Rate(BaseModel):
+    """What a device reaches. Fractions are of `matmul_tflops`, one or by batch (samples, or pairs in training); null: unknown."""
+
+    device: str
+    matmul_tflops: Annotated[float, Field(gt=0)]
+    sampling_fraction: Shares = None
+    training_fraction: Shares = None
+    source: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run of `pairs` on `gpus`: FLOPs of a pair, and the batches in which it is worked at."""
+
+    pairs: int
+    gpus: int
+    sampling: float
+    training: float
+    sampler_batch: int
+    micro: int
+
+
+def load_rates(path: str | None) -> list[Rate]:
+    """The shipped rates; before them the one in `path`, a result of `python -m benchmarks.throughput`."""
+    shipped = [Rate(device=device, **rate) for device, rate in json.loads(SHIPPED.read_text()).items()]
+    if path is None:
+        return shipped
+    try:
+        raw = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"--rates {path}: cannot be read: {error}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("rates"), dict):
+        raise UserError(f'--rates {path}: no section "rates" in it; such files are written by `python -m benchmarks.throughput`')
+    try:
+        own = Rate.model_validate(raw["rates"])
+    except ValidationError as error:
+        raise UserError("\n  ".join([f"--rates {path}:", *explain_all(error, Rate, "rates")])) from None
+    return [own, *(rate for rate in shipped if not own.device.startswith(rate.device))]
+
+
+def fraction(shares: Shares, batch: int) -> float:
+    """The share at a batch: between those of the nearest batches, and beyond the last one no better than there."""
+    if not isinstance(shares, list):
+        return shares
+    points = sorted(shares)
+    for (low, before), (high, after) in pairwise(points):
+        if low <= batch <= high:
+            return before + (after - before) * (batch - low) / (high - low)
+    return points[0][1] if batch < points[0][0] else points[-1][1]
+
+
+def hours(rate: Rate, work: Work) -> tuple[float, float]:
+    """Hours of sampling and of training; training goes at sampling's share where its own is not known."""
+    each = work.pairs / work.gpus / (rate.matmul_tflops * 1e12) / 3600
+    learned = fraction(rate.training_fraction or rate.sampling_fraction, work.micro)
+    return each * work.sampling / fraction(rate.sampling_fraction, work.sampler_batch), each * work.training / learned
+
+
+def work_of(config: Config, batch: Batch, cost: Cost) -> Work:
+    """What is to be done, as configured. The reference scores pairs in training, or where its samples are made."""
+    ours = config.seppo
+    size = BATCHES[-1] if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
+    work = Work(pairs=ours.iterations * ours.updates_per_iteration * batch.size, gpus=batch.world, sampling=cost.sampling,
+                training=cost.training + cost.scoring, sampler_batch=size, micro=batch.micro)
+    return rollout(work, cost) if ours.reference_score == "rollout" else work
+
+
+def rollout(work: Work, cost: Cost) -> Work:
+    """The same with the reference's scores computed in the sampler's batches."""
+    return replace(work, sampling=work.sampling + cost.scoring, training=work.training - cost.scoring)
+
+
+def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Sequence[Rate]) -> str:
+    """Hours on every known device, and how they change on the first of them or, where it is among them, on this machine's."""
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    work = work_of(config, batch, cost)
+    known = next(rate for rate in rates if rate.sampling_fraction is not None)
+    whole = [rate if rate.sampling_fraction is not None else rate.model_copy(update={"sampling_fraction": known.sampling_fraction})
+             for rate in rates]
+    lines = [f"time for {work.pairs} pairs = {config.seppo.iterations} iterations x {work.pairs // config.seppo.iterations} on"
+             f" {work.gpus} GPU{'s' * (work.gpus > 1)}, by FLOPs alone: no communication, data, checkpoints, warm-up"]
+    for rate, filled in zip(rates, whole, strict=True):
+        sampling, training = hours(filled, work)
+        shares = [fraction(filled.sampling_fraction, work.sampler_batch),
+                  fraction(filled.training_fraction or filled.sampling_fraction, work.micro)]
+        sampled = "" if rate.sampling_fraction is not None else f", assumed: that of {known.device}"
+        trained = "" if rate.training_fraction is not None else ", assumed: sampling's at this batch"
+        lines += [
+            f"  {rate.device}{' (this machine)' * _is(rate, here)}: {sampling + training:.3g} hours = {sampling:.3g} sampling +"
+            f" {training:.3g} training",
+            f"    {rate.matmul_tflops:g} TFLOP/s; sampling {shares[0]:.0%} of it ({work.sampler_batch} at a time{sampled});"
+            f" training {shares[1]:.0%} ({work.micro} pair{'s' * (work.micro > 1)} at a time{trained})",
+            f"    {rate.source}",
+        ]
+    chosen = next((rate for rate in whole if _is(rate, here)), whole[0])
+    return "\n".join([*lines, *_changes(config, cost, model, work, chosen)])
+
+
+def _is(rate: Rate, here: str) -> bool:
+    return here.startswith(rate.device)
+
+
+def _changes(config: Config, cost: Cost, model: Model, work: Work, rate: Rate) -> list[str]:
+    """A table of hours in all: a row for each thing that can be changed, a column for each number of GPUs."""
+    ours = config.seppo
+    rows = {"as configured": work}
+    if METHODS[ours.method].losers == "reference":
+        calls = len(solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps).timesteps)
+        for solver, steps in [(ours.sampler.solver, steps) for steps in STEPS] + [("pndm", STEPS[0])]:
+            other = len(solver_table(model.scheduler_config, solver, steps).timesteps)
+            saved = cost.sampling * (1 - other / calls)
+            if (solver, steps) != (ours.sampler.solver, ours.sampler.steps):
+                rows[f"{solver}, {steps} steps ({other} evaluations)"] = replace(work, sampling=work.sampling - saved)
+        for size in BATCHES:
+            if size != work.sampler_batch:
+                rows[f"{size} sampled at a time"] = replace(work, sampler_batch=size)
+    if ours.flipper and ours.reference_score == "online" and cost.sampling:
+        rows["reference_score rollout"] = rollout(work, cost)
+    width = max(len(name) for name in rows)
+    title = f"hours on {rate.device} with"
+    start = max(width + 2, len(title))
+    table = [f"{title:<{start}}" + "".join(f"{f'{gpus} GPU' + 's' * (gpus > 1):>9}" for gpus in GPUS)]
+    for name, row in rows.items():
+        figures = "".join(f"{sum(hours(rate, replace(row, gpus=gpus))):>9.3g}" for gpus in GPUS)
+        table.append(f"{f'  {name}':<{start}}{figures}")
+    return table

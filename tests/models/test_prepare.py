@@ -1,0 +1,92 @@
+"""Attention and compilation of the UNets."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
+from diffusers.utils import is_xformers_available
+from tiny import unet
+
+from seppo_fast.config import Model
+from seppo_fast.errors import UserError
+from seppo_fast.models.attention import choose_attention, layers
+from seppo_fast.models.prepare import prepare_unets
+
+CPU = torch.device("cpu")
+
+
+def call(net, device="cpu", dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    latents, prompt = (torch.randn(2, *shape, generator=g).to(device, dtype) for shape in ((4, 8, 8), (7, 32)))
+    return net(latents, torch.tensor([3, 9], device=device), encoder_hidden_states=prompt).sample
+
+
+def test_on_the_cpu_the_choice_is_pytorchs_own():
+    for choice, why in (("auto", "xformers has kernels for GPUs only"), ("sdpa", "as configured")):
+        net, said = unet(), []
+        assert choose_attention([net], choice, (8, 8), torch.float32, CPU, said.append) == "sdpa"
+        assert len(said) == 1 and said[0].startswith("attention: sdpa (") and why in said[0]
+        assert {type(processor) for processor in net.attn_processors.values()} == {AttnProcessor2_0}
+
+
+def test_xformers_that_cannot_be_had_is_refused():
+    with pytest.raises(UserError, match='seppo.model.attention: "xformers" does not work here: .*GPUs only.*use "auto" or "sdpa"'):
+        choose_attention([unet()], "xformers", (8, 8), torch.float32, CPU)
+    if not is_xformers_available():
+        with pytest.raises(UserError, match="xformers is not installed"):
+            choose_attention([unet()], "xformers", (8, 8), torch.float32, torch.device("cuda"))
+
+
+def test_the_layers_that_are_measured_are_the_networks_own():
+    net, seen = unet(down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2), []
+    for module in net.modules():
+        if isinstance(module, Attention):
+            module.register_forward_pre_hook(lambda layer, given: seen.append((*given[0].shape[1:], layer.heads)))
+    with torch.no_grad():
+        call(net)
+    found = layers(net, (8, 8))
+    assert sorted(seen) == sorted((tokens, channels, heads) for heads, channels, _, tokens in found.elements())
+    assert {prompt for _, _, prompt, _ in found} == {None, 32} and len(seen) > 8
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and is_xformers_available()), reason="needs a GPU and xformers")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_xformers_agrees(dtype):
+    torch.manual_seed(0)
+    net, said = unet(attention_head_dim=8).to("cuda", dtype), []
+    want = call(net, "cuda", dtype)
+    want.float().square().mean().backward()
+    gradients = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    assert choose_attention([net], "xformers", (8, 8), dtype, torch.device("cuda")) == "xformers"
+    assert {type(processor) for processor in net.attn_processors.values()} == {XFormersAttnProcessor}
+    got = call(net, "cuda", dtype)
+    got.float().square().mean().backward()
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0.1, atol=0.02)
+    assert choose_attention([unet(), unet()], "auto", (8, 8), dtype, torch.device("cuda"), said.append) in ("sdpa", "xformers")
+    assert "measured: sdpa " in said[0]
+
+
+def test_compiled_blocks_train_as_before():
+    torch.manual_seed(0)
+    net = unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # the middle block is left to compile
+    call(net).square().mean().backward()
+    gradients = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    prepare_unets([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU)
+    call(net).square().mean().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_compiler_that_fails_leaves_the_plain_network():
+    torch.compiler.reset()  # what other tests compiled would do
+    net = unet()
+    want = call(net)
+    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/compiler",), "force_disable_caches": True}):
+        with pytest.warns(RuntimeWarning, match="seppo.model.compile does not work here, and the run goes on without it"):
+            prepare_unets([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU)
+        assert torch.equal(call(net), want)

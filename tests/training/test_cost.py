@@ -1,0 +1,179 @@
+"""The plan's FLOPs and bytes against what the real thing takes."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from tiny import unet as tiny_unet
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from seppo_fast.config import Lora
+from seppo_fast.configfile import batch_plan, load_config, parse_config
+from seppo_fast.models import open_model
+from seppo_fast.models.known import known_model
+from seppo_fast.models.lora import add_lora
+from seppo_fast.training.cost import Cost, estimate
+from seppo_fast.training.engine import precision, start_engine
+from seppo_fast.training.live import fused_attention, inference, micro_batch
+
+CLOSE = 0.15
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """The most bytes that the CPU's allocator has given out at once during `run`, beyond those before it."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def network(device: str, dtype: torch.dtype, checkpointing: bool = False, lora: bool = False) -> nn.Module:
+    """Two levels with attention on both, for 16x16 latents."""
+    with torch.device(device):
+        unet = tiny_unet(block_out_channels=(64, 128), down_block_types=("CrossAttnDownBlock2D",) * 2,
+                         up_block_types=("CrossAttnUpBlock2D",) * 2, sample_size=16)
+    nn.Module.to(unet, dtype)
+    if lora:
+        add_lora(unet, Lora(rank=4), 0)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet.train()
+
+
+def call(unet: nn.Module, device: str, dtype: torch.dtype, samples: int = 4) -> torch.Tensor:
+    made = {"device": device, "dtype": dtype}
+    timesteps = torch.zeros(samples, device=device, dtype=torch.long)
+    return unet(torch.zeros(samples, 4, 16, 16, **made), timesteps, torch.zeros(samples, 77, 32, **made), return_dict=False)[0]
+
+
+@pytest.mark.parametrize(("dtype", "checkpointing", "lora", "kept"), [
+    (torch.float32, False, False, True), (torch.float32, True, True, True), (torch.bfloat16, False, False, False),
+    (torch.bfloat16, True, False, False), (torch.bfloat16, False, True, True),
+])
+def test_activations_and_gradients_are_what_the_cpu_allocates(dtype: torch.dtype, checkpointing: bool, lora: bool,
+                                                              kept: bool) -> None:
+    def take(weight: nn.Parameter) -> None:
+        if not kept:
+            weight.grad = None
+
+    def really() -> None:
+        hooks = [weight.register_post_accumulate_grad_hook(take) for weight in real.parameters() if weight.requires_grad]
+        prediction = call(real, "cpu", dtype)
+        with torch.no_grad():
+            call(real, "cpu", dtype)
+        prediction.backward(torch.zeros_like(prediction))
+        for hook in hooks:
+            hook.remove()
+
+    planned, real = (network(device, dtype, checkpointing, lora) for device in ("meta", "cpu"))
+    estimated = micro_batch(planned, lambda: call(planned, "meta", dtype), reference=True, gradient=take).peak
+    assert estimated == pytest.approx(allocated(really), rel=CLOSE)
+
+
+def test_a_forward_is_what_the_cpu_allocates() -> None:
+    planned, real = (network(device, torch.bfloat16) for device in ("meta", "cpu"))
+
+    def really() -> None:
+        with torch.no_grad():
+            call(real, "cpu", torch.bfloat16)
+
+    estimated = inference(lambda: call(planned, "meta", torch.bfloat16)).peak
+    assert estimated == pytest.approx(allocated(really), rel=CLOSE)
+
+
+def test_flops_are_those_of_pytorchs_counter() -> None:
+    unet = network("meta", torch.float32)
+    with FlopCounterMode(display=False) as counter, fused_attention():
+        call(unet, "meta", torch.float32, 1).sum().backward()
+    meter = micro_batch(unet, lambda: call(unet, "meta", torch.float32, 1), reference=False, gradient=lambda weight: None)
+    assert meter.flops == counter.get_total_flops() > 0
+
+
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp32 zero 2": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 200_000}},
+    "bf16 zero 1": BF16 | {"zero_optimization": {"stage": 1}},
+    "bf16 zero 1, the shipped settings": BF16 | {"zero_optimization": {"stage": 1}, "communication_data_type": "fp32",
+                                                 "bf16": {"enabled": True, "immediate_grad_update": True}},
+    "bf16 zero 2": BF16 | {"zero_optimization": {"stage": 2, "reduce_bucket_size": 200_000}},
+    "bf16 zero 2, bf16 sums": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2, "reduce_bucket_size": 200_000}},
+    "bf16 zero 3": BF16 | {"zero_optimization": {"stage": 3, "reduce_bucket_size": 200_000}},
+}
+
+
+@pytest.fixture(scope="module")
+def engines() -> list[Any]:
+    """Those of the tests before."""
+    return []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_memory_of_a_run_is_what_the_cpu_allocates(engine: str, settings: Callable[..., dict[str, Any]], sd: Path,
+                                                       ranks: Any, engines: list[Any]) -> None:
+    """Two accumulation windows, from the weights on, with policy, reference, DeepSpeed's engine and a fused AdamW."""
+    config = parse_config(settings(train_batch_size=2, train_micro_batch_size_per_gpu=1, **ENGINES[engine],
+                                   **{"optimizer.params.fused": True, "seppo.sampler.cuda_graph": False}))
+    batch = batch_plan(config.deepspeed, ranks.world)
+    model, dtype = open_model(str(sd)), precision(config.deepspeed).dtype
+
+    def really() -> None:
+        policy, reference = (model.load_unet(dtype) for _ in range(2))
+        started = start_engine(policy.train(), config, batch)
+        engines.append(started)  # else it would be freed while the next one is measured
+        for _ in range(2 * batch.accumulation):
+            latents = torch.zeros(2, 4, 8, 8, dtype=dtype)
+            given = latents, torch.zeros(2, dtype=torch.long), {"prompt_embeds": torch.zeros(2, 77, 32, dtype=dtype)}
+            prediction = model.denoise(started, *given)
+            with torch.no_grad():
+                target = model.denoise(reference, *given)
+            started.backward(mse_loss(prediction.float(), target.float()))
+            started.step()
+
+    assert estimate(model, config, batch, 3).memory == pytest.approx(allocated(really), rel=CLOSE)
+
+
+@pytest.fixture(scope="module")
+def planned() -> Callable[..., Cost]:
+    def plan(world: int, *overrides: str) -> Cost:
+        config = load_config("ds_a100.json", overrides)
+        return estimate(known_model(config.seppo.model.path), config, batch_plan(config.deepspeed, world), 50)
+
+    return plan
+
+
+def test_stable_diffusion_15(planned: Callable[..., Cost]) -> None:
+    cost = planned(1, "zero_optimization.stage=2")
+    assert cost.parameters == cost.trained == 859_520_964
+    assert cost.forward == pytest.approx(0.803e12, rel=1e-3)
+    assert cost.sampling == pytest.approx(80.3e12, rel=1e-3) and cost.sampling_share > 0.9
+    assert cost.memory < 24e9  # full fine-tuning, local batch 1, bf16, one GPU
+
+
+def test_stable_diffusion_15_with_checkpointing_and_the_optimizer_on_the_cpu(planned: Callable[..., Cost]) -> None:
+    cost = planned(1, "zero_optimization.stage=2", 'zero_optimization.offload_optimizer={"device": "cpu"}',
+                   "seppo.model.gradient_checkpointing=true")
+    assert cost.memory < 12e9
+
+
+def test_the_published_shapes() -> None:
+    for path, parameters in (("runwayml/stable-diffusion-v1-5", 859_520_964),
+                             ("stabilityai/stable-diffusion-xl-base-1.0", 2_567_463_684)):
+        model = known_model(path)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(dict(model.directory.configs["unet"]))
+        assert sum(weight.numel() for weight in unet.parameters()) == parameters
+        assert (model.latent_channels, model.vae_scale_factor) == (4, 8)
+    assert known_model("someone/something-else") is None

@@ -1,0 +1,71 @@
+"""The plan's advice, and the facts about DeepSpeed on which it rests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from seppo_fast.configfile import Config, batch_plan, load_config, parse_config
+from seppo_fast.training.engine import start_engine
+from seppo_fast.training.plan import advice
+
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}
+
+
+def told(config: Config, world: int) -> str:
+    return "\n".join(advice(config, batch_plan(config.deepspeed, world), None))
+
+
+def test_the_shipped_settings_need_no_advice() -> None:
+    assert told(load_config("ds_a100.json"), 8) == ""
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("zero_optimization.stage=2", "reduces the gradients between the ranks in each of the 256 micro-batches"),
+    ("communication_data_type=null", '"communication_data_type": "fp32"'),
+    ("data_types={}", "gradients of 256 micro-batches are summed in bfloat16"),
+    ("bf16.immediate_grad_update=false", "bf16.immediate_grad_update true saves that copy"),
+    ("optimizer.params.fused=false", "optimizer.params.fused true saves memory"),
+])
+def test_advice(override: str, expected: str) -> None:
+    config = load_config("ds_a100.json", [override])
+    assert expected in told(config, 8)
+    assert expected not in told(load_config("ds_a100.json", [override, "train_batch_size=1", "zero_optimization.stage=3",
+                                                             'zero_optimization.offload_optimizer={"device": "cpu"}']), 1)
+
+
+def window(settings: Callable[..., dict[str, Any]], **changes: Any) -> tuple[Any, Tensor]:
+    """An engine after the backwards of a window of three micro-batches, and its gradient sums."""
+    config = parse_config(settings(**BF16 | {"train_batch_size": 3, "train_micro_batch_size_per_gpu": 1} | changes))
+    torch.manual_seed(0)
+    engine = start_engine(nn.Linear(64, 64).bfloat16(), config, batch_plan(config.deepspeed, 1))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        engine.backward(engine(torch.randn(4, 64, dtype=torch.bfloat16)).float().pow(2).mean())
+        if seed < 2:
+            engine.step()
+    return engine, engine.optimizer.fp32_groups_gradients_flat[0].clone()
+
+
+def test_sums_are_rounded_unless_they_are_sent_in_fp32(settings: Callable[..., dict[str, Any]], ranks: Any) -> None:
+    _, rounded = window(settings)
+    engine, exact = window(settings, communication_data_type="fp32")
+    assert torch.equal(rounded, rounded.bfloat16().float()) and not torch.equal(exact, exact.bfloat16().float())
+    assert torch.equal(exact.bfloat16().float(), rounded)
+    assert all(weight.grad is not None for weight in engine.module.parameters())
+
+
+def test_gradients_taken_at_once_are_the_same(settings: Callable[..., dict[str, Any]], ranks: Any) -> None:
+    _, later = window(settings, communication_data_type="fp32")
+    engine, at_once = window(settings, communication_data_type="fp32", bf16={"enabled": True, "immediate_grad_update": True})
+    assert torch.equal(later, at_once)
+    assert all(weight.grad is None for weight in engine.module.parameters())
+
+
+def test_fused_reaches_the_optimizer(settings: Callable[..., dict[str, Any]], ranks: Any) -> None:
+    engine, _ = window(settings, **{"optimizer.params.fused": True})
+    assert type(engine.basic_optimizer) is torch.optim.AdamW and engine.basic_optimizer.defaults["fused"] is True
+    engine.step()
+    assert engine.was_step_applied()

@@ -1,0 +1,31 @@
+"""What is there for speed changes the speed alone: layout, attention and compile of the policy train the same model."""
+
+from collections.abc import Callable
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import apart, column, unet_of, weights
+
+Trained = Callable[..., Path]
+# eps: where a gradient is nothing but rounding, Adam would divide it by itself and make a whole step of it.
+STEADY = {"optimizer.params.eps": 1e-5, "seppo.beta": 300.0}
+
+
+@pytest.mark.parametrize("changes", [{"seppo.model.channels_last": True}, {"seppo.model.compile": "regional"},
+                                     {"optimizer.params.fused": True}], ids=["channels_last", "compile", "fused AdamW"])
+def test_the_same_model(changes: dict[str, Any], trained: Trained, sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Inductor would compile C++ for over a minute; Dynamo and autograd's part are what can go wrong here.
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    plain, fast = trained(**STEADY), trained(**STEADY, **changes)
+    assert apart(weights(plain), unet_of(sd)) > 1e-3
+    assert apart(weights(plain), weights(fast)) < 2e-5
+    assert column(fast, "skipped_steps")[-1] == 0
+
+
+def test_ties_with_channels_last(trained: Trained) -> None:
+    """Policy and reference are in the same layout: the first update of an iteration against the latest policy is all ties."""
+    run = trained(**{"seppo.model.channels_last": True, "seppo.reference": "latest"})
+    assert [(rate, low) for rate, low in zip(column(run, "aaf_rate"), column(run, "logit_p05"), strict=True)][::2] == [(1, 0)] * 2
