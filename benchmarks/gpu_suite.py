@@ -1,8 +1,10 @@
-"""Everything that needs a GPU: `python -m benchmarks.gpu_suite --out DIR`, under 9 minutes, no network.
+"""Everything that needs a GPU: `python -m benchmarks.gpu_suite --out DIR [--only throughput]`, under 9 minutes, no network.
 
 The steps run in order of importance, each in a process of its own with a time limit, and DIR/gpu_suite.json is rewritten
 after each, so whatever stops the run leaves what came before. A step that fails or times out does not stop the others;
-what it had measured by then is kept. Nothing but torch, triton and pytest is needed, and nvcc for the CUDA library.
+what it had measured by then is kept. There are two groups, each for a call of its own: `loss` needs nothing but torch, triton
+and pytest, and nvcc for the CUDA library; `throughput` needs diffusers and pydantic too, and the package's other requirements for
+the steps that train.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,13 +23,20 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_steps
+from benchmarks.throughput_summary import rates
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 525  # of the whole run
-# name -> seconds at most; the functions that measure are in gpu_steps.py
-STEPS = {"build": 120, "tests_native": 90, "memory": 20, "bandwidth": 50, "host": 40, "baselines": 120, "tests_triton": 130,
-         "memcheck": 80, "racecheck": 60, "plans": 40}
-CHECKS = ("tests_native", "tests_triton", "memcheck", "racecheck")
+GRACE = 8  # seconds between SIGINT, at which a step ends with what it has, and SIGKILL
+# name -> seconds at most; the functions that measure are in gpu_steps.py and gpu_throughput.py
+LOSS = {"build": 120, "tests_native": 90, "memory": 20, "bandwidth": 50, "host": 40, "baselines": 120, "tests_triton": 130,
+        "memcheck": 80, "racecheck": 60, "plans": 40}
+THROUGHPUT = {"tests_sampler": 60, "swap": 30, "sampler": 200, "training_memory": 110, "loop": 200}
+STEPS = LOSS | THROUGHPUT
+GROUPS = {"loss": list(LOSS), "throughput": list(THROUGHPUT)}
+CHECKS = ("tests_native", "tests_triton", "tests_sampler", "memcheck", "racecheck")
+TESTS = {"tests_native": "tests/ops/test_cuda_build.py", "tests_triton": "tests/ops/test_triton.py",
+         "tests_sampler": "tests/reference/test_cuda_graph.py"}
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
 
 
@@ -40,18 +50,28 @@ def build(out: Path) -> dict[str, object]:
 
 
 def tests(name: str, out: Path) -> dict[str, object]:
-    """A backend's numerical tests on this GPU: against fp64, bit for bit, graphs, streams, a second device if there is one."""
+    """A file's tests on this GPU: of a backend against fp64, bit for bit, in graphs and streams; of the captured sampler."""
     report = out / f"{name}.xml"
-    chosen = "not interpreter and not compiled and not spill and not 16_bytes"
-    file = {"tests_native": "tests/ops/test_cuda_build.py", "tests_triton": "tests/ops/test_triton.py"}[name]
-    subprocess.run([*PYTEST, file, "-k", chosen, f"--junitxml={report}"], cwd=ROOT, check=False)
+    chosen = "" if name == "tests_sampler" else "not interpreter and not compiled and not spill and not 16_bytes"
+    report.unlink(missing_ok=True)
+    command = [*PYTEST, TESTS[name], "-k", chosen, f"--junitxml={report}"]
+    process = subprocess.Popen(command, cwd=ROOT)  # interrupted, it writes its report of the tests so far
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            continue
+    if not report.exists():
+        return {"ok": False, "failed": [f"pytest ended with status {process.returncode} and no report"]}
     suite = ElementTree.parse(report).getroot().find("testsuite")
     counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
     failed = [f"{case.get('name')}: {bad.get('message')[:300]}" for case in suite.iter("testcase")
               for bad in case if bad.tag in ("failure", "error")]
+    interrupted = process.returncode == 2  # pytest's status when it was
     skipped = sorted({bad.get("message", "")[:200] for bad in suite.iter("skipped")})
     ran = not any("GPU" in reason for reason in skipped)  # a backend that is not there was not tested, which is no success
-    return counts | {"ok": ran and not failed and counts["tests"] > counts["skipped"], "failed": failed, "skipped_for": skipped}
+    ok = ran and not failed and not interrupted and counts["tests"] > counts["skipped"]
+    return counts | {"ok": ok, "interrupted": interrupted, "failed": failed, "skipped_for": skipped}
 
 
 def sanitize(tool: str, out: Path) -> dict[str, object]:
@@ -95,15 +115,35 @@ def run_step(name: str, out: Path) -> None:
         keep(sanitize(name, out) if have("compute-sanitizer") else {"ok": None, "said": "there is no compute-sanitizer"})
     elif name == "machine":
         keep(machine())
+    elif name in THROUGHPUT:
+        from benchmarks import gpu_throughput
+
+        gpu_throughput.step(name, out, keep, THROUGHPUT[name])
     else:
         getattr(gpu_steps, name)(keep)
+
+
+def ended(process: subprocess.Popen, limit: float) -> str:
+    """How a step ended: by itself, or at `limit` seconds. All that it started gets SIGINT shortly before, and then SIGKILL."""
+    grace = min(GRACE, limit / 3)
+    try:
+        code = process.wait(limit - grace)
+        return "done" if code == 0 else f"exit code {code}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(grace)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return f"stopped after {limit:.0f} s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for the whole run")
-    parser.add_argument("--only", nargs="+", choices=list(STEPS), help="run just these steps")
+    parser.add_argument("--only", nargs="+", choices=[*GROUPS, *STEPS], help="run just these steps or groups")
     parser.add_argument("--step", choices=["machine", *STEPS], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
@@ -113,10 +153,11 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         sys.exit("there is no GPU here (torch.cuda.is_available() is False)")
+    only = {step for name in arguments.only or GROUPS for step in GROUPS.get(name, [name])}
     until = time.monotonic() + arguments.seconds
     summary: dict[str, object] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": gpu_steps.commit()}
     for name, limit in {"machine": 60, **STEPS}.items():
-        if arguments.only and name not in ("machine", *arguments.only):
+        if name not in ("machine", *only):
             continue
         result = out / f"{name}.json"
         result.unlink(missing_ok=True)
@@ -127,19 +168,15 @@ def main() -> None:
             with (out / f"{name}.log").open("w") as log:
                 process = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu_suite", "--out", str(out), "--step", name],
                                            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-                try:
-                    code = process.wait(limit)
-                    outcome = "done" if code == 0 else f"exit code {code}"
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, 9)  # with whatever it started
-                    process.wait()
-                    outcome = f"stopped after {limit:.0f} s"
+                outcome = ended(process, limit)
         found = json.loads(result.read_text()) if result.exists() else {}
         summary[name] = {"outcome": outcome, "seconds": round(time.monotonic() - start, 1), **found}
+        summary["rates"] = rates(summary)
         (out / "gpu_suite.json").write_text(json.dumps(summary, indent=1) + "\n")
         print(f"{name}: {outcome}, {summary[name]['seconds']} s {gpu_steps.headline(found)}", flush=True)
         if outcome != "done":
             print("".join((out / f"{name}.log").read_text().splitlines(keepends=True)[-15:]), flush=True)
+    shutil.rmtree(out / "work", ignore_errors=True)  # models and runs of the throughput steps
     bad = [name for name in CHECKS if name in summary and summary[name].get("ok", False) is False]  # no verdict is no success
     sys.exit(f"failed: {', '.join(bad)}" if bad else 0)
 

@@ -5,9 +5,11 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.loss_summary import Row, of_gpu_suite, targets
+from benchmarks.throughput_readme import throughput
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def filled(text: str) -> str:
     """`text` with what stands between its `<!-- name -->` and `<!-- /name -->` replaced by the table of that name."""
-    for name, table in {"quickstart": quickstart, "loss": loss}.items():
+    for name, table in {"quickstart": quickstart, "loss": loss, "throughput": partial(throughput, RESULTS)}.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda found, make=table: found[1] + make() + "\n" + found[2], text)
     return text

@@ -41,7 +41,8 @@ from seppo_fast.training.trainer import Trainer
 Model = StableDiffusion | StableDiffusionXL
 
 
-def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) -> Path:
+def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
+        make_trainer: Callable[..., Trainer] = Trainer) -> Path:
     """Train from `config` and return the folder of the trained model; every rank calls."""
     ours = config.seppo
     batch = batch_plan(config.deepspeed, ranks.world)
@@ -71,7 +72,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals) 
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
     sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
     made = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
-    trainer = Trainer(
+    trainer = make_trainer(
         settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs, reference=reference,
         pool=open_pool(config, folder, engine, state, ranks), sampler=sampler,
         grids=prepare_grids(model, config, cache, folder, ranks),

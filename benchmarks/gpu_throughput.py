@@ -1,0 +1,41 @@
+"""What gpu_suite.py measures of sampling and training on a GPU. Each step keeps what there is so far."""
+
+import importlib.util
+from pathlib import Path
+
+from benchmarks.loop import Keep
+
+# Beyond what the steps of the loss need. A machine without them says so rather than fail.
+NEEDED = dict.fromkeys(("sampler", "swap"), ("diffusers", "pydantic", "peft", "transformers"))
+TRAINING = ("diffusers", "pydantic", "deepspeed", "transformers", "datasets", "peft")
+
+
+def step(name: str, out: Path, keep: Keep, limit: float) -> None:
+    """One step of the suite; models and runs are made in `out`/work and stay for the next step that needs them."""
+    missing = [module for module in NEEDED.get(name, TRAINING) if importlib.util.find_spec(module) is None]
+    if missing:
+        return keep({"skipped": f"not installed here: {', '.join(missing)}"})
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    work = out / "work"
+    work.mkdir(exist_ok=True)
+    if name == "sampler":
+        from benchmarks import samplers
+
+        profile = out / "sampler_profile.txt"
+        profile.write_text(samplers.profile("cuda") + "\n")
+        samplers.measure("cuda", keep, limit - 80)  # the last point that is begun compiles
+    elif name == "swap":
+        from benchmarks import swap
+
+        swap.measure("sd15", "cuda", work / "swap", keep)
+    else:
+        from benchmarks import loop, throughput, training_memory
+
+        case = loop.sd15_case(work)
+        if name == "training_memory":
+            training_memory.measure(case, keep)
+        else:
+            loop.measure(case, keep)
+            (out / "loop_profile.txt").write_text(throughput.profiles(case, "cuda")["loop"] + "\n")

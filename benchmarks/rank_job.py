@@ -1,0 +1,52 @@
+"""One rank of a run, `python -m benchmarks.rank_job --config FILE --out DIR`: train.py, and how many samples this rank made.
+
+With `--core N` the process keeps to that core.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # DeepSpeed's launcher starts this file by its path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--core", type=int)
+    parser.add_argument("--local_rank", type=int, default=0)
+    given = parser.parse_args()
+    if given.core is not None:
+        os.sched_setaffinity(0, {given.core})
+
+    from seppo_fast.configfile import parse_config
+    from seppo_fast.training.ranks import StopSignals, join, quiet_libraries
+    from seppo_fast.training.run import run
+    from seppo_fast.training.trainer import Trainer
+
+    made: list[int] = []
+    ended: list[float] = []
+    ask, finish = Trainer.ask_reference, Trainer.finish_update
+
+    def counted(self: Trainer, *arguments: int) -> None:
+        before = len(self.made)
+        ask(self, *arguments)
+        made.append(len(self.made) - before)
+
+    def finished(self: Trainer, *arguments: object) -> None:
+        ended.append(time.perf_counter())
+        finish(self, *arguments)
+
+    Trainer.ask_reference, Trainer.finish_update = counted, finished
+    quiet_libraries()
+    ranks = join()
+    run(parse_config(json.loads(given.config.read_text())), None, ranks, StopSignals())
+    (given.out / f"rank{ranks.rank}.json").write_text(json.dumps({"samples": made, "ended": ended}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Where a second of your training goes: `python -m seppo_fast.profile_run --config X [--set KEY=VALUE ...] [--updates 3]`.
+
+Trains for a few updates in a temporary folder, which is removed (the latent cache stays, as after any run), and prints the
+phases of an update, the operators that took longest and what could be turned on. On several ranks:
+`deepspeed seppo_fast/profile_run.py --config X`.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # see train.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `--local_rank` is what DeepSpeed's launcher adds."""
+    parser = argparse.ArgumentParser(prog="python -m seppo_fast.profile_run", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a JSON file, or the name of one in seppo_fast/configs")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override keys of the configuration, e.g. train_batch_size=64 for a shorter update")
+    parser.add_argument("--updates", type=int, default=3, help="how many are measured; one before and one after them are not")
+    parser.add_argument("--rows", type=int, default=15, help="operators a table")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Exit status: 0, 2 for bad input, 1 anything else, 128 + the signal's number when stopped by one."""
+    arguments = parse_arguments()
+    from seppo_fast.configfile import load_config
+    from seppo_fast.errors import UserError
+    from seppo_fast.training.profiled import profile
+    from seppo_fast.training.ranks import FirstFailure, Stop, StopSignals, join, leave, quiet_libraries
+
+    quiet_libraries()
+    failure = FirstFailure()
+    try:
+        if arguments.updates < 1:
+            raise UserError(f"--updates {arguments.updates}: at least one update has to be measured")
+        config = load_config(arguments.config, arguments.overrides)
+        signals, ranks = StopSignals(), join()
+        text = profile(config, ranks, signals, arguments.updates, arguments.rows)
+        if ranks.rank == 0:
+            print(text, flush=True)
+        leave()
+        return 0
+    except Stop as stop:
+        status, words = 128 + stop.signum, f"stopped by {stop}"
+    except UserError as error:
+        status, words = 2, f"seppo_fast: {error}"
+    except Exception:
+        status, words = 1, f"seppo_fast: rank {os.environ.get('RANK', 0)} failed\n{traceback.format_exc()}"
+    if failure.is_ours():
+        print(words, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)  # see train.py
+
+
+if __name__ == "__main__":
+    sys.exit(main())

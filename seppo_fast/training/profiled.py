@@ -1,0 +1,263 @@
+"""A trainer that times its phases and stops after a few updates."""
+
+import copy
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
+
+from seppo_fast.config import METHODS
+from seppo_fast.configfile import Config, batch_plan, parse_config
+from seppo_fast.errors import UserError
+from seppo_fast.reference.batching import even
+from seppo_fast.training.engine import Step
+from seppo_fast.training.objective import Noised, Objective
+from seppo_fast.training.profile_report import (
+    PHASES,
+    Operator,
+    advice,
+    communication,
+    operator_table,
+    operators,
+    phase_table,
+)
+from seppo_fast.training.ranks import Ranks, StopSignals
+from seppo_fast.training.run import run
+from seppo_fast.training.trainer import Trainer
+
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler")
+
+
+class Enough(BaseException):
+    """Everything has been measured. Like `Stop` no `Exception`, so that nobody takes it for a failure."""
+
+
+class Clock:
+    """Seconds by phase; a phase within another one is taken out of it. The device is waited for at each change."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._stack: list[str] = ["other"]
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was measured."""
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._wait()
+        self._mark = time.perf_counter()
+
+    def enter(self, phase: str) -> None:
+        """What comes now belongs to `phase`."""
+        self.charge()
+        self._stack.append(phase)
+
+    def leave(self) -> None:
+        """Back to the phase around this one."""
+        self.charge()
+        self._stack.pop()
+
+    def charge(self) -> None:
+        """Count the time since the last change."""
+        self._wait()
+        now = time.perf_counter()
+        self.seconds[self._stack[-1]] = self.seconds.get(self._stack[-1], 0.0) + now - self._mark
+        self._mark = now
+
+    def timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        """`function`, whose time goes to `phase`."""
+        @wraps(function)
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            self.enter(phase)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.leave()
+        return measured
+
+
+@dataclass(frozen=True)
+class TimedObjective(Objective):
+    """The objective with a clock around each network's answer. No hooks on the networks: they may be captured or compiled."""
+
+    clock: Clock | None = None
+    policy: DeepSpeedEngine | None = None
+
+    def _predict(self, module: nn.Module, noised: Noised) -> Tensor:
+        phase = "policy forward" if module is self.policy else "reference scoring"
+        return self.clock.timed(super()._predict, phase)(module, noised)
+
+
+@dataclass
+class ProfiledTrainer(Trainer):
+    """One update to warm up, `updates` with the clock, one with the profiler; `Enough` ends it. Writes no checkpoint."""
+
+    updates: int = 3
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def train(self) -> None:
+        """Algorithm 1 until enough is measured."""
+        self.clock = Clock(self.ranks.device)
+        self.profiler: torch.profiler.profile | None = None
+        self.engine.backward = self.clock.timed(self.engine.backward, "backward")
+        self.engine.step = self.stepped(self.clock.timed(self.engine.step, "optimizer step"))
+        self.objective = TimedObjective(**vars(self.objective), clock=self.clock, policy=self.engine)
+        super().train()
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """The trainer's own phases; within "training" the networks, the backward and the step have theirs."""
+        self.clock.enter("loss and bookkeeping" if name == "training" else name)
+        try:
+            with super().timed(name):
+                yield
+        finally:
+            self.clock.leave()
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the update with the profiler."""
+        return self.state.update == self.updates + 1
+
+    def ask_reference(self, k: int, update: int) -> None:
+        """Line 3; in the last update one batch is drawn once more, under the profiler."""
+        if self.state.update == 1:
+            self.clock.restart()
+        super().ask_reference(k, update)
+        if self.last and METHODS[self.settings.method].losers == "reference":
+            slots = list(self.slots(update))
+            slots = slots[:even(len(slots), self.sampler.batch_size)]
+            noise, conditions = self.pairs.initial_noise(slots), self.pairs.prompts(slots)
+            with self.reference_on_device(), new_profiler() as profiler:
+                self.sampler.draw(noise, conditions)
+            self.found["sampling"] = operators(profiler, self.ranks.device), len(slots)
+
+    def update_policy(self, update: int) -> tuple[Step, Tensor]:
+        """Line 4; in the last update its last micro-batch is under the profiler."""
+        self.micro_batches = 0
+        self.profile_last_micro_batch()
+        done = super().update_policy(update)
+        if self.profiler:
+            self.profiler.__exit__(None, None, None)
+            self.found["training"] = operators(self.profiler, self.ranks.device), self.batch.micro
+        return done
+
+    def stepped(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`engine.step`, after which a micro-batch is done."""
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self.micro_batches += 1
+            self.profile_last_micro_batch()
+            return result
+        return counted
+
+    def profile_last_micro_batch(self) -> None:
+        """Start the profiler before the last micro-batch of the last update."""
+        if self.last and self.micro_batches == self.batch.accumulation - 1:
+            self.profiler = new_profiler().__enter__()
+
+    def finish_update(self, k: int, done: Step, table: Tensor) -> None:
+        """Count the update; the clock stops before the last one."""
+        super().finish_update(k, done, table)
+        if self.state.update == self.updates + 1:
+            self.clock.charge()
+            self.found["seconds"] = {name: value / self.updates for name, value in self.clock.seconds.items()}
+        if self.state.update == self.updates + 2:
+            raise Enough
+
+    def save(self) -> Path:
+        """No checkpoint."""
+        return self.folder
+
+
+def new_profiler() -> torch.profiler.profile:
+    """Of the CPU and, where there is one, of the GPU."""
+    return torch.profiler.profile(activities=list(torch.profiler.supported_activities()), acc_events=True)
+
+
+def profile(config: Config, ranks: Ranks, signals: StopSignals, updates: int, rows: int = 15) -> str:
+    """Train for `updates` measured updates in a temporary folder beside the run's own; every rank calls."""
+    with temporary_folder(Path(config.seppo.output_dir), ranks) as folder:
+        short = shortened(config, folder, updates)
+        trainers: list[ProfiledTrainer] = []
+
+        def build(**parts: Any) -> ProfiledTrainer:
+            trainers.append(ProfiledTrainer(**parts, updates=updates))
+            return trainers[0]
+
+        try:
+            run(short, None, ranks, signals, build)
+        except Enough:
+            pass
+        found = trainers[0].found
+        everyone = ranks.gather(torch.tensor([[found["seconds"][name] for name in PHASES]], dtype=torch.double))
+    seconds = {name: value for name, value in zip(PHASES, everyone.mean(dim=0).tolist(), strict=True) if value}
+    sampling = everyone[:, PHASES.index("sampling")]
+    uneven = (sampling.max() / sampling.mean()).item() - 1 if sampling.max() > 0 else 0.0
+    return report(config, ranks, seconds, uneven, found, updates, rows)
+
+
+def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: float, found: dict[str, Any], updates: int,
+           rows: int) -> str:
+    """Everything that was found, as text."""
+    batch = batch_plan(config.deepspeed, ranks.world)
+    stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+    parts = [phase_table(seconds, batch, updates, uneven)]
+    collectives = 0.0
+    for name, what in (("sampling", "samples in one batch"), ("training", "pairs in one micro-batch, with the optimizer step")):
+        if name in found:
+            table: list[Operator]
+            table, count = found[name]
+            parts.append(operator_table(table, f"{name}, {count} {what}", rows))
+    if batch.world > 1:
+        # Gradients travel in every micro-batch from stage 2 on, before that once an update.
+        collectives = communication(found["training"][0]) * (batch.accumulation if stage >= 2 else 1) / sum(seconds.values())
+        parts.append(f"collectives: about {collectives:.1%} of an update, waiting for other ranks and what overlaps included")
+    cuda = ranks.device.type == "cuda"
+    lines = advice(seconds, config, batch, cuda, collectives)
+    return "\n\n".join([*parts, "\n".join(["what to turn on, by what was measured:", *(f"- {line}" for line in lines)])])
+
+
+def shortened(config: Config, folder: Path, updates: int) -> Config:
+    """The configuration for `updates` + 2 updates that leave nothing behind: no monitors, no grids, no end of an iteration.
+
+    Samples are made for one update at a time: an iteration's would come before the first of them.
+    """
+    raw = copy.deepcopy(config.as_dict())
+    for monitor in MONITORS:
+        raw.pop(monitor, None)
+    raw["seppo"].update(output_dir=str(folder / "run"), iterations=1, updates_per_iteration=updates + 3)
+    raw["seppo"]["samples"]["every"] = 0
+    raw["seppo"]["sampler"]["window"] = "update"
+    return parse_config(raw)
+
+
+@contextmanager
+def temporary_folder(output: Path, ranks: Ranks) -> Iterator[Path]:
+    """A folder that all ranks see, as near to `output` as there is one; rank 0 removes it."""
+    beside = next(parent for parent in output.absolute().parents if parent.is_dir())
+    made: list[object] = [None]
+    if ranks.rank == 0:
+        try:
+            made = [Path(tempfile.mkdtemp(prefix=f".{output.name}-profile-", dir=beside))]
+        except OSError as error:
+            made = [error]
+    if ranks.world > 1:
+        dist.broadcast_object_list(made, src=0, group=ranks.control)
+    folder, = made
+    if not isinstance(folder, Path):
+        raise UserError(f"seppo.output_dir: no temporary folder can be made in {beside} ({folder})")
+    try:
+        yield folder
+    finally:
+        if ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
