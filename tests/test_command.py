@@ -90,7 +90,7 @@ def test_rates_of_ones_own(settings: Callable[..., dict[str, Any]], forks: Forks
     (tmp_path / "rates.json").write_text(json.dumps({"rates": rates}))
     result = forks.run(settings(), "--dry-run", "--rates", str(tmp_path / "rates.json"))
     assert result.status == 0
-    assert "700 TFLOP/s; sampling 50% of it (8 at a time); training 25% (4 pairs at a time)" in result.output, result.output
+    assert "700 TFLOP/s; sampling 50% of it (8 at a time); training 25% of it (4 pairs at a time)" in result.output, result.output
     words(forks.run(settings(), "--dry-run", "--rates", str(tmp_path / "none.json")), "--rates", "none.json")
 
 
@@ -167,7 +167,7 @@ def test_an_output_folder_that_cannot_be_written(settings: Callable[..., dict[st
     words(forks.run(settings(**{"seppo.output_dir": str(tmp_path / "file" / "run")})), "seppo.output_dir", "cannot be written")
 
 
-@pytest.mark.parametrize("place", ["seppo_fast.data.cache:encoded", "seppo_fast.training.trainer:sample",
+@pytest.mark.parametrize("place", ["seppo_fast.data.cache:encoded", "seppo_fast.reference.sampler:Sampler.draw",
                                    "seppo_fast.training.objective:Objective.__call__", "seppo_fast.training.checkpoint:save_file"])
 def test_one_rank_killed_ends_the_other_with_a_word(place: str, settings: Callable[..., dict[str, Any]], forks: Forks,
                                                     tmp_path: Path) -> None:

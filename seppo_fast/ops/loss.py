@@ -89,12 +89,12 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
         ref_pred: `(2B, ...)` the reference policy's, any of these dtypes.
         target: what both should have predicted, `(2B, ...)`, or `(B, ...)` when the two halves share the noise.
         ref_mse: `(2B,)` fp32 (or fp64), in place of `ref_pred`: the reference's mean squared errors, winners first, as
-            `per_sample_mse` makes them. With predictions m - q is summed without cancellation and exactly 0 where they are
-            equal. The difference of two fp32 means instead has the roundings of both: about one unit in the last place of
-            the MSE, or 2^-23 of it, in either half of the pair. That is up to `beta * 2^-23` times the MSE in the logit:
-            for an MSE of 1 at beta 2000 to 5000, 2e-4 to 6e-4, and a winner that is nearer to a tie than this has either
-            sign. It is a tie for equal predictions only if both errors were added up in the same order, which
-            `per_sample_mse` sees to (for the same backend, dtype and memory format, in batches of any size).
+            `per_sample_mse` makes them; no gradient flows here. With predictions m - q is summed without cancellation and
+            exactly 0 where they are equal. A difference of two fp32 means keeps the roundings of both, and each unit in the
+            last place of an MSE (at most 2^-23 of it) is worth `beta / 2 * 2^-23` times the MSE in the logit: 1.2e-4 for an
+            MSE of 1 at beta 2000, 3e-4 at 5000. Expect one or two such units in each half of a pair, and either sign where
+            the winner is nearer to a tie than that. Equal predictions tie only if both errors were added up in the same
+            order, which `per_sample_mse` sees to.
         beta: how far the policy may move from the reference; 2000 in the paper.
         reduction: `"mean"` or `"sum"` over pairs, or `"none"` for `(B,)`.
         backend: `"auto"` or a name from `available_backends()`. fp64 takes the reference.

@@ -41,8 +41,10 @@ def mean_squared_errors(model_pred: Tensor, reference: Tensor, target: Tensor) -
 
 
 def _mean_square(errors: Tensor) -> Tensor:
-    """`(2, B, ...)` -> `(2, B)`, added up by halves: the order of elementwise sums depends on nothing, where that of
-    torch.sum may depend on the number of samples, and then errors of equal predictions would not be equal."""
+    """`(2, B, ...)` -> `(2, B)`, added up by halves.
+
+    torch.mean may choose its order by the number of samples, and equal predictions would not have equal errors.
+    """
     sums = errors.square().flatten(2)
     elements = sums.shape[2]
     while sums.shape[2] > 1:

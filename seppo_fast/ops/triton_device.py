@@ -84,12 +84,6 @@ def _add3(a, b, c, d, e, f):
 
 
 @triton.jit
-def _given(reference, pair, pairs):
-    """The errors of a reference that is SCORED."""
-    return tl.load(reference + pair), tl.load(reference + pairs + pair)
-
-
-@triton.jit
 def _excess(model_mse, ref_mse):
     """`excess` of pair_loss.h: NaN, where the reference's error is infinite."""
     return model_mse - (ref_mse + (ref_mse - ref_mse))
@@ -172,7 +166,7 @@ def pair_kernel(policy, reference, target, grad, loss, stats, counters, pairs, e
     d_l, m_l, q_l, e_l = _half(policy + loser, reference + loser, target + shared, elements, SCORED, WHOLE, BLOCK, WIDTH, CHUNKS)
     if SCORED:
         m_w, m_l = tl.reduce((m_w, m_l), 0, _add2)
-        q_w, q_l = _given(reference, pair, pairs)
+        q_w, q_l = tl.load(reference + pair), tl.load(reference + pairs + pair)
         m_w, m_l = m_w * inverse, m_l * inverse
         d_w, d_l = _excess(m_w, q_w), _excess(m_l, q_l)
     else:
@@ -228,7 +222,7 @@ def _differences(reference, sums, pair, pairs, parts, inverse, SCORED: tl.conste
 def _means(reference, sums, pair, pairs, parts, inverse, SCORED: tl.constexpr):
     m_w, m_l = _two_totals(sums + 2, parts)
     if SCORED:
-        q_w, q_l = _given(reference, pair, pairs)
+        q_w, q_l = tl.load(reference + pair), tl.load(reference + pairs + pair)
     else:
         q_w, q_l = _two_totals(sums + 4, parts)
         q_w, q_l = q_w * inverse, q_l * inverse

@@ -82,7 +82,7 @@ class _Live(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
         given = {value.untyped_storage().data_ptr() for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         for value in tree_leaves(results):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -19,7 +20,7 @@ def capture(warm_up: Callable[[], object], step: Callable[[], object], device: t
     """
     start = time.perf_counter()
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):  # restored when a capture fails, too
-        stream = torch.cuda.Stream()
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
@@ -27,9 +28,15 @@ def capture(warm_up: Callable[[], object], step: Callable[[], object], device: t
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may be copying the next micro-batch to the device
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             step()
     return graph, time.perf_counter() - start
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen, for good."""
+    return torch.cuda.Stream(device)
 
 
 class Same:

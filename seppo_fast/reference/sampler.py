@@ -129,10 +129,10 @@ class Sampler:
         """A loop for batches of `shape`: compiled and captured, or as it is where that is not wanted or fails."""
         cost = []
         if self._compile != "none":
-            loop = self._open(shape, self._denoise)
+            loop, cache = self._open(shape, self._denoise), tuning.Cache()
             try:
                 with self._network():
-                    cost.append(f"compile {seconds(lambda: first_step(loop), self.device):.1f} s")
+                    cost.append(f"compile {seconds(lambda: first_step(loop), self.device):.1f} s ({cache})")
             except Exception as error:  # whatever the compiler raises; a fault of the model's own comes back without it
                 warn_fallback("seppo.sampler.compile", error)
                 self._compile = "none"
@@ -148,6 +148,7 @@ class Sampler:
             except Exception as error:
                 warn_fallback("seppo.sampler.cuda_graph", error)
                 self._capture = False
+                self._tune()
         if cost:
             self._ready[shape], self._fingerprint = ready, fingerprint(self.module)
             self.say(f"sampler: {', '.join(cost)}, for batches of {shape[0]}")

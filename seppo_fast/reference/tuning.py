@@ -83,3 +83,19 @@ def _fused(attention: Attention) -> tuple[nn.Linear, list[nn.Linear]]:
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The whole network as one compiled function, for the shapes that it is called with."""
     return torch.compile(function, dynamic=False)
+
+
+class Cache:
+    """How many compiled graphs came from the compiler's cache on disk since this was made."""
+
+    def __init__(self) -> None:
+        self._before = self._counts()
+
+    def __str__(self) -> str:
+        found, made = (now - before for now, before in zip(self._counts(), self._before, strict=True))
+        return f"{found} of {found + made} graphs from the cache"
+
+    @staticmethod
+    def _counts() -> tuple[int, int]:
+        counts = torch._dynamo.utils.counters["aot_autograd"]
+        return counts["autograd_cache_hit"], counts["autograd_cache_miss"] + counts["autograd_cache_bypass"]

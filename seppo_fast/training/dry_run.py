@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan
 from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
@@ -35,7 +37,8 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
         table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
         cost = estimate(model, config, batch, len(table.timesteps))
         row_bytes = cache_bytes(model, config)
-        times = [time_plan(config, batch, cost, model, known_rates)]
+        here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        times = [time_plan(config, batch, cost, model, known_rates, here)]
     if ours.data.source is None:
         missing.append(SOURCE_NOT_SET)
     elif is_hub_dataset(ours.data):

@@ -66,6 +66,7 @@ def engine_bytes(config: Config, batch: Batch, trained: int, largest: int) -> En
         moved = summed or size * own  # the owned share, taken out of the bucket
         update = gradients + moved + max(step, 4 * own if half and not sums else 0)
     buckets = 2 if zero.overlap_comm else 1
+    update = max(update, gradients + 8 * largest)  # norms are taken in fp64, a weight at a time
     return EngineBytes(optimizer=optimizer, gradients=gradients, update=update, sampling=0 if stage < 3 else summed,
                        bucket_elements=int(zero.reduce_bucket_size), buckets=buckets,
                        bucket_dtype=torch.float32 if stage == 1 and sums else dtype)

@@ -44,9 +44,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, row_bytes: int | None,
     }
     if samples:
         size = "a size that is measured" if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
-        lines["reference samples"] = (f"{samples} in all, {batch.size} an update; {ours.sampler.solver},"
-                                      f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}, in batches of"
-                                      f" {size}")
+        lines["reference samples"] = (f"{samples} in all, {batch.size} an update, in batches of {size}; {ours.sampler.solver},"
+                                      f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}")
     if method.references:
         size = "" if cost is None else f", {_gb(cost.trained * pool_dtype(config).itemsize)} each"
         kept = f"{ours.pool.host_memory_gb:g} GB of host memory, the rest on disk"
@@ -95,10 +94,10 @@ def _memory(config: Config, cost: Cost) -> tuple[str, str]:
     bucket = f", buckets {_gb(cost.bucket)}" if cost.bucket else ""
     sampler = f", sampler {_gb(cost.sampler)}" if cost.sampling else ""
     if config.seppo.sampler.batch_size == "auto" and cost.sampling:
-        sampler += " a sample (batch_size auto: as many as pay and fit)"
+        sampler += " a sample, of which batch_size auto takes as many as pay and fit"
     parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}, optimizer {_gb(cost.optimizer)}, gradients"
              f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}")
-    return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts} (kernels' workspaces and the allocator's slack apart)"
+    return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts}; not kernels' workspaces, nor the allocator's slack"
 
 
 def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:

@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from seppo_fast.config import METHODS
@@ -96,9 +95,8 @@ def rollout(work: Work, cost: Cost) -> Work:
     return replace(work, sampling=work.sampling + cost.scoring, training=work.training - cost.scoring)
 
 
-def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Sequence[Rate]) -> str:
-    """Hours on every known device, and how they change on the first of them or, where it is among them, on this machine's."""
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Sequence[Rate], here: str = "") -> str:
+    """Hours on every known device, and how they change on the first of them or, where it is among them, on `here`."""
     work = work_of(config, batch, cost)
     known = next(rate for rate in rates if rate.sampling_fraction is not None)
     whole = [rate if rate.sampling_fraction is not None else rate.model_copy(update={"sampling_fraction": known.sampling_fraction})
@@ -109,13 +107,14 @@ def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Seq
         sampling, training = hours(filled, work)
         shares = [fraction(filled.sampling_fraction, work.sampler_batch),
                   fraction(filled.training_fraction or filled.sampling_fraction, work.micro)]
-        sampled = "" if rate.sampling_fraction is not None else f", assumed: that of {known.device}"
+        assumed = "" if rate.sampling_fraction is not None else f", assumed: that of {known.device}"
+        sampled = f" sampling {shares[0]:.0%} of it ({work.sampler_batch} at a time{assumed});" if work.sampling else ""
         trained = "" if rate.training_fraction is not None else ", assumed: sampling's at this batch"
         lines += [
             f"  {rate.device}{' (this machine)' * _is(rate, here)}: {sampling + training:.3g} hours = {sampling:.3g} sampling +"
             f" {training:.3g} training",
-            f"    {rate.matmul_tflops:g} TFLOP/s; sampling {shares[0]:.0%} of it ({work.sampler_batch} at a time{sampled});"
-            f" training {shares[1]:.0%} ({work.micro} pair{'s' * (work.micro > 1)} at a time{trained})",
+            f"    {rate.matmul_tflops:g} TFLOP/s;{sampled} training {shares[1]:.0%} of it ({work.micro}"
+            f" pair{'s' * (work.micro > 1)} at a time{trained})",
             f"    {rate.source}",
         ]
     chosen = next((rate for rate in whole if _is(rate, here)), whole[0])

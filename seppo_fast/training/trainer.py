@@ -85,6 +85,8 @@ class Trainer:
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
         window = [slot for u in range(update, last) for slot in self.slots(u)]
         slots = [slot for slot in window if slot not in self.made]
+        if not slots:
+            return
         with self.timed("sampling"), self.reference_on_device(), self.reporter.sampling(len(slots)) as progress:
             for some in chunks(slots, even(len(window), self.sampler.batch_size)):
                 self.made.update(self.ask(some))
@@ -130,7 +132,7 @@ class Trainer:
         There every pair is a tie by definition. Two computations of the same error in batches of other sizes would be told
         apart by their rounding, and the flipper would take that for an answer.
         """
-        exact = self.pool is not None and self.pool.dtype.itemsize >= self.objective.dtype.itemsize
+        exact = self.pool is not None and torch.promote_types(self.pool.dtype, self.objective.dtype) == self.pool.dtype
         drops = self.settings.model.lora is not None and self.settings.model.lora.dropout > 0
         latest = self.reference_index == self.iteration_of(update) - 1 and update % self.settings.updates_per_iteration == 0
         return self.settings.reference_score == "rollout" and exact and latest and not drops

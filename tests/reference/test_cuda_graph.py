@@ -304,6 +304,37 @@ def test_what_cannot_be_captured_runs_as_it_is():
 
 
 @gpu
+def test_graphs_of_before_a_failure_are_not_kept():
+    unet = network(device="cuda")
+    noise, conditions = given(4)
+
+    def reads_a_value_of_wide_latents(unet, latents, t, conditions):
+        assert latents.shape[2] == 8 or latents.float().mean().item() < 1e9
+        return Denoise()(unet, latents, t, conditions)
+
+    drawing = captured(unet, reads_a_value_of_wide_latents)
+    drawing.draw(noise, conditions)
+    with pytest.warns(RuntimeWarning, match="seppo.sampler.cuda_graph"):
+        drawing.draw(noise.repeat(1, 1, 2, 1), conditions)
+    unet.load_state_dict(network(1, "cuda").state_dict(), assign=True)
+    close(drawing.draw(noise, conditions), expected(unet, noise, conditions))
+
+
+@gpu
+def test_released_graphs_give_their_memory_back():
+    unet, denoise = network(device="cuda"), Denoise()
+    drawing = captured(unet, denoise)
+    noise, conditions = given(4)
+    want, calls = drawing.draw(noise, conditions), denoise.calls
+    drawing.release()
+    before = torch.cuda.memory_reserved()  # with what the libraries keep
+    close(drawing.draw(noise, conditions), want)
+    assert denoise.calls == 2 * calls and torch.cuda.memory_reserved() > before
+    drawing.release()
+    assert torch.cuda.memory_reserved() <= before + 2**21  # the smallest that the allocator asks for
+
+
+@gpu
 def test_a_thread_may_copy_to_the_device_meanwhile():
     unet, stop, copies = network(device="cuda"), threading.Event(), []
 

@@ -1,7 +1,8 @@
 """Runs in this process, made once a module for each different configuration."""
 
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def trained(settings: Callable[..., dict[str, Any]], train: Callable[..., Path],
         return finished[key]
 
     return once
+
+
+@pytest.fixture(scope="module")
+def quick_collections() -> Iterator[None]:
+    """DeepSpeed collects garbage again and again while it makes an engine: what is there already need not be searched."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -37,11 +37,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 # One run is killed at all of these in turn. The counts begin anew with each process: 4 updates of 2 micro-batches, reference
 # samples in 2 batches an update. With each goes what it leaves half done in the run folder.
 KILLS = {
-    "sampling, before any checkpoint": (Strike("seppo_fast.training.trainer:sample", 2), None),
+    "sampling, before any checkpoint": (Strike("seppo_fast.reference.sampler:Sampler.draw", 2), None),
     "between two micro-batches": (Strike("seppo_fast.training.objective:Objective.__call__", 2), None),
     "between two micro-batches of the second update": (Strike("seppo_fast.training.objective:Objective.__call__", 4), None),
     "after one update": (Strike("seppo_fast.training.trainer:Trainer.report", 1, after=True), None),
-    "sampling": (Strike("seppo_fast.training.trainer:sample", 1, after=True), None),
+    "sampling": (Strike("seppo_fast.reference.sampler:Sampler.draw", 1, after=True), None),
     "a checkpoint with DeepSpeed's files alone": (Strike("seppo_fast.training.checkpoint:save_file", 1), "checkpoints/.*.tmp"),
     "a checkpoint without its marker": (Strike("seppo_fast.training.checkpoint:flush_tree", 1, after=True), "checkpoints/.*.tmp"),
     "a checkpoint under its temporary name": (Strike("pathlib:Path.rename", 1), "checkpoints/.*.tmp/complete.json"),
@@ -128,7 +128,7 @@ def test_killed_at_every_turn_and_resumed(name: str, ranks: int, places: Iterabl
 
 
 PLACES = {
-    "sampling": Strike("seppo_fast.training.trainer:sample", 3, signal.SIGTERM),  # in update 1, of 0..3
+    "sampling": Strike("seppo_fast.reference.sampler:Sampler.draw", 3, signal.SIGTERM),  # in update 1, of 0..3
     "in a window": Strike("seppo_fast.training.objective:Objective.__call__", 3, signal.SIGTERM),
     "at the end of a window": Strike("seppo_fast.training.objective:Objective.__call__", 4, signal.SIGTERM),
     "while a checkpoint is written": Strike("seppo_fast.training.checkpoint:flush_tree", 1, signal.SIGTERM),
@@ -162,7 +162,7 @@ def test_unused_reference_samples_are_in_the_checkpoint(forks: Forks, tree: Any,
     (left,) = checkpoint.complete(tmp_path / "run" / "checkpoints")
     assert left.name == "update_00000001_00000008", "8 of the iteration's 16 reference samples are used up"
     # The rest of the iteration needs no sampling: dying at the first sample is dying in iteration 2.
-    killed = forks.run(raw, "--resume", "auto", strike=Strike("seppo_fast.training.trainer:sample", 1))
+    killed = forks.run(raw, "--resume", "auto", strike=Strike("seppo_fast.reference.sampler:Sampler.draw", 1))
     assert killed.status == -signal.SIGKILL and [row["update"] for row in metrics(raw)] == [1, 2]
 
 

@@ -61,7 +61,7 @@ def test_training_calls_no_reference(settings: Any, train: Any, monkeypatch: pyt
     monkeypatch.setattr(Trainer, "update_policy", without_reference)
     train(settings(**{"seppo.sampler.batch_size": 5, "train_micro_batch_size_per_gpu": 2, "seppo.sampler.window": "iteration"},
                    **ROLLOUT))
-    assert asked == [] and scored == [5, 5, 5, 1] * 2  # 2 iterations of 16 pairs
+    assert asked == [] and scored == [4, 4, 4, 4] * 2  # 2 iterations of 16 pairs, evenly
 
 
 def test_scores_are_in_the_checkpoint(settings: Any, train: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,12 @@ def test_what_is_assumed_is_said(cost: Cost) -> None:
     assert "assumed" not in text and "hours on NVIDIA H200 with" in text
 
 
+def test_this_machines_gpu_is_marked(cost: Cost) -> None:
+    text = time_plan(CONFIG, BATCH, cost, known_model(CONFIG.seppo.model.path), load_rates(None), "NVIDIA H200 NVL")
+    assert "NVIDIA H200 (this machine): " in text and "hours on NVIDIA H200 with" in text
+    assert "NVIDIA A100: " in text
+
+
 def test_every_shipped_rate_says_whether_it_was_measured() -> None:
     for name, rate in json.loads(SHIPPED.read_text()).items():
         assert rate["source"].startswith(("measured", "published")), name
