@@ -59,12 +59,12 @@ class Forks:
                                         text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, raw: dict[str, Any], *arguments: str, ranks: int = 1, strike: Strike | None = None,
-            file_limit: int | None = None, timeout: float = 120) -> Result:
-        """Train on a configuration; `file_limit` is the largest file, in bytes, that it may write."""
+            file_limit: int | None = None, timeout: float = 120, module: str = "seppo_fast.train") -> Result:
+        """Train on a configuration, by the `main` of `module`; `file_limit` is the largest file, in bytes, that it may write."""
         config = Path(self._folder.name) / "config.json"
         config.write_text(json.dumps(raw))
         job = {"arguments": ["--config", str(config), *arguments], "ranks": ranks, "file_limit": file_limit, "timeout": timeout,
-               "strike": strike and asdict(strike)}
+               "module": module, "strike": strike and asdict(strike)}
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         return Result(**json.loads(self._server.stdout.readline()))
@@ -140,9 +140,7 @@ def be_rank(rank: int, port: int, output: int, job: dict[str, Any]) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
         if job["strike"] and job["strike"]["rank"] == rank:
             arm(Strike(**job["strike"]))
-        from seppo_fast.train import main
-
-        status = main()
+        status = importlib.import_module(job["module"]).main()
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else 1
     finally:

@@ -1,13 +1,12 @@
 """`python -m seppo_fast.profile_run` on a tiny model, and its advice."""
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, command, unranked
+from forked import Forks
 
 from seppo_fast.configfile import batch_plan, parse_config
 from seppo_fast.errors import UserError
@@ -47,24 +46,23 @@ def test_scores_of_a_rollout_are_told_from_its_samples(settings: Callable[..., d
     assert "  sampling  " in text and "  reference scoring  " in text
 
 
-def test_two_ranks(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_two_ranks(settings: Callable[..., dict[str, Any]], forks: Forks, tmp_path: Path) -> None:
     raw = settings(**{"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 2})
-    words = [word.replace("train.py", "profile_run.py") for word in command(raw, "--updates", "1", ranks=2, folder=tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=280, env=unranked())
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count("where a second goes: mean of 1 updates of 8 pairs on 2 ranks") == 1
-    assert "the slowest rank samples" in done.stdout
-    assert "collectives: about 0.0% of an update" not in done.stdout and "collectives: about" in done.stdout
-    assert "- ZeRO stage 2 communicates in every one of 2 micro-batches" in done.stdout
+    done = forks.run(raw, "--updates", "1", ranks=2, module="seppo_fast.profile_run")
+    assert done.statuses == [0, 0], done.output[-3000:]
+    assert done.output.count("where a second goes: mean of 1 updates of 8 pairs on 2 ranks") == 1
+    assert "the slowest rank samples" in done.output
+    assert "collectives: about 0.0% of an update" not in done.output and "collectives: about" in done.output
+    assert "- ZeRO stage 2 communicates in every one of 2 micro-batches" in done.output
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "run").exists()
 
 
-def test_a_mistake_is_told_before_anything_runs(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    words = [word.replace("train.py", "profile_run.py") for word in
-             command(settings(**{"seppo.sampler.stps": 3}), ranks=None, folder=tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=100, env=unranked())
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "seppo.sampler.stps: unknown key; did you mean seppo.sampler.steps?" in done.stderr
+def test_a_mistake_is_told_before_anything_runs(settings: Callable[..., dict[str, Any]], forks: Forks) -> None:
+    mistyped = "seppo.sampler.stps: unknown key; did you mean seppo.sampler.steps?"
+    for arguments, words in ((["--updates", "0"], "--updates 0: at least one"), (["--set", "seppo.sampler.stps=3"], mistyped)):
+        done = forks.run(settings(), *arguments, module="seppo_fast.profile_run")
+        assert done.status == 2 and "Traceback" not in done.output
+        assert words in done.output
 
 
 def test_a_folder_that_cannot_be_written_is_named(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any) -> None:
