@@ -54,6 +54,7 @@ class Trainer:
     def train(self) -> None:
         """Algorithm 1 from the state's update on; `Stop` leaves a checkpoint behind."""
         self.signals.deferred = True
+        self.rest_reference()
         try:
             if self.state.update == 0:
                 self.draw_grid()
@@ -85,6 +86,8 @@ class Trainer:
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
         window = [slot for u in range(update, last) for slot in self.slots(u)]
         slots = [slot for slot in window if slot not in self.made]
+        if not slots:  # the reference may stay where it rests
+            return
         with self.timed("sampling"), self.reference_on_device(), self.reporter.sampling(len(slots)) as progress:
             for some in chunks(slots, even(len(window), self.sampler.batch_size)):
                 self.made.update(self.ask(some))
@@ -215,15 +218,18 @@ class Trainer:
 
     @contextmanager
     def reference_on_device(self) -> Iterator[None]:
-        """The reference on this rank's device; before and after it lies in host memory if no training step asks it.
-
-        That is so with a whole iteration's scores made ahead. A LoRA's reference shares the policy's base, and stays.
-        """
-        rests = (self.settings.reference_score == "rollout" and self.settings.sampler.window == "iteration"
-                 and self.settings.model.lora is None)
+        """The reference on this rank's device, and at rest afterwards."""
         self.reference.to(self.ranks.device)
         yield
-        if rests:
+        self.rest_reference()
+
+    def rest_reference(self) -> None:
+        """Put the reference into host memory if no training step asks it: with a whole iteration's scores made ahead.
+
+        A LoRA's reference shares the policy's base, and stays.
+        """
+        if (self.settings.reference_score == "rollout" and self.settings.sampler.window == "iteration"
+                and self.settings.model.lora is None):
             self.sampler.release()
             self.reference.to("cpu")
 
