@@ -161,3 +161,14 @@ class Seppo(Section):
         if not row.references and filled.get("reference_score") == "rollout":
             raise ValueError(f"reference_score='rollout' does not go with method={method!r}, which has no reference")
         return filled
+
+    @model_validator(mode="after")
+    def fused_projections_are_plain(self) -> "Seppo":
+        """What is known to stop the sampler is known before any model loads."""
+        if self.sampler.fuse_projections and self.model.lora is not None:
+            raise ValueError("sampler.fuse_projections does not go with model.lora, whose adapters sit on the projections that"
+                             " would be fused; set it to false")
+        if self.sampler.fuse_projections and self.model.attention == "xformers":
+            raise ValueError("sampler.fuse_projections does not go with model.attention='xformers'; set it to false, or the"
+                             " attention to 'sdpa' or 'auto'")
+        return self
