@@ -141,6 +141,14 @@ class Seppo(Section):
     checkpoint: Checkpoint = Checkpoint()
     max_nonfinite: Positive = 5
 
+    @property
+    def reference_rests(self) -> bool:
+        """Whether no training step asks the reference: a whole iteration's scores are made ahead.
+
+        It leaves the device meanwhile, but for a LoRA's, which shares the policy's base.
+        """
+        return self.reference_score == "rollout" and self.sampler.window == "iteration" and self.model.lora is None
+
     @model_validator(mode="before")
     @classmethod
     def method_decides(cls, values: Any) -> Any:

@@ -225,12 +225,8 @@ class Trainer:
         self.rest_reference()
 
     def rest_reference(self) -> None:
-        """Put the reference into host memory if no training step asks it: with a whole iteration's scores made ahead.
-
-        A LoRA's reference shares the policy's base, and stays.
-        """
-        if (self.settings.reference_score == "rollout" and self.settings.sampler.window == "iteration"
-                and self.settings.model.lora is None):
+        """Put the reference into host memory if it is not needed before the next iteration."""
+        if self.settings.reference_rests:
             self.sampler.release()
             self.reference.to("cpu")
 
