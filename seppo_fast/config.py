@@ -28,7 +28,8 @@ class Model(Section):
     """A diffusers pipeline directory (Stable Diffusion or SDXL), or its id on the hub.
 
     `channels_last`, `attention` and `compile` hold for policy and reference alike: a rounding difference between the two
-    would decide the signs at an iteration's start, where they are equal.
+    would decide the signs where they are nearly equal. `compile` makes other kernels with gradients than without, so in half
+    precision each logit has some of that noise; at an iteration's start, where the two are equal, it is kept out.
     """
 
     path: Name
@@ -140,6 +141,14 @@ class Seppo(Section):
     checkpoint: Checkpoint = Checkpoint()
     max_nonfinite: Positive = 5
 
+    @property
+    def reference_rests(self) -> bool:
+        """Whether no training step asks the reference: a whole iteration's scores are made ahead.
+
+        It leaves the device meanwhile, but for a LoRA's, which shares the policy's base.
+        """
+        return self.reference_score == "rollout" and self.sampler.window == "iteration" and self.model.lora is None
+
     @model_validator(mode="before")
     @classmethod
     def method_decides(cls, values: Any) -> Any:
@@ -160,3 +169,14 @@ class Seppo(Section):
         if not row.references and filled.get("reference_score") == "rollout":
             raise ValueError(f"reference_score='rollout' does not go with method={method!r}, which has no reference")
         return filled
+
+    @model_validator(mode="after")
+    def fused_projections_are_plain(self) -> "Seppo":
+        """What is known to stop the sampler is known before any model loads."""
+        if self.sampler.fuse_projections and self.model.lora is not None:
+            raise ValueError("sampler.fuse_projections does not go with model.lora, whose adapters sit on the projections that"
+                             " would be fused; set it to false")
+        if self.sampler.fuse_projections and self.model.attention == "xformers":
+            raise ValueError("sampler.fuse_projections does not go with model.attention='xformers'; set it to false, or the"
+                             " attention to 'sdpa' or 'auto'")
+        return self

@@ -169,6 +169,14 @@ def test_methods_take_their_own_reference_and_flipper_only(method: str, key: str
             assert f"{key}={choice!r} does not go with method={method!r}" in message(raw)
 
 
+@pytest.mark.parametrize(("key", "value", "wanted"), [("lora", {"rank": 2}, "model.lora"),
+                                                       ("attention", "xformers", "model.attention='xformers'")])
+def test_fused_projections_take_plain_ones(key: str, value: Any, wanted: str) -> None:
+    fused = {"seppo.sampler.fuse_projections": True}
+    parse_config(changed(**fused))
+    assert f"sampler.fuse_projections does not go with {wanted}" in message(changed(**fused, **{f"seppo.model.{key}": value}))
+
+
 @pytest.mark.parametrize(("keys", "world", "expected"), [
     ({"train_batch_size": 2048, "train_micro_batch_size_per_gpu": 1}, 8, (2048, 1, 256)),
     ({"train_batch_size": 2048, "gradient_accumulation_steps": 256}, 8, (2048, 1, 256)),

@@ -11,7 +11,7 @@ from diffusers.utils import is_xformers_available
 
 from seppo_fast.errors import UserError
 
-KERNELS = ("sdpa", "xformers")
+KERNELS = ("xformers", "sdpa")  # where ranks choose differently the later one is taken, which works everywhere
 TOKENS = 77  # of a prompt
 Layer = tuple[int, int, int | None, int]  # heads, channels, channels of the prompt or None, tokens of the latents
 
@@ -21,7 +21,7 @@ def choose_attention(unets: Sequence[UNet2DConditionModel], choice: Literal["aut
                      agree: Callable[[int], int] = lambda index: index) -> str:
     """Give all `unets` the same attention kernel and return its name; "auto" measures for latents of (h, w) in `dtype`.
 
-    Ranks may measure differently: `agree` makes everyone's of the index into KERNELS that each has chosen.
+    Ranks may measure differently: `agree` makes the largest of the indices into KERNELS that each has chosen everyone's.
     """
     missing = _missing(device)
     if choice == "xformers" and missing:
@@ -55,7 +55,7 @@ def _missing(device: torch.device) -> str | None:
 
 def _faster(unet: UNet2DConditionModel, latents: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
     seconds = {name: _seconds(processor, layers(unet, latents), dtype, device)
-               for name, processor in zip(KERNELS, (AttnProcessor2_0(), XFormersAttnProcessor()), strict=True)}
+               for name, processor in zip(KERNELS, (XFormersAttnProcessor(), AttnProcessor2_0()), strict=True)}
     best = min(seconds, key=seconds.get)
     return best, "measured: " + ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
 

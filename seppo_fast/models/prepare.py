@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 
+from seppo_fast.compiler import keep_all_graphs
 from seppo_fast.config import Model
 from seppo_fast.errors import warn_fallback
 from seppo_fast.models.attention import choose_attention
@@ -28,6 +29,7 @@ def prepare_unets(unets: Sequence[UNet2DConditionModel], settings: Model, latent
 
 def _compiles(unet: UNet2DConditionModel, dtype: torch.dtype, device: torch.device) -> bool:
     """Try a copy of one block, forward and backward: later it would be in the middle of an update that the compiler fails."""
+    keep_all_graphs()
     block = next(part for part in unet.modules() if isinstance(part, BasicTransformerBlock))
     trial = copy.deepcopy(block).to(device, dtype)
     latents, prompt = (torch.zeros(1, 8, layer.in_features, device=device, dtype=dtype) for layer in

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Fu
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from seppo_fast.compiler import keep_all_graphs
 from seppo_fast.errors import UserError
 
 Change = tuple[nn.Module, str, object]
@@ -40,6 +41,7 @@ def compiled_blocks(module: nn.Module) -> list[Change]:
     blocks = [part for part in module.modules() if isinstance(part, BasicTransformerBlock)]
     if not blocks:
         raise UserError("seppo.sampler.compile: this model has no transformer blocks to compile; use \"full\" or \"none\"")
+    keep_all_graphs()
     return [(block, "forward", torch.compile(block.forward, dynamic=False)) for block in blocks]
 
 
@@ -82,6 +84,7 @@ def _fused(attention: Attention) -> tuple[nn.Linear, list[nn.Linear]]:
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The whole network as one compiled function, for the shapes that it is called with."""
+    keep_all_graphs()
     return torch.compile(function, dynamic=False)
 
 

@@ -37,18 +37,19 @@ class Cost:
     sampler: int  # of the sampler's batch at its peak; of one sample where the batch size is "auto"
     resting: int  # of the gradients' bytes, those that stay while the reference samples
     graph: bool  # a CUDA graph keeps the sampler's bytes from everything else
+    rests: bool  # reference and graph leave the device while the policy is trained
 
     @property
     def standing(self) -> int:
         """Bytes that are there from the first update to the last."""
-        return self.weights + self.reference + self.optimizer
+        return self.weights + self.optimizer + (0 if self.rests else self.reference)
 
     @property
     def peaks(self) -> dict[str, int]:
         """The most that each phase of an update needs."""
         phases = {"micro-batch": self.gradients + self.bucket + self.activations, "optimizer": self.update}
         if self.sampling:
-            phases["sampling"] = self.resting + self.sampler
+            phases["sampling"] = self.resting + self.sampler + (self.reference if self.rests else 0)
         return {name: self.standing + size for name, size in phases.items()}
 
     @property
@@ -59,7 +60,8 @@ class Cost:
     @property
     def reserved(self) -> int:
         """The most bytes that the device must have: a captured graph's own pool is free for nothing else."""
-        return max(size + (self.sampler if self.graph and name != "sampling" else 0) for name, size in self.peaks.items())
+        kept = self.sampler if self.graph and not self.rests else 0
+        return max(size + (kept if name != "sampling" else 0) for name, size in self.peaks.items())
 
     @property
     def pair(self) -> float:
@@ -122,7 +124,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.samples.every else 0,
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
         update=engine.update, sampler=sampler + known if generated else 0, resting=engine.sampling,
-        graph=generated and ours.sampler.cuda_graph,
+        graph=generated and ours.sampler.cuda_graph, rests=ours.reference_rests,
     )
 
 

@@ -90,12 +90,13 @@ def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
 def _memory(config: Config, cost: Cost) -> tuple[str, str]:
     """How much, and what it is made of."""
     peaks = ", ".join(f"{name} {_gb(size)}" for name, size in cost.peaks.items())
-    graph = f", and {_gb(cost.sampler)} stay with the sampler's CUDA graph" if cost.graph else ""
+    graph = f", and {_gb(cost.sampler)} stay with the sampler's CUDA graph" if cost.graph and not cost.rests else ""
     bucket = f", buckets {_gb(cost.bucket)}" if cost.bucket else ""
     sampler = f", sampler {_gb(cost.sampler)}" if cost.sampling else ""
     if config.seppo.sampler.batch_size == "auto" and cost.sampling:
         sampler += " a sample, of which batch_size auto takes as many as pay and fit"
-    parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}, optimizer {_gb(cost.optimizer)}, gradients"
+    rests = " while it samples" if cost.rests else ""
+    parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{rests}, optimizer {_gb(cost.optimizer)}, gradients"
              f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}")
     return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts}; not kernels' workspaces, nor the allocator's slack"
 

@@ -135,7 +135,8 @@ def load_policies(model: Model, config: Config, latents: tuple[int, int], ranks:
             add_lora(unet, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
-    prepare_unets([*filter(None, (policy, reference))], ours.model, latents, precision(config.deepspeed).autocast or dtype,
+    settings = ours.model.model_copy(update={"attention": "sdpa"}) if ours.sampler.fuse_projections else ours.model
+    prepare_unets([*filter(None, (policy, reference))], settings, latents, precision(config.deepspeed).autocast or dtype,
                   ranks.device, teller(ranks), ranks.largest)
     return policy, reference
 

@@ -54,6 +54,7 @@ class Trainer:
     def train(self) -> None:
         """Algorithm 1 from the state's update on; `Stop` leaves a checkpoint behind."""
         self.signals.deferred = True
+        self.rest_reference()
         try:
             if self.state.update == 0:
                 self.draw_grid()
@@ -85,7 +86,7 @@ class Trainer:
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
         window = [slot for u in range(update, last) for slot in self.slots(u)]
         slots = [slot for slot in window if slot not in self.made]
-        if not slots:
+        if not slots:  # the reference may stay where it rests
             return
         with self.timed("sampling"), self.reference_on_device(), self.reporter.sampling(len(slots)) as progress:
             for some in chunks(slots, even(len(window), self.sampler.batch_size)):
@@ -127,15 +128,16 @@ class Trainer:
             return done, self.ranks.gather(torch.cat(tables).cpu())
 
     def still_is_reference(self, update: int) -> bool:
-        """Whether scores made ahead are of the policy as it is now: an iteration's first update, against the latest policy.
+        """Whether the reference need not be asked, being the policy: an iteration's first update, against the latest policy.
 
-        There every pair is a tie by definition. Two computations of the same error in batches of other sizes would be told
-        apart by their rounding, and the flipper would take that for an answer.
+        There every pair is a tie by definition. Two computations of the same error, in batches of other sizes or compiled
+        with gradients and without, would be told apart by their rounding, and the flipper would take that for an answer.
         """
+        other_kernels = self.settings.reference_score == "rollout" or self.settings.model.compile != "none"
         exact = self.pool is not None and torch.promote_types(self.pool.dtype, self.objective.dtype) == self.pool.dtype
         drops = self.settings.model.lora is not None and self.settings.model.lora.dropout > 0
         latest = self.reference_index == self.iteration_of(update) - 1 and update % self.settings.updates_per_iteration == 0
-        return self.settings.reference_score == "rollout" and exact and latest and not drops
+        return other_kernels and exact and latest and not drops
 
     def finish_update(self, k: int, done: Step, table: Tensor) -> None:
         """Count the update, report it, and at its turn add the policy to the pool, write a checkpoint, draw a grid."""
@@ -217,15 +219,14 @@ class Trainer:
 
     @contextmanager
     def reference_on_device(self) -> Iterator[None]:
-        """The reference on this rank's device; before and after it lies in host memory if no training step asks it.
-
-        That is so with a whole iteration's scores made ahead. A LoRA's reference shares the policy's base, and stays.
-        """
-        rests = (self.settings.reference_score == "rollout" and self.settings.sampler.window == "iteration"
-                 and self.settings.model.lora is None)
+        """The reference on this rank's device, and at rest afterwards."""
         self.reference.to(self.ranks.device)
         yield
-        if rests:
+        self.rest_reference()
+
+    def rest_reference(self) -> None:
+        """Put the reference into host memory if it is not needed before the next iteration."""
+        if self.settings.reference_rests:
             self.sampler.release()
             self.reference.to("cpu")
 

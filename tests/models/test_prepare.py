@@ -8,6 +8,7 @@ from tiny import unet
 
 from seppo_fast.config import Model
 from seppo_fast.errors import UserError
+from seppo_fast.models import attention
 from seppo_fast.models.attention import choose_attention, layers
 from seppo_fast.models.prepare import prepare_unets
 
@@ -34,6 +35,17 @@ def test_xformers_that_cannot_be_had_is_refused():
     if not is_xformers_available():
         with pytest.raises(UserError, match="xformers is not installed"):
             choose_attention([unet()], "xformers", (8, 8), torch.float32, torch.device("cuda"))
+
+
+def test_a_rank_without_xformers_decides_for_all(monkeypatch):
+    """`max` stands for the other ranks' part: what this one chose, and what one chose where xformers is missing."""
+    chosen = []
+    monkeypatch.setattr(attention, "_missing", lambda device: None)
+    monkeypatch.setattr(attention, "_faster", lambda *given: ("xformers", "measured"))
+    without = attention.KERNELS.index("sdpa")
+    assert choose_attention([unet()], "auto", (8, 8), torch.float32, CPU,
+                            agree=lambda index: chosen.append(index) or max(index, without)) == "sdpa"
+    assert chosen == [attention.KERNELS.index("xformers")]
 
 
 def test_the_layers_that_are_measured_are_the_networks_own():
@@ -65,7 +77,7 @@ def test_xformers_agrees(dtype):
     for parameter, gradient in zip(net.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=0.1, atol=0.02)
     assert choose_attention([unet(), unet()], "auto", (8, 8), dtype, torch.device("cuda"), said.append) in ("sdpa", "xformers")
-    assert "measured: sdpa " in said[0]
+    assert "measured: xformers " in said[0]
 
 
 def test_compiled_blocks_train_as_before():

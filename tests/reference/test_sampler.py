@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -141,6 +142,17 @@ def test_compiled_blocks_are_the_loops_alone():
     drawing.release()
     close(drawing.draw(noise, conditions), expected(network(1), noise, conditions))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1, "the compiled code is used again"
+
+
+def test_every_shape_is_compiled(monkeypatch):
+    """More of them than PyTorch would compile of one function, after which it runs the rest as it is."""
+    torch.compiler.reset()  # what other tests compiled would count
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        drawing = sampler(network(), compile="regional")
+        for size in range(1, 12):
+            drawing.batch_size = size
+            drawing.draw(*given(size))
 
 
 class Small(torch.nn.Module):

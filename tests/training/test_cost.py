@@ -167,6 +167,15 @@ def test_stable_diffusion_15_with_checkpointing_and_the_optimizer_on_the_cpu(pla
     assert cost.memory < 12e9
 
 
+def test_a_reference_that_rests_is_there_for_sampling_alone(planned: Callable[..., Cost]) -> None:
+    stays, rests = (planned(1, "seppo.reference_score=rollout", f"seppo.sampler.window={window}")
+                    for window in ("update", "iteration"))
+    for phase in ("micro-batch", "optimizer"):
+        assert stays.peaks[phase] - rests.peaks[phase] == stays.reference == 2 * 859_520_964
+    assert rests.peaks["sampling"] == stays.peaks["sampling"]
+    assert rests.reserved == rests.memory < stays.reserved, "its graph goes with it"
+
+
 def test_the_published_shapes() -> None:
     for path, parameters in (("runwayml/stable-diffusion-v1-5", 859_520_964),
                              ("stabilityai/stable-diffusion-xl-base-1.0", 2_567_463_684)):

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_sdxl
 
-import seppo_fast.training.run as run_module
 from seppo_fast.config import Lora
 from seppo_fast.models import open_model
 from seppo_fast.models.lora import add_lora, trainable_weights
@@ -128,14 +127,8 @@ def test_pool_keeps_adapters_only(trained: Trained) -> None:
 def test_reference_shares_the_base(settings: Callable[..., dict[str, Any]], train: Trained,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """One base, two adapters: frozen weights have one storage, adapters one each, and the base never changes."""
-    trainers = []
-
-    class Remembered(Trainer):
-        def train(self) -> None:
-            trainers.append(self)
-            super().train()
-
-    monkeypatch.setattr(run_module, "Trainer", Remembered)
+    trainers, loop = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self: (trainers.append(self), loop(self)))
     train(settings(**{"seppo.model.lora": LORA}))
     (trainer,) = trainers
     policy, reference = dict(trainer.engine.module.named_parameters()), dict(trainer.reference.named_parameters())

@@ -108,3 +108,26 @@ def test_the_reference_leaves_the_device_while_nobody_asks_it(changes: dict[str,
     monkeypatch.setattr(Trainer, "update_policy", updated)
     train(settings(**changes))
     assert set(seen) == {("asked", "device"), ("trained", "host" if rests else "device")}
+
+
+def test_a_resting_reference_is_fetched_once_an_iteration(settings: Any, train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for updates that have all they need, nor when a run is resumed among them."""
+    sent, seen = [], []
+    to, loop = UNet2DConditionModel.to, Trainer.train
+
+    def moved(self: UNet2DConditionModel, where: Any) -> Any:
+        sent.append("host" if where == "cpu" else "device")
+        return to(self, where)
+
+    def watched(self: Trainer) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(UNet2DConditionModel, "to", moved)
+            loop(self)
+        seen.append(sent[:])
+        sent.clear()
+
+    monkeypatch.setattr(Trainer, "train", watched)
+    raw = settings(**ROLLOUT, **{"seppo.sampler.window": "iteration", "seppo.checkpoint.every": 1})
+    run = train(raw)
+    train(raw, str(run / "checkpoints" / "update_00000003_00000008"))
+    assert seen == [["host", "device", "host", "device", "host"], ["host"]]
