@@ -9,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 
 from seppo_fast.compiler import keep_all_graphs
 from seppo_fast.config import Model
-from seppo_fast.errors import warn_fallback
+from seppo_fast.errors import UserError, warn_fallback
 from seppo_fast.models.attention import choose_attention
 
 
@@ -30,7 +30,9 @@ def prepare_unets(unets: Sequence[UNet2DConditionModel], settings: Model, latent
 def _compiles(unet: UNet2DConditionModel, dtype: torch.dtype, device: torch.device) -> bool:
     """Try a copy of one block, forward and backward: later it would be in the middle of an update that the compiler fails."""
     keep_all_graphs()
-    block = next(part for part in unet.modules() if isinstance(part, BasicTransformerBlock))
+    block = next((part for part in unet.modules() if isinstance(part, BasicTransformerBlock)), None)
+    if block is None:
+        raise UserError("seppo.model.compile: this model has no transformer blocks to compile; use \"none\"")
     trial = copy.deepcopy(block).to(device, dtype)
     latents, prompt = (torch.zeros(1, 8, layer.in_features, device=device, dtype=dtype) for layer in
                        (trial.attn1.to_k, trial.attn2.to_k))

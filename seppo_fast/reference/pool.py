@@ -45,7 +45,8 @@ class Pool:
     """Past policies by index, as `policy_00007.safetensors` in `folder`, the ones last used in host memory as well.
 
     One rank writes, and all ranks read the same folder: put a barrier between an `add` and the next `load_into`.
-    `host_memory_bytes` is this process's share, pinned where there is a GPU. No device memory is held. `last_swap` is what
+    `host_memory_bytes` is this process's share, pinned where there is a GPU (PyTorch rounds each pinned tensor up to a power of
+    two, about a fifth more for SD-1.5). No device memory is held. `last_swap` is what
     the last `load_into` cost.
     """
 

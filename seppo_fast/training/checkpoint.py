@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from seppo_fast.configfile import parse_config
 from seppo_fast.disk import flush, flush_tree
 from seppo_fast.errors import UserError
 from seppo_fast.training.engine import policy_weights
@@ -41,7 +42,10 @@ FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.che
 
 @dataclass
 class State:
-    """How far a run is. `update` counts completed optimizer updates, skipped ones included."""
+    """How far a run is. `update` counts completed optimizer updates, skipped ones included.
+
+    `unmoved`: all updates of the iteration so far were skipped, and the policy is the pool's latest.
+    """
 
     run_id: str
     world: int
@@ -50,6 +54,7 @@ class State:
     update: int = 0
     skipped: int = 0
     nonfinite_in_a_row: int = 0
+    unmoved: bool = True
 
 
 def save(folder: Path, engine: DeepSpeedEngine, state: State, made: Made, ranks: Ranks, keep_last: int) -> Path:
@@ -165,7 +170,8 @@ def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> Sta
     if state.world != world:
         raise UserError(f"{path} was written by {state.world} rank{'s' * (state.world > 1)} and this run has {world}: resume with"
                         f" {state.world} (DeepSpeed's shards are per rank)")
-    differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(state.config, config)
+    then = parse_config(state.config).as_dict()  # with the defaults of keys that came later
+    differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(then, config)
                  if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)]
     if differing:
         raise UserError(f"{path} is of another configuration; use its values or another output_dir:\n  "

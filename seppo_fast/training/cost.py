@@ -34,6 +34,7 @@ class Cost:
     bucket: int  # through which DeepSpeed reduces gradients, in backward
     activations: int  # of a micro-batch at its peak, the bucket apart
     update: int  # what the optimizer's update needs in place of gradients, bucket and activations
+    score: int  # of scoring the sampler's batch ahead
     sampler: int  # of the sampler's batch at its peak; of one sample where the batch size is "auto"
     resting: int  # of the gradients' bytes, those that stay while the reference samples
     graph: bool  # a CUDA graph keeps the sampler's bytes from everything else
@@ -48,8 +49,10 @@ class Cost:
     def peaks(self) -> dict[str, int]:
         """The most that each phase of an update needs."""
         phases = {"micro-batch": self.gradients + self.bucket + self.activations, "optimizer": self.update}
-        if self.sampling:
-            phases["sampling"] = self.resting + self.sampler + (self.reference if self.rests else 0)
+        # scores are made outside the graph, whose memory is its own
+        ahead = self.sampler + self.score if self.graph else max(self.sampler, self.score)
+        if ahead:
+            phases["sampling"] = self.resting + ahead + (self.reference if self.rests else 0)
         return {name: self.standing + size for name, size in phases.items()}
 
     @property
@@ -111,9 +114,12 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     drawn = inputs(guided * samples)
     known = 4 * (evaluations + 1) * samples * one[0].numel()  # the sampling loop's outputs so far, in fp32
     sampler = inference(lambda: model.denoise(unet, *drawn)).peak if generated else 0
+    scored = inputs(halves * samples)
+    ahead = bool(ours.flipper) and not online
+    score = inference(lambda: model.denoise(unet, *scored)).peak if ahead else 0
     activations = meter.peak - engine.bucket
     if autocast:  # computes in half the bytes, and keeps a cast copy of the weights for as long
-        activations, sampler = ((size + weights) // 2 for size in (activations, sampler))
+        activations, sampler, score = ((size + weights) // 2 if size else 0 for size in (activations, sampler, score))
 
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
     own = trainable if ours.model.lora and stage < 3 else unet.parameters()  # LoRA: the frozen ones are the policy's
@@ -123,7 +129,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
         reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.samples.every else 0,
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
-        update=engine.update, sampler=sampler + known if generated else 0, resting=engine.sampling,
+        update=engine.update, score=score, sampler=sampler + known if generated else 0, resting=engine.sampling,
         graph=generated and ours.sampler.cuda_graph, rests=ours.reference_rests,
     )
 

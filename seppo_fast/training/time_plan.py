@@ -132,6 +132,8 @@ def _changes(config: Config, cost: Cost, model: Model, work: Work, rate: Rate) -
     if METHODS[ours.method].losers == "reference":
         calls = len(solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps).timesteps)
         for solver, steps in [(ours.sampler.solver, steps) for steps in STEPS] + [("pndm", STEPS[0])]:
+            if steps > model.num_train_timesteps:
+                continue
             other = len(solver_table(model.scheduler_config, solver, steps).timesteps)
             saved = cost.sampling * (1 - other / calls)
             if (solver, steps) != (ours.sampler.solver, ours.sampler.steps):

@@ -77,7 +77,8 @@ class Trainer:
         if self.pool is not None:
             self.reference_index = pick(self.settings.reference, k, self.settings.seed)
             self.pool.load_into(self.reference_index, self.reference)
-            self.pool.prefetch(pick(self.settings.reference, k + 1, self.settings.seed))
+            if k < self.settings.iterations:
+                self.pool.prefetch(pick(self.settings.reference, k + 1, self.settings.seed))
 
     def ask_reference(self, k: int, update: int) -> None:
         """Line 3: the reference's samples, and its scores if `rollout`, for this update or for what is left of the iteration."""
@@ -128,7 +129,7 @@ class Trainer:
             return done, self.ranks.gather(torch.cat(tables).cpu())
 
     def still_is_reference(self, update: int) -> bool:
-        """Whether the reference need not be asked, being the policy: an iteration's first update, against the latest policy.
+        """Whether the reference need not be asked, being the policy: the latest one, and no update has been made since.
 
         There every pair is a tie by definition. Two computations of the same error, in batches of other sizes or compiled
         with gradients and without, would be told apart by their rounding, and the flipper would take that for an answer.
@@ -136,8 +137,8 @@ class Trainer:
         other_kernels = self.settings.reference_score == "rollout" or self.settings.model.compile != "none"
         exact = self.pool is not None and torch.promote_types(self.pool.dtype, self.objective.dtype) == self.pool.dtype
         drops = self.settings.model.lora is not None and self.settings.model.lora.dropout > 0
-        latest = self.reference_index == self.iteration_of(update) - 1 and update % self.settings.updates_per_iteration == 0
-        return other_kernels and exact and latest and not drops
+        same = self.state.unmoved and self.reference_index == self.iteration_of(update) - 1
+        return other_kernels and exact and same and not drops
 
     def finish_update(self, k: int, done: Step, table: Tensor) -> None:
         """Count the update, report it, and at its turn add the policy to the pool, write a checkpoint, draw a grid."""
@@ -145,6 +146,7 @@ class Trainer:
             self.made.pop(slot, None)
         self.state.update += 1
         self.state.skipped += done.skipped
+        self.state.unmoved &= done.skipped
         lost = done.skipped and not (done.harmless and bool(table.isfinite().all()))
         self.state.nonfinite_in_a_row = self.state.nonfinite_in_a_row + 1 if lost else 0
         self.report(k, done, table)
@@ -153,6 +155,7 @@ class Trainer:
         end_of_iteration = self.state.update == k * self.settings.updates_per_iteration
         if end_of_iteration and self.pool is not None:
             self.pool.add(k, policy_weights(self.engine), write=self.ranks.rank == 0)
+            self.state.unmoved = True
             self.ranks.barrier()
         every = self.settings.checkpoint.every
         if self.state.update % every == 0 if every else end_of_iteration:

@@ -136,6 +136,18 @@ def test_keys_that_do_not_decide_what_is_learned_may_change(finished: dict[str, 
     assert [name for name in whole if whole[name] != now[name]] == ["final/README.md"], "the card states the settings"
 
 
+def test_a_checkpoint_from_before_a_key_existed_is_of_its_default(finished: dict[str, Any], forks: Forks) -> None:
+    path = folder(finished) / "checkpoints" / LAST
+    state, sizes = (json.loads((path / name).read_text()) for name in ("state.json", "complete.json"))
+    del state["config"]["seppo"]["reference_score"], state["config"]["seppo"]["sampler"]["compile"]
+    (path / "state.json").write_text(json.dumps(state))
+    (path / "complete.json").write_text(json.dumps(sizes | {"state.json": (path / "state.json").stat().st_size}))
+    finished["seppo"]["reference_score"] = "rollout"
+    refused(forks, finished, "seppo.reference_score: 'online' there, 'rollout' now")
+    del finished["seppo"]["reference_score"]
+    assert forks.run(finished, "--resume", "auto").status == 0
+
+
 def test_a_checkpoint_of_another_run_is_refused(finished: dict[str, Any], settings: Callable[..., dict[str, Any]], forks: Forks,
                                                 tmp_path: Path) -> None:
     other = settings(**{"seppo.output_dir": str(tmp_path / "other"), "seppo.checkpoint.every": 1})

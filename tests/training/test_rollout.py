@@ -131,3 +131,23 @@ def test_a_resting_reference_is_fetched_once_an_iteration(settings: Any, train: 
     run = train(raw)
     train(raw, str(run / "checkpoints" / "update_00000003_00000008"))
     assert seen == [["host", "device", "host", "device", "host"], ["host"]]
+
+
+def test_ties_last_until_the_policy_moves(settings: Any, train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update that is skipped leaves the policy what it was: the next one is against itself, too."""
+    update = Trainer.update_policy
+
+    def spoiled(self: Trainer, number: int) -> Any:
+        weight = next(self.engine.module.parameters())
+        hook = weight.register_hook(lambda gradient: gradient * (torch.inf if number == 0 else 1))
+        try:
+            return update(self, number)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(Trainer, "update_policy", spoiled)
+    run = train(settings(**{"seppo.reference": "latest", "seppo.updates_per_iteration": 3}, **ROLLOUT))
+    assert column(run, "skipped_steps") == [1] * 6
+    ties = [(rate, low, high) == (1, 0, 0) for rate, low, high in
+            zip(*(column(run, name) for name in ("aaf_rate", "logit_p05", "logit_p95")), strict=True)]
+    assert ties == [True, True, False, True, False, False]
