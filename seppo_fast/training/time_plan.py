@@ -98,7 +98,7 @@ def rollout(work: Work, cost: Cost) -> Work:
 def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Sequence[Rate], here: str = "") -> str:
     """Hours on every known device, and how they change on the first of them or, where it is among them, on `here`."""
     work = work_of(config, batch, cost)
-    known = next(rate for rate in rates if rate.sampling_fraction is not None)
+    known = next(rate for rate in reversed(rates) if rate.sampling_fraction is not None)  # a shipped one: own rates come first
     whole = [rate if rate.sampling_fraction is not None else rate.model_copy(update={"sampling_fraction": known.sampling_fraction})
              for rate in rates]
     lines = [f"time for {work.pairs} pairs = {config.seppo.iterations} iterations x {work.pairs // config.seppo.iterations} on"

@@ -57,6 +57,9 @@ def test_what_is_assumed_is_said(cost: Cost) -> None:
     own = RATE.model_copy(update={"device": "NVIDIA H200"})
     text = time_plan(CONFIG, BATCH, cost, known_model(CONFIG.seppo.model.path), [own])
     assert "assumed" not in text and "hours on NVIDIA H200 with" in text
+    text = time_plan(CONFIG, BATCH, cost, known_model(CONFIG.seppo.model.path), [RATE.model_copy(update={"device": "a CPU"}),
+                                                                                 *load_rates(None)])
+    assert "assumed: that of NVIDIA A100" in text and "assumed: that of a CPU" not in text
 
 
 def test_this_machines_gpu_is_marked(cost: Cost) -> None:
