@@ -3,13 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from weakref import finalize
 
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from seppo_fast.meter import Meter
 
 LARGEST = 64  # the network's kernels are as fast as they get well before
 PAYS = 1.05  # doubling the batch must give this many times the samples a second
@@ -71,30 +70,8 @@ def peak(device: torch.device) -> Iterator[Callable[[], int]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
-    with _Live() as live:
-        yield lambda: live.peak
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors made under it: the CPU's allocator does not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        given = {value.untyped_storage().data_ptr() for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-        for value in tree_leaves(results):
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in given:
-                storage = value.untyped_storage()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                finalize(storage, self._gone, storage.nbytes())
-        return results
-
-    def _gone(self, size: int) -> None:
-        self.now -= size
+    with Meter() as meter:
+        yield lambda: meter.peak
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
