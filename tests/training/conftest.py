@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import write_pickapic
+from outcome import write_pickapic
 
 
 @pytest.fixture(scope="module")

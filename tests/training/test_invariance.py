@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from deepspeed.accelerator import get_accelerator
-from runs import Weights, apart, column, rows, unet_of, weights
+from outcome import Weights, apart, column, rows, unet_of, weights
 from safetensors.torch import load_file
 
 Trained = Callable[..., Path]

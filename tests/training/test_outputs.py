@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from outcome import apart, column, identical, rows, weights
 from PIL import Image
-from runs import apart, column, identical, rows, weights
 
 from seppo_fast.configfile import load_config, parse_config
 from seppo_fast.seeds import normal

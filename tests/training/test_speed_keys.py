@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import apart, column, unet_of, weights
+from outcome import apart, column, unet_of, weights
 
 Trained = Callable[..., Path]
 # eps: where a gradient is nothing but rounding, Adam would divide it by itself and make a whole step of it.
