@@ -28,8 +28,8 @@ class Model(Section):
     """A diffusers pipeline directory (Stable Diffusion or SDXL), or its id on the hub.
 
     `channels_last`, `attention` and `compile` hold for policy and reference alike: a rounding difference between the two
-    would decide the signs where they are nearly equal. `compile` makes other kernels with gradients than without, so in half
-    precision each logit has some of that noise; at an iteration's start, where the two are equal, it is kept out.
+    would decide the signs where they are nearly equal. `compile` makes other kernels with gradients than without, so `online`
+    asks the reference with gradients, too; a score made ahead has that noise, but at an iteration's start, where all are ties.
     """
 
     path: Name

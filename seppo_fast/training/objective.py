@@ -38,7 +38,10 @@ class Noised(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What turns a micro-batch into a loss; `flipper` None is SFT. `dtype` and `autocast` hold for policy and reference."""
+    """What turns a micro-batch into a loss; `flipper` None is SFT. `dtype` and `autocast` hold for policy and reference.
+
+    `compiled`: a compiler makes other kernels with gradients than without, so the reference runs with them, too.
+    """
 
     denoise: Denoise
     scheduler: DDPMScheduler
@@ -46,6 +49,7 @@ class Objective:
     flipper: str | None
     dtype: torch.dtype
     autocast: torch.dtype | None = None
+    compiled: bool = False
 
     def __call__(self, policy: nn.Module, reference: nn.Module | None, pairs: Pairs, upstream: float) -> tuple[Tensor, Tensor]:
         """The scalar loss, and `(B, 6)` detached: MSEs of policy (w, l) and reference (w, l), sign, logit; `(B, 1)` for SFT.
@@ -55,19 +59,19 @@ class Objective:
         would answer the same. Nothing waits for the device.
         """
         noised = self._noised(pairs)
+        ref_pred = None
+        if self.flipper and reference is not None and pairs.ref_mse is None:
+            with torch.set_grad_enabled(self.compiled):  # before the policy, whose activations are then alone
+                ref_pred = self._predict(reference, noised).detach()
         model_pred = self._predict(policy, noised)
         if self.flipper is None:
             mse = mse_loss(model_pred.float(), noised.target.float(), reduction="none").flatten(1).mean(dim=1)
             return finite_or_nan(mse.mean()), mse.detach()[:, None]
+        ref_mse = pairs.ref_mse
         if reference is None:
-            given = {"ref_pred": model_pred.detach()}
-        elif pairs.ref_mse is not None:
-            given = {"ref_mse": pairs.ref_mse}
-        else:
-            with torch.no_grad():
-                given = {"ref_pred": self._predict(reference, noised)}
-        loss, stats = seppo_loss(model_pred, target=noised.target, beta=self.beta, flipper=self.flipper, grad_scale=upstream,
-                                 return_stats=True, **given)
+            ref_pred, ref_mse = model_pred.detach(), None
+        loss, stats = seppo_loss(model_pred, ref_pred, noised.target, self.beta, ref_mse=ref_mse, flipper=self.flipper,
+                                 grad_scale=upstream, return_stats=True)
         columns = [*stats.model_mse.chunk(2), *stats.ref_mse.chunk(2), stats.sign, stats.logits]
         return loss, torch.stack(columns, dim=1)
 

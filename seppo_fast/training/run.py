@@ -68,7 +68,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
     if reference is not None:
         reference.to(ranks.device)
     objective = Objective(denoiser(model, ours.model.channels_last), DDPMScheduler.from_config(model.scheduler_config), ours.beta,
-                          ours.flipper, *precision(config.deepspeed))
+                          ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
     sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
     made = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}

@@ -131,14 +131,13 @@ class Trainer:
     def still_is_reference(self, update: int) -> bool:
         """Whether the reference need not be asked, being the policy: the latest one, and no update has been made since.
 
-        There every pair is a tie by definition. Two computations of the same error, in batches of other sizes or compiled
-        with gradients and without, would be told apart by their rounding, and the flipper would take that for an answer.
+        There every pair is a tie by definition. Two computations of the same error in batches of other sizes would be told
+        apart by their rounding, and the flipper would take that for an answer.
         """
-        other_kernels = self.settings.reference_score == "rollout" or self.settings.model.compile != "none"
         exact = self.pool is not None and torch.promote_types(self.pool.dtype, self.objective.dtype) == self.pool.dtype
         drops = self.settings.model.lora is not None and self.settings.model.lora.dropout > 0
         same = self.state.unmoved and self.reference_index == self.iteration_of(update) - 1
-        return other_kernels and exact and same and not drops
+        return self.settings.reference_score == "rollout" and exact and same and not drops
 
     def finish_update(self, k: int, done: Step, table: Tensor) -> None:
         """Count the update, report it, and at its turn add the policy to the pool, write a checkpoint, draw a grid."""

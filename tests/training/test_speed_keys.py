@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from outcome import apart, column, unet_of, weights
+
+from seppo_fast.training.trainer import Trainer
 
 Trained = Callable[..., Path]
 # eps: where a gradient is nothing but rounding, Adam would divide it by itself and make a whole step of it.
@@ -40,3 +43,24 @@ def test_ties_with_compiled_blocks(trained: Trained, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.nn.Module, "compile", rounds_by_mode)
     run = trained(**{"seppo.model.compile": "regional", "seppo.reference": "latest"})
     assert [(rate, low) for rate, low in zip(column(run, "aaf_rate"), column(run, "logit_p05"), strict=True)][::2] == [(1, 0)] * 2
+
+
+def test_a_compiled_reference_gets_the_policys_kernels(settings: Any, train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked with gradients as the policy is; nothing of them is kept."""
+    asked, update = [], Trainer.update_policy
+
+    def watched(self: Trainer, number: int) -> Any:
+        block = next(part for part in self.reference.modules() if isinstance(part, BasicTransformerBlock))
+        hook = block.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
+        try:
+            return update(self, number)
+        finally:
+            hook.remove()
+            assert all(weight.grad is None for weight in self.reference.parameters())
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: None)
+    monkeypatch.setattr(Trainer, "update_policy", watched)
+    for compiled in ("none", "regional"):
+        asked.clear()
+        train(settings(**{"seppo.model.compile": compiled, "seppo.output_dir": settings()["seppo"]["output_dir"] + compiled}))
+        assert set(asked) == {compiled == "regional"}
