@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.loop import Keep, Row
 from benchmarks.networks import (
@@ -59,16 +59,20 @@ def matmul_rate(device: str, seconds: float = 2.0) -> float:
 
 
 def ours(name: str, batch: int, steps: int, device: str, **settings: object) -> Draw:
-    """Our sampler on a network of its own."""
+    """Our sampler on a network of its own; in channels_last as the trainer has it: the activations, not the weights."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     unet = make_unet(name, device, dtype).requires_grad_(False)
-    if device == "cuda":
-        unet.to(memory_format=torch.channels_last)
+    called = partial(in_layout, torch.channels_last) if device == "cuda" else denoise
     table = solver_table(DDIMScheduler(**SCHEDULE).config, "ddim", steps).to(device)
     noise, given, unconditional = inputs(name, batch, device, dtype)
-    sampler = Sampler(unet, denoise, table, unconditional,
+    sampler = Sampler(unet, called, table, unconditional,
                       Settings(solver="ddim", steps=steps, guidance_scale=GUIDANCE, batch_size=batch, **settings), dtype)
     return lambda: sampler.draw(noise, given)
+
+
+def in_layout(layout: torch.memory_format, unet: nn.Module, latents: Tensor, *given: object) -> Tensor:
+    """`denoise` with the latents in `layout`."""
+    return denoise(unet, latents.contiguous(memory_format=layout), *given)
 
 
 def theirs(name: str, batch: int, steps: int, device: str, compiled: bool) -> Draw:
