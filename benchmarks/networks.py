@@ -12,6 +12,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from seppo_fast.models.known import SD15, SDXL
+
 Conditions = dict[str, Tensor]
 
 
@@ -26,16 +28,8 @@ class Network:
 
 
 NETWORKS = {
-    "sd15": Network(dict(sample_size=64, in_channels=4, out_channels=4, layers_per_block=2, cross_attention_dim=768,
-                         block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8,
-                         down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-                         up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)), side=64, width=768),
-    "sdxl": Network(dict(sample_size=128, in_channels=4, out_channels=4, layers_per_block=2, cross_attention_dim=2048,
-                         block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), use_linear_projection=True,
-                         transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
-                         projection_class_embeddings_input_dim=2816,
-                         down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
-                         up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D")), side=128, width=2048, pooled=1280),
+    "sd15": Network(SD15["unet"], side=64, width=768),
+    "sdxl": Network(SDXL["unet"], side=128, width=2048, pooled=1280),
     # For the CPU: the quickstart's.
     "quickstart": Network(dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=32,
                                block_out_channels=(32, 64), attention_head_dim=4, norm_num_groups=8,
