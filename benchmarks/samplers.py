@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.loop import Keep, Row
 from benchmarks.networks import (
@@ -28,6 +28,7 @@ from benchmarks.networks import (
 from benchmarks.timing import in_turn, waiter
 from seppo_fast.config import Sampler as Settings
 from seppo_fast.reference import Sampler, solver_table
+from seppo_fast.training.objective import in_channels_last
 from seppo_fast.training.profile_report import operator_table, operators
 
 GUIDANCE = 7.5
@@ -62,17 +63,12 @@ def ours(name: str, batch: int, steps: int, device: str, **settings: object) -> 
     """Our sampler on a network of its own; in channels_last as the trainer has it: the activations, not the weights."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     unet = make_unet(name, device, dtype).requires_grad_(False)
-    called = partial(in_layout, torch.channels_last) if device == "cuda" else denoise
+    called = in_channels_last(denoise) if device == "cuda" else denoise
     table = solver_table(DDIMScheduler(**SCHEDULE).config, "ddim", steps).to(device)
     noise, given, unconditional = inputs(name, batch, device, dtype)
     sampler = Sampler(unet, called, table, unconditional,
                       Settings(solver="ddim", steps=steps, guidance_scale=GUIDANCE, batch_size=batch, **settings), dtype)
     return lambda: sampler.draw(noise, given)
-
-
-def in_layout(layout: torch.memory_format, unet: nn.Module, latents: Tensor, *given: object) -> Tensor:
-    """`denoise` with the latents in `layout`."""
-    return denoise(unet, latents.contiguous(memory_format=layout), *given)
 
 
 def theirs(name: str, batch: int, steps: int, device: str, compiled: bool) -> Draw:

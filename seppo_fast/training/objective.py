@@ -100,6 +100,11 @@ class Objective:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
 
 
+def in_channels_last(denoise: Denoise) -> Denoise:
+    """`denoise` with activations in that layout. The weights stay as they are: DeepSpeed keeps the policy's flat."""
+    return lambda unet, latents, *given: denoise(unet, latents.contiguous(memory_format=torch.channels_last), *given)
+
+
 def finite_or_nan(loss: Tensor) -> Tensor:
     """The loss, with NaN gradients where it is not finite: the trainer's one test for gradients then covers both."""
     return loss * torch.where(loss.isfinite(), 1.0, torch.nan)

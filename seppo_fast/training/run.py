@@ -30,7 +30,7 @@ from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine
 from seppo_fast.training.folder import RunFolder, open_folder
 from seppo_fast.training.metrics import keep_rows
-from seppo_fast.training.objective import Denoise, Objective
+from seppo_fast.training.objective import Objective, in_channels_last
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.plan import cache_bytes, plan
 from seppo_fast.training.ranks import Ranks, StopSignals
@@ -67,7 +67,8 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         share_frozen(reference, engine.module)  # before it moves: its own base need not fit beside the policy's
     if reference is not None:
         reference.to(ranks.device)
-    objective = Objective(denoiser(model, ours.model.channels_last), DDPMScheduler.from_config(model.scheduler_config), ours.beta,
+    denoise = in_channels_last(model.denoise) if ours.model.channels_last else model.denoise
+    objective = Objective(denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta,
                           ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
     sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
@@ -155,13 +156,6 @@ def open_sampler(config: Config, batch: Batch, objective: Objective, reference: 
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
     sampler.fit(pairs.cache.shape, updates * batch.size // batch.world, agree=lambda size: -ranks.largest(-size))
     return sampler
-
-
-def denoiser(model: Model, channels_last: bool) -> Denoise:
-    """How policy and reference are called. Only activations change their layout: DeepSpeed keeps the policy's weights flat."""
-    if not channels_last:
-        return model.denoise
-    return lambda unet, latents, *given: model.denoise(unet, latents.contiguous(memory_format=torch.channels_last), *given)
 
 
 def open_pool(config: Config, folder: RunFolder, engine: DeepSpeedEngine, state: State, ranks: Ranks) -> Pool | None:
