@@ -16,16 +16,22 @@ class Section(BaseModel):
 
 
 class Lora(Section):
-    """A PEFT LoRA on the UNet. `targets` are module names or suffixes, as in `peft.LoraConfig.target_modules`."""
+    """A PEFT LoRA on the UNet. `targets` are module names or suffixes, as in `peft.LoraConfig.target_modules`.
+
+    `layers` is for video models: adapters on the motion modules' layers, on those of the image model below, or on both.
+    """
 
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+    layers: Literal["temporal", "spatial", "all"] | None = None
 
 
 class Model(Section):
-    """A diffusers pipeline directory (Stable Diffusion or SDXL), or its id on the hub.
+    """A diffusers pipeline directory (Stable Diffusion, SDXL or AnimateDiff), or its id on the hub.
+
+    `motion_adapter`, a MotionAdapter's directory or hub id, makes a Stable Diffusion 1.x an AnimateDiff.
 
     `channels_last`, `attention` and `compile` hold for policy and reference alike: a rounding difference between the two
     would decide the signs where they are nearly equal. `compile` makes other kernels with gradients than without, so `online`
@@ -33,6 +39,7 @@ class Model(Section):
     """
 
     path: Name
+    motion_adapter: Name | None = None
     revision: str | None = None
     variant: str | None = None
     gradient_checkpointing: bool = False
@@ -42,11 +49,30 @@ class Model(Section):
     lora: Lora | None = None
 
 
+class Video(Section):
+    """Which frames of a clip a video model sees, and who decodes them.
+
+    `choice`: "uniform" is the whole clip evenly, endpoints included; "window" `frames` frames, `stride` apart, from a random
+    start; "dynamic" is MagicTime's: uniform where the row is a time-lapse (`is_transmit` 0), else a window. Clips of fewer frames
+    repeat some. `folder` holds the videos of a CSV: null looks beside it and in its `videos` folder.
+    """
+
+    frames: Positive = 16
+    choice: Literal["dynamic", "uniform", "window"] = "dynamic"
+    stride: Positive = 4
+    decoder: Literal["auto", "dali", "pyav"] = "auto"
+    folder: Name | None = None
+
+
 class Data(Section):
-    """Demonstrations and how they become latents. `max_skipped` is the share of unusable rows that stops the run."""
+    """Demonstrations and how they become latents. `max_skipped` is the share of unusable rows that stops the run.
+
+    `video` is for video models. `cache_latents` false: clips are decoded and encoded while the policy is trained; "auto": where
+    their frames are drawn anew in each epoch. Images are always cached.
+    """
 
     source: Name | None = None
-    format: Literal["auto", "imagefolder", "pickapic", "datasets", "webdataset"] = "auto"
+    format: Literal["auto", "imagefolder", "pickapic", "datasets", "webdataset", "video"] = "auto"
     split: str = "train"
     image_column: str | None = None
     caption_column: str | None = None
@@ -55,6 +81,8 @@ class Data(Section):
     crop: Literal["center", "random"] = "center"
     flip: bool = True
     posterior: Literal["sample", "mean"] = "sample"
+    video: Video = Video()
+    cache_latents: bool | Literal["auto"] = "auto"
     cache_dir: Name | None = None
     cache_dtype: Literal["float16", "float32"] = "float16"
     encode_batch_size: Positive = 8

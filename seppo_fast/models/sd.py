@@ -18,6 +18,7 @@ class StableDiffusion:
     """A Stable Diffusion pipeline directory. Conditions: `prompt_embeds` (B, 77, D)."""
 
     name = "sd"
+    video = False
 
     def __init__(self, directory: Directory) -> None:
         common.check_schedule(directory)

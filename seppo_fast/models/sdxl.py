@@ -21,6 +21,7 @@ class StableDiffusionXL:
     """A Stable Diffusion XL base directory. Conditions: `prompt_embeds` (B, 77, D1 + D2) and `pooled` (B, P)."""
 
     name = "sdxl"
+    video = False
 
     def __init__(self, directory: Directory) -> None:
         first, second, unet = (directory.configs[name] for name in ("text_encoder", "text_encoder_2", "unet"))
