@@ -170,12 +170,9 @@ class Seppo(Section):
     max_nonfinite: Positive = 5
 
     @property
-    def reference_rests(self) -> bool:
-        """Whether no training step asks the reference: a whole iteration's scores are made ahead.
-
-        It leaves the device meanwhile, but for a LoRA's, which shares the policy's base.
-        """
-        return self.reference_score == "rollout" and self.sampler.window == "iteration" and self.model.lora is None
+    def scored_ahead(self) -> bool:
+        """Whether no training step asks the reference: a whole iteration's scores are made ahead."""
+        return self.reference_score == "rollout" and self.sampler.window == "iteration"
 
     @model_validator(mode="before")
     @classmethod

@@ -1,15 +1,20 @@
 """Tiny random diffusers pipelines on disk, made in about a second: what SD-1.5 and SDXL directories look like."""
 
+import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
+    DDIMScheduler,
     EulerDiscreteScheduler,
+    MotionAdapter,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNetMotionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -103,4 +108,28 @@ def tiny_sdxl(folder: Path | str, prediction_type: str = "epsilon", seed: int = 
             force_zeros_for_empty_prompt=True, add_watermarker=False,
         )
         pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_adapter(folder: Path | str, seed: int = 0, **overrides) -> Path:
+    """A random motion adapter's directory for `unet()`, with positions for 8 frames."""
+    settings = dict(block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=4,
+                    motion_max_seq_length=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 100)
+        MotionAdapter(**settings | overrides).save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_animatediff(folder: Path | str, seed: int = 0) -> Path:
+    """A random `AnimateDiffPipeline` directory, of `tiny_sd` and `tiny_adapter`: up to 8 frames of 16x16, (4, F, 8, 8) latents."""
+    with tempfile.TemporaryDirectory() as parts:
+        image = StableDiffusionPipeline.from_pretrained(tiny_sd(Path(parts) / "sd", seed=seed), safety_checker=None)
+        adapter = MotionAdapter.from_pretrained(tiny_adapter(Path(parts) / "adapter", seed))
+    with torch.random.fork_rng(devices=[]):
+        unet = UNetMotionModel.from_unet2d(image.unet, adapter)
+    scheduler = DDIMScheduler(**schedule("epsilon") | {"beta_schedule": "linear"}, clip_sample=False, timestep_spacing="linspace",
+                              set_alpha_to_one=False)
+    AnimateDiffPipeline(vae=image.vae, text_encoder=image.text_encoder, tokenizer=image.tokenizer, unet=unet,
+                        motion_adapter=adapter, scheduler=scheduler).save_pretrained(folder)
     return Path(folder)

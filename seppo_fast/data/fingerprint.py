@@ -26,17 +26,18 @@ def made_of(source: Source, model: Any, data: config.Data, seed: int, needs_lose
                           "seed": seed if drawn else None},
         "needs_loser": needs_loser,
         "dtype": data.cache_dtype,
-        "shape": latent_shape(model, data.resolution),
+        "shape": latent_shape(model, data),
     }
 
 
-def latent_shape(model: Any, resolution: int) -> list[int]:
-    """[C, h, w] of a latent."""
+def latent_shape(model: Any, data: config.Data) -> list[int]:
+    """[C, h, w] of an image's latents, [C, F, h, w] of a video's."""
+    resolution = data.resolution
     if resolution % model.vae_scale_factor:
         raise UserError(f"seppo.data.resolution={resolution} is no multiple of {model.vae_scale_factor}, by which the VAE in"
                         f" {model.path} shrinks images")
     side = resolution // model.vae_scale_factor
-    return [model.latent_channels, side, side]
+    return [model.latent_channels, *([data.video.frames] if model.video else []), side, side]
 
 
 def digest(parts: dict[str, Any]) -> str:

@@ -2,26 +2,37 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttentionProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from diffusers.utils import is_xformers_available
 
 from seppo_fast.errors import UserError
+from seppo_fast.models.animatediff import MOTION
+from seppo_fast.models.common import UNet
 
 KERNELS = ("xformers", "sdpa")  # where ranks choose differently the later one is taken, which works everywhere
 TOKENS = 77  # of a prompt
-Layer = tuple[int, int, int | None, int]  # heads, channels, channels of the prompt or None, tokens of the latents
 
 
-def choose_attention(unets: Sequence[UNet2DConditionModel], choice: Literal["auto", "sdpa", "xformers"], latents: tuple[int, int],
+class Layer(NamedTuple):
+    """A kind of attention layer; `sequences` of `tokens` each are what it makes of a sample's latents."""
+
+    heads: int
+    channels: int
+    prompt: int | None  # its channels, where the layer attends to it
+    tokens: int
+    sequences: int
+
+
+def choose_attention(unets: Sequence[UNet], choice: Literal["auto", "sdpa", "xformers"], latents: tuple[int, ...],
                      dtype: torch.dtype, device: torch.device, say: Callable[[str], None] = print,
                      agree: Callable[[int], int] = lambda index: index) -> str:
-    """Give all `unets` the same attention kernel and return its name; "auto" measures for latents of (h, w) in `dtype`.
+    """Give all `unets` the same attention kernel and return its name; "auto" measures for `latents` in `dtype`.
 
-    Ranks may measure differently: `agree` makes the largest of the indices into KERNELS that each has chosen everyone's.
+    `latents` are (h, w), or (F, h, w) of videos. Ranks may measure differently: `agree` makes the largest of the indices into
+    KERNELS that each has chosen everyone's.
     """
     missing = _missing(device)
     if choice == "xformers" and missing:
@@ -53,26 +64,31 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
-def _faster(unet: UNet2DConditionModel, latents: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+def _faster(unet: UNet, latents: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
     seconds = {name: _seconds(processor, layers(unet, latents), dtype, device)
                for name, processor in zip(KERNELS, (XFormersAttnProcessor(), AttnProcessor2_0()), strict=True)}
     best = min(seconds, key=seconds.get)
     return best, "measured: " + ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
 
 
-def layers(unet: UNet2DConditionModel, latents: tuple[int, int]) -> Counter[Layer]:
-    """How often each kind of attention layer occurs in `unet`, for latents of (h, w)."""
+def layers(unet: UNet, latents: tuple[int, ...]) -> Counter[Layer]:
+    """How often each kind of attention layer occurs in `unet`, for latents of (h, w), or of (F, h, w) where it has motion modules.
+
+    These attend along the frames, for every place; all others within a frame.
+    """
     found: Counter[Layer] = Counter()
     deepest = len(unet.down_blocks) - 1
+    frames = latents[0] if len(latents) == 3 else 1
     for name, module in unet.named_modules():
         if not isinstance(module, Attention):
             continue
         place, index = name.split(".")[:2]
         level = {"down_blocks": lambda i: i, "up_blocks": lambda i: deepest - i}.get(place, lambda i: deepest)(
             int(index) if index.isdecimal() else 0)
-        height, width = (-(-side // 2**level) for side in latents)
+        height, width = (-(-side // 2**level) for side in latents[-2:])
         prompt = module.cross_attention_dim if module.is_cross_attention else None
-        found[module.heads, module.query_dim, prompt, height * width] += 1
+        tokens, sequences = (frames, height * width) if MOTION in name else (height * width, frames)
+        found[Layer(module.heads, module.query_dim, prompt, tokens, sequences)] += 1
     return found
 
 
@@ -81,10 +97,10 @@ def _seconds(processor: AttentionProcessor, kinds: Counter[Layer], dtype: torch.
              runs: int = 10) -> float:
     """Device seconds of all attention layers of one forward of `batch` samples."""
     total = 0.0
-    for (heads, channels, prompt, tokens), count in kinds.items():
+    for (heads, channels, prompt, tokens, sequences), count in kinds.items():
         layer = Attention(channels, prompt, heads, channels // heads, processor=processor).to(device, dtype)
-        hidden = torch.randn(batch, tokens, channels, device=device, dtype=dtype)
-        given = None if prompt is None else torch.randn(batch, TOKENS, prompt, device=device, dtype=dtype)
+        hidden = torch.randn(batch * sequences, tokens, channels, device=device, dtype=dtype)
+        given = None if prompt is None else torch.randn(batch * sequences, TOKENS, prompt, device=device, dtype=dtype)
         for _ in range(3):
             layer(hidden, given)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

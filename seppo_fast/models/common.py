@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -15,6 +15,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.models.directory import Directory
 
 Conditions = dict[str, Tensor]
+UNet = UNet2DConditionModel | UNetMotionModel
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
@@ -79,7 +80,7 @@ def explained(directory: Directory, component: str) -> Iterator[None]:
 def load_component(directory: Directory, component: str, kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
     """A component from disk, on the CPU, in `dtype`; every weight must come from the files."""
     weights = directory.weights[component]
-    precision = {"torch_dtype" if component in ("unet", "vae") else "dtype": dtype}  # diffusers, transformers
+    precision = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}  # diffusers, transformers
     with explained(directory, component):
         module, info = kind.from_pretrained(
             directory.path / component, variant=weights.variant, use_safetensors=weights.safetensors,
@@ -94,6 +95,10 @@ def load_component(directory: Directory, component: str, kind: type[nn.Module], 
 
 def load_unet(directory: Directory, dtype: torch.dtype) -> UNet2DConditionModel:
     return load_component(directory, "unet", UNet2DConditionModel, dtype)
+
+
+def empty_unet(directory: Directory) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_config(dict(directory.configs["unet"]))
 
 
 def load_vae(directory: Directory, device: torch.device | str) -> AutoencoderKL:

@@ -20,7 +20,12 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
         "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
         "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
     },
+    "AnimateDiffPipeline": {
+        "unet": ("UNetMotionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
+    },
 }
+HERE = "."  # the component that a directory of one component is
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -39,18 +44,18 @@ def is_hub_id(path: str) -> bool:
     return bool(HUB_ID.fullmatch(path)) and not Path(path).exists() and not Path(path).parent.is_dir()
 
 
-def locate(path: str, revision: str | None, variant: str | None) -> Path:
-    """The local directory that `path` names: itself, or the snapshot of a hub id."""
+def locate(path: str, revision: str | None, variant: str | None, key: str = "path") -> Path:
+    """The local directory that seppo.model's `key` names by `path`: itself, or the snapshot of a hub id."""
     local = Path(path).expanduser()
+    kind, maker = (("diffusers pipeline", "StableDiffusionPipeline") if key == "path" else ("MotionAdapter", "MotionAdapter"))
     if local.is_dir():
         return local
     if local.exists():
-        raise UserError(f"seppo.model.path {path!r} is a file; a diffusers pipeline directory is needed. Convert a "
-                        "checkpoint with StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER).")
+        raise UserError(f"seppo.model.{key} {path!r} is a file; a {kind} directory is needed. Convert a "
+                        f"checkpoint with {maker}.from_single_file(FILE).save_pretrained(FOLDER).")
     if not is_hub_id(path):
-        raise UserError(f"seppo.model.path {path!r} does not exist: give a diffusers pipeline directory, "
-                        "or a hub id (owner/name).")
-    return download(path, revision, variant)
+        raise UserError(f"seppo.model.{key} {path!r} does not exist: give a {kind} directory, or a hub id (owner/name).")
+    return download(path, revision, variant, key)
 
 
 def read_directory(path: Path, variant: str | None) -> Directory:
@@ -86,6 +91,18 @@ def read_directory(path: Path, variant: str | None) -> Directory:
         raise UserError(f"seppo.model.variant {variant!r}: {path / 'unet'} has no such weights, "
                         f"but {', '.join(present)}.")
     return Directory(path, index, configs, weights)
+
+
+def read_adapter(path: Path, variant: str | None) -> Directory:
+    """A motion adapter's directory: its configuration and weights are the component `HERE`."""
+    if (path / "model_index.json").is_file():
+        raise UserError(f"seppo.model.motion_adapter: {path} is a whole pipeline; give an AnimateDiff pipeline as seppo.model.path,"
+                        " with no motion_adapter beside it")
+    config = read_json(path / "config.json")
+    if config.get("_class_name") != "MotionAdapter":
+        raise UserError(f"seppo.model.motion_adapter: {path / 'config.json'} is of a {config.get('_class_name')!r}, where a"
+                        " 'MotionAdapter' is needed")
+    return Directory(path, {}, {HERE: config}, {HERE: find_weights(path, "diffusers", variant)})
 
 
 def check_tokenizer(folder: Path) -> None:

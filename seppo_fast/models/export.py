@@ -7,9 +7,9 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from safetensors import SafetensorError
 from torch import Tensor
@@ -17,24 +17,30 @@ from torch import Tensor
 from seppo_fast.config import Lora
 from seppo_fast.disk import flush_tree
 from seppo_fast.errors import UserError
+from seppo_fast.models import Model
+from seppo_fast.models.animatediff import AnimateDiff, motion_adapter
 from seppo_fast.models.directory import FAMILIES
-from seppo_fast.models.files import entry_point, shards
-from seppo_fast.models.lora import ADAPTER
-from seppo_fast.models.sd import StableDiffusion
-from seppo_fast.models.sdxl import StableDiffusionXL
+from seppo_fast.models.files import entry_point, read_json, shards
+from seppo_fast.models.lora import ADAPTER, lora_config
 
-Model = StableDiffusion | StableDiffusionXL
+TRAINED = ("unet", "motion_adapter")
 
 
 def save_pipeline(
     model: Model, unet_weights: Mapping[str, Tensor], folder: Path, lora: Lora | None, card: str
 ) -> None:
-    """Write all of `folder` or nothing: `pytorch_lora_weights.safetensors`, or the pipeline; `card` is README.md."""
+    """Write all of `folder` or nothing: `pytorch_lora_weights.safetensors`, or the pipeline; `card` is README.md.
+
+    `unet_weights` are those that were trained: all of an image model's, a video model's motion modules, or an adapter's.
+    """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in unet_weights.items()}
     with replacing(Path(folder)) as temporary:
         if lora is None:
             copy_components(model, temporary)
-            save_unet(model, weights, temporary / "unet")
+            if isinstance(model, AnimateDiff):
+                save_motion(model, weights, temporary)
+            else:
+                save_unet(model, weights, temporary / "unet")
         else:
             save_lora(model, weights, temporary, lora)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -43,9 +49,21 @@ def save_pipeline(
 def save_unet(model: Model, weights: Mapping[str, Tensor], folder: Path) -> None:
     """A UNet built around the weights as they are, in their own dtype; a missing or unknown name is an error."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(model.directory.configs["unet"])
+        unet = model.empty_unet()
     unet.load_state_dict(dict(weights), strict=True, assign=True)
     unet.save_pretrained(folder, safe_serialization=True)
+
+
+def save_motion(model: AnimateDiff, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """The source's UNet with the trained motion modules, and these by themselves, as an AnimateDiff pipeline has both."""
+    unet = model.load_unet(next(iter(weights.values())).dtype)
+    left = unet.load_state_dict(dict(weights), strict=False)
+    if left.unexpected_keys:
+        raise ValueError(f"the UNet has no {', '.join(left.unexpected_keys[:3])}")
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    motion_adapter(unet).save_pretrained(folder / "motion_adapter", safe_serialization=True)
+    if model.adapter is not None:  # not Stable Diffusion's, which was copied
+        write_json(model.scheduler_config, folder / "scheduler" / "scheduler_config.json")
 
 
 def save_lora(model: Model, weights: Mapping[str, Tensor], folder: Path, lora: Lora) -> None:
@@ -54,7 +72,10 @@ def save_lora(model: Model, weights: Mapping[str, Tensor], folder: Path, lora: L
     loader = StableDiffusionXLLoraLoaderMixin if model.name == "sdxl" else StableDiffusionLoraLoaderMixin
     # Only what a loader needs: it gives all of it to its own version's LoraConfig, which refuses unknown names.
     # No dropout: load_lora_weights leaves the layers it adds in training mode, and would drop while it samples.
-    metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.targets)}
+    with torch.device("meta"):
+        config = lora_config(model.empty_unet(), lora)
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
     loader.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
     sort_metadata(folder / "pytorch_lora_weights.safetensors")
 
@@ -71,10 +92,10 @@ def sort_metadata(path: Path) -> None:
 
 
 def copy_components(model: Model, folder: Path) -> None:
-    """Every component but the UNet, byte for byte, with one set of weights each, under the name loaded by default."""
+    """Every component but those that are trained, byte for byte, with one set of weights each, under the name loaded by default."""
     source, index = model.path, dict(model.directory.index)
     for component, value in model.directory.index.items():
-        if component == "unet" or not (isinstance(value, list) and value and value[0]):
+        if component in TRAINED or not (isinstance(value, list) and value and value[0]):
             continue
         if component in FAMILIES[index["_class_name"]] or (source / component).is_dir():
             library = "diffusers" if value[0] == "diffusers" else "transformers"
@@ -83,10 +104,14 @@ def copy_components(model: Model, folder: Path) -> None:
             index[component] = [None, None]
             if component == "safety_checker":
                 index["requires_safety_checker"] = False
-    if index == model.directory.index:
+    if index == read_json(source / "model_index.json"):
         shutil.copyfile(source / "model_index.json", folder / "model_index.json")
     else:
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(index, folder / "model_index.json")
+
+
+def write_json(value: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def copy_component(source: Path, target: Path, library: str, model: Model, component: str) -> None:

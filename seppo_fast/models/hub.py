@@ -1,5 +1,6 @@
 """A model from the hub: only the files that training and the exported pipeline need."""
 
+from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,20 +16,24 @@ from huggingface_hub.errors import (
 from seppo_fast.errors import UserError
 from seppo_fast.models.files import entry_point, read_json
 
-INDEX = "model_index.json"
+PIPELINE, COMPONENT = "model_index.json", "config.json"
 SMALL = (".json", ".txt", ".model")
 
 
-def download(repository: str, revision: str | None, variant: str | None) -> Path:
-    """The local snapshot of a hub repository; without a connection, the one left in the hub's cache."""
-    named = f"seppo.model.path {repository!r}"
+def download(repository: str, revision: str | None, variant: str | None, key: str = "path") -> Path:
+    """The local snapshot of a pipeline, or with another `key` than "path" of a component, that seppo.model's `key` names.
+
+    Without a connection, the one left in the hub's cache.
+    """
+    named = f"seppo.model.{key} {repository!r}"
+    kind, index = ("pipeline", PIPELINE) if key == "path" else ("component", COMPONENT)
     try:
         # asked first because it fails at once without a connection, where the others retry for half a minute
         info = HfApi().model_info(repository, revision=revision)
         names = [file.rfilename for file in info.siblings or []]
-        if INDEX in names:
-            index = read_json(Path(hf_hub_download(repository, INDEX, revision=revision)))
-            wanted = needed(names, index, variant)
+        if index in names:
+            parts = read_json(Path(hf_hub_download(repository, PIPELINE, revision=revision))) if key == "path" else {}
+            wanted = needed(names, parts, variant) if key == "path" else [index, *one_set(names, "diffusers", variant)]
             return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except UserError:
         raise
@@ -44,30 +49,35 @@ def download(repository: str, revision: str | None, variant: str | None) -> Path
     except Exception as error:  # the hub's HTTP library, and with it what it raises offline, has changed twice
         try:
             # not snapshot_download, which calls a snapshot incomplete when it lacks files that nobody asked for
-            return Path(hf_hub_download(repository, INDEX, revision=revision, local_files_only=True)).parent
+            return Path(hf_hub_download(repository, index, revision=revision, local_files_only=True)).parent
         except OSError:
             raise UserError(f"{named} is no local directory, and could not be fetched from the hub "
                             f"({type(error).__name__}: {error}). Give a diffusers directory, or connect.") from error
-    raise UserError(f"{named} on the hub has no {INDEX}: it is no diffusers pipeline.")
+    raise UserError(f"{named} on the hub has no {index}: it is no diffusers {kind}.")
 
 
 def needed(names: list[str], index: dict[str, Any], variant: str | None) -> list[str]:
     """Of a repository's files those of the pipeline's components: configurations, vocabularies, one set of weights."""
-    wanted = [INDEX]
+    wanted = [PIPELINE]
     for component, value in index.items():
         if not (isinstance(value, list) and value and value[0]):
             continue
         inside = {PurePosixPath(name).name for name in names if PurePosixPath(name).parent == PurePosixPath(component)}
         # index files of weights that are not taken would promise shards that are not there
         wanted += [f"{component}/{name}" for name in inside if name.endswith(SMALL) and ".index." not in name]
-        found = entry_point(inside, "diffusers" if value[0] == "diffusers" else "transformers", variant)
-        if found is None:
-            continue
-        entry, tag, safetensors = found
-        wanted.append(f"{component}/{entry}")
-        if entry.endswith(".json"):
-            extension = ".safetensors" if safetensors else ".bin"
-            parts = [name for name in inside if fnmatch(name, f"*-of-*{extension}")]
-            wanted += [f"{component}/{name}" for name in parts
-                       if (f".{tag}" in name if tag else "." not in name.removesuffix(extension))]
+        library = "diffusers" if value[0] == "diffusers" else "transformers"
+        wanted += [f"{component}/{name}" for name in one_set(inside, library, variant)]
     return sorted(wanted)
+
+
+def one_set(names: Collection[str], library: str, variant: str | None) -> list[str]:
+    """The files of one set of weights among those of a component's folder: a single one, or an index and its shards."""
+    found = entry_point(names, library, variant)
+    if found is None:
+        return []
+    entry, tag, safetensors = found
+    if not entry.endswith(".json"):
+        return [entry]
+    extension = ".safetensors" if safetensors else ".bin"
+    parts = [name for name in names if fnmatch(name, f"*-of-*{extension}")]
+    return [entry, *(name for name in parts if (f".{tag}" in name if tag else "." not in name.removesuffix(extension)))]

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from seppo_fast.models.directory import Directory
+from seppo_fast.models import Model
+from seppo_fast.models.animatediff import AnimateDiff
+from seppo_fast.models.directory import HERE, Directory
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sdxl import StableDiffusionXL
 
@@ -38,9 +40,20 @@ KNOWN = {
 }
 
 
-def known_model(path: str) -> StableDiffusion | StableDiffusionXL | None:
-    """The model of this hub id, without weights: it can be planned with, not loaded. None where its shape is not known."""
-    if path not in KNOWN:
+# AnimateDiff's adapters for Stable Diffusion 1.x, with diffusers' defaults but for these.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "guoyww/animatediff-motion-adapter-v1-4": {"motion_max_seq_length": 24, "use_motion_mid_block": False},
+    "guoyww/animatediff-motion-adapter-v1-5": {"motion_max_seq_length": 24, "use_motion_mid_block": False},
+    "guoyww/animatediff-motion-adapter-v1-5-2": {},
+    "guoyww/animatediff-motion-adapter-v1-5-3": {"use_motion_mid_block": False},
+}
+
+
+def known_model(path: str, motion_adapter: str | None = None) -> Model | None:
+    """The model of these hub ids, without weights: it can be planned with, not loaded. None where its shape is not known."""
+    if path not in KNOWN or motion_adapter is not None and (motion_adapter not in ADAPTERS or KNOWN[path] is SDXL):
         return None
     directory = Directory(Path(path), {}, KNOWN[path], {})
+    if motion_adapter is not None:
+        return AnimateDiff(directory, Directory(Path(motion_adapter), {}, {HERE: ADAPTERS[motion_adapter]}, {}))
     return StableDiffusionXL(directory) if KNOWN[path] is SDXL else StableDiffusion(directory)

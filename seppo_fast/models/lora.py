@@ -1,40 +1,73 @@
 """LoRA on the UNet through PEFT, and which weights are trained at all."""
 
 import difflib
+import re
+from typing import Literal
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNetMotionModel
 from peft import LoraConfig
 from torch import nn
 
 from seppo_fast.config import Lora
 from seppo_fast.errors import UserError
+from seppo_fast.models.animatediff import MOTION
+from seppo_fast.models.common import UNet
 
 ADAPTER = "default"
 
 
-def lora_config(lora: Lora) -> LoraConfig:
-    targets = sorted(lora.targets)
+def choose_trained(unet: UNet, lora: Lora | None, seed: int) -> None:
+    """Leave trainable what is to be trained: an adapter, the motion modules of a video model, or all of an image model."""
+    if lora is not None:
+        add_lora(unet, lora, seed)
+    elif isinstance(unet, UNetMotionModel):
+        unet.freeze_unet2d_params()
+
+
+def trains_a_part(unet: nn.Module) -> bool:
+    """Whether some weights are frozen, and can be shared between policy and reference."""
+    return not all(parameter.requires_grad for parameter in unet.parameters())
+
+
+def portion(unet: nn.Module, lora: Lora) -> Literal["temporal", "spatial", "all"]:
+    """Which of the layers are meant: of a video model its motion modules' unless others are asked for."""
+    if isinstance(unet, UNetMotionModel):
+        return lora.layers or "temporal"
+    if lora.layers is not None:
+        raise UserError(f"seppo.model.lora.layers: {lora.layers!r} is for video models, and this is an image model; leave it out")
+    return "all"
+
+
+def lora_config(unet: nn.Module, lora: Lora) -> LoraConfig:
+    """PEFT's configuration: the targets as suffixes, or as an expression where only some of a video model's layers are meant."""
+    part, targets = portion(unet, lora), sorted(lora.targets)
+    if part != "all":
+        motion, among = rf"(.*\.)?{MOTION}\..*", "|".join(map(re.escape, targets))
+        targets = rf"{motion}\.({among})" if part == "temporal" else rf"(?!{motion})(.*\.)?({among})"
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
 
-def add_lora(unet: UNet2DConditionModel, lora: Lora, seed: int) -> None:
+def add_lora(unet: UNet, lora: Lora, seed: int) -> None:
     """Freeze the UNet and add a trainable adapter; A depends on `seed` alone, B is zero: no output changes yet."""
-    check_targets(unet, lora.targets)
+    check_targets(unet, lora)
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            unet.add_adapter(lora_config(lora), adapter_name=ADAPTER)
+            unet.add_adapter(lora_config(unet, lora), adapter_name=ADAPTER)
         except ValueError as error:
             raise UserError(f"seppo.model.lora: {error}") from error
     unet.train(unet.training)  # PEFT's layers come in training mode, whatever the UNet's
 
 
-def check_targets(unet: nn.Module, targets: list[str]) -> None:
+def check_targets(unet: nn.Module, lora: Lora) -> None:
     """Every target must match a layer that LoRA can adapt; PEFT is content when any one of them does."""
-    layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    for target in targets:
+    part = portion(unet, lora)
+    layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+              and (part == "all" or (MOTION in name) == (part == "temporal"))]
+    where = "UNet" if part == "all" else f"UNet's {part} part (seppo.model.lora.layers)"
+    for target in lora.targets:
         if any(name == target or name.endswith(f".{target}") for name in layers):
             continue
         # by the last name, with the one before where that is an index (to_out.0)
@@ -42,11 +75,11 @@ def check_targets(unet: nn.Module, targets: list[str]) -> None:
         lower = {ending.lower(): ending for ending in endings}
         close = [lower[match] for match in difflib.get_close_matches(target.lower(), list(lower), n=1)]
         raise UserError(
-            f"seppo.model.lora.targets: {target!r} matches no linear or convolution layer of the UNet."
+            f"seppo.model.lora.targets: {target!r} matches no linear or convolution layer of the {where}."
             + (f" Did you mean {close[0]!r}?" if close else "")
             + f" Such layers are, for example, {', '.join(sorted(endings.values())[:20])}."
         )
-    if not targets:
+    if not lora.targets:
         raise UserError("seppo.model.lora.targets is empty: name at least one kind of layer, e.g. 'to_q'.")
 
 

@@ -1,36 +1,43 @@
 """Attention and compilation of the UNets: the same for policy and reference, which are compared with each other."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 
 from seppo_fast.compiler import keep_all_graphs
 from seppo_fast.config import Model
 from seppo_fast.errors import UserError, warn_fallback
 from seppo_fast.models.attention import choose_attention
+from seppo_fast.models.common import UNet
 
 
-def prepare_unets(unets: Sequence[UNet2DConditionModel], settings: Model, latents: tuple[int, int], dtype: torch.dtype,
+def prepare_unets(unets: Sequence[UNet], settings: Model, latents: tuple[int, ...], dtype: torch.dtype,
                   device: torch.device, say: Callable[[str], None] = print,
                   agree: Callable[[int], int] = lambda index: index) -> None:
-    """Make `unets` as `settings` asks, before they are captured or put into an engine; `latents` (h, w) are what they will see.
+    """Make `unets` as `settings` asks, before they are captured or put into an engine.
 
-    `agree` makes all ranks' of the attention that each of them would choose.
+    `latents`, (h, w) or (F, h, w) of videos, are what they will see. `agree` makes all ranks' of the attention
+    that each of them would choose.
     """
     compiles = settings.compile == "regional" and _compiles(unets[0], dtype, device)
     choose_attention(unets, settings.attention, latents, dtype, device, say, agree)
     if compiles:
         for unet in unets:
-            unet.compile_repeated_blocks()
+            for block in transformer_blocks(unet):
+                block.compile()
 
 
-def _compiles(unet: UNet2DConditionModel, dtype: torch.dtype, device: torch.device) -> bool:
+def transformer_blocks(unet: UNet) -> Iterator[BasicTransformerBlock]:
+    """What diffusers' `compile_repeated_blocks` compiles, which knows no UNetMotionModel."""
+    return (part for part in unet.modules() if isinstance(part, BasicTransformerBlock))
+
+
+def _compiles(unet: UNet, dtype: torch.dtype, device: torch.device) -> bool:
     """Try a copy of one block, forward and backward: later it would be in the middle of an update that the compiler fails."""
     keep_all_graphs()
-    block = next((part for part in unet.modules() if isinstance(part, BasicTransformerBlock)), None)
+    block = next(transformer_blocks(unet), None)
     if block is None:
         raise UserError("seppo.model.compile: this model has no transformer blocks to compile; use \"none\"")
     trial = copy.deepcopy(block).to(device, dtype)

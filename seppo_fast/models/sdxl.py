@@ -48,6 +48,10 @@ class StableDiffusionXL:
         """A fresh UNet from disk, on the CPU."""
         return common.load_unet(self.directory, dtype)
 
+    def empty_unet(self) -> UNet2DConditionModel:
+        """The network without weights, made under the caller's device."""
+        return common.empty_unet(self.directory)
+
     def load_vae(self, device: torch.device | str) -> AutoencoderKL:
         """The VAE in fp32, for inference."""
         return common.load_vae(self.directory, device)

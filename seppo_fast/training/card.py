@@ -4,7 +4,9 @@ import json
 from importlib.metadata import version
 
 import seppo_fast
+from seppo_fast.config import Model
 from seppo_fast.configfile import Batch, Config
+from seppo_fast.models.animatediff import SCHEDULER
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
 
@@ -12,7 +14,7 @@ CARD = """\
 ---
 library_name: diffusers
 base_model: {base}
-tags: [text-to-image, stable-diffusion, seppo, preference-optimization{lora_tag}]
+tags: [{task}, {family}, seppo, preference-optimization{lora_tag}]
 ---
 
 # {title}
@@ -22,7 +24,7 @@ tags: [text-to-image, stable-diffusion, seppo, preference-optimization{lora_tag}
 {usage}
 
 ## Data
-{rows} demonstrations from `{source}` ({choose}), at {resolution} pixels.
+{rows} demonstrations from `{source}` ({choose}), at {resolution} pixels{frames}.
 
 ## Method
 {method_text}
@@ -50,23 +52,37 @@ METHOD_TEXT = {
 }
 
 
-def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: int) -> str:
+def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: int, video: bool) -> str:
     """README.md of the trained model."""
     settings = config.as_dict()
     for private in ("output_dir", "pool", "samples", "checkpoint"):  # where and how often: not how it was trained
         settings["seppo"].pop(private)
     settings["seppo"]["data"].pop("cache_dir")
     ours = config.seppo
-    pipeline = "load_lora_weights" if ours.model.lora else "from_pretrained"
-    load = "pipeline = DiffusionPipeline.from_pretrained(FOLDER)"
-    if ours.model.lora:
-        load = f"pipeline = DiffusionPipeline.from_pretrained({ours.model.path!r})\npipeline.load_lora_weights(FOLDER)"
-    usage = f"```python\nfrom diffusers import DiffusionPipeline\n\n{load}\n```"
+    clips = ours.data.video
     return CARD.format(
         base=ours.model.path, lora_tag=", lora" if ours.model.lora else "", title=f"{ours.model.path} with {ours.method}",
-        version=seppo_fast.__version__, method=ours.method, what=f"to be loaded with diffusers' `{pipeline}`", usage=usage,
+        task="text-to-video" if video else "text-to-image", family="animatediff" if video else "stable-diffusion",
+        version=seppo_fast.__version__, method=ours.method, usage=usage(ours.model),
+        what=f"to be loaded with diffusers' `{'load_lora_weights' if ours.model.lora else 'from_pretrained'}`",
         rows=rows, source=ours.data.source, choose=f"choose: {ours.data.choose}", resolution=ours.data.resolution,
+        frames=f", {clips.frames} frames a clip ({clips.choice})" if video else "",
         method_text=METHOD_TEXT[ours.method].format(reference=ours.reference, flipper=ours.flipper), updates=updates,
         batch=batch.size, skipped=skipped, settings=json.dumps(settings, indent=1),
         versions="\n".join(f"- {package} {version(package)}" for package in PACKAGES),
     )
+
+
+def usage(model: Model) -> str:
+    """How the folder of the trained model is loaded, as code."""
+    lines = ["from diffusers import DiffusionPipeline", "", "pipeline = DiffusionPipeline.from_pretrained(FOLDER)"]
+    if model.lora:
+        lines[-1:] = [f"pipeline = DiffusionPipeline.from_pretrained({model.path!r})", "pipeline.load_lora_weights(FOLDER)"]
+    if model.lora and model.motion_adapter:
+        lines = ["from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter", "",
+                 f"adapter = MotionAdapter.from_pretrained({model.motion_adapter!r})",
+                 f"pipeline = AnimateDiffPipeline.from_pretrained({model.path!r}, motion_adapter=adapter)",
+                 "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config,",
+                 f"    {', '.join(f'{key}={value!r}' for key, value in SCHEDULER.items() if key != '_class_name')})",
+                 "pipeline.load_lora_weights(FOLDER)"]
+    return "\n".join(["```python", *lines, "```"])

@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
-from seppo_fast.models import StableDiffusion, StableDiffusionXL
-from seppo_fast.models.lora import add_lora, trainable_weights
+from seppo_fast.data.fingerprint import latent_shape
+from seppo_fast.models import Model, UNet
+from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
 from seppo_fast.training.engine import precision
 from seppo_fast.training.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.training.live import inference, micro_batch
-
-Model = StableDiffusion | StableDiffusionXL
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,8 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     ours = config.seppo
     dtype, autocast = precision(config.deepspeed)
     with torch.device("meta"):
-        unet = nn.Module.to(UNet2DConditionModel.from_config(dict(model.directory.configs["unet"])), dtype)
-        if ours.model.lora:
-            add_lora(unet, ours.model.lora, ours.seed)
+        unet = nn.Module.to(model.empty_unet(), dtype)
+        choose_trained(unet, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
@@ -97,7 +94,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     guided = 1 if ours.sampler.guidance_scale == 1 else 2
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        return _inputs(model, unet, ours.data.resolution, samples, dtype)
+        return _inputs(unet, latent_shape(model, ours.data), samples, dtype)
 
     one = inputs(1)
     forward = float(inference(lambda: model.denoise(unet, *one)).flops)
@@ -122,7 +119,8 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         activations, sampler, score = ((size + weights) // 2 if size else 0 for size in (activations, sampler, score))
 
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
-    own = trainable if ours.model.lora and stage < 3 else unet.parameters()  # LoRA: the frozen ones are the policy's
+    shares = trains_a_part(unet)
+    own = trainable if shares and stage < 3 else unet.parameters()  # the frozen ones are the policy's
     return Cost(
         parameters=sum(weight.numel() for weight in unet.parameters()), trained=trained, forward=forward,
         sampling=forward * guided * evaluations if generated else 0.0, training=training, scoring=scoring,
@@ -130,18 +128,16 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.samples.every else 0,
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
         update=engine.update, score=score, sampler=sampler + known if generated else 0, resting=engine.sampling,
-        graph=generated and ours.sampler.cuda_graph, rests=ours.reference_rests,
+        graph=generated and ours.sampler.cuda_graph, rests=ours.scored_ahead and not shares,
     )
 
 
-def _inputs(model: Model, unet: UNet2DConditionModel, resolution: int, samples: int,
-            dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What `model.denoise` takes beside the network, for so many samples, on the meta device."""
-    size = resolution // model.vae_scale_factor
+def _inputs(unet: UNet, shape: list[int], samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What `model.denoise` takes beside the network, for so many samples with latents of `shape`, on the meta device."""
     make = {"device": "meta", "dtype": dtype}
     conditions = {"prompt_embeds": torch.empty(samples, 77, unet.config.cross_attention_dim, **make)}
     if unet.config.addition_embed_type == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         conditions["pooled"] = torch.empty(samples, pooled, **make)
     timesteps = torch.empty(samples, device="meta", dtype=torch.long)
-    return torch.empty(samples, model.latent_channels, size, size, **make), timesteps, conditions
+    return torch.empty(samples, *shape, **make), timesteps, conditions

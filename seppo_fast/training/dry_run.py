@@ -12,7 +12,7 @@ from seppo_fast.models.known import known_model
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config
-from seppo_fast.training.plan import cache_bytes, plan
+from seppo_fast.training.plan import plan
 from seppo_fast.training.time_plan import load_rates, time_plan
 
 
@@ -25,18 +25,22 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     batch = batch_plan(config.deepspeed, world)
     check_engine_config(config, batch)
     known_rates = load_rates(rates)
-    cost, row_bytes, rows, times, missing = None, None, None, [], []
-    if is_hub_id(ours.model.path):  # a dry run fetches nothing
-        model = known_model(ours.model.path)
-        missing.append(f"seppo.model.path {ours.model.path} is no directory here: it will be looked up on the hub, and "
-                       + ("compute, memory and time are those of the model published under this name" if model else
-                          "compute, memory and time cannot be estimated before"))
+    cost, rows, times, missing = None, None, [], []
+    named = {"path": ours.model.path, "motion_adapter": ours.model.motion_adapter}
+    on_hub = {key: name for key, name in named.items() if name is not None and is_hub_id(name)}
+    if on_hub:  # a dry run fetches nothing
+        model = known_model(ours.model.path, ours.model.motion_adapter)
+        missing += [f"seppo.model.{key} {name} is no directory here: it will be looked up on the hub, and "
+                    + ("compute, memory and time are those of the model published under this name" if model else
+                       "compute, memory and time cannot be estimated before") for key, name in on_hub.items()]
     else:
-        model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant)
+        model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
+                           motion_adapter=ours.model.motion_adapter)
     if model is not None:
+        if model.video:
+            model.check_frames(ours.data.video.frames)
         table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
         cost = estimate(model, config, batch, len(table.timesteps))
-        row_bytes = cache_bytes(model, config)
         here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         times = [time_plan(config, batch, cost, model, known_rates, here)]
     if ours.data.source is None:
@@ -47,5 +51,5 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
         rows = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed).count
     if (Path(ours.output_dir) / "run.json").exists():
         missing.append(f"{ours.output_dir} already holds a run: go on with it by --resume auto, or choose another seppo.output_dir")
-    lines = [plan(config, batch, cost, row_bytes, rows), *times, *(f"before you train: {line}" for line in missing)]
+    lines = [plan(config, batch, cost, model, rows), *times, *(f"before you train: {line}" for line in missing)]
     return "\n".join([*lines, "dry run: nothing was trained or written"])

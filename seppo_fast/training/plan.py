@@ -7,32 +7,37 @@ import torch
 
 from seppo_fast import __version__
 from seppo_fast.config import METHODS
+from seppo_fast.config import Model as ModelSettings
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import cache_root, latent_shape
-from seppo_fast.models import StableDiffusion, StableDiffusionXL
+from seppo_fast.models import Model
 from seppo_fast.training.cost import Cost
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 from seppo_fast.training.engine_bytes import adam_temporaries, uses_bf16_optimizer
 
 
-def cache_bytes(model: StableDiffusion | StableDiffusionXL, config: Config) -> int:
+def cache_bytes(model: Model, config: Config) -> int:
     """Bytes that a demonstration's latents take in the cache; prompt embeddings come on top, once for each prompt."""
     data = config.seppo.data
     tensors = 4 if METHODS[config.seppo.method].losers == "data" else 2  # mean and standard deviation, of each image
-    return tensors * prod(latent_shape(model, data.resolution)) * getattr(torch, data.cache_dtype).itemsize
+    return tensors * prod(latent_shape(model, data)) * getattr(torch, data.cache_dtype).itemsize
 
 
-def plan(config: Config, batch: Batch, cost: Cost | None, row_bytes: int | None, rows: int | None) -> str:
-    """The plan of a run. `cost`, `row_bytes` and `rows` are None where the model or the data are not here yet."""
+def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, rows: int | None) -> str:
+    """The plan of a run. `cost`, `model` and `rows` are None where the model or the data are not here yet."""
     ours = config.seppo
+    video = ours.model.motion_adapter is not None if model is None else model.video
+    row_bytes = None if model is None else cache_bytes(model, config)
     method = METHODS[ours.method]
     updates = ours.iterations * ours.updates_per_iteration
     samples = updates * batch.size if method.losers == "reference" else 0
     lines = {
         "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {ours.beta:g}, noise"
                                  f" {ours.noise}" if ours.flipper else ""),
-        "model": ours.model.path + _size(cost) + (f", LoRA rank {ours.model.lora.rank}" if ours.model.lora else ", all weights"),
+        "model": f"{ours.model.path}{f' with {ours.model.motion_adapter}' * bool(ours.model.motion_adapter)}{_size(cost)}, "
+                 + _trained(ours.model, video),
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
+                + (f", {ours.data.video.frames} frames ({ours.data.video.choice})" if video else "")
                 + (f", {rows} demonstrations" if rows is not None else ""),
         "latent cache": _cache(config, row_bytes, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
@@ -85,6 +90,12 @@ def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
         size = "" if cost is None else f" {_gb(adam_temporaries(raw) * cost.trained // (batch.world if stage else 1))}"
         lines.append(f"optimizer.params.fused true saves{size or ' memory'} at the optimizer's update, and many launches")
     return lines
+
+
+def _trained(model: ModelSettings, video: bool) -> str:
+    if model.lora is None:
+        return "the motion modules" if video else "all weights"
+    return f"LoRA rank {model.lora.rank}" + (f" on the {model.lora.layers or 'temporal'} layers" if video else "")
 
 
 def _memory(config: Config, cost: Cost) -> tuple[str, str]:

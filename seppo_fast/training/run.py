@@ -16,9 +16,9 @@ from seppo_fast.data.cache import build_cache, give_back_memory
 from seppo_fast.data.latents import LatentCache
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import UserError
-from seppo_fast.models import StableDiffusion, StableDiffusionXL, open_model
+from seppo_fast.models import Model, open_model
 from seppo_fast.models.export import save_pipeline
-from seppo_fast.models.lora import add_lora, share_frozen
+from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
@@ -32,13 +32,11 @@ from seppo_fast.training.folder import RunFolder, open_folder
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective, in_channels_last
 from seppo_fast.training.pairs import PairSource
-from seppo_fast.training.plan import cache_bytes, plan
+from seppo_fast.training.plan import plan
 from seppo_fast.training.ranks import Ranks, StopSignals
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import Grids
 from seppo_fast.training.trainer import Trainer
-
-Model = StableDiffusion | StableDiffusionXL
 
 
 def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
@@ -51,7 +49,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
     table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
     cost = estimate(model, config, batch, len(table.timesteps))
     if ranks.rank == 0:
-        print(plan(config, batch, cost, cache_bytes(model, config), source.count), flush=True)
+        print(plan(config, batch, cost, model, source.count), flush=True)
     folder = open_folder(config, resume, ranks)
     state = starting_state(folder, config, ranks)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].losers == "data",
@@ -63,7 +61,8 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
 
     policy, reference = load_policies(model, config, cache.shape[1:], ranks)
     engine = start_engine(policy, config, batch)
-    if reference is not None and ours.model.lora:
+    shares = trains_a_part(engine.module)
+    if reference is not None and shares:
         share_frozen(reference, engine.module)  # before it moves: its own base need not fit beside the policy's
     if reference is not None:
         reference.to(ranks.device)
@@ -79,7 +78,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         grids=prepare_grids(model, config, cache, folder, ranks),
         reporter=Reporter(folder.path, ours.iterations * ours.updates_per_iteration, state.update,
                           engine.monitor, ranks.rank),
-        signals=signals, folder=folder.path, state=state, made=made,
+        signals=signals, folder=folder.path, state=state, made=made, reference_rests=ours.scored_ahead and not shares,
     )
     try:
         trainer.train()
@@ -93,8 +92,9 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Source]:
     ours = config.seppo
     for turn in (ranks.rank == 0, ranks.rank != 0):
         if turn:
-            source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed)
-            model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant)
+            model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
+                               motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames)
+            source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed, video=model.video)
         ranks.barrier()
     return model, source
 
@@ -122,7 +122,7 @@ def begin(folder: RunFolder, state: State, cache: LatentCache, ranks: Ranks) -> 
         (folder.path / "config.json").write_text(json.dumps(state.config, indent=2) + "\n")
 
 
-def load_policies(model: Model, config: Config, latents: tuple[int, int], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
+def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
     """The policy, for the engine, and one reference of the same architecture and dtype outside it (for grids, too)."""
     ours = config.seppo
     dtype = precision(config.deepspeed).dtype
@@ -131,9 +131,8 @@ def load_policies(model: Model, config: Config, latents: tuple[int, int], ranks:
     reference = None
     if ours.flipper or ours.samples.every:
         reference = model.load_unet(dtype).eval()
-    if ours.model.lora:
-        for unet in filter(None, (policy, reference)):
-            add_lora(unet, ours.model.lora, ours.seed)
+    for unet in filter(None, (policy, reference)):
+        choose_trained(unet, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     settings = ours.model.model_copy(update={"attention": "sdpa"}) if ours.sampler.fuse_projections else ours.model
@@ -198,7 +197,7 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     final = trainer.folder / "final"
     weights = policy_weights(trainer.engine)
     if trainer.ranks.rank == 0:
-        card = model_card(config, batch, rows, trainer.state.update, trainer.state.skipped)
+        card = model_card(config, batch, rows, trainer.state.update, trainer.state.skipped, model.video)
         save_pipeline(model, weights, final, config.seppo.model.lora, card)
     trainer.ranks.barrier()
     return final

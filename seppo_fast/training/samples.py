@@ -10,8 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from seppo_fast.config import Samples
-from seppo_fast.models import Conditions, StableDiffusion, StableDiffusionXL
+from seppo_fast.models import Conditions, Model
 from seppo_fast.seeds import normal
+
+MILLISECONDS = 125  # a frame: AnimateDiff's 8 a second
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,14 @@ class Grids:
     """Draws grids into `folder`; `conditions` are the prompts' embeddings, repeated per sample."""
 
     folder: Path
-    model: StableDiffusion | StableDiffusionXL
+    model: Model
     settings: Samples
     conditions: Conditions
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     device: torch.device
 
     def write(self, update: int, draw: Callable[[Tensor, Conditions], Tensor]) -> Path:
-        """Draw and decode every sample, write `update_00000030.png`."""
+        """Draw and decode every sample, write `update_00000030.png`, or .webp where they move."""
         count = len(self.settings.prompts) * self.settings.per_prompt
         noise = normal(self.shape, self.settings.seed, "grid", range(count)).to(self.device)
         latents = draw(noise, self.conditions)
@@ -34,13 +36,23 @@ class Grids:
         images = [self.model.decode(vae, latent).cpu() for latent in latents.split(1)]  # pixels are large beside a trainer
         vae.to("cpu")  # the memory is the training's
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"update_{update:08d}.png"
-        tile(torch.cat(images), self.settings.per_prompt).save(path)
-        return path
+        return save_sheet(torch.cat(images), self.settings.per_prompt, self.folder / f"update_{update:08d}")
 
     @cached_property
     def _vae(self) -> torch.nn.Module:
         return self.model.load_vae("cpu")
+
+
+def save_sheet(samples: Tensor, columns: int, path: Path) -> Path:
+    """`(N, 3, H, W)` as a PNG, `(N, F, 3, H, W)` as an animated WebP that loops; returns the file, `path` with its suffix."""
+    if samples.dim() == 4:
+        path = path.with_suffix(".png")
+        tile(samples, columns).save(path)
+        return path
+    path = path.with_suffix(".webp")
+    first, *others = [tile(frame, columns) for frame in samples.unbind(1)]
+    first.save(path, save_all=True, append_images=others, duration=MILLISECONDS, loop=0, lossless=True)
+    return path
 
 
 def tile(images: Tensor, columns: int) -> Image.Image:

@@ -47,6 +47,7 @@ class Trainer:
     signals: StopSignals
     folder: Path
     state: State
+    reference_rests: bool = False  # outside the device while the policy is trained; a shared base cannot
     made: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     reference_index: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -228,7 +229,7 @@ class Trainer:
 
     def rest_reference(self) -> None:
         """Put the reference into host memory if it is not needed before the next iteration."""
-        if self.settings.reference_rests:
+        if self.reference_rests:
             self.sampler.release()
             self.reference.to("cpu")
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from tiny import tiny_sd, tiny_sdxl
+from tiny import tiny_adapter, tiny_animatediff, tiny_sd, tiny_sdxl
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +14,16 @@ def sd_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sdxl_folder(tmp_path_factory):
     return tiny_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tmp_path_factory):
+    return tiny_adapter(tmp_path_factory.mktemp("models") / "adapter")
+
+
+@pytest.fixture(scope="session")
+def animatediff_folder(tmp_path_factory):
+    return tiny_animatediff(tmp_path_factory.mktemp("models") / "animatediff")
 
 
 @pytest.fixture

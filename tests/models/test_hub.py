@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tiny import tiny_adapter
 
 from seppo_fast.models.hub import needed
 
@@ -17,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parents[2]
 
 
-def handler(folder):
+def handler(folder, name="tiny/sd"):
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     class Hub(BaseHTTPRequestHandler):
@@ -37,17 +38,17 @@ def handler(folder):
 
         def do_GET(self):
             path = self.path.split("?")[0].strip("/")
-            if path.startswith("api/models/tiny/sd/tree/"):
+            if path.startswith(f"api/models/{name}/tree/"):
                 tree = [{"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
                         for name, body in files.items()]
                 self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
-            elif path.startswith("api/models/tiny/sd"):
-                info = {"id": "tiny/sd", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            elif path.startswith(f"api/models/{name}"):
+                info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
                 self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
-            elif path.startswith("tiny/sd/resolve/") and (name := path.split("/", 4)[4]) in files:
+            elif path.startswith(f"{name}/resolve/") and (file := path.split("/", 4)[4]) in files:
                 if self.command == "GET":
-                    self.fetched.append(name)
-                self.answer(200, files[name], ETag=f'"{hashlib.sha1(files[name]).hexdigest()}"', X_Repo_Commit=COMMIT)
+                    self.fetched.append(file)
+                self.answer(200, files[file], ETag=f'"{hashlib.sha1(files[file]).hexdigest()}"', X_Repo_Commit=COMMIT)
             else:
                 self.answer(404, b"", X_Error_Code="RepoNotFound")
 
@@ -62,7 +63,8 @@ from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
 for name in sys.argv[1:]:
     try:
-        model = open_model(name)
+        path, _, adapter = name.partition("+")
+        model = open_model(path, motion_adapter=adapter or None)
         model.load_vae("cpu")
         model.load_text("cpu")(["a cat"])
         print("PATH", model.path)
@@ -101,6 +103,21 @@ def test_download_then_offline(own_sd, tmp_path):
     again, (refused, message) = open_in_subprocess(endpoint, tmp_path, "tiny/sd", "tiny/never-seen")
     assert again == ["PATH", first]
     assert refused == "REFUSED" and "tiny/never-seen" in message and "connect" in message
+
+
+def test_a_motion_adapter_from_the_hub(sd_folder, tmp_path):
+    adapter = tiny_adapter(tmp_path / "adapter")
+    (adapter / "mm_sd_v15.ckpt").write_bytes(b"not wanted")
+    hub = handler(adapter, "tiny/motion")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    found = open_in_subprocess(endpoint, tmp_path, f"{sd_folder}+tiny/motion", f"{sd_folder}+tiny/no")
+    server.shutdown()
+    server.server_close()
+    assert found[0] == ["PATH", str(sd_folder)]
+    assert set(hub.fetched) == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert found[1][0] == "REFUSED" and "seppo.model.motion_adapter 'tiny/no'" in found[1][1]
 
 
 FILES = [

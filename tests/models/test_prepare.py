@@ -56,8 +56,8 @@ def test_the_layers_that_are_measured_are_the_networks_own():
     with torch.no_grad():
         call(net)
     found = layers(net, (8, 8))
-    assert sorted(seen) == sorted((tokens, channels, heads) for heads, channels, _, tokens in found.elements())
-    assert {prompt for _, _, prompt, _ in found} == {None, 32} and len(seen) > 8
+    assert sorted(seen) == sorted((layer.tokens, layer.channels, layer.heads) for layer in found.elements())
+    assert {layer.prompt for layer in found} == {None, 32} and {layer.sequences for layer in found} == {1} and len(seen) > 8
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and is_xformers_available()), reason="needs a GPU and xformers")
