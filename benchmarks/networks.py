@@ -7,44 +7,68 @@ from math import prod
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from seppo_fast.models.known import SD15, SDXL
+from seppo_fast.models import UNet
+from seppo_fast.models.animatediff import SCHEDULER as VIDEO_SCHEDULE
+from seppo_fast.models.known import ADAPTERS, SD15, SDXL
 
 Conditions = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Network:
-    """A UNet's config and what it is called with: `side` latents a side, 77 tokens of `width`, `pooled` wide for SDXL."""
+    """A UNet's config and what it is called with: `side` latents a side, 77 tokens of `width`, `pooled` wide for SDXL.
+
+    A video network has the config of its motion adapter too, and is called with `frames`.
+    """
 
     config: dict[str, object]
     side: int
     width: int
     pooled: int = 0
+    motion: dict[str, object] | None = None
+    frames: int = 0
 
 
+TINY = dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=32, block_out_channels=(32, 64),
+            attention_head_dim=4, norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
 NETWORKS = {
     "sd15": Network(SD15["unet"], side=64, width=768),
     "sdxl": Network(SDXL["unet"], side=128, width=2048, pooled=1280),
+    # The paper's videos: 16 frames of 256x256.
+    "animatediff": Network(SD15["unet"], side=32, width=768, frames=16,
+                           motion=ADAPTERS["guoyww/animatediff-motion-adapter-v1-5-2"]),
     # For the CPU: the quickstart's.
-    "quickstart": Network(dict(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=32,
-                               block_out_channels=(32, 64), attention_head_dim=4, norm_num_groups=8,
-                               down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                               up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")), side=8, width=32),
+    "quickstart": Network(TINY, side=8, width=32),
+    "tiny_video": Network(TINY, side=8, width=32, frames=16,
+                          motion=dict(block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=8)),
 }
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
                 set_alpha_to_one=False, steps_offset=1)
 
 
-def make_unet(name: str, device: str, dtype: torch.dtype) -> UNet2DConditionModel:
+def make_unet(name: str, device: str, dtype: torch.dtype) -> UNet:
     """The network with random weights, made on the device, in inference mode."""
     torch.manual_seed(0)
+    network = NETWORKS[name]
     with torch.device(device):
-        unet = UNet2DConditionModel(**NETWORKS[name].config)
+        unet = UNet2DConditionModel(**network.config)
+        if network.motion is not None:
+            unet = UNetMotionModel.from_unet2d(unet, MotionAdapter(**network.motion), load_weights=False)
     return nn.Module.to(unet, dtype).eval()  # diffusers' own `to` warns of nothing here
 
 
@@ -56,9 +80,10 @@ def conditions(name: str, batch: int, device: str, dtype: torch.dtype) -> Condit
 
 
 def latents(name: str, batch: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Initial noise (batch, 4, side, side)."""
-    side = NETWORKS[name].side
-    return torch.randn(batch, 4, side, side, device=device, dtype=dtype)
+    """Initial noise (batch, 4, side, side), (batch, 4, frames, side, side) of a video network."""
+    network = NETWORKS[name]
+    frames = [network.frames] if network.frames else []
+    return torch.randn(batch, 4, *frames, network.side, network.side, device=device, dtype=dtype)
 
 
 def denoise(unet: nn.Module, noisy: Tensor, timesteps: Tensor, given: Conditions) -> Tensor:
@@ -68,7 +93,10 @@ def denoise(unet: nn.Module, noisy: Tensor, timesteps: Tensor, given: Conditions
         ids = torch.full((len(noisy), 6), 8.0 * noisy.shape[-1], device=noisy.device)
         ids[:, 2:4] = 0
         added = {"text_embeds": given["pooled"], "time_ids": ids}
-    return unet(noisy, timesteps, encoder_hidden_states=given["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+    prompts = given["prompt_embeds"]
+    if noisy.dim() == 5:
+        prompts = prompts.repeat_interleave(noisy.shape[2], dim=0)
+    return unet(noisy, timesteps, encoder_hidden_states=prompts, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def own_flops(name: str) -> int:
@@ -115,8 +143,10 @@ def _evaluate(name: str, unet: nn.Module) -> None:
     denoise(unet, latents(name, 1, "meta"), torch.empty(1, device="meta", dtype=torch.long), conditions(name, 1, *make))
 
 
-def latent_pipeline(name: str, unet: UNet2DConditionModel) -> Callable[..., Tensor]:
+def latent_pipeline(name: str, unet: UNet) -> Callable[..., Tensor]:
     """`draw(noise, conditions, unconditional, steps, guidance)`: diffusers' own pipeline without VAE and text encoder."""
+    if NETWORKS[name].frames:
+        return _video_pipeline(name, unet)
     kind = StableDiffusionXLPipeline if NETWORKS[name].pooled else StableDiffusionPipeline
     absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if NETWORKS[name].pooled else
                                                                   ("safety_checker", "feature_extractor"))))
@@ -135,6 +165,26 @@ def latent_pipeline(name: str, unet: UNet2DConditionModel) -> Callable[..., Tens
                         output_type="latent").images
 
     return draw
+
+
+def _video_pipeline(name: str, unet: UNetMotionModel) -> Callable[..., Tensor]:
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "motion_adapter"))
+    pipeline = AnimateDiffPipeline(**absent, unet=unet, scheduler=DDIMScheduler(**schedule(name)))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(noise: Tensor, given: Conditions, unconditional: Conditions, steps: int, guidance: float) -> Tensor:
+        side = 8 * noise.shape[-1]
+        return pipeline(prompt_embeds=given["prompt_embeds"], num_frames=noise.shape[2], height=side, width=side, latents=noise,
+                        negative_prompt_embeds=unconditional["prompt_embeds"].expand_as(given["prompt_embeds"]),
+                        num_inference_steps=steps, guidance_scale=guidance, output_type="latent").frames
+
+    return draw
+
+
+def schedule(name: str) -> dict[str, object]:
+    """The noise schedule of the network: AnimateDiff's is linear."""
+    own = {key: value for key, value in VIDEO_SCHEDULE.items() if key != "_class_name"}
+    return SCHEDULE | (own if NETWORKS[name].frames else {})
 
 
 def write_pipeline(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float16) -> None:

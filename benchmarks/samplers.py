@@ -16,7 +16,6 @@ from torch import Tensor
 
 from benchmarks.loop import Keep, Row
 from benchmarks.networks import (
-    SCHEDULE,
     conditions,
     counted_flops,
     denoise,
@@ -24,6 +23,7 @@ from benchmarks.networks import (
     latents,
     make_unet,
     own_flops,
+    schedule,
 )
 from benchmarks.timing import in_turn, waiter
 from seppo_fast.config import Sampler as Settings
@@ -43,6 +43,7 @@ POINTS: dict[str, list[Point]] = {
             ("quickstart", 64, 50, ("ours", EAGER)), ("quickstart", 64, 20, ("ours", EAGER, "ours_regional", DIFFUSERS))],
     "cuda": [*(("sd15", batch, 50, ("ours",)) for batch in (16, 64)),
              ("sd15", 16, 50, ("ours", "ours_regional", EAGER, DIFFUSERS)),
+             ("animatediff", 4, 25, ("ours", "ours_regional", EAGER)), *(("animatediff", batch, 25, ("ours",)) for batch in (1, 8)),
              *(("sd15", batch, 50, ("ours",)) for batch in (1, 32, 8, 4, 2)), ("sd15", 16, 20, ("ours",)),
              ("sd15", 64, 50, ("ours", "ours_regional", DIFFUSERS)), ("sdxl", 8, 50, ("ours", EAGER)),
              ("sd15", 1, 50, ("ours", "ours_regional", EAGER, DIFFUSERS)), ("sdxl", 8, 50, ("ours", "ours_regional", DIFFUSERS)),
@@ -64,7 +65,7 @@ def ours(name: str, batch: int, steps: int, device: str, **settings: object) -> 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     unet = make_unet(name, device, dtype).requires_grad_(False)
     called = in_channels_last(denoise) if device == "cuda" else denoise
-    table = solver_table(DDIMScheduler(**SCHEDULE).config, "ddim", steps).to(device)
+    table = solver_table(DDIMScheduler(**schedule(name)).config, "ddim", steps).to(device)
     noise, given, unconditional = inputs(name, batch, device, dtype)
     sampler = Sampler(unet, called, table, unconditional,
                       Settings(solver="ddim", steps=steps, guidance_scale=GUIDANCE, batch_size=batch, **settings), dtype)

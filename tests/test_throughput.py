@@ -21,6 +21,7 @@ from seppo_fast.training.time_plan import load_rates
 
 
 @pytest.mark.parametrize(("name", "parameters", "tflop"), [("sd15", 859_520_964, 0.803), ("sdxl", 2_567_463_684, 6.76),
+                                                           ("animatediff", 1_312_730_244, 4.106),
                                                            ("quickstart", 985_444, 4.48e-5)])
 def test_networks_have_the_published_sizes_and_flops_are_counted_twice_alike(name: str, parameters: int, tflop: float) -> None:
     assert sum(weight.numel() for weight in networks.make_unet(name, "meta", torch.float32).parameters()) == parameters
@@ -88,6 +89,10 @@ def test_the_sampler_is_timed_beside_diffusers_and_agrees_with_it() -> None:
     assert result["ratios"][0]["over_diffusers_eager"] > 0 and "over_diffusers" not in result["ratios"][0]
     samplers.measure("cpu", kept.append, seconds=0, repeats=0.01, points=points[:1])
     assert kept[-1]["not_reached"] == ["quickstart batch 2, 3 steps: ours, diffusers_eager"]
+
+
+def test_the_video_sampler_agrees_with_diffusers_pipeline() -> None:
+    assert samplers.difference("tiny_video", "cpu") < 1e-4
 
 
 def test_swaps_bring_every_byte(tmp_path: Path) -> None:

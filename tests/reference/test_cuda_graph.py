@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from seppo_fast.config import Lora
@@ -284,6 +284,42 @@ def test_adapters_are_captured():
     close(drawing.draw(noise, conditions), expected(unet, noise, conditions))
     unet.disable_adapters()
     close(drawing.draw(noise, conditions), expected(network(device="cuda"), noise, conditions))
+
+
+@gpu
+@pytest.mark.parametrize("settings", [{}, {"compile": "regional"}])
+def test_videos_are_captured_and_their_adapters_swapped(tmp_path, settings):
+    """5-D latents through motion modules with a LoRA: replays follow the adapter that lies in the network's storage."""
+    torch.manual_seed(0)
+    adapter = MotionAdapter(block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=4,
+                            motion_num_attention_heads=2, motion_max_seq_length=8)
+    unet = UNetMotionModel.from_unet2d(network(), adapter).eval()
+    add_lora(unet, Lora(rank=2), seed=0)
+    unet.to("cuda")
+    weights = {name: weight.detach().clone() for name, weight in unet.named_parameters() if weight.requires_grad}
+    pool = Pool(tmp_path, torch.float32, 10**9)
+    for index in range(2):
+        pool.add(index, {name: weight + index * torch.randn_like(weight) for name, weight in weights.items()}, write=True)
+    calls = []
+
+    def denoise(module, latents, t, conditions):
+        calls.append(None)
+        prompts = conditions["prompt_embeds"].repeat_interleave(latents.shape[2], dim=0)
+        return module(latents, t, encoder_hidden_states=prompts, return_dict=False)[0]
+
+    drawing, (_, conditions) = captured(unet, denoise, **settings), given(4)
+    noise = torch.randn(4, 4, 6, 8, 8, generator=torch.Generator().manual_seed(1)).cuda()
+    drawing.draw(noise, conditions)
+    before, seen = len(calls), []
+    for index in (1, 0, 1):
+        pool.load_into(index, unet)
+        seen.append(drawing.draw(noise, conditions))
+        assert len(calls) == before, "nothing but replays"
+        table = solver_table(SCHEDULE, "ddim", 5).to("cuda")
+        plain = sample(lambda *args: denoise(unet, *args), table, noise, conditions, UNCONDITIONAL, 2.5, torch.float32)
+        close(seen[-1], plain)
+        before = len(calls)
+    assert (seen[0] - seen[1]).abs().max() > 0.01 and torch.equal(seen[0], seen[2])
 
 
 @gpu
