@@ -68,6 +68,20 @@ def test_the_a100_dry_run(on_path: None, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_the_video_dry_run(forks: Forks, tmp_path: Path) -> None:
+    raw = json.loads((ROOT / "seppo_fast/configs/ds_a100_video.json").read_text())
+    raw["seppo"]["output_dir"] = str(tmp_path / "run")
+    result = forks.run(raw, "--dry-run")
+    assert result.status == 0, result.output[-2000:]
+    for line in ("stable-diffusion-v1-5/stable-diffusion-v1-5 with guoyww/animatediff-motion-adapter-v1-5-2, 1318 M parameters",
+                 "LoRA rank 16 on the temporal layers", "at 256 pixels, 16 frames (dynamic)", "1000 = 40 iterations x 25",
+                 "4.13 TFLOP a forward", "before you train: seppo.model.motion_adapter guoyww/animatediff-motion-adapter-v1-5-2 is no"
+                 " directory here", "before you train: seppo.data.source is not set"):
+        assert line in result.output, result.output
+    raw["seppo"]["data"]["video"]["frames"] = 33
+    words(forks.run(raw, "--dry-run"), "seppo.data.video.frames: 33 are more than the 32 positions", "set it to 32 or fewer")
+
+
 def test_the_a100_batch_on_eight_ranks() -> None:
     from seppo_fast.configfile import batch_plan, load_config
 

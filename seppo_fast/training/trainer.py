@@ -62,6 +62,7 @@ class Trainer:
             for k in range(self.iteration_of(self.state.update), self.settings.iterations + 1):  # line 1
                 self.take_reference(k)  # line 2
                 for update in range(self.state.update, k * self.settings.updates_per_iteration):
+                    self.pairs.prefetch(self.slots(update))  # videos: decoded while the reference samples
                     self.ask_reference(k, update)  # line 3
                     done = self.update_policy(update)  # line 4
                     self.finish_update(k, *done)

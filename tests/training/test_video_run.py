@@ -1,0 +1,295 @@
+"""Text-to-video runs: against a plain loop, stopped and resumed in mid-epoch, on two ranks, and what they leave behind."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AnimateDiffPipeline, DDIMScheduler, UNetMotionModel
+from forked import Forks, Strike
+from outcome import apart, identical, rows, weights
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_adapter, tiny_animatediff
+from torch import Tensor
+from data.video_files import pictures, write_csv, write_video
+
+from seppo_fast.data import ClipStream, Order, build_cache, open_source
+from seppo_fast.data.latents import LatentCache
+from seppo_fast.configfile import parse_config
+from seppo_fast.models import open_model
+from seppo_fast.seeds import generator, normal
+from seppo_fast.training.trainer import Trainer
+
+LORA = {"rank": 2, "alpha": 4.0}
+FRAMES = 4
+CAPTIONS = ("a photo of the red cat", "the blue sky", "a dog")
+
+
+@pytest.fixture(scope="session")
+def animatediff(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny AnimateDiff pipeline directory: 16x16 pixels, (4, F, 8, 8) latents, positions for 8 frames."""
+    return tiny_animatediff(tmp_path_factory.mktemp("models") / "animatediff")
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV in MagicTime's form and ten VP9 clips of 9 to 18 frames, every other one a time-lapse; and three bad files."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(10):
+        write_video(folder / f"clip{i}.webm", pictures(9 + i, 20, 24 + 2 * i, seed=i))
+    good = (folder / "clip9.webm").read_bytes()
+    (folder / "torn.webm").write_bytes(good[: len(good) // 2])
+    (folder / "empty.webm").write_bytes(b"")
+    (folder / "text.mp4").write_text("no video")
+    names = [*(f"clip{i}" for i in range(10)), "torn", "empty", "text"]
+    return write_csv(folder / "clips.csv", [(name, CAPTIONS[i % 3], i % 2) for i, name in enumerate(names)])
+
+
+@pytest.fixture
+def video_settings(settings: Callable[..., dict[str, Any]], animatediff: Path, clips: Path) -> Callable[..., dict[str, Any]]:
+    """The small configuration with videos in place of pictures: LoRA, clips decoded while it trains."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return settings(**{
+            "optimizer.params": {"lr": 1e-3, "eps": 1e-5, "torch_adam": True}, "train_batch_size": 4,
+            "train_micro_batch_size_per_gpu": 2, "seppo.model.path": str(animatediff), "seppo.model.lora": LORA, "seppo.beta": 300.0,
+            "seppo.data.source": str(clips), "seppo.data.max_skipped": 0.3, "seppo.data.video": {"frames": FRAMES, "stride": 2},
+            "seppo.data.workers": 2, "seppo.sampler.batch_size": 4, **changes})
+
+    return make
+
+
+@pytest.fixture
+def run_of(video_settings: Any, train: Callable[..., Path], finished: dict[str, Path],
+           tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`run_of(**changes)` is the folder of a finished run; each is made once."""
+
+    def once(**changes: Any) -> Path:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in finished:
+            folder = tmp_path_factory.mktemp("runs") / "run"
+            finished[key] = train(video_settings(**{"seppo.output_dir": str(folder), **changes}))
+        return finished[key]
+
+    return once
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Trainer]]:
+    """The trainers of the runs made meanwhile."""
+    made, loop = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self: (made.append(self), loop(self)))
+    yield made
+
+
+def plain_loop(raw: dict[str, Any], data: ClipStream | LatentCache) -> tuple[dict[str, Tensor], list[float]]:
+    """The trained adapter and each update's loss, by a loop of its own: one pair at a time, PEFT, DDIM, App. B.2 as printed.
+
+    From the package come only the clips' latents, their order, and how random numbers are addressed.
+    """
+    ours, size, seed = raw["seppo"], raw["train_batch_size"], raw["seppo"].get("seed", 0)
+    order = Order(len(data), seed)
+    policy = UNetMotionModel.from_pretrained(ours["model"]["path"], subfolder="unet").requires_grad_(False)
+    targets = [name for name, _ in policy.named_modules()
+               if "motion_modules" in name and name.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    torch.manual_seed(seed)
+    policy.add_adapter(LoraConfig(r=2, lora_alpha=4.0, target_modules=targets), "default")
+    policy.train()
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    ddim = DDIMScheduler.from_pretrained(ours["model"]["path"], subfolder="scheduler")
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-5)
+    alphas = (1 - torch.linspace(0.00085, 0.012, 1000)).cumprod(0)
+    pool, losses = [deepcopy(policy).eval()], []
+    empty = data.embeddings([0])["prompt_embeds"]
+
+    def ask(unet: torch.nn.Module, latents: Tensor, t: int, prompt: Tensor) -> Tensor:
+        return unet(latents, t, prompt.repeat_interleave(FRAMES, dim=0)).sample
+
+    for k in range(1, ours["iterations"] + 1):
+        reference = pool[int(torch.randint(k, (), generator=generator(seed, "reference", k)))]
+        for update in range((k - 1) * ours["updates_per_iteration"], k * ours["updates_per_iteration"]):
+            total = 0.0
+            for slot in range(update * size, (update + 1) * size):
+                epoch, place = divmod(slot, len(data))
+                row = data.rows([order.row(slot)], [epoch])
+                assert order.place(slot) == (epoch, order.row(slot)) and 0 <= place < len(data)
+                prompt = data.embeddings(row.prompts)["prompt_embeds"]
+                draw = partial(normal, data.shape, seed, slots=[slot])
+                winner = 0.18215 * (row.mean + row.std * draw("posterior"))
+                loser = draw("initial noise")
+                ddim.set_timesteps(ours["sampler"]["steps"])
+                with torch.no_grad():
+                    for t in ddim.timesteps:
+                        without, given = ask(reference, loser, t, empty), ask(reference, loser, t, prompt)
+                        guided = without + ours["sampler"]["guidance_scale"] * (given - without)
+                        loser = ddim.step(guided, t, loser).prev_sample
+                t = int(torch.randint(1000, (), generator=generator(seed, "timestep", slot)))
+                noise = torch.cat([draw("noise"), draw("loser noise")])
+                noisy = alphas[t].sqrt() * torch.cat([winner, loser]) + (1 - alphas[t]).sqrt() * noise
+                both = prompt.expand(2, -1, -1)
+                model_losses = (ask(policy, noisy, t, both) - noise).pow(2).mean(dim=[1, 2, 3, 4])
+                with torch.no_grad():
+                    ref_losses = (ask(reference, noisy, t, both) - noise).pow(2).mean(dim=[1, 2, 3, 4])
+                sign = 1.0 if model_losses[0] - ref_losses[0] > 0 else -1.0
+                model_diff, ref_diff = (values[0] + sign * values[1] for values in (model_losses, ref_losses))
+                loss = -F.logsigmoid(-0.5 * ours["beta"] * (model_diff - ref_diff))
+                (loss / size).backward()
+                total += float(loss) / size
+            torch.nn.utils.clip_grad_norm_(trained, raw["gradient_clipping"])
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total)
+        pool.append(deepcopy(policy).eval())
+    names = {name: weight.detach() for name, weight in policy.named_parameters() if weight.requires_grad}
+    return {"unet." + name.replace(".default", ""): weight for name, weight in names.items()}, losses
+
+
+def opened(raw: dict[str, Any]) -> ClipStream | LatentCache:
+    """The run's data, opened once more."""
+    config = parse_config(raw).seppo
+    model = open_model(config.model.path)
+    return build_cache(open_source(config.data, False, config.seed, video=True), model, config.data, seed=config.seed,
+                       needs_loser=False, output_dir=Path(config.output_dir), progress=False)
+
+
+@pytest.mark.parametrize("choice", ["dynamic", "uniform"])
+def test_lora_run_equals_plain_loop(choice: str, video_settings: Any, train: Callable[..., Path], trainers: list[Trainer]) -> None:
+    """`dynamic` is decoded while it trains, and an epoch (10 clips) ends within the 12 pairs; `uniform` is cached."""
+    raw = video_settings(**{"seppo.data.video.choice": choice, "seppo.iterations": 3, "seppo.updates_per_iteration": 1})
+    run = train(raw)
+    assert isinstance(trainers[0].pairs.cache, ClipStream if choice == "dynamic" else LatentCache)
+    data = opened(raw)
+    assert len(data) == 10 and data.shape == (4, FRAMES, 8, 8)
+    plain, losses = plain_loop(raw, data)
+    data.close()
+    assert apart(weights(run), plain) < 1e-5
+    start = load_file(run / "pool" / "policy_00000.safetensors")
+    assert apart({"unet." + name.replace(".default", ""): weight for name, weight in start.items()}, plain) > 1e-3
+    assert [row["loss"] for row in rows(run)] == pytest.approx(losses, rel=1e-3)
+    assert rows(run)[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_bad_files_are_listed_and_the_rest_is_trained_on(run_of: Callable[..., Path]) -> None:
+    run = run_of()
+    skipped = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in skipped] == ["clips.csv:12", "clips.csv:13", "clips.csv:14"]
+    assert len(rows(run)) == 4 and all(row["loss"] > 0 for row in rows(run))
+
+
+def test_the_adapter_loads_in_plain_diffusers_and_draws_the_trainers_own_sample(
+        video_settings: Any, train: Callable[..., Path], trainers: list[Trainer], animatediff: Path) -> None:
+    run = train(video_settings(**{"seppo.samples": {"every": 4, "prompts": ["a dog", "the sky"]}}))
+    (trainer,) = trainers
+    assert sorted(path.name for path in (run / "final").iterdir()) == ["README.md", "pytorch_lora_weights.safetensors"]
+    noise = normal((4, FRAMES, 8, 8), 0, "grid", range(2))  # the grid's
+    settings = trainer.settings.sampler
+    trainer.pool.load_into(2, trainer.reference)
+    own = trainer.sampler.draw(noise, trainer.grids.conditions)
+
+    pipeline = AnimateDiffPipeline.from_pretrained(animatediff)
+    pipeline.set_progress_bar_config(disable=True)
+    draw = partial(pipeline, ["a dog", "the sky"], num_frames=FRAMES, height=16, width=16, num_inference_steps=settings.steps,
+                   guidance_scale=settings.guidance_scale, output_type="latent")
+    base = draw(latents=noise).frames
+    pipeline.load_lora_weights(run / "final")
+    theirs = draw(latents=noise).frames
+    torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-3)
+    assert (base - theirs).abs().max() > 10 * (own - theirs).abs().max()
+
+    with Image.open(run / "samples" / "update_00000004.webp") as sheet:
+        assert sheet.n_frames == FRAMES and sheet.size == (16, 33)
+    card = (run / "final" / "README.md").read_text()
+    assert "text-to-video" in card and f"{FRAMES} frames a clip (dynamic)" in card and "load_lora_weights" in card
+
+
+def test_a_swap_changes_the_samples_and_nothing_else(video_settings: Any, train: Callable[..., Path],
+                                                     trainers: list[Trainer]) -> None:
+    train(video_settings())
+    (trainer,) = trainers
+    policy, reference = dict(trainer.engine.module.named_parameters()), dict(trainer.reference.named_parameters())
+    for name, weight in policy.items():
+        assert (weight.data_ptr() == reference[name].data_ptr()) == ("lora_" not in name), f"{name}: one base, two adapters"
+    before = {name: weight.detach().clone() for name, weight in (policy | {"": torch.get_rng_state()}).items()}
+    frozen = {name: weight.detach().clone() for name, weight in reference.items() if "lora_" not in name}
+    noise, conditions, samples = trainer.pairs.initial_noise(range(3)), trainer.pairs.prompts(range(3)), []
+    for index in (0, 2, 0):
+        trainer.pool.load_into(index, trainer.reference)
+        samples.append(trainer.sampler.draw(noise, conditions))
+    assert torch.equal(samples[0], samples[2]) and (samples[0] - samples[1]).abs().max() > 1e-4
+    assert torch.equal(before.pop(""), torch.get_rng_state())
+    assert all(torch.equal(weight, policy[name]) for name, weight in before.items())
+    assert all(torch.equal(weight, reference[name]) for name, weight in frozen.items())
+
+
+@pytest.mark.parametrize("score", ["online", "rollout"])
+def test_the_motion_modules_by_themselves(score: str, run_of: Callable[..., Path], animatediff: Path) -> None:
+    changes = {"seppo.reference_score": score, "seppo.sampler.window": "iteration"}
+    run = run_of(**{"seppo.model.lora": None, "seppo.model.gradient_checkpointing": True, **changes})
+    pipeline = AnimateDiffPipeline.from_pretrained(run / "final")
+    base = AnimateDiffPipeline.from_pretrained(animatediff)
+    trained, source = pipeline.unet.state_dict(), base.unet.state_dict()
+    moved = {name for name in trained if not torch.equal(trained[name], source[name])}
+    assert moved and all("motion_modules" in name for name in moved)
+    assert len(moved) > 0.9 * sum("motion_modules" in name and "pos_embed" not in name for name in trained)
+    pooled = load_file(run / "pool" / "policy_00002.safetensors")
+    assert all("motion_modules" in name for name in pooled)
+    assert all(torch.equal(pooled[name], trained[name]) for name in pooled)
+    assert rows(run)[0]["aaf_rate"] == 1 and rows(run)[0]["logit_p95"] == 0, "the policy is its reference: all ties"
+
+
+def test_scores_made_ahead_are_those_of_training(run_of: Callable[..., Path]) -> None:
+    online, ahead = run_of(), run_of(**{"seppo.reference_score": "rollout", "seppo.sampler.window": "iteration"})
+    assert apart(weights(online), weights(ahead)) < 1e-5
+
+
+def test_two_ranks_with_zero_2_train_the_same_model(video_settings: Any, run_of: Callable[..., Path],
+                                                    train_on_ranks: Callable[..., list[Path]], tmp_path: Path) -> None:
+    two = [video_settings(**{"zero_optimization": {"stage": stage}, "seppo.output_dir": str(tmp_path / f"stage{stage}")})
+           for stage in (2, 3)]
+    one = run_of()
+    for run in train_on_ranks(two):
+        assert apart(weights(one), weights(run)) < 5e-6
+        assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in rows(one)], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_in_mid_epoch_it_ends_with_the_same_bytes(ranks: int, forks: Forks, video_settings: Any, tmp_path: Path) -> None:
+    """Ten clips an epoch, 4 pairs an update: killed in epoch 0 and in epoch 1, and stopped in the middle of a window."""
+    raws = {name: video_settings(**{"seppo.output_dir": str(tmp_path / name), "seppo.checkpoint.every": 1, "seppo.iterations": 2,
+                                    "train_micro_batch_size_per_gpu": 2 // ranks, "seppo.sampler.batch_size": 4 // ranks})
+            for name in ("whole", "broken")}
+    done = forks.run(raws["whole"], ranks=ranks)
+    assert done.statuses == [0] * ranks, done.output[-2000:]
+    objective = "seppo_fast.training.objective:Objective.__call__"
+    for strike in (Strike(objective, 4), Strike(objective, 3), Strike(objective, 1, signal.SIGTERM)):
+        stopped = forks.run(raws["broken"], "--resume", "auto", ranks=ranks, strike=strike)
+        expected = 0 if strike.signum == signal.SIGTERM else -signal.SIGKILL
+        assert stopped.statuses == [expected] * ranks, stopped.output[-2000:]
+    resumed = forks.run(raws["broken"], "--resume", "auto", ranks=ranks)
+    assert resumed.statuses == [0] * ranks, resumed.output[-2000:]
+    whole, broken = (Path(raw["seppo"]["output_dir"]) for raw in raws.values())
+    assert identical(weights(whole), weights(broken))
+    assert (whole / "final" / "pytorch_lora_weights.safetensors").read_bytes() == \
+        (broken / "final" / "pytorch_lora_weights.safetensors").read_bytes()
+    assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(broken)]
+
+
+def test_an_image_model_with_a_motion_adapter_trains(video_settings: Any, train: Callable[..., Path], sd: Path,
+                                                     tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter")
+    run = train(video_settings(**{"seppo.model.path": str(sd), "seppo.model.motion_adapter": str(adapter), "seppo.iterations": 1,
+                                  "seppo.updates_per_iteration": 1, "seppo.model.channels_last": True}))
+    found: dict[str, Any] = {}
+    usage = (run / "final" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(usage.replace("FOLDER", repr(str(run / "final"))), found)
+    assert found["pipeline"].scheduler.config.beta_schedule == "linear"
+    frames = found["pipeline"]("a cat", num_frames=FRAMES, height=16, width=16, num_inference_steps=2, output_type="pt").frames
+    assert frames.shape == (1, FRAMES, 3, 16, 16) and torch.isfinite(frames).all()
