@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from data.video_files import pictures, write_csv, write_video
 from diffusers import AnimateDiffPipeline, DDIMScheduler, UNetMotionModel
 from forked import Forks, Strike
 from outcome import apart, identical, rows, weights
@@ -19,11 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_adapter, tiny_animatediff
 from torch import Tensor
-from data.video_files import pictures, write_csv, write_video
 
+from seppo_fast.configfile import parse_config
 from seppo_fast.data import ClipStream, Order, build_cache, open_source
 from seppo_fast.data.latents import LatentCache
-from seppo_fast.configfile import parse_config
 from seppo_fast.models import open_model
 from seppo_fast.seeds import generator, normal
 from seppo_fast.training.trainer import Trainer
