@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from seppo_fast import config
-from seppo_fast.data.imagefolder import NAMES, open_imagefolder
+from seppo_fast.data.imagefolder import open_imagefolder
+from seppo_fast.data.metadata import NAMES
 from seppo_fast.data.rows import Part, Row, Skipped, Source
 from seppo_fast.data.tables import open_dataset_folder, open_hub_dataset, open_parquet
 from seppo_fast.data.tars import SUFFIXES, open_tars
