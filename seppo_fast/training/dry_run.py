@@ -44,7 +44,8 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     elif is_hub_dataset(ours.data):
         missing.append(f"seppo.data.source {ours.data.source} is no file or folder here: it will be downloaded from the hub")
     else:
-        rows = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed).count
+        rows = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed,
+                           video=model is not None and model.video).count
     if (Path(ours.output_dir) / "run.json").exists():
         missing.append(f"{ours.output_dir} already holds a run: go on with it by --resume auto, or choose another seppo.output_dir")
     lines = [plan(config, batch, cost, row_bytes, rows), *times, *(f"before you train: {line}" for line in missing)]

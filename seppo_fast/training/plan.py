@@ -19,7 +19,7 @@ def cache_bytes(model: StableDiffusion | StableDiffusionXL, config: Config) -> i
     """Bytes that a demonstration's latents take in the cache; prompt embeddings come on top, once for each prompt."""
     data = config.seppo.data
     tensors = 4 if METHODS[config.seppo.method].losers == "data" else 2  # mean and standard deviation, of each image
-    return tensors * prod(latent_shape(model, data.resolution)) * getattr(torch, data.cache_dtype).itemsize
+    return tensors * prod(latent_shape(model, data)) * getattr(torch, data.cache_dtype).itemsize
 
 
 def plan(config: Config, batch: Batch, cost: Cost | None, row_bytes: int | None, rows: int | None) -> str:

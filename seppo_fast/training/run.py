@@ -85,6 +85,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         trainer.train()
     finally:
         trainer.reporter.close()
+        cache.close()
     return export(model, config, batch, trainer, len(cache))
 
 
@@ -93,8 +94,8 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Source]:
     ours = config.seppo
     for turn in (ranks.rank == 0, ranks.rank != 0):
         if turn:
-            source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed)
             model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant)
+            source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed, video=model.video)
         ranks.barrier()
     return model, source
 
@@ -182,7 +183,7 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunF
     ours = config.seppo
     if not ours.samples.every or ranks.rank != 0:
         return None
-    prompts = ours.samples.prompts or cache.rows(range(min(4, len(cache)))).captions
+    prompts = ours.samples.prompts or cache.prompts.captions(range(min(4, len(cache))))
     samples = ours.samples.model_copy(update={"prompts": prompts})
     embed = model.load_text(ranks.device)
     dtype = precision(config.deepspeed).dtype
