@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seppo_fast.config import Video
+from seppo_fast.data.framing import Framing
 from seppo_fast.data.video.clips import as_stored
 from seppo_fast.data.video.frames import chosen, is_fixed
-from seppo_fast.data.framing import Framing
 from seppo_fast.data.video.probe import Facts
 
 choose = partial(chosen, seed=0, key="k", epoch=0)
