@@ -75,8 +75,8 @@ def test_the_video_dry_run(forks: Forks, tmp_path: Path) -> None:
     assert result.status == 0, result.output[-2000:]
     for line in ("stable-diffusion-v1-5/stable-diffusion-v1-5 with guoyww/animatediff-motion-adapter-v1-5-2, 1318 M parameters",
                  "LoRA rank 16 on the temporal layers", "at 256 pixels, 16 frames (dynamic)", "1000 = 40 iterations x 25",
-                 "4.13 TFLOP a forward", "before you train: seppo.model.motion_adapter guoyww/animatediff-motion-adapter-v1-5-2 is no"
-                 " directory here", "before you train: seppo.data.source is not set"):
+                 "4.13 TFLOP a forward", "before you train: seppo.data.source is not set",
+                 "before you train: seppo.model.motion_adapter guoyww/animatediff-motion-adapter-v1-5-2 is no directory here"):
         assert line in result.output, result.output
     raw["seppo"]["data"]["video"]["frames"] = 33
     words(forks.run(raw, "--dry-run"), "seppo.data.video.frames: 33 are more than the 32 positions", "set it to 32 or fewer")

@@ -1,9 +1,14 @@
-"""Winners and prompts are encoded once, by all ranks, into Arrow files on disk; a run that was interrupted goes on."""
+"""Winners and prompts are encoded once, by all ranks, into Arrow files on disk; a run that was interrupted goes on.
+
+Of clips whose frames are drawn anew in each epoch the files are probed once instead, and `ClipStream` encodes them.
+"""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,29 +19,35 @@ from tqdm import tqdm
 
 from seppo_fast import config
 from seppo_fast.data.encode import decoded, encoded
-from seppo_fast.data.fingerprint import cache_folder, digest, made_of
+from seppo_fast.data.fingerprint import cache_folder, digest, made_of, of_files_alone
 from seppo_fast.data.latents import (
     PROMPTS_PER_SHARD,
     LatentCache,
-    image_shard,
+    PromptCache,
     open_images,
     prompt_shard,
     prompt_shards,
+    row_shard,
 )
 from seppo_fast.data.progress import Progress
-from seppo_fast.data.rows import Skipped, Source
+from seppo_fast.data.rows import Part, Skipped, Source
 from seppo_fast.data.shards import Shard, declare, read_stamp, remove_stale, replacing, write_json
 from seppo_fast.data.skips import check_skipped, most_skippable, stop_early
+from seppo_fast.data.video.decoder import Decoder
+from seppo_fast.data.video.reading import decoded_clips, described
+from seppo_fast.data.video.source import streams
+from seppo_fast.data.video.stream import ClipStream
 from seppo_fast.errors import UserError
 from seppo_fast.models import Conditions
 
 TEXTS_AT_ONCE = 32
 FILE_SYSTEM_LAG = 60  # seconds until a network file system shows what another machine wrote
+Batches = Iterator[tuple[dict[str, Any], list[Skipped], int]]  # columns, unusable rows, rows read
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every part needs to become a shard."""
+    """What every part needs to become a shard; `holds` is "latents" or, for a stream, "clips"."""
 
     source: Source
     model: Any
@@ -45,32 +56,41 @@ class Job:
     needs_loser: bool
     output_dir: Path
     folder: Path
+    holds: str
     latent_size: int
     device: str | torch.device
+    say: Callable[[str], None]
 
 
 def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, needs_loser: bool, output_dir: Path,
                 rank: int = 0, world: int = 1, device: str | torch.device = "cpu",
-                barrier: Callable[[], None] = lambda: None, progress: bool = True) -> LatentCache:
-    """The cache of this source, model and preprocessing: opened when it is there, else made, by each rank its share.
+                barrier: Callable[[], None] = lambda: None, progress: bool = True) -> LatentCache | ClipStream:
+    """The rows of this source, model and preprocessing: opened when they are there, else made, by each rank its share.
 
     Every rank calls it with the same arguments; `barrier` must wait for all. Rank 0 writes `output_dir/skipped.jsonl`.
     """
-    about = made_of(source, model, data, seed, needs_loser)
-    folder = cache_folder(data, digest(about))
+    streaming = streams(source, data, model.video)
+    about = made_of(source, model, data, seed, needs_loser, streaming)
+    fingerprint = digest(about)
+    kept = of_files_alone(about) if streaming else about
+    folder, holds = cache_folder(data, digest(kept)), "clips" if streaming else "latents"
     if not (folder / "fingerprint.json").exists():
-        write_json(folder / "fingerprint.json", about)
+        write_json(folder / "fingerprint.json", kept)
     remove_stale(folder)
-    job = Job(source, model, data, seed, needs_loser, Path(output_dir), folder, prod(about["shape"]), device)
     show = progress and rank == 0
-    encode_images(job, range(rank, len(source.parts), world), show)
+    say = partial(print, flush=True) if show else lambda line: None
+    job = Job(source, model, data, seed, needs_loser, Path(output_dir), folder, holds, prod(about["shape"]), device, say)
+    write_parts(job, range(rank, len(source.parts), world), show)
     barrier()
     patience = FILE_SYSTEM_LAG if world > 1 else 0
-    images = open_images(folder, len(source.parts), patience)
+    images = open_images(folder, len(source.parts), patience, holds)
     check_skipped(images.stamps, data.max_skipped, source.name, job.output_dir, write=rank == 0)
     encode_prompts(job, images.prompts.texts, range(rank, prompt_shards(images.prompts), world), show)
     barrier()
-    return LatentCache(folder, images, patience)
+    if not streaming:
+        return LatentCache(folder, images, patience)
+    return ClipStream(images, PromptCache(folder, images.prompts, patience), source.root, model, data, seed=seed,
+                      fingerprint=fingerprint, shape=tuple(about["shape"]), device=device, say=say)
 
 
 def give_back_memory() -> None:
@@ -80,33 +100,53 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def encode_images(job: Job, mine: range, show: bool) -> None:
-    """Encodes those of my parts that are not finished yet."""
-    todo = [part for part in mine if read_stamp(image_shard(job.folder, part)) is None]
+def write_parts(job: Job, mine: range, show: bool) -> None:
+    """Encodes, or probes, those of my parts that are not finished yet."""
+    todo = [part for part in mine if read_stamp(row_shard(job.folder, part, job.holds)) is None]
     if not todo:
         return
     bad: list[Skipped] = []
-    vae = job.model.load_vae(job.device)
-    with Progress(job.source, todo, show) as bar, ThreadPoolExecutor(job.data.workers) as threads:
+    unit = "clip" if job.model.video else "image"
+    doing = f"encoding {unit}s" if job.holds == "latents" else "reading videos"
+    with (Progress(job.source, todo, show, doing, unit) as bar, ThreadPoolExecutor(job.data.workers) as threads,
+          reader(job, threads) as read):
         for part in todo:
-            done = read_stamp(image_shard(job.folder, part)) is not None  # another job was here meanwhile
-            read = 0 if done else encode_part(job, part, vae, threads, bar, bad)
-            bar.finished(part, read)
-    del vae
+            done = read_stamp(row_shard(job.folder, part, job.holds)) is not None  # another job was here meanwhile
+            bar.finished(part, 0 if done else write_part(job, part, read(job.source.parts[part]), bar, bad))
     give_back_memory()
 
 
+@contextmanager
+def reader(job: Job, threads: ThreadPoolExecutor) -> Iterator[Callable[[Part], Batches]]:
+    """What makes a part's columns; the VAE is gone afterwards."""
+    data, seed = job.data, job.seed
+    if job.holds == "clips":
+        yield lambda part: described(part, job.source.root, data, seed, threads)
+        return
+    vae = [job.model.load_vae(job.device)]
+    decoder = Decoder(data, job.device, job.say) if job.model.video else None
+    try:
+        if decoder is None:
+            yield lambda part: encoded(decoded(part, data, seed, threads), job.model, vae[0], data, job.device)
+        else:
+            yield lambda part: encoded(decoded_clips(part, data, seed, threads, decoder), job.model, vae[0], data, job.device)
+    finally:
+        vae.clear()
+        if decoder is not None:
+            decoder.close()
+
+
 @torch.no_grad()
-def encode_part(job: Job, part: int, vae: Any, threads: ThreadPoolExecutor, bar: Progress, bad: list[Skipped]) -> int:
-    """Writes one part's shard, a VAE batch after the other; returns the rows read, and adds unusable ones to `bad`."""
-    arrow, source = image_shard(job.folder, part), job.source.parts[part]
+def write_part(job: Job, part: int, batches: Batches, bar: Progress, bad: list[Skipped]) -> int:
+    """Writes one part's shard, a batch after the other; returns the rows read, and adds unusable ones to `bad`."""
+    arrow = row_shard(job.folder, part, job.holds)
     most = most_skippable(job.source, job.data.max_skipped)
     read, ties, before = 0, 0, len(bad)
-    names = ("mean", "std", "loser_mean", "loser_std") if job.needs_loser else ("mean", "std")
+    latents = [] if job.holds == "clips" else ["mean", "std", *(["loser_mean", "loser_std"] if job.needs_loser else [])]
+    texts = ["caption", "key", *(["clip"] if job.holds == "clips" else [])]
     with replacing(arrow) as stream:
-        shard = Shard(stream, dict.fromkeys(names, job.latent_size), ["caption", "key"], job.data.cache_dtype)
-        rows = decoded(source, job.data, job.seed, threads)
-        for columns, unusable, count in encoded(rows, job.model, vae, job.data, job.device):
+        shard = Shard(stream, dict.fromkeys(latents, job.latent_size), texts, job.data.cache_dtype)
+        for columns, unusable, count in batches:
             if columns:
                 shard.add(columns)
             read += count
@@ -116,7 +156,7 @@ def encode_part(job: Job, part: int, vae: Any, threads: ThreadPoolExecutor, bar:
             if len(bad) > most:
                 stop_early(bad, job.source.name, job.output_dir, job.data.max_skipped)
         shard.finish()
-    declare(arrow, {"part": source.name, "read": read, "rows": shard.rows, "ties": ties,
+    declare(arrow, {"part": job.source.parts[part].name, "read": read, "rows": shard.rows, "ties": ties,
                     "skipped": [[row.key, row.reason] for row in bad[before:]]})
     return read
 

@@ -1,4 +1,4 @@
-"""A part of the source to rows of latents: images are decoded in threads, ahead of the VAE."""
+"""A part of the source to rows of latents: images are decoded in threads, ahead of the VAE; clips come decoded."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -42,7 +42,7 @@ def decoded(part: Part, data: config.Data, seed: int, threads: Executor) -> Iter
 
 def encoded(rows: Iterable[Pixels | Skipped], model: Any, vae: Any, data: config.Data, device: str | torch.device,
             ) -> Iterator[tuple[dict[str, Any], list[Skipped], int]]:
-    """(columns, unusable rows, rows read) of each VAE batch. Batches never span parts, so ranks change nothing."""
+    """(columns, unusable rows, rows read) of each VAE batch, or clip. Batches never span parts, so ranks change nothing."""
     batch: list[Pixels] = []
     skipped: list[Skipped] = []
     for row in rows:
@@ -50,11 +50,20 @@ def encoded(rows: Iterable[Pixels | Skipped], model: Any, vae: Any, data: config
             skipped.append(row)
         else:
             batch.append(row)
-        if len(batch) >= data.encode_batch_size or len(skipped) >= 64:
+        if len(batch) >= (1 if model.video else data.encode_batch_size) or len(skipped) >= 64:
             yield encode_batch(batch, skipped, model, vae, data, device)
             batch, skipped = [], []
     if batch or skipped:
         yield encode_batch(batch, skipped, model, vae, data, device)
+
+
+def encode(model: Any, vae: Any, pixels: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+    """Posterior mean and std of images (B, 3, H, W), or of clips (B, F, 3, H, W) as (B, C, F, h, w); `at_once` in the VAE."""
+    parts = [model.encode(vae, some) for some in pixels.flatten(end_dim=-4).split(at_once)]
+    mean, std = (torch.cat(values) for values in zip(*parts, strict=True))
+    if pixels.ndim == 4:
+        return mean, std
+    return tuple(values.unflatten(0, pixels.shape[:2]).transpose(1, 2).contiguous() for values in (mean, std))
 
 
 def encode_batch(batch: list[Pixels], skipped: list[Skipped], model: Any, vae: Any, data: config.Data,
@@ -68,7 +77,7 @@ def encode_batch(batch: list[Pixels], skipped: list[Skipped], model: Any, vae: A
     for prefix, place in (("", 1), ("loser_", 2)):
         if batch[0][place] is not None:
             pixels = torch.stack([row[place] for row in batch]).to(device)
-            mean, std = model.encode(vae, pixels)
+            mean, std = encode(model, vae, pixels, data.encode_batch_size)
             columns[f"{prefix}mean"] = mean.cpu().to(dtype)
             columns[f"{prefix}std"] = std.cpu().to(dtype)
     finite = torch.stack([values.isfinite().flatten(1).all(1) for values in columns.values()]).all(0)

@@ -13,30 +13,35 @@ from seppo_fast.errors import UserError
 FORMAT = 1  # raise it when the cache's layout or the preprocessing changes
 
 
-def made_of(source: Source, model: Any, data: config.Data, seed: int, needs_loser: bool) -> dict[str, Any]:
-    """What a cache is made of: demonstrations, the VAE's and text encoders' files, preprocessing."""
+def made_of(source: Source, model: Any, data: config.Data, seed: int, needs_loser: bool, streams: bool) -> dict[str, Any]:
+    """What rows are made of: demonstrations, the VAE's and text encoders' files, preprocessing."""
     files = {name_of(file, model.path): sha256(file) for file in model.fingerprint_files()}
-    drawn = data.crop == "random" or data.flip or data.choose == "random"
+    drawn = streams or data.crop == "random" or data.flip or data.choose == "random"
+    frames = {"frames": data.video.frames, "choice": data.video.choice, "stride": data.video.stride, "streams": streams}
     return {
         "format": FORMAT,
         "demonstrations": {"kind": source.kind, "columns": source.columns, "parts": len(source.parts),
                            "identity": source.identity()},
         "model": {"name": model.name, "files": files},
         "preprocessing": {"resolution": data.resolution, "crop": data.crop, "flip": data.flip, "choose": data.choose,
-                          "seed": seed if drawn else None},
+                          "seed": seed if drawn else None, **({"video": frames} if model.video else {})},
         "needs_loser": needs_loser,
         "dtype": data.cache_dtype,
         "shape": latent_shape(model, data),
     }
 
 
+def of_files_alone(about: dict[str, Any]) -> dict[str, Any]:
+    """The part of `made_of` that does not change with what is drawn from the files: a stream keeps no pixels."""
+    return {name: value for name, value in about.items() if name not in ("preprocessing", "shape")}
+
+
 def latent_shape(model: Any, data: config.Data) -> list[int]:
-    """[C, h, w] of an image's latents, [C, F, h, w] of a video's."""
-    resolution = data.resolution
-    if resolution % model.vae_scale_factor:
-        raise UserError(f"seppo.data.resolution={resolution} is no multiple of {model.vae_scale_factor}, by which the VAE in"
+    """[C, h, w] of an image's latent, [C, F, h, w] of a clip's."""
+    if data.resolution % model.vae_scale_factor:
+        raise UserError(f"seppo.data.resolution={data.resolution} is no multiple of {model.vae_scale_factor}, by which the VAE in"
                         f" {model.path} shrinks images")
-    side = resolution // model.vae_scale_factor
+    side = data.resolution // model.vae_scale_factor
     return [model.latent_channels, *([data.video.frames] if model.video else []), side, side]
 
 

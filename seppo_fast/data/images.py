@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seppo_fast.data.framing import framing
 from seppo_fast.data.rows import BadRow, ImageLike, open_image
 
 # EXIF orientation -> what undoes it. `PIL.ImageOps.exif_transpose` also rewrites the EXIF, and fails on broken ones.
@@ -12,8 +13,6 @@ Turn = Image.Transpose
 UPRIGHT = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
            6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
 ORIENTATION = 0x0112
-# Beyond this, scaling the short side to 512 makes gigabytes out of a few kilobytes.
-LONGEST_ASPECT = 64
 
 
 def load_rgb(image: ImageLike) -> Image.Image:
@@ -62,24 +61,12 @@ def grey_levels(values: np.ndarray, mode: str) -> np.ndarray:
 
 def prepare(image: Image.Image, resolution: int, crop: str, flip: bool, generator: torch.Generator) -> Tensor:
     """RGB -> (3, R, R) fp32 in [-1, 1]: short side to R (bilinear, antialiased), center or random crop, mirror."""
-    width, height = image.size
-    if max(width, height) > LONGEST_ASPECT * min(width, height):
-        raise BadRow(f"{width}x{height} pixels: more than {LONGEST_ASPECT} times as long as wide")
-    # torchvision's Resize(int): the long side is truncated, not rounded.
-    if width <= height:
-        size = (resolution, int(resolution * height / width))
-    else:
-        size = (int(resolution * width / height), resolution)
+    framed = framing(*image.size, resolution, crop, flip, generator)
+    size = (framed.width, framed.height)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)
-    spare_x, spare_y = size[0] - resolution, size[1] - resolution
-    if crop == "random":
-        top = int(torch.randint(0, spare_y + 1, (), generator=generator))
-        left = int(torch.randint(0, spare_x + 1, (), generator=generator))
-    else:
-        top, left = round(spare_y / 2), round(spare_x / 2)
-    pixels = np.asarray(image)[top:top + resolution, left:left + resolution]
-    if flip and float(torch.rand((), generator=generator)) < 0.5:
+    pixels = np.asarray(image)[framed.top:framed.top + resolution, framed.left:framed.left + resolution]
+    if framed.mirror:
         pixels = pixels[:, ::-1]
     chw = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
     return chw.to(torch.float32).div(255).sub(0.5).div(0.5)

@@ -23,7 +23,7 @@ PROMPTS_PER_SHARD = 256
 
 @dataclass(frozen=True)
 class CachedRows:
-    """B rows of the cache: posterior mean and standard deviation, unscaled, (B, C, h, w) fp32 on the CPU."""
+    """B rows: posterior mean and standard deviation, unscaled, (B, C, h, w), of clips (B, C, F, h, w), fp32 on the CPU."""
 
     mean: Tensor
     std: Tensor
@@ -50,6 +50,24 @@ class Prompts:
     texts: pa.Array
     of_row: np.ndarray
 
+    def captions(self, rows: Sequence[int]) -> list[str]:
+        """The captions of some rows."""
+        return self.texts.take(pa.array(self.of_row[list(rows)])).to_pylist()
+
+
+class PromptCache:
+    """The embeddings of the distinct prompts, memory-mapped."""
+
+    def __init__(self, folder: Path, prompts: Prompts, patience: float = 0):
+        arrows = [prompt_shard(folder, number) for number in range(prompt_shards(prompts))]
+        self.shapes: dict[str, list[int]] = stamps_of(arrows, patience)[0]["shapes"]
+        self.texts = joined(arrows)
+
+    def __call__(self, prompts: Sequence[int]) -> Conditions:
+        """The conditions of some prompts, fp32, (B, ...) each."""
+        table = self.texts[[int(prompt) for prompt in prompts]]
+        return {name: tensor_of(table, name, tuple(shape)) for name, shape in self.shapes.items()}
+
 
 class LatentCache:
     """Rows in the order of the source's parts, whoever wrote them. Nothing is read before it is asked for."""
@@ -58,38 +76,43 @@ class LatentCache:
         self.folder = folder
         self.fingerprint = folder.name
         about = json.loads((folder / "fingerprint.json").read_bytes())
-        self.shape: tuple[int, int, int] = tuple(about["shape"])
+        self.shape: tuple[int, ...] = tuple(about["shape"])
         images = images or open_images(folder, about["demonstrations"]["parts"], patience)
         self.images, self.prompts = images.dataset, images.prompts
         self.skipped = [tuple(pair) for stamp in images.stamps for pair in stamp["skipped"]]
         self.ties = sum(stamp["ties"] for stamp in images.stamps)
-        arrows = [prompt_shard(folder, number) for number in range(prompt_shards(self.prompts))]
-        self.shapes: dict[str, list[int]] = stamps_of(arrows, patience)[0]["shapes"]
-        self.texts = joined(arrows)
+        self.texts = PromptCache(folder, self.prompts, patience)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def rows(self, indices: Sequence[int]) -> CachedRows:
-        """Rows in the order asked for; they may repeat."""
+    def rows(self, indices: Sequence[int], epochs: Sequence[int] = ()) -> CachedRows:
+        """Rows in the order asked for; they may repeat, and are the same in all epochs."""
         indices = [int(index) for index in indices]
         table = self.images[indices]
-        tensors = {name: self._tensor(table, name, self.shape) for name in ("mean", "std", "loser_mean", "loser_std")}
+        tensors = {name: tensor_of(table, name, self.shape) for name in ("mean", "std", "loser_mean", "loser_std")}
         return CachedRows(**tensors, prompts=self.prompts.of_row[indices].tolist(),
                           captions=table.column("caption").to_pylist(), keys=table.column("key").to_pylist())
 
     def embeddings(self, prompts: Sequence[int]) -> Conditions:
         """The conditions of some prompts, fp32, (B, ...) each; prompt 0 is "", the unconditional one."""
-        table = self.texts[[int(prompt) for prompt in prompts]]
-        return {name: self._tensor(table, name, tuple(shape)) for name, shape in self.shapes.items()}
+        return self.texts(prompts)
 
-    @staticmethod
-    def _tensor(table: pa.Table, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        return torch.from_numpy(as_numpy(table.column(name), shape)) if name in table.column_names else None
+    def prefetch(self, indices: Sequence[int], epochs: Sequence[int]) -> None:
+        """Nothing to do: all rows are there. `ClipStream` decodes ahead."""
+
+    def close(self) -> None:
+        """Nothing to do: there are no threads."""
 
 
-def image_shard(folder: Path, part: int) -> Path:
-    return folder / "latents" / f"{part:05d}.arrow"
+def tensor_of(table: pa.Table, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """A column as (rows, *shape) fp32; None where the table has no such."""
+    return torch.from_numpy(as_numpy(table.column(name), shape)) if name in table.column_names else None
+
+
+def row_shard(folder: Path, part: int, holds: str = "latents") -> Path:
+    """The shard of a part's rows: their latents, or, for a stream, what is known of their "clips"."""
+    return folder / holds / f"{part:05d}.arrow"
 
 
 def prompt_shard(folder: Path, number: int) -> Path:
@@ -100,9 +123,9 @@ def prompt_shards(prompts: Prompts) -> int:
     return -(-len(prompts.texts) // PROMPTS_PER_SHARD)
 
 
-def open_images(folder: Path, parts: int, patience: float = 0) -> Images:
-    """The image shards of a cache whose parts are all finished."""
-    arrows = [image_shard(folder, part) for part in range(parts)]
+def open_images(folder: Path, parts: int, patience: float = 0, holds: str = "latents") -> Images:
+    """The row shards of a cache whose parts are all finished."""
+    arrows = [row_shard(folder, part, holds) for part in range(parts)]
     stamps = stamps_of(arrows, patience)
     filled = [arrow for arrow, stamp in zip(arrows, stamps, strict=True) if stamp["rows"]]
     dataset = joined(filled or arrows[:1])

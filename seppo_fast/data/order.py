@@ -19,10 +19,14 @@ class Order:
         # Two epochs: a window of slots may straddle the end of one.
         self._permutation = lru_cache(maxsize=2)(self._draw)
 
-    def row(self, slot: int) -> int:
-        """The row that `slot` trains on; within each epoch (n_rows slots) every row comes once."""
+    def place(self, slot: int) -> tuple[int, int]:
+        """(epoch, row) of `slot`; within each epoch (n_rows slots) every row comes once."""
         epoch, place = divmod(slot, self.n_rows)
-        return int(self._permutation(epoch)[place])
+        return epoch, int(self._permutation(epoch)[place])
+
+    def row(self, slot: int) -> int:
+        """The row that `slot` trains on."""
+        return self.place(slot)[1]
 
     def _draw(self, epoch: int) -> Tensor:
         return torch.randperm(self.n_rows, generator=generator(self.seed, "order", epoch))

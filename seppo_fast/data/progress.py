@@ -1,4 +1,4 @@
-"""The progress bar of the image cache."""
+"""The progress bar of the cache of images or clips."""
 
 from tqdm import tqdm
 
@@ -6,12 +6,12 @@ from seppo_fast.data.rows import Source
 
 
 class Progress:
-    """Images/s and time left of this rank's share; where parts do not say their length, the finished ones tell."""
+    """Rows/s and time left of this rank's share; where parts do not say their length, the finished ones tell."""
 
-    def __init__(self, source: Source, todo: list[int], show: bool):
+    def __init__(self, source: Source, todo: list[int], show: bool, doing: str, unit: str):
         self.left = {part: source.parts[part].count for part in todo}
         self.done: list[int] = []
-        self.bar = tqdm(desc="encoding images", unit="image", disable=not show, total=self.total(), smoothing=0.05)
+        self.bar = tqdm(desc=doing, unit=unit, disable=not show, total=self.total(), smoothing=0.05)
 
     def __enter__(self) -> "Progress":
         return self
@@ -19,12 +19,12 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
-    def update(self, images: int) -> None:
-        self.bar.update(images)
+    def update(self, rows: int) -> None:
+        self.bar.update(rows)
 
-    def finished(self, part: int, images: int) -> None:
+    def finished(self, part: int, rows: int) -> None:
         del self.left[part]
-        self.done.append(images)
+        self.done.append(rows)
         self.bar.total = self.total()
         self.bar.refresh()
 

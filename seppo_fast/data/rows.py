@@ -15,12 +15,16 @@ ImageLike = bytes | Path | Image.Image
 
 @dataclass(frozen=True)
 class Row:
-    """A demonstration. `key` is "file:row"; `loser` is there only when the method takes losers from the data."""
+    """A demonstration. `key` is "file:row"; `loser` is there only when the method takes losers from the data.
+
+    Of a clip, `image` is the video file, and `time_lapse` says that its row is marked so.
+    """
 
     key: str
     prompt: str
     image: ImageLike
     loser: ImageLike | None = None
+    time_lapse: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """Demonstrations in a fixed order. `identity()` changes when the files do (names, sizes, times of change)."""
+    """Demonstrations in a fixed order. `identity()` changes when the files do (names, sizes, times of change).
+
+    `root` is the folder that holds the videos.
+    """
 
     name: str
     kind: str
     columns: dict[str, str]
     parts: Sequence[Part]
     identity: Callable[[], str]
+    root: Path | None = None
 
     @property
     def count(self) -> int | None:
@@ -88,12 +96,12 @@ def checked_caption(value: object) -> str:
     return value
 
 
-def inside(folder: Path, name: object) -> Path:
+def inside(folder: Path, name: object, what: str = "image") -> Path:
     """`folder/name`; `BadRow` when the name is missing or would lead out of the folder."""
     if not isinstance(name, str) or not name.strip():
-        raise BadRow("no image file name")
+        raise BadRow(f"no {what} file name")
     if PurePosixPath(name).is_absolute() or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
-        raise BadRow(f"the image {printable(name)!r} is outside the data folder; use paths relative to it")
+        raise BadRow(f"the {what} {printable(name)!r} is outside the data folder; use paths relative to it")
     return folder / name
 
 

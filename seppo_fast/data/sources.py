@@ -4,25 +4,39 @@ import re
 from pathlib import Path
 
 from seppo_fast import config
-from seppo_fast.data.imagefolder import NAMES, open_imagefolder
+from seppo_fast.data.imagefolder import open_imagefolder
+from seppo_fast.data.metadata import NAMES
 from seppo_fast.data.rows import Part, Row, Skipped, Source
 from seppo_fast.data.tables import open_dataset_folder, open_hub_dataset, open_parquet
 from seppo_fast.data.tars import SUFFIXES, open_tars
+from seppo_fast.data.video.source import FORMS, open_videos, video_metadata
 from seppo_fast.errors import UserError
 
 __all__ = ["Part", "Row", "Skipped", "Source", "is_hub_dataset", "open_source"]
 
 SOURCE_NOT_SET = ("seppo.data.source is not set: --set seppo.data.source=PATH (an image folder with metadata.jsonl, Pick-a-Pic"
-                  " parquet files, a datasets directory or hub id, webdataset tars)")
+                  " parquet files, a datasets directory or hub id, webdataset tars; for a video model a CSV or folder of videos)")
+NO_VIDEOS = f"no videos that this program knows; it wants {FORMS}"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PATTERN = re.compile(r"[*?{\[]")
 
 
-def open_source(data: config.Data, needs_loser: bool, seed: int) -> Source:
-    """`data.source` as a list of parts. Reads file lists, footers and metadata files, never an image."""
+def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool = False) -> Source:
+    """`data.source` as a list of parts. Reads file lists, footers and metadata files, never an image or a video.
+
+    A video model (`video`) wants clips, any other images; `UserError` when the source has the other kind.
+    """
     if not data.source:
         raise UserError(SOURCE_NOT_SET)
     path = Path(data.source).expanduser()
+    clips = video_metadata(path, data) if data.format in ("auto", "imagefolder", "video") else None
+    if clips and not video:
+        raise UserError(f"seppo.data.source={data.source!r} has videos, and the model makes images: set seppo.model.path to an"
+                        " AnimateDiff directory, or seppo.model.motion_adapter, which makes a Stable Diffusion 1.x one")
+    if clips:
+        return open_videos(path, clips, data, needs_loser)
+    if video or data.format == "video":
+        raise UserError(f"seppo.data.source={data.source!r}: {NO_VIDEOS}" + ("" if path.exists() else "; nothing is there"))
     kind = detect(path, data) if data.format == "auto" else data.format
     if kind == "webdataset":
         return open_tars(data.source, data, needs_loser)

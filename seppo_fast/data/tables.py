@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, IMAGES, PAIR, Columns, pick, refuse_pairs
-from seppo_fast.data.imagefolder import stamp_of
+from seppo_fast.data.metadata import stamp_of
 from seppo_fast.data.rows import Part, Row, Skipped, Source
 from seppo_fast.errors import UserError
 

@@ -25,7 +25,7 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     batch = batch_plan(config.deepspeed, world)
     check_engine_config(config, batch)
     known_rates = load_rates(rates)
-    cost, rows, times, missing = None, None, [], []
+    cost, source, times, missing = None, None, [], []
     named = {"path": ours.model.path, "motion_adapter": ours.model.motion_adapter}
     on_hub = {key: name for key, name in named.items() if name is not None and is_hub_id(name)}
     if on_hub:  # a dry run fetches nothing
@@ -48,8 +48,9 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     elif is_hub_dataset(ours.data):
         missing.append(f"seppo.data.source {ours.data.source} is no file or folder here: it will be downloaded from the hub")
     else:
-        rows = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed).count
+        video = ours.model.motion_adapter is not None if model is None else model.video
+        source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed, video=video)
     if (Path(ours.output_dir) / "run.json").exists():
         missing.append(f"{ours.output_dir} already holds a run: go on with it by --resume auto, or choose another seppo.output_dir")
-    lines = [plan(config, batch, cost, model, rows), *times, *(f"before you train: {line}" for line in missing)]
+    lines = [plan(config, batch, cost, model, source), *times, *(f"before you train: {line}" for line in missing)]
     return "\n".join([*lines, "dry run: nothing was trained or written"])

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from seppo_fast.config import Seppo
-from seppo_fast.data.latents import LatentCache
-from seppo_fast.data.order import Order
+from seppo_fast.data import ClipStream, LatentCache, Order
 from seppo_fast.models import Conditions
 from seppo_fast.seeds import generator, normal
 from seppo_fast.training.objective import Pairs
@@ -23,7 +22,7 @@ Made = Mapping[int, dict[str, Tensor]]
 class PairSource:
     """Winners and prompt embeddings from the cache, losers from the cache (`dpo`) or from what the reference made."""
 
-    def __init__(self, cache: LatentCache, settings: Seppo, scaling_factor: float, num_timesteps: int,
+    def __init__(self, cache: LatentCache | ClipStream, settings: Seppo, scaling_factor: float, num_timesteps: int,
                  device: torch.device, dtype: torch.dtype) -> None:
         self.cache, self.settings, self.scaling_factor = cache, settings, scaling_factor
         self.num_timesteps, self.device, self.dtype = num_timesteps, device, dtype
@@ -33,7 +32,7 @@ class PairSource:
     def pairs(self, slots: Sequence[int], made: Made) -> Pairs:
         """The micro-batch of these slots, with what the reference has made for them; copied without waiting for the device."""
         seed = self.settings.seed
-        rows = self.cache.rows([self.order.row(slot) for slot in slots])
+        rows = self.cache.rows(*self._places(slots))
         latents = [self._latents(rows.mean, rows.std, "posterior", slots)]
         if self.settings.method == "dpo":
             latents.append(self._latents(rows.loser_mean, rows.loser_std, "loser posterior", slots))
@@ -49,6 +48,10 @@ class PairSource:
                      self._to_device(torch.stack(timesteps)), self._embeddings(prompts),
                      self._to_device(torch.stack(scores, dim=1).flatten()) if scores else None)
 
+    def prefetch(self, slots: Sequence[int]) -> None:
+        """A hint that the pairs of these slots come next, for clips that are decoded while something else goes on."""
+        self.cache.prefetch(*self._places(slots))
+
     def prompts(self, slots: Sequence[int]) -> Conditions:
         """Prompt embeddings of these slots, never dropped: what the reference is asked for."""
         rows = [self.order.row(slot) for slot in slots]
@@ -62,6 +65,11 @@ class PairSource:
         if self.settings.data.posterior == "sample":
             mean = mean + std * normal(self.cache.shape, self.settings.seed, purpose, slots)
         return mean * self.scaling_factor
+
+    def _places(self, slots: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The rows of these slots, and their epochs."""
+        places = [self.order.place(slot) for slot in slots]
+        return [row for _, row in places], [epoch for epoch, _ in places]
 
     def _dropped(self, slot: int) -> bool:
         chance = self.settings.caption_dropout

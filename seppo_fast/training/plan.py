@@ -10,6 +10,8 @@ from seppo_fast.config import METHODS
 from seppo_fast.config import Model as ModelSettings
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import cache_root, latent_shape
+from seppo_fast.data.rows import Source
+from seppo_fast.data.video.source import streams
 from seppo_fast.models import Model
 from seppo_fast.training.cost import Cost
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
@@ -23,11 +25,13 @@ def cache_bytes(model: Model, config: Config) -> int:
     return tensors * prod(latent_shape(model, data)) * getattr(torch, data.cache_dtype).itemsize
 
 
-def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, rows: int | None) -> str:
-    """The plan of a run. `cost`, `model` and `rows` are None where the model or the data are not here yet."""
+def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, source: Source | None) -> str:
+    """The plan of a run. `cost`, `model` and `source` are None where the model or the data are not here yet."""
     ours = config.seppo
     video = ours.model.motion_adapter is not None if model is None else model.video
     row_bytes = None if model is None else cache_bytes(model, config)
+    rows = None if source is None else source.count
+    streamed = source is not None and streams(source, ours.data, video)
     method = METHODS[ours.method]
     updates = ours.iterations * ours.updates_per_iteration
     samples = updates * batch.size if method.losers == "reference" else 0
@@ -39,7 +43,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, r
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
                 + (f", {ours.data.video.frames} frames ({ours.data.video.choice})" if video else "")
                 + (f", {rows} demonstrations" if rows is not None else ""),
-        "latent cache": _cache(config, row_bytes, rows),
+        "latent cache": "prompts alone: clips are decoded and encoded while it trains" if streamed else
+                        _cache(config, row_bytes, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
                            f" rank{'s' * (batch.world > 1)}",
         "updates": f"{updates} = {ours.iterations} iterations x {ours.updates_per_iteration}",

@@ -49,7 +49,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
     table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
     cost = estimate(model, config, batch, len(table.timesteps))
     if ranks.rank == 0:
-        print(plan(config, batch, cost, model, source.count), flush=True)
+        print(plan(config, batch, cost, model, source), flush=True)
     folder = open_folder(config, resume, ranks)
     state = starting_state(folder, config, ranks)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].losers == "data",
@@ -84,6 +84,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         trainer.train()
     finally:
         trainer.reporter.close()
+        cache.close()
     return export(model, config, batch, trainer, len(cache))
 
 
@@ -181,7 +182,7 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunF
     ours = config.seppo
     if not ours.samples.every or ranks.rank != 0:
         return None
-    prompts = ours.samples.prompts or cache.rows(range(min(4, len(cache)))).captions
+    prompts = ours.samples.prompts or cache.prompts.captions(range(min(4, len(cache))))
     samples = ours.samples.model_copy(update={"prompts": prompts})
     embed = model.load_text(ranks.device)
     dtype = precision(config.deepspeed).dtype

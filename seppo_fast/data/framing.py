@@ -1,0 +1,39 @@
+"""Which square of a picture the model sees (as DiffusionDPO's `train_transforms`)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from seppo_fast.data.rows import BadRow
+
+# Beyond this, scaling the short side to 512 makes gigabytes out of a few kilobytes.
+LONGEST_ASPECT = 64
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The picture scaled to `width` x `height`, of it the square at (`left`, `top`), then mirrored or not."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+    mirror: bool
+
+
+def framing(width: int, height: int, resolution: int, crop: str, flip: bool, generator: torch.Generator) -> Framing:
+    """Short side to `resolution`, center or random crop, mirror; `BadRow` when the picture is too long for that."""
+    if max(width, height) > LONGEST_ASPECT * min(width, height):
+        raise BadRow(f"{width}x{height} pixels: more than {LONGEST_ASPECT} times as long as wide")
+    # torchvision's Resize(int): the long side is truncated, not rounded.
+    if width <= height:
+        size = (resolution, int(resolution * height / width))
+    else:
+        size = (int(resolution * width / height), resolution)
+    spare_x, spare_y = size[0] - resolution, size[1] - resolution
+    if crop == "random":
+        top = int(torch.randint(0, spare_y + 1, (), generator=generator))
+        left = int(torch.randint(0, spare_x + 1, (), generator=generator))
+    else:
+        top, left = round(spare_y / 2), round(spare_x / 2)
+    return Framing(*size, left, top, flip and float(torch.rand((), generator=generator)) < 0.5)

@@ -1,0 +1,157 @@
+"""Where the clips are: a CSV of video ids (AnimateDiff's and MagicTime's), or a folder with metadata that names its videos."""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from seppo_fast import config
+from seppo_fast.data.columns import CAPTIONS, pick
+from seppo_fast.data.metadata import NAMES, Layout, Span, csv_header, identity, metadata_files, named, records, scan_all
+from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, checked_caption, inside, printable
+from seppo_fast.data.video.frames import is_fixed
+from seppo_fast.errors import UserError
+
+SUFFIXES = (".mp4", ".webm", ".mkv", ".mov")
+ID, TIME_LAPSE = "videoid", "is_transmit"
+FILES = ("file_name", "video")  # columns that name a file
+LOOK_AT = 16  # rows that tell what a metadata file names; the very first may be the one bad row
+FORMS = f"a CSV with videoid and name, or a metadata.jsonl or .csv with file_name and text that names {', '.join(SUFFIXES)} files"
+
+
+def video_metadata(path: Path, data: config.Data) -> list[Path] | None:
+    """The metadata files there that name videos; None when there are none."""
+    if path.is_file():
+        return [path] if path.suffix in (".csv", ".jsonl") and names_videos(path) else None
+    if not path.is_dir():
+        return None
+    first = next((place / name for place in (path, path / data.split) for name in NAMES if (place / name).is_file()), None)
+    if first is not None:
+        return metadata_files(path, data.split, "video") if names_videos(first) else None
+    files = [file for file in sorted(path.glob("*.csv")) if ID in csv_header(file)]
+    if len(files) > 1:
+        raise UserError(f"{path} has several CSVs with a {ID} column ({', '.join(file.name for file in files)}); set"
+                        " seppo.data.source to one of them")
+    return files or None
+
+
+def names_videos(file: Path) -> bool:
+    """Whether a metadata file has video ids, or names of video files."""
+    header = csv_header(file) if file.suffix == ".csv" else None
+    if header is not None and ID in header:
+        return True
+    first = [record for _, _, record in islice(records(Span(file, 0, 1, 0), header), LOOK_AT) if isinstance(record, dict)]
+    return any(ID in record or str(record.get(name)).lower().endswith(SUFFIXES) for record in first for name in FILES)
+
+
+def open_videos(path: Path, files: Sequence[Path], data: config.Data, needs_loser: bool) -> Source:
+    """The rows of these metadata files, in parts of 256; no video is opened."""
+    if needs_loser:
+        raise UserError(f"method 'dpo' needs pairs, but {path} has one clip a row; method 'seppo' makes its own losers")
+    if data.choose == "random":
+        raise UserError(f"seppo.data.choose='random' picks one of a pair, but {path} has one clip a row; set it to 'winner'")
+    headers = {file: csv_header(file) for file in files if file.suffix == ".csv"}
+    spans, columns = scan_all(list(files), headers)
+    where = str(files[0]) if len(files) == 1 else f"the metadata under {path}"
+    if not spans:
+        raise UserError(f"{where} has no rows; it wants one per clip: {FORMS}")
+    base = path.parent if path.is_file() else path
+    if ID in columns:
+        root, column = videos_folder(base, files[0], data), ID
+        there = set(os.listdir(root))
+        locate = partial(by_id, root, there)
+    else:
+        root, column = base, pick(None, FILES, columns, "video", where)
+        folder = Path(data.video.folder).expanduser() if data.video.folder else None
+        root = folder or base
+        locate = partial(by_name, folder, column)
+    caption = pick(data.caption_column, ("name", *CAPTIONS) if ID in columns else CAPTIONS, columns, "caption", where)
+    layout = Layout(base, caption, headers, lambda file, record: locate(file, record))
+    named_columns = {"video": column, "caption": caption} | ({"time_lapse": TIME_LAPSE} if TIME_LAPSE in columns else {})
+    parts = [Part(f"{span.file.relative_to(base)}:{span.line}", span.count, partial(rows, span, layout, TIME_LAPSE in columns))
+             for span in spans]
+    return Source(str(path), "video", named_columns, parts, lambda: identity(spans, layout), root)
+
+
+def videos_folder(base: Path, file: Path, data: config.Data) -> Path:
+    """`data.video.folder`, else where the first ids' videos are: beside the CSV, or in the `videos` folder there."""
+    if data.video.folder:
+        folder = Path(data.video.folder).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"seppo.data.video.folder={data.video.folder!r}: no such folder")
+        return folder
+    places = [place for place in (base, base / "videos") if place.is_dir()]
+    for place in places:
+        if any(name.lower().endswith(SUFFIXES) for name in os.listdir(place)):
+            return place
+    raise UserError(f"no videos ({', '.join(SUFFIXES)}) beside {file} or in a folder 'videos' there; set seppo.data.video.folder"
+                    " to where they are")
+
+
+def by_id(root: Path, there: set[str], file: Path, record: dict) -> Path:
+    """The video of a `videoid`."""
+    video = record.get(ID)
+    if video is None or not str(video).strip():
+        raise BadRow(f"no {ID}")
+    path = inside(root, str(video).strip(), "video")
+    name = path.relative_to(root).as_posix()
+    # A video id with folders in it is looked up on the disk; the listing is of the folder itself.
+    found = [name + end for end in ("", *SUFFIXES) if (name + end).lower().endswith(SUFFIXES)
+             and (name + end in there or ("/" in name and (root / (name + end)).is_file()))]
+    if not found:
+        raise BadRow(f"no such video file: {printable(str(root / name))} with {', '.join(SUFFIXES)}")
+    return root / found[0]
+
+
+def by_name(folder: Path | None, column: str, file: Path, record: dict) -> Path:
+    """The video that a `file_name` names, beside its metadata file or in `data.video.folder`."""
+    return inside(folder or file.parent, record.get(column), "video")
+
+
+def rows(span: Span, layout: Layout, has_time_lapse: bool) -> Iterator[Row | Skipped]:
+    """The rows of one part."""
+    for key, record, video in named(span, layout):
+        try:
+            if isinstance(video, BadRow):
+                raise video
+            lapse = has_time_lapse and is_time_lapse(record.get(TIME_LAPSE))
+            yield Row(key, checked_caption(record.get(layout.caption)), video, time_lapse=lapse)
+        except BadRow as bad:
+            yield Skipped(key, str(bad))
+
+
+def is_time_lapse(value: object) -> bool:
+    """MagicTime's mark: `is_transmit` 0."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = None
+    if number not in (0, 1):
+        raise BadRow(f"{TIME_LAPSE} is {value!r}, which is neither 0 (a time-lapse) nor 1")
+    return number == 0
+
+
+def first_window(source: Source) -> str | None:
+    """The key of the first row that is no time-lapse; None when all are."""
+    return next((row.key for part in source.parts for row in part.rows() if isinstance(row, Row) and not row.time_lapse), None)
+
+
+def streams(source: Source, data: config.Data, video: bool) -> bool:
+    """Whether rows are decoded while the policy is trained, not cached; `UserError` where `data.cache_latents` cannot be had."""
+    wanted = data.cache_latents
+    if not video:
+        if wanted is False:
+            raise UserError("seppo.data.cache_latents=false is for videos: an image's latents never change and are always cached;"
+                            " set it to 'auto'")
+        return False
+    if wanted is False:
+        return True
+    drawn = None if is_fixed(data.video, all_time_lapse=True) else "every row"
+    if drawn is None and not is_fixed(data.video, all_time_lapse=False):
+        drawn = first_window(source)
+    if drawn is not None and wanted is True:
+        raise UserError(f"seppo.data.cache_latents=true: with seppo.data.video.choice={data.video.choice!r} the frames of {drawn}"
+                        f"{'' if drawn == 'every row' else ', which is not marked as a time-lapse,'} are drawn anew in every epoch;"
+                        " set cache_latents to 'auto', or choice to 'uniform'")
+    return drawn is not None
