@@ -1,11 +1,11 @@
 """Decoded frames per second of DALI and PyAV: `python -m benchmarks.video --out benchmarks/results`.
 
-Both give what the trainer takes: 16 frames of a clip at 256 pixels, scaled, cut and normalised, on the CPU; a batch has a clip a thread. Of each codec, size,
-number of threads and choice of frames, the two take turns in one run. Writes video_cpu.json. Under 6 minutes on 2 cores.
+Both give what the trainer takes: 16 frames of a clip at 256 pixels, scaled, cut and normalised, on the CPU; a batch has a clip a
+thread. Of each codec, size, number of threads and choice of frames, the two take turns in one run. Writes video_cpu.json. Under 6
+minutes on 2 cores.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
