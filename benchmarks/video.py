@@ -39,19 +39,17 @@ Row = dict[str, object]
 
 
 def write(file: Path, codec: str, height: int, width: int) -> Path:
-    """A clip of `LENGTH` frames: coloured waves that move, with a little noise."""
-    rng = np.random.default_rng(0)
-    y, x = (axis[..., None] / height for axis in np.mgrid[:height, :width])
-    grain = rng.normal(0, 4, (height, width, 1))
+    """A clip of `LENGTH` frames: coloured waves with a grain, which move across the picture."""
+    y, x = (axis[..., None].astype(np.float32) / height for axis in np.mgrid[:height, :width])
+    waves = 128 + 90 * np.sin(8 * x + np.arange(3, dtype=np.float32)) * np.cos(6 * y)
+    picture = (waves + np.random.default_rng(0).normal(0, 4, (height, width, 1))).clip(0, 255).astype(np.uint8)
     options = {"deadline": "realtime", "cpu-used": "8"} if "vpx" in codec else {"preset": "veryfast"} if codec == "libx264" else {}
     with av.open(str(file), "w") as container:
         stream = container.add_stream(codec, rate=24, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.bit_rate = 4 * height * width
         for index in range(LENGTH):
-            wave = 128 + 90 * np.sin(8 * x + 0.1 * index + np.arange(3)) * np.cos(6 * y - 0.05 * index)
-            picture = (wave + np.roll(grain, 7 * index, 1)).clip(0, 255).astype(np.uint8)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, (index, 3 * index), (0, 1)), format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, 24)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
