@@ -152,6 +152,21 @@ def test_each_codec_is_told_once(files, tmp_path):
         assert len(said) == expected and said[0].startswith("videos: h264 is decoded by PyAV on the CPU: "), said
 
 
+@needs_dali
+def test_a_file_that_dali_gives_up_goes_through_pyav_and_changes_no_other(files, pipeline, tmp_path):
+    h264 = clip_of(write_video(tmp_path / "a.mp4", pictures(5)))
+    mistaken = replace(h264, facts=replace(h264.facts, codec="vp9"))  # only the decoder can tell
+    good = clip_of(files["vp9.webm"])
+    said: list[str] = []
+    decoder = Decoder(video_settings("unused", tmp_path), "cpu", said.append)
+    for _ in range(2):
+        found = decoder([good, mistaken, good])
+        assert torch.equal(found[1], pyav.decode(h264))
+        assert torch.equal(found[0], found[2]) and torch.equal(found[0], pipeline.decode([good])[0])
+    decoder.close()
+    assert said == ["videos: vp9 is decoded by PyAV on the CPU: DALI could not decode a.mp4 (yuv420p)"]
+
+
 def test_without_dali(files, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # what an import of a missing module finds
     with pytest.raises(UserError, match="DALI is not installed here"):

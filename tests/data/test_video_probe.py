@@ -110,3 +110,17 @@ def test_mirrors_sound_uneven_times_and_pixels_that_are_not_square(tmp_path):
     assert probe(write_video(tmp_path / "f.webm", pictures(2, 17, 23))).width == 23
     shutil.copy(tmp_path / "a.mp4", tmp_path / "A.MP4")
     assert probe(tmp_path / "A.MP4").frames == 6
+
+
+def test_words_in_no_known_encoding_do_not_matter(tmp_path):
+    file = tmp_path / "a.mkv"
+    with av.open(str(file), "w") as container:
+        container.metadata["title"] = "a title"
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuvj420p"
+        container.mux([*stream.encode(av.VideoFrame.from_ndarray(pictures(1, 16, 16)[0], format="rgb24")), *stream.encode(None)])
+    content = file.read_bytes()
+    assert b"a title" in content
+    file.write_bytes(content.replace(b"a title", b"a \xff\xfetle"))
+    assert probe(file).frames == 1

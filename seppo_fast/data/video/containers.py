@@ -11,7 +11,7 @@ BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 
 
 def check_whole(file: Path) -> None:
-    """`BadRow` when the file is empty, ends before its headers say so, or has elements (Matroska, WebM) that do not fit together."""
+    """`BadRow` when the file is empty, cut off, or of elements (Matroska, WebM) that do not fit together."""
     with open(file, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size == 0:

@@ -51,7 +51,7 @@ class Dali:
             return [*self.decode(clips[:self.at_once]), *self.decode(clips[self.at_once:])]
         try:
             found = self.run(clips)
-        except RuntimeError:  # one file ends the pipeline and takes its whole batch with it
+        except (RuntimeError, OSError):  # one file ends the pipeline and takes its whole batch with it
             self.pipeline = None
             return [None] if len(clips) == 1 else [each for clip in clips for each in self.decode([clip])]
         return [turned(pixels, clip) if is_whole(pixels, clip) else None for pixels, clip in zip(found, clips, strict=True)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from seppo_fast import config
 from seppo_fast.data.metadata import stamp_of
 from seppo_fast.data.video import dali, pyav
 from seppo_fast.data.video.clips import Clip
-from seppo_fast.data.video.probe import Facts, need_av
+from seppo_fast.data.video.probe import need_av
 from seppo_fast.errors import UserError
 
 
@@ -26,7 +27,8 @@ class Decoder:
                             " or set it to 'auto' or 'pyav'")
         device = torch.device(device)
         self.dali = dali.Dali(data.resolution, data.workers, data.workers, device) if installed else None
-        self.refused: set[tuple[str, str]] = set()  # what only its own decoder could tell
+        # By file, not by format: what a clip becomes must not depend on which ones came before it.
+        self.refused: set[Path] = set()
         self.threads = ThreadPoolExecutor(data.workers, thread_name_prefix="pyav")
 
     def __call__(self, clips: Sequence[Clip]) -> list[Tensor | UserError]:
@@ -36,7 +38,7 @@ class Decoder:
             changed = check_stamp(clip)
             if changed is not None:
                 results[place] = changed
-            elif (why := self.not_by_dali(clip.facts)) is not None:
+            elif (why := self.not_by_dali(clip)) is not None:
                 self.tell(clip.facts.codec, why)
                 results[place] = self.threads.submit(by_pyav, clip)
         left = [place for place in range(len(clips)) if place not in results]
@@ -45,21 +47,21 @@ class Decoder:
         return [found.result() if isinstance(found := results[place], Future) else found for place in range(len(clips))]
 
     def by_dali(self, clips: Sequence[Clip]) -> list[Tensor | None]:
-        """DALI's share; what it gives back undone is told, and not tried again in this format."""
+        """DALI's share; a file that it gives back undone is not tried again."""
         found = self.dali.decode(clips) if clips else []
         for pixels, clip in zip(found, clips, strict=True):
             if pixels is None:
-                self.refused.add((clip.facts.codec, clip.facts.format))
+                self.refused.add(clip.file)
                 self.tell(clip.facts.codec, f"DALI could not decode {clip.file.name} ({clip.facts.format})")
         return found
 
-    def not_by_dali(self, facts: Facts) -> str | None:
-        """Why such a video goes through PyAV; None when DALI takes it."""
+    def not_by_dali(self, clip: Clip) -> str | None:
+        """Why a clip goes through PyAV; None when DALI takes it."""
         if self.dali is None:
             return "seppo.data.video.decoder is 'pyav'" if self.choice == "pyav" else "DALI is not installed"
-        if (facts.codec, facts.format) in self.refused:
-            return f"DALI could not decode one of {facts.format} before"
-        return self.dali.refuses(facts)
+        if clip.file in self.refused:
+            return f"DALI could not decode {clip.file.name}"
+        return self.dali.refuses(clip.facts)
 
     def tell(self, codec: str, why: str) -> None:
         """A line on a codec that PyAV decodes, once."""

@@ -55,29 +55,34 @@ def need_av() -> Any:
 def probe(file: Path) -> Facts:
     """Reads the whole file once, decodes every frame, and takes whatever FFmpeg complains about for a reason to skip it.
 
-    Found are files that are empty, cut off, of another kind than their name says, without a video, or of changing size, and
-    damage that a decoder notices: in H.264 about half of single flipped bits, in MJPEG fewer. VP8 and VP9 have no checks:
-    flipped bits there decode to wrong pixels and cannot be found, nor can zeros written over a part of the file.
+    Found are files that are empty, cut off, of another kind than their name says, without a video, or of changing size, damage to
+    the structure of Matroska and WebM, and what a decoder notices: about half of single flipped bits in H.264, fewer in MJPEG.
+    Other damage to the pictures themselves decodes to wrong pixels without a word, in VP8 and VP9, which have no checks, always.
     """
     av = need_av()
     stamp = checked_stamp(file)
     try:
-        with av.open(str(file), options={"err_detect": "explode"}) as container:
+        with av.open(str(file), options={"err_detect": "explode"}, metadata_errors="replace") as container:
             names = container.format.name
             if CONTAINERS[file.suffix.lower()] not in names.split(","):
                 raise BadRow(f"its name says {file.suffix}, its content is {names}")
             if not container.streams.video:
                 raise BadRow("it has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadRow("FFmpeg has no decoder for it")
+            if stream.disposition & av.stream.Disposition.attached_pic:
+                raise BadRow("its first video stream is a still picture")
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1
             return facts_of(stream, decoded(container, stream), stamp)
-    except MemoryError:
+    except (MemoryError, BadRow):
         raise
-    except av.FFmpegError as error:
-        if error.errno == errno.EIO:
+    except Exception as error:  # FFmpeg's many, and what PyAV trips over
+        if isinstance(error, OSError) and error.errno == errno.EIO:
             raise UserError(UNREADABLE.format(file, error.strerror)) from error
-        raise BadRow(f"unreadable, truncated or damaged video: {error.strerror}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise BadRow(f"unreadable, truncated or damaged video: {printable(str(reason))}") from None
 
 
 def checked_stamp(file: Path) -> tuple[int, int]:

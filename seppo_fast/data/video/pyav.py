@@ -19,7 +19,7 @@ def decode(clip: Clip) -> Tensor:
     """The clip's frames, (F, 3, R, R) fp32 in [-1, 1]; read from the file's beginning to the last frame that is wanted."""
     av = need_av()
     wanted, squares = set(clip.indices), {}
-    with av.open(str(clip.file)) as container:
+    with av.open(str(clip.file), metadata_errors="replace") as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         graph = None

@@ -58,9 +58,9 @@ def open_videos(path: Path, files: Sequence[Path], data: config.Data, needs_lose
         raise UserError(f"{where} has no rows; it wants one per clip: {FORMS}")
     base = path.parent if path.is_file() else path
     if ID in columns:
-        root, column = videos_folder(base, files[0], data), ID
-        there = set(os.listdir(root))
-        locate = partial(by_id, root, there)
+        places, column = videos_folders(base, files[0], data), ID
+        root = next(iter(places))
+        locate = partial(by_id, places)
     else:
         root, column = base, pick(None, FILES, columns, "video", where)
         folder = Path(data.video.folder).expanduser() if data.video.folder else None
@@ -74,34 +74,32 @@ def open_videos(path: Path, files: Sequence[Path], data: config.Data, needs_lose
     return Source(str(path), "video", named_columns, parts, lambda: identity(spans, layout), root)
 
 
-def videos_folder(base: Path, file: Path, data: config.Data) -> Path:
-    """`data.video.folder`, else where the first ids' videos are: beside the CSV, or in the `videos` folder there."""
+def videos_folders(base: Path, file: Path, data: config.Data) -> dict[Path, set[str]]:
+    """`data.video.folder`, else the CSV's own folder and the `videos` folder there; with the names in each."""
     if data.video.folder:
         folder = Path(data.video.folder).expanduser()
         if not folder.is_dir():
             raise UserError(f"seppo.data.video.folder={data.video.folder!r}: no such folder")
-        return folder
-    places = [place for place in (base, base / "videos") if place.is_dir()]
-    for place in places:
-        if any(name.lower().endswith(SUFFIXES) for name in os.listdir(place)):
-            return place
-    raise UserError(f"no videos ({', '.join(SUFFIXES)}) beside {file} or in a folder 'videos' there; set seppo.data.video.folder"
-                    " to where they are")
+        return {folder: set(os.listdir(folder))}
+    places = {place: set(os.listdir(place)) for place in (base, base / "videos") if place.is_dir()}
+    if not any(name.lower().endswith(SUFFIXES) for names in places.values() for name in names):
+        raise UserError(f"no videos ({', '.join(SUFFIXES)}) beside {file} or in a folder 'videos' there; set"
+                        " seppo.data.video.folder to where they are")
+    return places
 
 
-def by_id(root: Path, there: set[str], file: Path, record: dict) -> Path:
-    """The video of a `videoid`."""
-    video = record.get(ID)
-    if video is None or not str(video).strip():
+def by_id(places: dict[Path, set[str]], file: Path, record: dict) -> Path:
+    """The video of a `videoid`: the first that is there."""
+    video = str(record.get(ID) if record.get(ID) is not None else "").strip()
+    if not video:
         raise BadRow(f"no {ID}")
-    path = inside(root, str(video).strip(), "video")
-    name = path.relative_to(root).as_posix()
-    # A video id with folders in it is looked up on the disk; the listing is of the folder itself.
-    found = [name + end for end in ("", *SUFFIXES) if (name + end).lower().endswith(SUFFIXES)
-             and (name + end in there or ("/" in name and (root / (name + end)).is_file()))]
-    if not found:
-        raise BadRow(f"no such video file: {printable(str(root / name))} with {', '.join(SUFFIXES)}")
-    return root / found[0]
+    for folder, names in places.items():
+        path = inside(folder, video, "video")
+        for name in (video, *(video + suffix for suffix in SUFFIXES)):
+            # The names in a folder were listed once; an id with folders in it is looked up.
+            if name.lower().endswith(SUFFIXES) and (name in names or ("/" in name and (folder / name).is_file())):
+                return folder / name
+    raise BadRow(f"no such video file: {printable(str(path))} with {', '.join(SUFFIXES)}")
 
 
 def by_name(folder: Path | None, column: str, file: Path, record: dict) -> Path:
