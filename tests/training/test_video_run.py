@@ -61,7 +61,8 @@ def video_settings(settings: Callable[..., dict[str, Any]], animatediff: Path, c
         return settings(**{
             "optimizer.params": {"lr": 1e-3, "eps": 1e-5, "torch_adam": True}, "train_batch_size": 4,
             "train_micro_batch_size_per_gpu": 2, "seppo.model.path": str(animatediff), "seppo.model.lora": LORA,
-            "seppo.beta": 300.0, "seppo.data.source": str(clips), "seppo.data.max_skipped": 0.3, "seppo.data.video": {"frames": FRAMES, "stride": 2},
+            "seppo.beta": 300.0, "seppo.data.source": str(clips), "seppo.data.max_skipped": 0.3,
+            "seppo.data.video": {"frames": FRAMES, "stride": 2},
             "seppo.data.workers": 2, "seppo.sampler.batch_size": 4, **changes})
 
     return make

@@ -56,7 +56,7 @@ def probe(file: Path) -> Facts:
     """Reads the whole file once, decodes every frame, and takes whatever FFmpeg complains about for a reason to skip it.
 
     Found are files that are empty, cut off, of another kind than their name says, without a video, or of changing size, damage to
-    the structure of Matroska and WebM, and what a decoder notices: about half of single flipped bits in H.264, fewer in MJPEG.
+    the structure of Matroska and WebM, and what a decoder notices: some of single flipped bits in H.264, fewer in MJPEG.
     Other damage to the pictures themselves decodes to wrong pixels without a word, in VP8 and VP9, which have no checks, always.
     """
     av = need_av()
