@@ -55,12 +55,17 @@ class Forks:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        estimates = Path(self._folder.name) / "estimates"
+        estimates.mkdir()
+        self._server = subprocess.Popen([sys.executable, __file__, str(estimates)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    def run(self, raw: dict[str, Any], *arguments: str, ranks: int = 1, strike: Strike | None = None,
+    def run(self, raw: dict[str, Any] | list[dict[str, Any]], *arguments: str, ranks: int = 1, strike: Strike | None = None,
             file_limit: int | None = None, timeout: float = 120, module: str = "seppo_fast.train") -> Result:
-        """Train on a configuration, by the `main` of `module`; `file_limit` is the largest file, in bytes, that it may write."""
+        """Train on a configuration, by the `main` of `module`; `file_limit` is the largest file, in bytes, that it may write.
+
+        `seppo_fast.train` reads one, `run_jobs` a list.
+        """
         config = Path(self._folder.name) / "config.json"
         config.write_text(json.dumps(raw))
         job = {"arguments": ["--config", str(config), *arguments], "ranks": ranks, "file_limit": file_limit, "timeout": timeout,
@@ -78,13 +83,18 @@ class Forks:
 
 def serve() -> None:
     """One JSON job a line on stdin, one JSON result a line on stdout."""
-    sys.path[0] = str(ROOT)
+    sys.path[0], here = str(ROOT), sys.path[0]
+    sys.path.append(here)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    import deepspeed.ops
+    import estimates
+
     import seppo_fast.train  # noqa: F401
     import seppo_fast.training.dry_run  # noqa: F401
-    import seppo_fast.training.run  # noqa: F401
 
+    estimates.remember(Path(sys.argv[1]))
+    assert deepspeed.ops.__compatible_ops__  # else every rank tries the compiler out
     for line in sys.stdin:
         answers.write(json.dumps(run_job(json.loads(line))) + "\n")
         answers.flush()
