@@ -60,15 +60,16 @@ class Forks:
         self._server = subprocess.Popen([sys.executable, __file__, str(estimates)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    def run(self, raw: dict[str, Any] | list[dict[str, Any]], *arguments: str, ranks: int = 1, strike: Strike | None = None,
+    def run(self, raw: dict[str, Any] | list[dict[str, Any]] | str, *arguments: str, ranks: int = 1, strike: Strike | None = None,
             file_limit: int | None = None, timeout: float = 120, module: str = "seppo_fast.train") -> Result:
         """Train on a configuration, by the `main` of `module`; `file_limit` is the largest file, in bytes, that it may write.
 
-        `seppo_fast.train` reads one, `run_jobs` a list.
+        `raw` is the configuration, or a shipped file's name; `run_jobs` takes a list.
         """
-        config = Path(self._folder.name) / "config.json"
-        config.write_text(json.dumps(raw))
-        job = {"arguments": ["--config", str(config), *arguments], "ranks": ranks, "file_limit": file_limit, "timeout": timeout,
+        config = raw if isinstance(raw, str) else f"{self._folder.name}/config.json"
+        if config is not raw:
+            Path(config).write_text(json.dumps(raw))
+        job = {"arguments": ["--config", config, *arguments], "ranks": ranks, "file_limit": file_limit, "timeout": timeout,
                "module": module, "strike": strike and asdict(strike)}
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
