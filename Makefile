@@ -11,7 +11,7 @@ quickstart: $(READY)
 	$(BIN)/python -m seppo_fast.quickstart --out runs/quickstart
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -n logical --dist loadfile
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -1,7 +1,7 @@
 """Fixtures: a tiny Stable Diffusion directory, a folder of demonstrations, and three ways to train on them.
 
 `train` runs in this process (seconds), `launch` runs the literal command through DeepSpeed's launcher, and
-`train_on_ranks` runs several configurations one after the other in a single launch of two ranks.
+`train_on_ranks` runs several configurations one after the other on two ranks that are forked once.
 """
 
 import json
@@ -89,11 +89,14 @@ def settings(sd: Path, demonstrations: Path, cache_dir: Path, tmp_path: Path) ->
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Any:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """This process as the only rank."""
+    import estimates
+
     from seppo_fast.training.ranks import join, quiet_libraries
 
     quiet_libraries()
+    estimates.remember(tmp_path_factory.mktemp("estimates"))
     return join()
 
 
@@ -176,16 +179,12 @@ def forks() -> Iterator[Forks]:
 
 
 @pytest.fixture
-def train_on_ranks(tmp_path: Path) -> Callable[..., list[Path]]:
-    """`train_on_ranks([raw, ...], ranks=2)` runs all configurations in one launch and returns their run folders."""
+def train_on_ranks(forks: Forks) -> Callable[..., list[Path]]:
+    """`train_on_ranks([raw, ...], ranks=2)` runs all configurations on the same ranks and returns their run folders."""
 
     def run_all(raws: list[dict[str, Any]], ranks: int = 2) -> list[Path]:
-        jobs = tmp_path / "jobs.json"
-        jobs.write_text(json.dumps(raws))
-        done = subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port",
-                               free_port(), "tests/run_jobs.py", str(jobs)],
-                              cwd=ROOT, text=True, capture_output=True, timeout=280, env=unranked())
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        done = forks.run(raws, ranks=ranks, timeout=280, module="run_jobs")
+        assert done.statuses == [0] * ranks, done.output[-6000:]
         return [Path(raw["seppo"]["output_dir"]) for raw in raws]
 
     return run_all

@@ -55,15 +55,21 @@ class Forks:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        estimates = Path(self._folder.name) / "estimates"
+        estimates.mkdir()
+        self._server = subprocess.Popen([sys.executable, __file__, str(estimates)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    def run(self, raw: dict[str, Any], *arguments: str, ranks: int = 1, strike: Strike | None = None,
+    def run(self, raw: dict[str, Any] | list[dict[str, Any]] | str, *arguments: str, ranks: int = 1, strike: Strike | None = None,
             file_limit: int | None = None, timeout: float = 120, module: str = "seppo_fast.train") -> Result:
-        """Train on a configuration, by the `main` of `module`; `file_limit` is the largest file, in bytes, that it may write."""
-        config = Path(self._folder.name) / "config.json"
-        config.write_text(json.dumps(raw))
-        job = {"arguments": ["--config", str(config), *arguments], "ranks": ranks, "file_limit": file_limit, "timeout": timeout,
+        """Train on a configuration, by the `main` of `module`; `file_limit` is the largest file, in bytes, that it may write.
+
+        `raw` is the configuration, or a shipped file's name; `run_jobs` takes a list.
+        """
+        config = raw if isinstance(raw, str) else f"{self._folder.name}/config.json"
+        if config is not raw:
+            Path(config).write_text(json.dumps(raw))
+        job = {"arguments": ["--config", config, *arguments], "ranks": ranks, "file_limit": file_limit, "timeout": timeout,
                "module": module, "strike": strike and asdict(strike)}
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
@@ -78,13 +84,18 @@ class Forks:
 
 def serve() -> None:
     """One JSON job a line on stdin, one JSON result a line on stdout."""
-    sys.path[0] = str(ROOT)
+    sys.path[0], here = str(ROOT), sys.path[0]
+    sys.path.append(here)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    import deepspeed.ops
+    import estimates
+
     import seppo_fast.train  # noqa: F401
     import seppo_fast.training.dry_run  # noqa: F401
-    import seppo_fast.training.run  # noqa: F401
 
+    estimates.remember(Path(sys.argv[1]))
+    assert deepspeed.ops.__compatible_ops__  # else every rank tries the compiler out
     for line in sys.stdin:
         answers.write(json.dumps(run_job(json.loads(line))) + "\n")
         answers.flush()

@@ -3,9 +3,9 @@
 import gc
 import hashlib
 import os
+import resource
 import subprocess
 import sys
-import textwrap
 from collections import Counter
 
 import pytest
@@ -343,25 +343,16 @@ def test_policy_of_another_model(tmp_path, host):
 
 def test_a_full_disk_stops_with_a_message_and_leaves_the_others(tmp_path):
     """A file size limit stands in for a full disk: the write fails in the middle, in the operating system."""
-    script = textwrap.dedent("""
-        import resource, sys, torch
-        from pathlib import Path
-        from seppo_fast.errors import UserError
-        from seppo_fast.reference import Pool
-        pool = Pool(Path(sys.argv[1]), torch.float32, 0)
-        pool.add(0, {"w": torch.ones(1000)}, write=True)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        try:
+    pool = Pool(tmp_path, torch.float32, 0)
+    pool.add(0, {"w": torch.ones(1000)}, write=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(UserError, match="policy_00001.safetensors: past policy 1.* cannot be written") as caught:
             pool.add(1, {"w": torch.ones(100_000)}, write=True)
-        except UserError as error:
-            print(error)
-        print(pool.indices())
-    """)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    out = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=True,
-                         capture_output=True, text=True).stdout
-    assert "policy_00001.safetensors: past policy 1" in out and "cannot be written" in out
-    assert f"make room under {tmp_path}" in out and out.endswith("[0]\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"make room under {tmp_path}" in str(caught.value) and pool.indices() == [0]
     assert os.listdir(tmp_path) == ["policy_00000.safetensors"]
     assert torch.equal(load_file(tmp_path / "policy_00000.safetensors")["w"], torch.ones(1000))
 

@@ -1,0 +1,41 @@
+"""The plan's estimate, made once for equal questions: it is a third of a tiny run, and many runs differ in their folders alone.
+
+It is the real estimate, kept in files so that forked processes share it. `seppo_fast.train` started as a command and the dry run
+make their own each time; test_cost.py holds the estimate to what is allocated.
+"""
+
+import functools
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+from seppo_fast.configfile import Batch, Config
+from seppo_fast.training import run
+from seppo_fast.training.cost import Cost
+
+
+def remember(folder: Path) -> None:
+    """From now on, what this process trains takes its estimates from `folder` where they are there."""
+    estimate = run.estimate
+
+    @functools.wraps(estimate)
+    def remembered(model: Any, config: Config, batch: Batch, evaluations: int) -> Cost:
+        file = folder / question(model, config, batch, evaluations)
+        if not file.exists():
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_bytes(pickle.dumps(estimate(model, config, batch, evaluations)))
+            part.rename(file)
+        return pickle.loads(file.read_bytes())
+
+    run.estimate = remembered
+
+
+def question(model: Any, config: Config, batch: Batch, evaluations: int) -> str:
+    """All that goes into an estimate, as one word: the configuration but for where things are and how much is said of them."""
+    asked = config.as_dict()
+    ours = asked["seppo"]
+    del ours["output_dir"], ours["model"]["path"], ours["checkpoint"]
+    ours["data"] = ours["data"]["resolution"]
+    return hashlib.sha256(repr((type(model), model.directory.configs, asked, batch, evaluations)).encode()).hexdigest()

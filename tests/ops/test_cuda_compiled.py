@@ -1,0 +1,98 @@
+"""csrc/cuda.cu: what nvcc makes of it for both chips."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+NAMES = {"float": "f", "half": "6__half", "bfloat16": "13__nv_bfloat16"}  # as C++ mangles them
+
+builds = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+
+
+@pytest.fixture(scope="module", params=[80, 90])
+def chip(request, tmp_path_factory):
+    """Chip, ptxas's report by kernel, SASS by kernel."""
+    output = tmp_path_factory.mktemp("cuda") / "cuda.cubin"
+    include = str(Path(torch.__file__).parent / "include")
+    command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
+               "-isystem", include, f"-arch=sm_{request.param}", "-Xptxas", "-v", "-cubin", str(ROOT / "csrc/cuda.cu")]
+    done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pattern = (r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+               r".*?Used (\d+) registers")
+    report = {name: tuple(map(int, rest)) for name, *rest in re.findall(pattern, done.stderr, re.S)}
+    tool = cuobjdump()
+    sass = {}
+    if tool:
+        text = subprocess.run([tool, "-sass", str(output)], capture_output=True, text=True, check=True).stdout
+        sass = {part.split(None, 1)[0]: part for part in text.split("Function : ")[1:]}
+    return request.param, report, sass
+
+
+def cuobjdump():
+    if importlib.util.find_spec("triton"):
+        import triton
+        return triton.knobs.nvidia.cuobjdump.path
+    return shutil.which("cuobjdump")
+
+
+def kernels(found, kernel, name, from_errors=False):
+    """The instantiation for policy, reference (if it is not known by its errors) and target of one dtype, with 16-byte accesses."""
+    code = NAMES[name]
+    again = "f" if code == "f" else r"S\w*?_"
+    reference = r"N\w*?6ScoredE" if from_errors else again
+    chosen = [k for k in found if re.search(rf"\d{kernel}I{code}{reference}{again}Lb1E", k)]
+    assert len(chosen) == 1, (kernel, name, chosen)
+    return found[chosen[0]]
+
+
+# What runs SD-1.5 and video shapes: on sm_80 one block and the cooperative grid, on sm_90 clusters.
+PATHS = [(80, "clustered"), (80, "cooperative"), (90, "clustered")]
+
+
+@builds
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_spills(chip, name):
+    number, report, _ = chip
+    for kernel in [kernel for other, kernel in PATHS if other == number]:
+        for from_errors in (False, True):
+            stack, stores, loads, registers = kernels(report, kernel, name, from_errors)
+            assert (stack, stores, loads) == (0, 0, 0) and registers <= 64, (number, kernel, name, from_errors)
+
+
+@builds
+@pytest.mark.timeout(900)
+def test_little_is_spilled_anywhere(chip):
+    """Not on a path that the usual shapes take; a few bytes are left where they are not worth slower code."""
+    assert len(chip[1]) > 30
+    for name, (_, stores, loads, _) in chip[1].items():
+        assert stores <= 32 and loads <= 32, name
+
+
+@builds
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("from_errors", [False, True])
+def test_16_bytes_at_a_time(chip, name, from_errors):
+    """Every input element read once and every gradient element written once, in 16-byte accesses, in one kernel."""
+    number, _, sass = chip
+    if not sass:
+        pytest.skip("there is no cuobjdump")
+    steps = 16 * (4 if name == "float" else 2) // 16  # 16 elements of a half; the code of the two halves is one loop
+    for kernel in [kernel for other, kernel in PATHS if other == number]:
+        code = kernels(sass, kernel, name, from_errors)
+        loads = re.findall(r"\bLDG\.E\.\S*", code)
+        wide = [load for load in loads if ".128" in load]
+        assert len(wide) == (2 if from_errors else 3) * steps, (kernel, loads)
+        rest = [load for load in loads if load not in wide and "STRONG" not in load]  # STRONG is what other blocks summed
+        assert rest == (["LDG.E.CONSTANT"] * 2 if from_errors else []), "the reference's two errors"
+        assert len(re.findall(r"\bSTG\.E\.128", code)) == steps
+        assert not re.search(r"\b(LDL|STL)\b", code)
