@@ -5,10 +5,14 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart test lint readme clean
+.PHONY: quickstart quickstart-video test lint readme clean
 
 quickstart: $(READY)
 	$(BIN)/python -m seppo_fast.quickstart --out runs/quickstart
+
+# The same for video: a tiny AnimateDiff and clips of moving digits.
+quickstart-video: $(READY)
+	$(BIN)/python -m seppo_fast.quickstart.video --out runs/quickstart_video
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.loop import ROOT, Case, Keep, Row, finish, fresh, overrides
 from seppo_fast.configfile import load_config
-from seppo_fast.quickstart.__main__ import free_port
+from seppo_fast.quickstart.steps import free_port
 
 
 def measure(case: Case, keep: Keep) -> None:

@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def filled(text: str) -> str:
     """`text` with what stands between its `<!-- name -->` and `<!-- /name -->` replaced by the table of that name."""
-    for name, table in {"quickstart": quickstart, "loss": loss, "throughput": partial(throughput, RESULTS)}.items():
+    tables = {"quickstart": quickstart, "quickstart_video": video, "loss": loss, "throughput": partial(throughput, RESULTS)}
+    for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda found, make=table: found[1] + make() + "\n" + found[2], text)
     return text
@@ -61,6 +62,34 @@ def quickstart() -> str:
         f" {result['seconds']['total']:.0f} s in all, base model included, installation apart. Prompt accuracy: share of"
         f" {base['samples']} samples that an independent classifier reads as the prompt's digit. Cleanliness: share of samples as"
         " close to a held-out real digit as 95% of the real digits are.",
+    ]
+    return "\n".join(lines)
+
+
+def video(results: Path = RESULTS) -> str:
+    """Before and after, from the video quickstart's result.json, with its loop; in words where it was not run."""
+    path = results / "quickstart_video" / "result.json"
+    if not path.exists():
+        return "Not measured yet (`make quickstart-video`, then `make readme`)."
+    result = json.loads(path.read_text())
+    base, after, clean, machine = result["base"], result["seppo"], result["judge"]["clean_clips"], result["machine"]
+    measures = (("direction_accuracy", "direction accuracy", "{:.1%}"), ("moving", "moving", "{:.1%}"),
+                ("frechet_distance", "Frechet distance (less is better)", "{:.2f}"), ("ssim", "SSIM", "{:.3f}"),
+                ("psnr", "PSNR", "{:.2f} dB"))
+    lines = [
+        "![clips of the base model and, from the same noise, after SePPO](benchmarks/results/quickstart_video/side_by_side.webp)",
+        "",
+        "| | base | SePPO | clean clips |",
+        "|---|---|---|---|",
+        *(f"| {label} | " + " | ".join(form.format(scores[key]) for scores in (base, after, clean)) + " |"
+          for key, label, form in measures),
+        "",
+        f"Measured by `make quickstart-video` with seed {result['settings']['seed']} on {machine['cpu']}, {machine['cores']} cores,"
+        f" {machine['threads']} thread{'s' * (machine['threads'] > 1)}: {result['seconds']['total']:.0f} s in all, base model"
+        f" included, installation apart. Direction accuracy: share of {base['samples']} samples whose brightness travels in the"
+        f" prompt's direction (right for {result['judge']['accuracy_on_held_out_clips']:.1%} of real clips). Frechet distance: to"
+        f" clips of held-out digits, on {result['judge']['features']} random projections of small frames and of their differences."
+        " SSIM and PSNR: to the held-out clip of the same prompt that is nearest. Clean clips: the same measures of real clips.",
     ]
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ from benchmarks.loop import ROOT, Case, Keep, Row
 from benchmarks.loss import one_row_a_line
 from benchmarks.throughput_summary import rates, targets
 from benchmarks.timing import commit, machine
-from seppo_fast.quickstart.__main__ import free_port
+from seppo_fast.quickstart.steps import free_port
 
 PARTS = {"cpu": ("loop", "ranks", "sampler", "swap", "profile"), "cuda": ("sampler", "loop", "training_memory", "swap", "profile")}
 Text = Callable[[str, str], None]  # name of a profile, text

@@ -3,15 +3,10 @@
 import argparse
 import json
 import shutil
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import seppo_fast
 from seppo_fast.configfile import load_config
 from seppo_fast.errors import UserError
 from seppo_fast.quickstart.base import Recipe, make_base
@@ -19,11 +14,11 @@ from seppo_fast.quickstart.demonstrations import write_demonstrations
 from seppo_fast.quickstart.digits import CAPTIONS, split_digits
 from seppo_fast.quickstart.judge import Judge, draw
 from seppo_fast.quickstart.report import curves, read_metrics, side_by_side, table, write_result
+from seppo_fast.quickstart.steps import overrides, own_folder, say, timed, train
 
 CONFIG = "quickstart.json"
 SAMPLES = 500
 STEPS = 20
-OURS = ".quickstart"  # marks a folder whose contents the quickstart may clear
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,14 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     out, seed = arguments.out, arguments.seed
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()) and not (out / OURS).exists():
-            print(f"seppo_fast: --out {out} holds other things, and the quickstart clears its folders there; choose an empty"
-                  " or new folder", file=sys.stderr)
-            return 2
-        (out / OURS).touch()
-    except OSError as error:
-        print(f"seppo_fast: --out {out}: {error.strerror}; choose another folder", file=sys.stderr)
+        own_folder(out)
+    except UserError as error:
+        print(f"seppo_fast: {error}", file=sys.stderr)
         return 2
     seconds: dict[str, float] = {}
     started = time.perf_counter()
@@ -61,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     with timed(seconds, "training"):
         # The base is what takes long; a run folder is never written over by the trainer itself.
         shutil.rmtree(out / "run", ignore_errors=True)
-        status = train(out, seed)
+        status = train(CONFIG, overrides(out, seed))
     if status:
         print(f"seppo_fast: the training ended with status {status}; its messages are above", file=sys.stderr)
         return status
@@ -88,45 +78,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nseconds: {stages}\npictures: {out / 'side_by_side.png'}, {out / 'curves.png'}")
     print(f"figures: {out / 'result.json'}")
     return 0
-
-
-def overrides(out: Path, seed: int) -> list[str]:
-    """What the shipped configuration leaves to be said: where the model and the data are, and where the run goes."""
-    paths = {
-        "model.path": out / "base", "data.source": out / "demonstrations",
-        "data.cache_dir": out / "cache", "output_dir": out / "run",
-    }
-    return [*(f"seppo.{key}={path}" for key, path in paths.items()), f"seppo.seed={seed}"]
-
-
-def train(out: Path, seed: int) -> int:
-    """Run `deepspeed seppo_fast/train.py --config quickstart.json --set ...`, its output passed on; the exit status."""
-    script = Path(seppo_fast.__file__).parent / "train.py"
-    # One process and a free port: the result must not depend on the machine's NUMA nodes, nor fail beside another job.
-    launcher = ["--num_gpus", "1", "--master_port", str(free_port())]
-    command = [str(script), "--config", CONFIG, "--set", *overrides(out, seed)]
-    print("deepspeed", *launcher, *command, flush=True)
-    return subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", *launcher, *command]).returncode
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Write the block's wall-clock seconds under `name`."""
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start
-
-
-def say(text: str) -> None:
-    """A heading."""
-    print(f"\n== {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,18 @@
 """The base model: a complete Stable Diffusion pipeline directory, tiny and trained here on a sloppy crawl."""
 
-import hashlib
-import json
-import shutil
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
-import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from seppo_fast.quickstart.digits import CAPTIONS, RESOLUTION, Digits, sloppy_crawl, split_digits
-from seppo_fast.quickstart.tokenizer import LENGTH, train_tokenizer
+from seppo_fast.quickstart.fitting import fit, make_once, new_text_encoder, token_ids
+from seppo_fast.quickstart.tokenizer import train_tokenizer
 from seppo_fast.seeds import generator
-
-RECORD = "made_of.json"
 
 
 @dataclass(frozen=True)
@@ -45,17 +36,7 @@ class Recipe:
 
 def make_base(folder: Path, recipe: Recipe) -> bool:
     """Build the pipeline directory unless `folder` holds what this recipe and code give; True when it was built."""
-    record = json.dumps(_made_of(recipe), indent=2) + "\n"
-    if (folder / RECORD).is_file() and (folder / RECORD).read_text() == record:
-        return False
-    pipeline = train_base(recipe)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline.save_pretrained(unfinished, safe_serialization=True)
-    (unfinished / RECORD).write_text(record)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-    return True
+    return make_once(folder, recipe, ("base.py", "fitting.py", "digits.py", "tokenizer.py"), train_base)
 
 
 def train_base(recipe: Recipe) -> StableDiffusionPipeline:
@@ -76,7 +57,7 @@ def train_base(recipe: Recipe) -> StableDiffusionPipeline:
     latents = encode_all(vae, crawl)
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     with torch.no_grad():
-        embeds = text(_tokens(tokenizer, [*CAPTIONS, ""])).last_hidden_state
+        embeds = text(token_ids(tokenizer, [*CAPTIONS, ""])).last_hidden_state
     train_unet(unet, embeds, latents * vae.config.scaling_factor, crawl.labels, scheduler, recipe)
     return StableDiffusionPipeline(
         vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=scheduler,
@@ -91,15 +72,6 @@ def new_vae() -> AutoencoderKL:
         block_out_channels=(16, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8,
         sample_size=RESOLUTION, mid_block_add_attention=False,
     )
-
-
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text model of two layers and width 32."""
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=32, max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -122,7 +94,7 @@ def train_vae(vae: AutoencoderKL, crawl: Digits, recipe: Recipe) -> None:
         restored = vae.decode(posterior.sample(random)).sample
         return F.mse_loss(restored, pixels) + recipe.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
 
-    _train(list(vae.parameters()), loss, recipe.vae_steps, recipe.vae_lr, "VAE")
+    fit(list(vae.parameters()), loss, recipe.vae_steps, recipe.vae_lr, "VAE")
 
 
 @torch.no_grad()
@@ -137,7 +109,7 @@ def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, crawl: Dig
     tower = torch.nn.Linear(crawl.pixels[0, 0].numel(), text.config.hidden_size)
     torch.nn.init.normal_(tower.weight, std=0.05, generator=random)
     torch.nn.init.zeros_(tower.bias)
-    tokens = _tokens(tokenizer, CAPTIONS)
+    tokens = token_ids(tokenizer, CAPTIONS)
 
     def loss() -> Tensor:
         rows = torch.randint(len(crawl), (recipe.batch_size,), generator=random)
@@ -146,7 +118,7 @@ def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, crawl: Dig
         # With ten captions in all, each picture is told from every caption there is rather than from its batch's.
         return F.cross_entropy(10 * pictures @ captions.T, crawl.labels[rows])
 
-    _train([*text.parameters(), *tower.parameters()], loss, recipe.text_steps, recipe.text_lr, "text encoder")
+    fit([*text.parameters(), *tower.parameters()], loss, recipe.text_steps, recipe.text_lr, "text encoder")
 
 
 def train_unet(
@@ -165,37 +137,4 @@ def train_unet(
         noisy = scheduler.add_noise(latents[rows], noise, timesteps)
         return F.mse_loss(unet(noisy, timesteps, embeds[captions]).sample, noise)
 
-    _train(list(unet.parameters()), loss, recipe.unet_steps, recipe.unet_lr, "UNet")
-
-
-def _tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Token ids `(len(captions), 77)`."""
-    tokens = tokenizer(list(captions), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
-    return tokens.input_ids
-
-
-def _train(weights: list[torch.nn.Parameter], loss: Callable[[], Tensor], steps: int, lr: float, name: str) -> None:
-    """AdamW under one cosine from a short warm-up down to zero."""
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
-    progress = tqdm(range(steps), desc=name, file=sys.stdout, mininterval=2)
-    for step in progress:
-        value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{value.item():.4f}")
-
-
-def _made_of(recipe: Recipe) -> dict[str, object]:
-    """What decides the base's bytes: the recipe, this code and the libraries."""
-    here = Path(__file__).parent
-    files = ("base.py", "digits.py", "tokenizer.py")
-    return {
-        "recipe": asdict(recipe),
-        "code": {name: hashlib.sha256((here / name).read_bytes()).hexdigest() for name in files},
-        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
-    }
+    fit(list(unet.parameters()), loss, recipe.unet_steps, recipe.unet_lr, "UNet")

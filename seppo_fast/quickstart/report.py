@@ -1,9 +1,6 @@
 """The quickstart's result: a table, the samples side by side, the curves and result.json."""
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from seppo_fast.quickstart.digits import WORDS
 from seppo_fast.quickstart.judge import Judge, Scores
+from seppo_fast.quickstart.machine import commit, machine
 
 matplotlib.use("Agg")
 
@@ -125,26 +123,3 @@ def write_result(
         "updates": len(rows),
     }
     path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """The processor's name and the cores this process may use."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "cores": cores, "threads": torch.get_num_threads(), "system": platform.platform()}
-
-
-def commit() -> str | None:
-    """The source's git commit, with + when files differ from it; None outside a repository."""
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"],
-            capture_output=True, text=True,
-        )
-    except FileNotFoundError:
-        return None
-    return described.stdout.strip() or None

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from seppo_fast.configfile import batch_plan, load_config
-from seppo_fast.quickstart.__main__ import main, overrides
+from seppo_fast.quickstart.__main__ import main
 from seppo_fast.quickstart.digits import split_digits
 from seppo_fast.quickstart.judge import Judge, Scores
 from seppo_fast.quickstart.report import curves, iteration_mean, read_metrics, side_by_side, table, write_result
+from seppo_fast.quickstart.steps import overrides
 
 BEFORE, AFTER = Scores(0.7, 0.4, 500), Scores(0.85, 0.625, 500)
 

@@ -1,0 +1,65 @@
+"""The steps that both quickstarts go through: their folder, their clock, and training by the literal command."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import seppo_fast
+from seppo_fast.errors import UserError
+
+OURS = ".quickstart"  # marks a folder whose contents the quickstart may clear
+
+
+def own_folder(out: Path) -> None:
+    """Make `out`, and mark it as the quickstart's; a UserError where it holds other things."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not (out / OURS).exists():
+            raise UserError(f"--out {out} holds other things, and the quickstart clears its folders there; choose an empty"
+                            " or new folder")
+        (out / OURS).touch()
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose another folder") from error
+
+
+def overrides(out: Path, seed: int) -> list[str]:
+    """What a shipped configuration leaves to be said: where the model and the data are, and where the run goes."""
+    paths = {
+        "model.path": out / "base", "data.source": out / "demonstrations",
+        "data.cache_dir": out / "cache", "output_dir": out / "run",
+    }
+    return [*(f"seppo.{key}={path}" for key, path in paths.items()), f"seppo.seed={seed}"]
+
+
+def train(config: str, settings: Sequence[str]) -> int:
+    """Run `deepspeed seppo_fast/train.py --config CONFIG --set ...`, its output passed on; the exit status."""
+    script = Path(seppo_fast.__file__).parent / "train.py"
+    # One process and a free port: the result must not depend on the machine's NUMA nodes, nor fail beside another job.
+    launcher = ["--num_gpus", "1", "--master_port", str(free_port())]
+    command = [str(script), "--config", config, "--set", *settings]
+    print("deepspeed", *launcher, *command, flush=True)
+    return subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", *launcher, *command]).returncode
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Write the block's wall-clock seconds under `name`."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def say(text: str) -> None:
+    """A heading."""
+    print(f"\n== {text}", flush=True)

@@ -1,0 +1,177 @@
+"""The base model: a complete AnimateDiff pipeline directory, tiny and trained here on a sloppy crawl of clips."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, MotionAdapter, UNetMotionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from seppo_fast.quickstart.digits import split_digits
+from seppo_fast.quickstart.fitting import fit, make_once, new_text_encoder, token_ids
+from seppo_fast.quickstart.tokenizer import train_tokenizer
+from seppo_fast.quickstart.video.clips import CAPTIONS, FRAMES, RESOLUTION, Clips, sloppy_crawl
+from seppo_fast.seeds import generator
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the base is made. `wrong_directions`, `bad_motion` and `degraded` are shares of the crawl, and the base's faults."""
+
+    seed: int = 0
+    clips: int = 1200
+    wrong_directions: float = 0.4
+    bad_motion: float = 0.2
+    degraded: float = 0.2
+    vae_steps: int = 220
+    vae_batch_size: int = 32
+    text_steps: int = 200
+    unet_steps: int = 1000
+    unet_batch_size: int = 4
+    vae_lr: float = 4e-3
+    text_lr: float = 6e-3
+    kl_weight: float = 1e-3
+    unet_lr: float = 2e-3
+    caption_dropout: float = 0.1
+
+
+def make_base(folder: Path, recipe: Recipe) -> bool:
+    """Build the pipeline directory unless `folder` holds what this recipe and code give; True when it was built."""
+    code = ("video/base.py", "video/clips.py", "fitting.py", "digits.py", "tokenizer.py")
+    return make_once(folder, recipe, code, train_base)
+
+
+def train_base(recipe: Recipe) -> AnimateDiffPipeline:
+    """Tokenizer, VAE, text encoder and the UNet with its motion modules, trained on the crawl; AnimateDiff's noise schedule."""
+    digits, _ = split_digits(recipe.seed)
+    crawl = sloppy_crawl(digits, recipe.clips, recipe.wrong_directions, recipe.bad_motion, recipe.degraded, recipe.seed)
+    tokenizer = new_tokenizer()
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_schedule="linear", beta_start=0.00085, beta_end=0.012,
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing",
+    )
+    # The networks' initial weights are the only draws from torch's global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        vae, text, unet = new_vae(), new_text_encoder(tokenizer), new_unet()
+    train_vae(vae, crawl, recipe)
+    train_text_encoder(text, tokenizer, crawl, recipe)
+    latents = encode_all(vae, crawl)
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+    with torch.no_grad():
+        embeds = text(token_ids(tokenizer, [*CAPTIONS, ""])).last_hidden_state
+    train_unet(unet, embeds, latents * vae.config.scaling_factor, crawl.labels, scheduler, recipe)
+    return AnimateDiffPipeline(
+        vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=scheduler,
+        motion_adapter=motion_adapter_of(unet), feature_extractor=None, image_encoder=None,
+    )
+
+
+def new_tokenizer() -> CLIPTokenizer:
+    """A tokenizer of the captions' words, the same each time."""
+    words = sorted({word for caption in CAPTIONS for word in caption.split()})
+    # The learner takes equally frequent pairs ("ee" and "en" at a word's end) in an order that differs from call to call.
+    return train_tokenizer([(word + " ") * 2**index for index, word in enumerate(words)])
+
+
+def new_vae() -> AutoencoderKL:
+    """Pixels (3, 32, 32) to latents (4, 8, 8)."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        sample_size=RESOLUTION, mid_block_add_attention=False,
+    )
+
+
+def new_unet() -> UNetMotionModel:
+    """About 1.8 million parameters; a motion module after every layer, attention to the prompt at 4x4 and 2x2.
+
+    Motion modules look along time at one place: only where the places are few do they see a digit all along its way.
+    """
+    return UNetMotionModel(
+        sample_size=RESOLUTION // 4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 48, 64),
+        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion"),
+        up_block_types=("CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion", "UpBlockMotion"),
+        cross_attention_dim=32, num_attention_heads=4, motion_num_attention_heads=4, motion_max_seq_length=24,
+        norm_num_groups=8,
+    )
+
+
+def motion_adapter_of(unet: UNetMotionModel) -> MotionAdapter:
+    """The UNet's motion modules on their own: the pipeline's other component, and what a Stable Diffusion 1.x would be given."""
+    settings = unet.config
+    adapter = MotionAdapter(
+        block_out_channels=settings.block_out_channels, motion_layers_per_block=settings.layers_per_block,
+        motion_num_attention_heads=settings.motion_num_attention_heads, motion_norm_num_groups=settings.norm_num_groups,
+        motion_max_seq_length=settings.motion_max_seq_length, use_motion_mid_block=settings.use_motion_mid_block,
+    )
+    weights = {name: weight for name, weight in unet.state_dict().items() if "motion_modules." in name}
+    adapter.load_state_dict(weights, strict=True)
+    return adapter.eval()
+
+
+def train_vae(vae: AutoencoderKL, crawl: Clips, recipe: Recipe) -> None:
+    """Reconstruction of single frames and a faint pull to the normal distribution; pixels in [-1, 1]."""
+    random = generator(recipe.seed, "vae")
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(crawl), (recipe.vae_batch_size,), generator=random)
+        frames = torch.randint(FRAMES, (recipe.vae_batch_size,), generator=random)
+        pixels = _coloured(crawl.pixels[rows, frames])
+        posterior = vae.encode(pixels).latent_dist
+        restored = vae.decode(posterior.sample(random)).sample
+        return F.mse_loss(restored, pixels) + recipe.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+
+    fit(list(vae.parameters()), loss, recipe.vae_steps, recipe.vae_lr, "VAE")
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, crawl: Clips) -> Tensor:
+    """Posterior means of the whole crawl, `(N, 4, 16, 8, 8)`, unscaled."""
+    means = [vae.encode(_coloured(frames)).latent_dist.mean for frames in crawl.pixels.flatten(0, 1).split(512)]
+    return torch.cat(means).unflatten(0, (-1, FRAMES)).transpose(1, 2).contiguous()
+
+
+def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, crawl: Clips, recipe: Recipe) -> None:
+    """CLIP's contrast of clips with captions; the clips' tower is one linear map of four frames and is thrown away."""
+    random = generator(recipe.seed, "text")
+    seen = crawl.pixels[:, [0, 5, 10, 15]]
+    tower = torch.nn.Linear(seen[0].numel() // 4, text.config.hidden_size)
+    torch.nn.init.normal_(tower.weight, std=0.05, generator=random)
+    torch.nn.init.zeros_(tower.bias)
+    tokens = token_ids(tokenizer, CAPTIONS)
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(crawl), (recipe.vae_batch_size,), generator=random)
+        clips = F.normalize(tower(F.avg_pool2d(seen[rows, :, 0], 2).flatten(1)), dim=1)
+        captions = F.normalize(text(tokens).pooler_output, dim=1)
+        # With forty captions in all, each clip is told from every caption there is rather than from its batch's.
+        return F.cross_entropy(10 * clips @ captions.T, crawl.labels[rows])
+
+    fit([*text.parameters(), *tower.parameters()], loss, recipe.text_steps, recipe.text_lr, "text encoder")
+
+
+def train_unet(
+    unet: UNetMotionModel, embeds: Tensor, latents: Tensor, labels: Tensor, scheduler: DDIMScheduler, recipe: Recipe,
+) -> None:
+    """Noise prediction at one uniform timestep a clip; `embeds` are those of the forty captions and, last, of the empty one."""
+    random = generator(recipe.seed, "unet")
+    batch = recipe.unet_batch_size
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(latents), (batch,), generator=random)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=random)
+        noise = torch.randn(latents[rows].shape, generator=random)
+        dropped = torch.rand(batch, generator=random) < recipe.caption_dropout
+        captions = torch.where(dropped, len(CAPTIONS), labels[rows])
+        noisy = scheduler.add_noise(latents[rows], noise, timesteps)
+        return F.mse_loss(unet(noisy, timesteps, embeds[captions].repeat_interleave(FRAMES, dim=0)).sample, noise)
+
+    fit(list(unet.parameters()), loss, recipe.unet_steps, recipe.unet_lr, "UNet")
+
+
+def _coloured(grey: Tensor) -> Tensor:
+    """`(N, 1, H, W)` in [0, 1] to `(N, 3, H, W)` in [-1, 1]."""
+    return grey.expand(-1, 3, -1, -1) * 2 - 1

@@ -1,0 +1,153 @@
+"""The judge: samples drawn by plain diffusers, their movement measured, their likeness to clips of held-out digits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AnimateDiffPipeline
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from seppo_fast.quickstart.digits import Digits
+from seppo_fast.quickstart.video.clips import CAPTIONS, DIRECTIONS, FRAMES, RESOLUTION, STEPS, TRAVEL, Clips, clips_of, random_clips
+from seppo_fast.seeds import generator, normal
+
+FEATURES = 64
+HELD_OUT = 200  # digits, each in four directions: about twenty clips a caption
+STILL = TRAVEL / 4  # pixels in a clip; what travels less is not said to move
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of a set of clips. Accuracy and `moving` are shares; SSIM and PSNR (dB) are means over the clips."""
+
+    direction_accuracy: float
+    moving: float
+    frechet_distance: float
+    ssim: float
+    psnr: float
+    samples: int
+
+
+class Judge:
+    """Direction by the centroid's way; Frechet distance, SSIM and PSNR to clips of digits that no model saw.
+
+    `accuracy` is the direction accuracy on those held-out clips, `real` the scores of clean clips of the models' own digits:
+    what a perfect model would get.
+    """
+
+    def __init__(self, held_out: Digits, others: Digits, samples: int, seed: int = 0):
+        """`samples`: how many clips `real` is of; as many as will be judged, since the Frechet distance depends on it."""
+        random = generator(seed, "video judge")
+        self.held_out = every_direction(Digits(held_out.pixels[:HELD_OUT], held_out.labels[:HELD_OUT]), random)
+        self.features = Features(seed)
+        self.accuracy = float((direction(self.held_out.pixels) == self.held_out.labels % len(DIRECTIONS)).float().mean())
+        real = random_clips(others, samples, random)
+        self.real = self.score(real.pixels, real.labels.tolist())
+
+    def score(self, pixels: Tensor, labels: Sequence[int]) -> Scores:
+        """Judge clips `(N, 16, 1, 32, 32)` in [0, 1] of the prompts `CAPTIONS[labels]`."""
+        wanted = torch.tensor(labels)
+        found = direction(pixels)
+        ssim, psnr = likeness(pixels, self.nearest(pixels, wanted))
+        return Scores(
+            direction_accuracy=float((found == wanted % len(DIRECTIONS)).float().mean()),
+            moving=float((found >= 0).float().mean()), frechet_distance=self.distance(pixels), ssim=ssim, psnr=psnr,
+            samples=len(labels),
+        )
+
+    def distance(self, pixels: Tensor) -> float:
+        """Frechet distance of the features of clips `(N, 16, 1, 32, 32)` to those of the held-out clips."""
+        metric = FrechetInceptionDistance(self.features, input_img_size=tuple(pixels.shape[1:]))
+        metric.update(self.held_out.pixels, real=True)
+        metric.update(pixels, real=False)
+        return float(metric.compute())
+
+    def nearest(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """The pairing: for each clip that held-out clip of its caption whose squared error to it is least, in the same shape."""
+        pairs = torch.empty_like(pixels)
+        for label in labels.unique():
+            candidates = self.held_out.pixels[self.held_out.labels == label]
+            mine = labels == label
+            pairs[mine] = candidates[torch.cdist(pixels[mine].flatten(1), candidates.flatten(1)).argmin(dim=1)]
+        return pairs
+
+
+class Features(nn.Module):
+    """A clip's frames and the differences of successive frames, both 8x8, on 64 random directions that the seed fixes."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        length = (2 * FRAMES - 1) * 64
+        directions = torch.randn(length, FEATURES, generator=generator(seed, "features"))
+        self.register_buffer("directions", directions / FEATURES**0.5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """`(N, 16, 1, 32, 32)` to `(N, 64)`."""
+        frames = F.avg_pool2d(pixels[:, :, 0].float(), RESOLUTION // 8)
+        return torch.cat([frames, frames.diff(dim=1)], dim=1).flatten(1) @ self.directions
+
+
+def every_direction(digits: Digits, random: torch.Generator) -> Clips:
+    """Each digit once in each direction, at random places across."""
+    count = len(DIRECTIONS)
+    directions = torch.arange(count).repeat_interleave(len(digits))
+    across = torch.randint(TRAVEL + 1, (len(directions),), generator=random)
+    return clips_of(Digits(digits.pixels.repeat(count, 1, 1, 1), digits.labels.repeat(count)), directions, across)
+
+
+def travel(pixels: Tensor) -> Tensor:
+    """The way of what is bright, `(N, 2)`: x and y in pixels from first to last frame, by least squares on all frames' centroids.
+
+    What is brighter than its frame's median by at least a quarter of what the brightest pixel of the clip is counts.
+    """
+    frames = pixels[:, :, 0].float()
+    ink = (frames - frames.flatten(2).median(dim=2).values[..., None, None]).clamp(min=0)
+    ink = torch.where(ink >= ink.amax(dim=(1, 2, 3), keepdim=True) / 4, ink, 0)
+    mass = ink.sum(dim=(2, 3)).clamp(min=1e-6)
+    place = torch.arange(RESOLUTION) - (RESOLUTION - 1) / 2  # from the middle, where a frame without ink is then said to be
+    centroid = torch.stack([(ink.sum(dim=2) * place).sum(dim=2), (ink.sum(dim=3) * place).sum(dim=2)], dim=2) / mass[..., None]
+    time = torch.arange(FRAMES) - (FRAMES - 1) / 2
+    return (time[:, None] * centroid).sum(dim=1) / time.square().sum() * (FRAMES - 1)
+
+
+def direction(pixels: Tensor) -> Tensor:
+    """The index in DIRECTIONS of each clip's movement, `(N,)`; -1 where it travels less than STILL pixels."""
+    along = travel(pixels) @ STEPS.T.float()
+    best = along.max(dim=1)
+    return torch.where(best.values >= STILL, best.indices, -1)
+
+
+def likeness(pixels: Tensor, others: Tensor) -> tuple[float, float]:
+    """SSIM (mean over frames) and PSNR in dB (of whole clips, their mean) of clips `(N, 16, 1, 32, 32)` in [0, 1]."""
+    ssim = structural_similarity_index_measure(pixels.flatten(0, 1), others.flatten(0, 1), data_range=1.0)
+    psnr = peak_signal_noise_ratio(pixels, others, data_range=1.0, dim=(1, 2, 3, 4))
+    return float(ssim), float(psnr)
+
+
+def draw(
+    base: Path, lora: Path | None, labels: Sequence[int], seed: int, steps: int, guidance_scale: float, batch_size: int = 40,
+) -> Tensor:
+    """Samples `(N, 16, 1, 32, 32)` in [0, 1], grey, of a pipeline directory and, where given, the LoRA weights in `lora`.
+
+    The noise of sample i depends on (seed, i) alone.
+    """
+    pipeline = AnimateDiffPipeline.from_pretrained(base)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    pipeline.set_progress_bar_config(disable=True)
+    latent_size = RESOLUTION // pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, FRAMES, latent_size, latent_size)
+    clips = []
+    for start in range(0, len(labels), batch_size):
+        rows = range(start, min(start + batch_size, len(labels)))
+        clips.append(pipeline(
+            [CAPTIONS[labels[row]] for row in rows], num_frames=FRAMES, height=RESOLUTION, width=RESOLUTION,
+            latents=normal(shape, seed, "judge", rows), num_inference_steps=steps, guidance_scale=guidance_scale,
+            output_type="np", decode_chunk_size=16 * FRAMES,
+        ).frames)
+    return torch.from_numpy(np.concatenate(clips)).mean(dim=-1)[:, :, None]
