@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, MotionAdapter, UNetMotionModel
+from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, UNetMotionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from seppo_fast.models.animatediff import motion_adapter
 from seppo_fast.quickstart.digits import split_digits
 from seppo_fast.quickstart.fitting import fit, make_once, new_text_encoder, token_ids
 from seppo_fast.quickstart.tokenizer import train_tokenizer
@@ -65,7 +66,7 @@ def train_base(recipe: Recipe) -> AnimateDiffPipeline:
     train_unet(unet, embeds, latents * vae.config.scaling_factor, crawl.labels, scheduler, recipe)
     return AnimateDiffPipeline(
         vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=scheduler,
-        motion_adapter=motion_adapter_of(unet), feature_extractor=None, image_encoder=None,
+        motion_adapter=motion_adapter(unet).eval(), feature_extractor=None, image_encoder=None,
     )
 
 
@@ -97,19 +98,6 @@ def new_unet() -> UNetMotionModel:
         cross_attention_dim=32, num_attention_heads=4, motion_num_attention_heads=4, motion_max_seq_length=24,
         norm_num_groups=8,
     )
-
-
-def motion_adapter_of(unet: UNetMotionModel) -> MotionAdapter:
-    """The UNet's motion modules on their own: the pipeline's other component, and what a Stable Diffusion 1.x would be given."""
-    settings = unet.config
-    adapter = MotionAdapter(
-        block_out_channels=settings.block_out_channels, motion_layers_per_block=settings.layers_per_block,
-        motion_num_attention_heads=settings.motion_num_attention_heads, motion_norm_num_groups=settings.norm_num_groups,
-        motion_max_seq_length=settings.motion_max_seq_length, use_motion_mid_block=settings.use_motion_mid_block,
-    )
-    weights = {name: weight for name, weight in unet.state_dict().items() if "motion_modules." in name}
-    adapter.load_state_dict(weights, strict=True)
-    return adapter.eval()
 
 
 def train_vae(vae: AutoencoderKL, crawl: Clips, recipe: Recipe) -> None:
