@@ -31,7 +31,7 @@ GRACE = 8  # seconds between SIGINT, at which a step ends with what it has, and 
 # name -> seconds at most; the functions that measure are in gpu_steps.py and gpu_throughput.py
 LOSS = {"build": 120, "tests_native": 90, "memory": 20, "bandwidth": 50, "host": 40, "baselines": 120, "tests_triton": 130,
         "memcheck": 80, "racecheck": 60, "plans": 40}
-THROUGHPUT = {"tests_sampler": 60, "swap": 30, "sampler": 200, "training_memory": 110, "loop": 200}
+THROUGHPUT = {"tests_sampler": 60, "swap": 30, "sampler": 200, "training_memory": 110, "loop": 200, "video": 170}
 STEPS = LOSS | THROUGHPUT
 GROUPS = {"loss": list(LOSS), "throughput": list(THROUGHPUT)}
 CHECKS = ("tests_native", "tests_triton", "tests_sampler", "memcheck", "racecheck")

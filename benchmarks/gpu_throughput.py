@@ -6,8 +6,8 @@ from pathlib import Path
 from benchmarks.loop import Keep
 
 # Beyond what the steps of the loss need. A machine without them says so rather than fail.
-NEEDED = dict.fromkeys(("sampler", "swap"), ("diffusers", "pydantic", "peft", "transformers"))
 TRAINING = ("diffusers", "pydantic", "deepspeed", "transformers", "datasets", "peft")
+NEEDED = {"video": (*TRAINING, "av"), **dict.fromkeys(("sampler", "swap"), ("diffusers", "pydantic", "peft", "transformers"))}
 
 
 def step(name: str, out: Path, keep: Keep, limit: float) -> None:
@@ -30,6 +30,10 @@ def step(name: str, out: Path, keep: Keep, limit: float) -> None:
         from benchmarks import swap
 
         swap.measure("sd15", "cuda", work / "swap", keep)
+    elif name == "video":
+        from benchmarks import video_training
+
+        video_training.measure("cuda", work, keep)
     else:
         from benchmarks import loop, throughput, training_memory
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.loss_summary import Row, of_gpu_suite, targets
 from benchmarks.throughput_readme import throughput
+from benchmarks.video_readme import video as decoding
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def filled(text: str) -> str:
     """`text` with what stands between its `<!-- name -->` and `<!-- /name -->` replaced by the table of that name."""
-    tables = {"quickstart": quickstart, "quickstart_video": video, "loss": loss, "throughput": partial(throughput, RESULTS)}
+    tables = {"quickstart": quickstart, "quickstart_video": video, "loss": loss, "throughput": partial(throughput, RESULTS),
+              "decoding": partial(decoding, RESULTS)}
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda found, make=table: found[1] + make() + "\n" + found[2], text)

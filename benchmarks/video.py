@@ -21,7 +21,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import nvidia.dali
 import torch
 
 from benchmarks.loss import one_row_a_line
@@ -107,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=2.0, help="for a codec, size, choice and number of threads")
     given = parser.parse_args(argv)
+    import nvidia.dali
+
     given.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # PyAV's threads are one a clip
     counts = sorted({1, 2, os.cpu_count() or 1})

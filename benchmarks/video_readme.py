@@ -9,10 +9,31 @@ CHOICES = {"uniform": "whole clip", "window": "window"}
 
 
 def video(results: Path) -> str:
-    """A table for each machine that measured something; in words where none did."""
+    """A table for each machine that decoded something, and a line for each that trained on it; in words where none did."""
     files = sorted(results.glob("video_*.json"))
-    return "\n\n".join(block(json.loads(path.read_text()), path.name) for path in files) or (
-        "Not measured yet (`python -m benchmarks.video --out benchmarks/results`, then `make readme`).")
+    tables = [block(json.loads(path.read_text()), path.name) for path in files] or [
+        "Decoding: not measured yet (`python -m benchmarks.video --out benchmarks/results`, then `make readme`)."]
+    lines, on_gpu = [], False
+    for path in sorted([*results.glob("waiting_*.json"), *results.glob("gpu_suite*.json")]):
+        result = json.loads(path.read_text())
+        found = result.get("video", result)
+        if "waiting_share" in found:
+            lines.append(waiting(found, result, path.name))
+            on_gpu |= "gpu" in result["machine"]
+    if not on_gpu:
+        lines.append("Waiting on a GPU (target: at most 5% of the time): not measured yet"
+                     " (`python -m benchmarks.gpu_suite --out DIR --only video`).")
+    return "\n\n".join([*tables, *lines])
+
+
+def waiting(found: Row, result: Row, file: str) -> str:
+    """What training on clips that are decoded meanwhile waits for them."""
+    machine, seconds = result["machine"], found["seconds"]
+    on = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    spent = ", ".join(f"{name} {value:g} s" for name, value in seconds.items())
+    return (f"Training waits for its clips {found['waiting_share']:.1%} of the time on {on} (`{found['config']}` with random"
+            f" windows, decoded and encoded meanwhile; an update: {spent}; commit `{result['commit']}`;"
+            f" [JSON](benchmarks/results/{file})).")
 
 
 def block(result: Row, file: str) -> str:

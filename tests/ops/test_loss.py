@@ -54,6 +54,24 @@ def test_a_bad_pair_stays_alone_in_every_backend(backend, reduction, grad_scale)
             assert_alone(backend, "cpu", value, tensor // 2, where, form=scored, reduction=reduction, grad_scale=grad_scale)
 
 
+@pytest.mark.parametrize("backend", [name for name, why in available_backends("cpu").items() if why == "available"])
+def test_of_a_video_no_axis_is_left_unreduced(backend):
+    """Latents (2B, C, F, h, w): an error anywhere in a sample is in its one number, whatever its channel, frame, row or column."""
+    pairs, sample = 2, (2, 3, 4, 5)
+    target = torch.zeros(2 * pairs, *sample)
+    reference = torch.zeros_like(target)
+    for place in itertools.product(*(range(0, length, length - 1) for length in sample)):
+        model = torch.zeros_like(target)
+        model[(1, *place)] = 6.0  # pair 1's winner
+        losses, stats = seppo_loss(model.requires_grad_(), reference, target, beta=1.0, reduction="none", return_stats=True,
+                                   backend=backend)
+        assert losses.shape == stats.sign.shape == stats.logits.shape == (pairs,) and stats.model_mse.shape == (2 * pairs,)
+        torch.testing.assert_close(stats.model_mse, torch.tensor([0.0, 36 / 120, 0.0, 0.0]))
+        losses.sum().backward()
+        assert model.grad.nonzero().tolist() == [[1, *place]]
+    assert per_sample_mse(model.detach(), target, backend=backend).shape == (2 * pairs,)
+
+
 @pytest.mark.parametrize("beta", [1.0, 2000.0, 5000.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_app_b2_in_fp64(shape, beta):

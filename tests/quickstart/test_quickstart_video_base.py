@@ -7,11 +7,12 @@ import torch
 from diffusers import AnimateDiffPipeline, MotionAdapter
 from peft import LoraConfig
 
-from seppo_fast.quickstart.video.base import Recipe, encode_all, make_base
-from seppo_fast.quickstart.video.clips import sloppy_crawl
+from seppo_fast.quickstart.video.base import LATENTS, Recipe, encode_all, make_base
+from seppo_fast.quickstart.video.clips import random_clips, spoiled
 from seppo_fast.quickstart.video.judge import draw
+from seppo_fast.seeds import generator
 
-RECIPE = Recipe(clips=16, vae_steps=2, vae_batch_size=4, text_steps=2, unet_steps=2, unet_batch_size=2)
+RECIPE = Recipe(clips=16, vae_steps=2, vae_batch_size=4, text_steps=2, text_batch_size=4, unet_steps=2, unet_batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def pipeline(base):
 def test_is_a_complete_pipeline_that_diffusers_runs(base, pipeline):
     index = json.loads((base / "model_index.json").read_text())
     assert index["_class_name"] == "AnimateDiffPipeline" and index["unet"][1] == "UNetMotionModel"
-    assert pipeline.vae_scale_factor == 4
+    assert pipeline.vae_scale_factor == 8
     assert pipeline.scheduler.config.beta_schedule == "linear"
     clips = draw(base, None, [7, 39, 7], seed=0, steps=2, guidance_scale=2.0, batch_size=2)
     assert clips.shape == (3, 16, 1, 32, 32) and clips.isfinite().all()
@@ -46,9 +47,9 @@ def test_motion_adapter_is_the_unet_s_own(base, pipeline):
 def test_scaling_factor_is_the_latents_own(pipeline):
     from seppo_fast.quickstart.digits import split_digits
 
-    crawl = sloppy_crawl(split_digits(0)[0], RECIPE.clips, RECIPE.wrong_directions, RECIPE.bad_motion, RECIPE.degraded, 0)
-    latents = encode_all(pipeline.vae, crawl)
-    assert latents.shape == (16, 4, 16, 8, 8)
+    clips = random_clips(split_digits(0)[0], RECIPE.clips, generator(0, "clips"))
+    latents = encode_all(pipeline.vae, spoiled(clips, RECIPE.wrong_directions, RECIPE.bad_motion, RECIPE.degraded, 0))
+    assert latents.shape == (16, *LATENTS[:1], 16, *LATENTS[1:])
     assert (latents * pipeline.vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.01)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from seppo_fast.configfile import batch_plan, load_config
 from seppo_fast.quickstart.digits import Digits, degrade, split_digits
 from seppo_fast.quickstart.steps import overrides
-from seppo_fast.quickstart.video.clips import CAPTIONS, FRAMES, TRAVEL, Clips, clips_of, random_clips, sloppy_crawl, spoil_motion
+from seppo_fast.quickstart.video.clips import CAPTIONS, FRAMES, TRAVEL, Clips, clips_of, random_clips, spoil_motion, spoiled
 from seppo_fast.quickstart.video.demonstrations import write_demonstrations
 from seppo_fast.quickstart.video.judge import Judge, direction, likeness, travel
 from seppo_fast.quickstart.video.report import loop, stills, table, write_result
@@ -52,10 +52,10 @@ def test_random_clips_are_even_in_directions_and_seeded(digits, clips):
     assert torch.equal(again.pixels, clips.pixels) and torch.equal(again.labels, clips.labels)
 
 
-def test_crawl_has_the_faults_it_is_asked_for(digits):
+def test_clips_are_spoiled_as_asked_for(digits):
     def crawl(**faults: float) -> Clips:
         none = {"wrong_directions": 0.0, "bad_motion": 0.0, "degraded": 0.0}
-        return sloppy_crawl(digits[0], 200, **none | faults, seed=0)
+        return spoiled(random_clips(digits[0], 200, generator("crawl")), **none | faults, seed=0)
 
     clean, wrong, jumping, dirty = crawl(), crawl(wrong_directions=0.4), crawl(bad_motion=0.5), crawl(degraded=0.5)
     assert (direction(clean.pixels) == clean.labels % 4).all()
@@ -175,4 +175,4 @@ def test_shipped_configuration_is_valid_and_is_the_method(tmp_path):
     assert seppo.data.resolution == 32 and seppo.data.video.frames == FRAMES
     schedule = config.deepspeed["scheduler"]["params"]
     assert schedule["total_num_steps"] == seppo.iterations * seppo.updates_per_iteration
-    assert batch_plan(config.deepspeed, 1).size == 16
+    assert batch_plan(config.deepspeed, 1).size == 12

@@ -1,6 +1,7 @@
 """Text-to-video runs: against a plain loop, stopped and resumed in mid-epoch, on two ranks, and what they leave behind."""
 
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -299,11 +300,14 @@ def test_resumed_in_mid_epoch_it_ends_with_the_same_bytes(forks: Forks, video_se
     assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(broken)]
 
 
-def test_an_image_model_with_a_motion_adapter_trains(video_settings: Any, train: Callable[..., Path], sd: Path,
-                                                     tmp_path: Path) -> None:
+def test_an_image_model_with_a_motion_adapter_trains(video_settings: Any, train: Callable[..., Path], sd: Path, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture) -> None:
+    """The sampler's batch size is measured for videos, too."""
     adapter = tiny_adapter(tmp_path / "adapter")
     run = train(video_settings(**{"seppo.model.path": str(sd), "seppo.model.motion_adapter": str(adapter), "seppo.iterations": 1,
-                                  "seppo.updates_per_iteration": 1, "seppo.model.channels_last": True}))
+                                  "seppo.updates_per_iteration": 1, "seppo.model.channels_last": True,
+                                  "seppo.sampler.batch_size": "auto"}))
+    assert re.search(r"sampler: batches of [124]: ", capsys.readouterr().out)
     found: dict[str, Any] = {}
     usage = (run / "final" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     exec(usage.replace("FOLDER", repr(str(run / "final"))), found)

@@ -21,7 +21,7 @@ from seppo_fast.seeds import generator
 
 CONFIG = "quickstart_video.json"
 DEMONSTRATIONS = 400
-SAMPLES = 160
+SAMPLES = 120
 STEPS = 8
 
 

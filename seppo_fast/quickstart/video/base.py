@@ -13,28 +13,31 @@ from seppo_fast.models.animatediff import motion_adapter
 from seppo_fast.quickstart.digits import split_digits
 from seppo_fast.quickstart.fitting import fit, make_once, new_text_encoder, token_ids
 from seppo_fast.quickstart.tokenizer import train_tokenizer
-from seppo_fast.quickstart.video.clips import CAPTIONS, FRAMES, RESOLUTION, Clips, sloppy_crawl
+from seppo_fast.quickstart.video.clips import CAPTIONS, FRAMES, RESOLUTION, Clips, random_clips, spoiled
 from seppo_fast.seeds import generator
+
+LATENTS = (8, 4, 4)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the base is made. `wrong_directions`, `bad_motion` and `degraded` are shares of the crawl, and the base's faults."""
+    """How the base is made. `wrong_directions`, `bad_motion` and `degraded` are shares of the crawl, and the UNet's faults."""
 
     seed: int = 0
-    clips: int = 1200
-    wrong_directions: float = 0.4
-    bad_motion: float = 0.2
-    degraded: float = 0.2
-    vae_steps: int = 220
-    vae_batch_size: int = 32
+    clips: int = 1000
+    wrong_directions: float = 0.15
+    bad_motion: float = 0.1
+    degraded: float = 0.1
+    vae_steps: int = 160
+    vae_batch_size: int = 64
     text_steps: int = 200
-    unet_steps: int = 1000
-    unet_batch_size: int = 4
+    text_batch_size: int = 64
+    unet_steps: int = 560
+    unet_batch_size: int = 8
     vae_lr: float = 4e-3
     text_lr: float = 6e-3
     kl_weight: float = 1e-3
-    unet_lr: float = 2e-3
+    unet_lr: float = 3e-3
     caption_dropout: float = 0.1
 
 
@@ -47,7 +50,8 @@ def make_base(folder: Path, recipe: Recipe) -> bool:
 def train_base(recipe: Recipe) -> AnimateDiffPipeline:
     """Tokenizer, VAE, text encoder and the UNet with its motion modules, trained on the crawl; AnimateDiff's noise schedule."""
     digits, _ = split_digits(recipe.seed)
-    crawl = sloppy_crawl(digits, recipe.clips, recipe.wrong_directions, recipe.bad_motion, recipe.degraded, recipe.seed)
+    clips = random_clips(digits, recipe.clips, generator(recipe.seed, "clips"))
+    crawl = spoiled(clips, recipe.wrong_directions, recipe.bad_motion, recipe.degraded, recipe.seed)
     tokenizer = new_tokenizer()
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_schedule="linear", beta_start=0.00085, beta_end=0.012,
@@ -58,7 +62,7 @@ def train_base(recipe: Recipe) -> AnimateDiffPipeline:
         torch.manual_seed(recipe.seed)
         vae, text, unet = new_vae(), new_text_encoder(tokenizer), new_unet()
     train_vae(vae, crawl, recipe)
-    train_text_encoder(text, tokenizer, crawl, recipe)
+    train_text_encoder(text, tokenizer, clips, recipe)  # CLIP, too, knew what words mean before anybody made videos of them
     latents = encode_all(vae, crawl)
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     with torch.no_grad():
@@ -78,23 +82,23 @@ def new_tokenizer() -> CLIPTokenizer:
 
 
 def new_vae() -> AutoencoderKL:
-    """Pixels (3, 32, 32) to latents (4, 8, 8)."""
+    """Pixels (3, 32, 32) to latents (8, 4, 4)."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 32, 32), layers_per_block=1, latent_channels=LATENTS[0], norm_num_groups=8,
         sample_size=RESOLUTION, mid_block_add_attention=False,
     )
 
 
 def new_unet() -> UNetMotionModel:
-    """About 1.8 million parameters; a motion module after every layer, attention to the prompt at 4x4 and 2x2.
+    """About 1.4 million parameters; a motion module after every layer, attention to the prompt at 2x2.
 
     Motion modules look along time at one place: only where the places are few do they see a digit all along its way.
     """
     return UNetMotionModel(
-        sample_size=RESOLUTION // 4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 48, 64),
-        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion"),
-        up_block_types=("CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion", "UpBlockMotion"),
+        sample_size=LATENTS[1], in_channels=LATENTS[0], out_channels=LATENTS[0], layers_per_block=1, block_out_channels=(32, 64),
+        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"),
+        up_block_types=("CrossAttnUpBlockMotion", "UpBlockMotion"),
         cross_attention_dim=32, num_attention_heads=4, motion_num_attention_heads=4, motion_max_seq_length=24,
         norm_num_groups=8,
     )
@@ -117,26 +121,26 @@ def train_vae(vae: AutoencoderKL, crawl: Clips, recipe: Recipe) -> None:
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, crawl: Clips) -> Tensor:
-    """Posterior means of the whole crawl, `(N, 4, 16, 8, 8)`, unscaled."""
+    """Posterior means of the whole crawl, `(N, 8, 16, 4, 4)`, unscaled."""
     means = [vae.encode(_coloured(frames)).latent_dist.mean for frames in crawl.pixels.flatten(0, 1).split(512)]
     return torch.cat(means).unflatten(0, (-1, FRAMES)).transpose(1, 2).contiguous()
 
 
-def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, crawl: Clips, recipe: Recipe) -> None:
-    """CLIP's contrast of clips with captions; the clips' tower is one linear map of four frames and is thrown away."""
+def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, clips: Clips, recipe: Recipe) -> None:
+    """CLIP's contrast of clips with captions; the clips' tower is one linear map of four coarse frames and is thrown away."""
     random = generator(recipe.seed, "text")
-    seen = crawl.pixels[:, [0, 5, 10, 15]]
-    tower = torch.nn.Linear(seen[0].numel() // 4, text.config.hidden_size)
+    seen = F.avg_pool2d(clips.pixels[:, [0, 5, 10, 15], 0], 4).flatten(1)
+    seen = seen - seen.mean(dim=0)
+    tower = torch.nn.Linear(seen.shape[1], text.config.hidden_size)
     torch.nn.init.normal_(tower.weight, std=0.05, generator=random)
     torch.nn.init.zeros_(tower.bias)
     tokens = token_ids(tokenizer, CAPTIONS)
 
     def loss() -> Tensor:
-        rows = torch.randint(len(crawl), (recipe.vae_batch_size,), generator=random)
-        clips = F.normalize(tower(F.avg_pool2d(seen[rows, :, 0], 2).flatten(1)), dim=1)
-        captions = F.normalize(text(tokens).pooler_output, dim=1)
+        rows = torch.randint(len(clips), (recipe.text_batch_size,), generator=random)
+        shown, said = F.normalize(tower(seen[rows]), dim=1), F.normalize(text(tokens).pooler_output, dim=1)
         # With forty captions in all, each clip is told from every caption there is rather than from its batch's.
-        return F.cross_entropy(10 * clips @ captions.T, crawl.labels[rows])
+        return F.cross_entropy(10 * shown @ said.T, clips.labels[rows])
 
     fit([*text.parameters(), *tower.parameters()], loss, recipe.text_steps, recipe.text_lr, "text encoder")
 
@@ -144,13 +148,17 @@ def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, crawl: Cli
 def train_unet(
     unet: UNetMotionModel, embeds: Tensor, latents: Tensor, labels: Tensor, scheduler: DDIMScheduler, recipe: Recipe,
 ) -> None:
-    """Noise prediction at one uniform timestep a clip; `embeds` are those of the forty captions and, last, of the empty one."""
+    """Noise prediction at one timestep a clip; `embeds` are those of the forty captions and, last, of the empty one.
+
+    Late timesteps come more often: all frames together show where a clip goes but in nearly pure noise, and only there is
+    the prompt needed for it.
+    """
     random = generator(recipe.seed, "unet")
-    batch = recipe.unet_batch_size
+    batch, last = recipe.unet_batch_size, scheduler.config.num_train_timesteps - 1
 
     def loss() -> Tensor:
         rows = torch.randint(len(latents), (batch,), generator=random)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=random)
+        timesteps = (last * torch.rand(batch, generator=random) ** (1 / 3)).round().long()
         noise = torch.randn(latents[rows].shape, generator=random)
         dropped = torch.rand(batch, generator=random) < recipe.caption_dropout
         captions = torch.where(dropped, len(CAPTIONS), labels[rows])

@@ -29,7 +29,7 @@ class Clips:
 
 
 def clips_of(digits: Digits, directions: Tensor, across: Tensor) -> Clips:
-    """Each digit over the whole canvas in its direction `(N,)`, at `across` `(N,)` pixels from the canvas' other edge."""
+    """Each digit over the whole canvas in its direction `(N,)`, `across` `(N,)` pixels from the left or the upper edge."""
     travelled = torch.linspace(0, TRAVEL, FRAMES).round().long()
     step = STEPS[directions]  # (N, 2)
     start = torch.where(step < 0, TRAVEL, torch.where(step > 0, 0, across[:, None]))
@@ -38,18 +38,16 @@ def clips_of(digits: Digits, directions: Tensor, across: Tensor) -> Clips:
 
 
 def random_clips(digits: Digits, count: int, random: torch.Generator) -> Clips:
-    """`count` clips that go through the digits and the directions evenly, at random places across."""
+    """`count` clips that go through the digits and the directions evenly, each along the middle of the canvas."""
     order = torch.cat([torch.randperm(len(digits), generator=random) for _ in range(-(-count // len(digits)))])[:count]
     directions = torch.arange(count)[torch.randperm(count, generator=random)] % len(DIRECTIONS)
-    across = torch.randint(TRAVEL + 1, (count,), generator=random)
-    return clips_of(Digits(digits.pixels[order], digits.labels[order]), directions, across)
+    return clips_of(Digits(digits.pixels[order], digits.labels[order]), directions, torch.full((count,), TRAVEL // 2))
 
 
-def sloppy_crawl(digits: Digits, count: int, wrong_directions: float, bad_motion: float, degraded: float, seed: int) -> Clips:
-    """Random clips: a share captioned with another direction, a share that moves badly, a share of degraded pictures."""
-    random = generator(seed, "video crawl")
-    clips = random_clips(digits, count, random)
-    pixels, labels = clips.pixels, clips.labels.clone()
+def spoiled(clips: Clips, wrong_directions: float, bad_motion: float, degraded: float, seed: int) -> Clips:
+    """The clips as a sloppy crawl has them: a share captioned with another direction, a share that moves badly, or is degraded."""
+    random, count = generator(seed, "video crawl"), len(clips)
+    pixels, labels = clips.pixels.clone(), clips.labels.clone()
     bad = torch.rand(count, generator=random) < bad_motion
     pixels[bad] = spoil_motion(pixels[bad], random)
     dirty = torch.rand(count, generator=random) < degraded

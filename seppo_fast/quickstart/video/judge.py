@@ -43,7 +43,7 @@ class Judge:
     def __init__(self, held_out: Digits, others: Digits, samples: int, seed: int = 0):
         """`samples`: how many clips `real` is of; as many as will be judged, since the Frechet distance depends on it."""
         random = generator(seed, "video judge")
-        self.held_out = every_direction(Digits(held_out.pixels[:HELD_OUT], held_out.labels[:HELD_OUT]), random)
+        self.held_out = every_direction(Digits(held_out.pixels[:HELD_OUT], held_out.labels[:HELD_OUT]))
         self.features = Features(seed)
         self.accuracy = float((direction(self.held_out.pixels) == self.held_out.labels % len(DIRECTIONS)).float().mean())
         real = random_clips(others, samples, random)
@@ -92,12 +92,12 @@ class Features(nn.Module):
         return torch.cat([frames, frames.diff(dim=1)], dim=1).flatten(1) @ self.directions
 
 
-def every_direction(digits: Digits, random: torch.Generator) -> Clips:
-    """Each digit once in each direction, at random places across."""
+def every_direction(digits: Digits) -> Clips:
+    """Each digit once in each direction, along the middle of the canvas."""
     count = len(DIRECTIONS)
     directions = torch.arange(count).repeat_interleave(len(digits))
-    across = torch.randint(TRAVEL + 1, (len(directions),), generator=random)
-    return clips_of(Digits(digits.pixels.repeat(count, 1, 1, 1), digits.labels.repeat(count)), directions, across)
+    middle = torch.full((len(directions),), TRAVEL // 2)
+    return clips_of(Digits(digits.pixels.repeat(count, 1, 1, 1), digits.labels.repeat(count)), directions, middle)
 
 
 def travel(pixels: Tensor) -> Tensor:
