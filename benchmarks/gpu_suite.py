@@ -2,9 +2,9 @@
 
 The steps run in order of importance, each in a process of its own with a time limit, and DIR/gpu_suite.json is rewritten
 after each, so whatever stops the run leaves what came before. A step that fails or times out does not stop the others;
-what it had measured by then is kept. There are two groups, each for a call of its own: `loss` needs nothing but torch, triton
+what it had measured by then is kept. There are three groups, each for a call of its own: `loss` needs nothing but torch, triton
 and pytest, and nvcc for the CUDA library; `throughput` needs diffusers and pydantic too, and the package's other requirements for
-the steps that train.
+the steps that train; `video` needs PyAV beside these, and DALI to measure what it is for.
 """
 
 import argparse
@@ -31,9 +31,10 @@ GRACE = 8  # seconds between SIGINT, at which a step ends with what it has, and 
 # name -> seconds at most; the functions that measure are in gpu_steps.py and gpu_throughput.py
 LOSS = {"build": 120, "tests_native": 90, "memory": 20, "bandwidth": 50, "host": 40, "baselines": 120, "tests_triton": 130,
         "memcheck": 80, "racecheck": 60, "plans": 40}
-THROUGHPUT = {"tests_sampler": 60, "swap": 30, "sampler": 200, "training_memory": 110, "loop": 200, "video": 170}
-STEPS = LOSS | THROUGHPUT
-GROUPS = {"loss": list(LOSS), "throughput": list(THROUGHPUT)}
+THROUGHPUT = {"tests_sampler": 60, "swap": 30, "sampler": 200, "training_memory": 110, "loop": 200}
+VIDEO = {"video": 170}
+STEPS = LOSS | THROUGHPUT | VIDEO
+GROUPS = {"loss": list(LOSS), "throughput": list(THROUGHPUT), "video": list(VIDEO)}
 CHECKS = ("tests_native", "tests_triton", "tests_sampler", "memcheck", "racecheck")
 TESTS = {"tests_native": "tests/ops/test_cuda_build.py", "tests_triton": "tests/ops/test_triton.py",
          "tests_sampler": "tests/reference/test_cuda_graph.py"}
@@ -115,10 +116,10 @@ def run_step(name: str, out: Path) -> None:
         keep(sanitize(name, out) if have("compute-sanitizer") else {"ok": None, "said": "there is no compute-sanitizer"})
     elif name == "machine":
         keep(machine())
-    elif name in THROUGHPUT:
+    elif name in THROUGHPUT | VIDEO:
         from benchmarks import gpu_throughput
 
-        gpu_throughput.step(name, out, keep, THROUGHPUT[name])
+        gpu_throughput.step(name, out, keep, STEPS[name])
     else:
         getattr(gpu_steps, name)(keep)
 
