@@ -175,4 +175,4 @@ def test_shipped_configuration_is_valid_and_is_the_method(tmp_path):
     assert seppo.data.resolution == 32 and seppo.data.video.frames == FRAMES
     schedule = config.deepspeed["scheduler"]["params"]
     assert schedule["total_num_steps"] == seppo.iterations * seppo.updates_per_iteration
-    assert batch_plan(config.deepspeed, 1).size == 12
+    assert batch_plan(config.deepspeed, 1).size == 8
