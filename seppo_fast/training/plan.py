@@ -18,6 +18,10 @@ from seppo_fast.training.engine import engine_config, pool_dtype, precision
 from seppo_fast.training.engine_bytes import adam_temporaries, uses_bf16_optimizer
 
 
+STREAMED = ("prompts alone: clips are decoded and encoded while it trains, with the VAE on the device beside what is counted"
+            " below")
+
+
 def cache_bytes(model: Model, config: Config) -> int:
     """Bytes that a demonstration's latents take in the cache; prompt embeddings come on top, once for each prompt."""
     data = config.seppo.data
@@ -43,7 +47,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
                 + (f", {ours.data.video.frames} frames ({ours.data.video.choice})" if video else "")
                 + (f", {rows} demonstrations" if rows is not None else ""),
-        "latent cache": "prompts alone: clips are decoded and encoded while it trains" if streamed else
+        "latent cache": STREAMED if streamed else
                         _cache(config, row_bytes, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
                            f" rank{'s' * (batch.world > 1)}",
