@@ -17,7 +17,6 @@ from seppo_fast.training.cost import Cost
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 from seppo_fast.training.engine_bytes import adam_temporaries, uses_bf16_optimizer
 
-
 STREAMED = ("prompts alone: clips are decoded and encoded while it trains, with the VAE on the device beside what is counted"
             " below")
 
