@@ -25,7 +25,7 @@ from benchmarks.networks import (
     own_flops,
     schedule,
 )
-from benchmarks.timing import in_turn, waiter
+from benchmarks.timing import alternated, in_turn, waiter
 from seppo_fast.config import Sampler as Settings
 from seppo_fast.reference import Sampler, solver_table
 from seppo_fast.training.objective import in_channels_last
@@ -147,19 +147,6 @@ def opened(name: str, batch: int, steps: int, device: str, ways: Sequence[str]) 
             draws[way] = draw
             first[way] = {"first_s": round(time.perf_counter() - made, 2), "load_s": round(made - start, 2)}
     return draws, first
-
-
-def alternated(draws: dict[str, Draw], seconds: float, device: str) -> dict[str, list[float]]:
-    """Seconds of draws, one of each way in turn, two at least. They last too long for what went before to matter."""
-    times: dict[str, list[float]] = {way: [] for way in draws}
-    until, wait = time.perf_counter() + seconds, waiter(device)
-    while draws and (len(times[next(iter(draws))]) < 2 or time.perf_counter() < until):
-        for way, draw in draws.items():
-            start = time.perf_counter()
-            draw()
-            wait()
-            times[way].append(time.perf_counter() - start)
-    return times
 
 
 def ratios(rows: Sequence[Row]) -> list[Row]:

@@ -62,6 +62,20 @@ def in_turn(calls: Calls, seconds: float, *, block: int = 3, together: int = 1, 
     return times
 
 
+def alternated(calls: dict[str, Callable[[], object]], seconds: float, device: str = "cpu",
+               least: int = 2) -> dict[str, list[float]]:
+    """Seconds of calls, one of each in turn, `least` of each at least. They last too long for what went before to matter."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    until, wait = time.perf_counter() + seconds, waiter(device)
+    while calls and (len(times[next(iter(calls))]) < least or time.perf_counter() < until):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            wait()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     """The most that `call` holds at one time, beyond what was allocated before it."""
     if device == "cuda":

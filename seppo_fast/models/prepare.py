@@ -1,12 +1,11 @@
 """Attention and compilation of the UNets: the same for policy and reference, which are compared with each other."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 
-from seppo_fast.compiler import keep_all_graphs
+from seppo_fast.compiler import keep_all_graphs, transformer_blocks
 from seppo_fast.config import Model
 from seppo_fast.errors import UserError, warn_fallback
 from seppo_fast.models.attention import choose_attention
@@ -29,18 +28,13 @@ def prepare_unets(unets: Sequence[UNet], settings: Model, latents: tuple[int, ..
                 block.compile()
 
 
-def transformer_blocks(unet: UNet) -> Iterator[BasicTransformerBlock]:
-    """What diffusers' `compile_repeated_blocks` compiles, which knows no UNetMotionModel."""
-    return (part for part in unet.modules() if isinstance(part, BasicTransformerBlock))
-
-
 def _compiles(unet: UNet, dtype: torch.dtype, device: torch.device) -> bool:
     """Try a copy of one block, forward and backward: later it would be in the middle of an update that the compiler fails."""
     keep_all_graphs()
-    block = next(transformer_blocks(unet), None)
-    if block is None:
+    blocks = transformer_blocks(unet)
+    if not blocks:
         raise UserError("seppo.model.compile: this model has no transformer blocks to compile; use \"none\"")
-    trial = copy.deepcopy(block).to(device, dtype)
+    trial = copy.deepcopy(blocks[0]).to(device, dtype)
     latents, prompt = (torch.zeros(1, 8, layer.in_features, device=device, dtype=dtype) for layer in
                        (trial.attn1.to_k, trial.attn2.to_k))
     trial.compile()

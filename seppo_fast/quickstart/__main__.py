@@ -1,38 +1,28 @@
 """`python -m seppo_fast.quickstart [--out FOLDER] [--seed 0]`: a tiny Stable Diffusion, before and after SePPO."""
 
-import argparse
 import json
-import shutil
 import sys
 import time
-from pathlib import Path
 
 from seppo_fast.configfile import load_config
-from seppo_fast.errors import UserError
 from seppo_fast.quickstart.base import Recipe, make_base
 from seppo_fast.quickstart.demonstrations import write_demonstrations
 from seppo_fast.quickstart.digits import CAPTIONS, split_digits
 from seppo_fast.quickstart.judge import Judge, draw
 from seppo_fast.quickstart.report import curves, read_metrics, side_by_side, table, write_result
-from seppo_fast.quickstart.steps import overrides, own_folder, say, timed, train
+from seppo_fast.quickstart.steps import align, arguments, explained, overrides, own_folder, say, timed, where
 
 CONFIG = "quickstart.json"
 SAMPLES = 500
 STEPS = 20
 
 
+@explained
 def main(argv: list[str] | None = None) -> int:
     """Base, demonstrations, training by the literal command, judgement. Exit status: 0, or the training's own."""
-    parser = argparse.ArgumentParser(prog="python -m seppo_fast.quickstart", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything that is made")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    out, seed = arguments.out, arguments.seed
-    try:
-        own_folder(out)
-    except UserError as error:
-        print(f"seppo_fast: {error}", file=sys.stderr)
-        return 2
+    given = arguments(argv, "python -m seppo_fast.quickstart", __doc__, "runs/quickstart")
+    out, seed = given.out, given.seed
+    own_folder(out)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -47,13 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         count = write_demonstrations(out / "demonstrations", digits)
         print(f"{count} pictures in {out / 'demonstrations'}")
 
-    say("3/4  SePPO")
-    with timed(seconds, "training"):
-        # The base is what takes long; a run folder is never written over by the trainer itself.
-        shutil.rmtree(out / "run", ignore_errors=True)
-        status = train(CONFIG, overrides(out, seed))
-    if status:
-        print(f"seppo_fast: the training ended with status {status}; its messages are above", file=sys.stderr)
+    if status := align(out, CONFIG, overrides(out, seed), seconds):
         return status
 
     say("4/4  the judgement: plain diffusers pipelines, the same noise for both models")
@@ -74,15 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     write_result(out / "result.json", base, trained, judge, rows, seconds, settings)
     print(table(base, trained, judge, rows))
-    stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    print(f"\nseconds: {stages}\npictures: {out / 'side_by_side.png'}, {out / 'curves.png'}")
-    print(f"figures: {out / 'result.json'}")
+    print(where(seconds, out, ("side_by_side.png", "curves.png")))
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"seppo_fast: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import deepspeed
@@ -20,6 +21,9 @@ from seppo_fast.quickstart.machine import commit, machine
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402  (after the backend: there may be no display)
+
+RATES = "AAF rate: share of pairs with sign -1 (App. B.2); implicit accuracy: share with logit > 0."
+SAID = ("loss", "aaf_rate", "implicit_acc")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -41,18 +45,26 @@ def table(base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[st
     for name in ("prompt_accuracy", "cleanliness"):
         before, after = 100 * getattr(base, name), 100 * getattr(trained, name)
         lines.append(f"{name.replace('_', ' '):<22}{before:>7.1f}%{after:>8.1f}%{after - before:>+10.1f}")
-    first, last = rows[0]["iteration"], rows[-1]["iteration"]
-    lines += ["", f"{'':<22}{f'k={first:.0f}':>8}{f'k={last:.0f}':>9}    (means over an iteration)"]
-    for key, name in (("aaf_rate", "AAF rate"), ("implicit_acc", "implicit accuracy")):
-        lines.append(f"{name:<22}{iteration_mean(rows, key, 0):>8.2f}{iteration_mean(rows, key, -1):>9.2f}")
     lines += [
+        *iterations(rows, 8, 9),
         "",
         f"prompt accuracy: share of {base.samples} samples that a classifier reads as the prompt's digit (it learnt",
         f"  from digits that neither model saw, and reads {100 * judge.accuracy:.1f}% of the models' digits rightly).",
         "cleanliness: share of samples as close to a held-out digit as 95% of the real digits are.",
-        "AAF rate: share of pairs with sign -1 (App. B.2); implicit accuracy: share with logit > 0.",
+        RATES,
     ]
     return "\n".join(lines)
+
+
+def iterations(rows: Sequence[Mapping[str, Any]], *widths: int) -> list[str]:
+    """What the training said of its first and its last iteration, in two columns of these widths."""
+    ends = [f"k={rows[which]['iteration']:.0f}" for which in (0, -1)]
+    lines = ["", f"{'':<22}" + "".join(f"{end:>{width}}" for end, width in zip(ends, widths, strict=True))
+             + "    (means over an iteration)"]
+    for key, name in (("aaf_rate", "AAF rate"), ("implicit_acc", "implicit accuracy")):
+        means = (iteration_mean(rows, key, which) for which in (0, -1))
+        lines.append(f"{name:<22}" + "".join(f"{mean:>{width}.2f}" for mean, width in zip(means, widths, strict=True)))
+    return lines
 
 
 def side_by_side(path: Path, base: Tensor, trained: Tensor, labels: Sequence[int], per_prompt: int = 8) -> None:
@@ -104,22 +116,28 @@ def write_result(
     seconds: Mapping[str, float], settings: Mapping[str, Any],
 ) -> None:
     """Everything that was measured, and on what, as JSON."""
-    result = {
+    result = about_run(rows, seconds, settings) | {
+        "judge": {"accuracy_on_real_digits": judge.accuracy, "distance_threshold": judge.threshold},
+        "base": asdict(base),
+        "seppo": asdict(trained),
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def about_run(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], settings: Mapping[str, Any],
+              *modules: ModuleType) -> dict[str, Any]:
+    """What every result says beside its scores; of `modules` the versions, too."""
+    return {
         "machine": machine(),
-        "versions": {
-            module.__name__: module.__version__ for module in (torch, diffusers, transformers, deepspeed, matplotlib)
-        },
+        "versions": {module.__name__: module.__version__
+                     for module in (torch, diffusers, transformers, deepspeed, *modules, matplotlib)},
         "commit": commit(),
         "settings": settings,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "seconds_in_training": {
             name: round(sum(row[f"seconds_{name}"] for row in rows), 1) for name in ("sampling", "training", "data")
         },
-        "judge": {"accuracy_on_real_digits": judge.accuracy, "distance_threshold": judge.threshold},
-        "base": asdict(base),
-        "seppo": asdict(trained),
-        "first_iteration": {key: iteration_mean(rows, key, 0) for key in ("loss", "aaf_rate", "implicit_acc")},
-        "last_iteration": {key: iteration_mean(rows, key, -1) for key in ("loss", "aaf_rate", "implicit_acc")},
+        "first_iteration": {key: iteration_mean(rows, key, 0) for key in SAID},
+        "last_iteration": {key: iteration_mean(rows, key, -1) for key in SAID},
         "updates": len(rows),
     }
-    path.write_text(json.dumps(result, indent=2) + "\n")

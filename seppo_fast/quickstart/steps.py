@@ -1,17 +1,41 @@
 """The steps that both quickstarts go through: their folder, their clock, and training by the literal command."""
 
+import argparse
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 
 import seppo_fast
 from seppo_fast.errors import UserError
 
 OURS = ".quickstart"  # marks a folder whose contents the quickstart may clear
+
+
+def arguments(argv: list[str] | None, program: str, about: str, out: str) -> argparse.Namespace:
+    """The command line: `--out`, by default `out`, and `--seed`."""
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder for everything that is made")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def explained(main: Callable[..., int]) -> Callable[..., int]:
+    """`main`, whose exit status is 2 for a UserError, after its message."""
+    @wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"seppo_fast: {error}", file=sys.stderr)
+            return 2
+
+    return run
 
 
 def own_folder(out: Path) -> None:
@@ -33,6 +57,18 @@ def overrides(out: Path, seed: int) -> list[str]:
         "data.cache_dir": out / "cache", "output_dir": out / "run",
     }
     return [*(f"seppo.{key}={path}" for key, path in paths.items()), f"seppo.seed={seed}"]
+
+
+def align(out: Path, config: str, settings: Sequence[str], seconds: dict[str, float]) -> int:
+    """SePPO into `out`/run, whose time goes to `seconds`; the training's exit status, said where it is not 0."""
+    say("3/4  SePPO")
+    with timed(seconds, "training"):
+        # The base is what takes long; a run folder is never written over by the trainer itself.
+        shutil.rmtree(out / "run", ignore_errors=True)
+        status = train(config, settings)
+    if status:
+        print(f"seppo_fast: the training ended with status {status}; its messages are above", file=sys.stderr)
+    return status
 
 
 def train(config: str, settings: Sequence[str]) -> int:
@@ -58,6 +94,13 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start
+
+
+def where(seconds: Mapping[str, float], out: Path, pictures: Sequence[str]) -> str:
+    """How long it took, and where everything is."""
+    stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    shown = ", ".join(str(out / name) for name in pictures)
+    return f"\nseconds: {stages}\npictures: {shown}\nfigures: {out / 'result.json'}"
 
 
 def say(text: str) -> None:

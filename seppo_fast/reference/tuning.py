@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from seppo_fast.compiler import keep_all_graphs
+from seppo_fast.compiler import keep_all_graphs, transformer_blocks
 from seppo_fast.errors import UserError
 
 Change = tuple[nn.Module, str, object]
@@ -37,8 +36,8 @@ def changed(changes: list[Change]) -> Iterator[None]:
 
 
 def compiled_blocks(module: nn.Module) -> list[Change]:
-    """The transformer blocks, compiled one by one, as diffusers' `compile_repeated_blocks` chooses them."""
-    blocks = [part for part in module.modules() if isinstance(part, BasicTransformerBlock)]
+    """The transformer blocks, compiled one by one."""
+    blocks = transformer_blocks(module)
     if not blocks:
         raise UserError("seppo.sampler.compile: this model has no transformer blocks to compile; use \"full\" or \"none\"")
     keep_all_graphs()

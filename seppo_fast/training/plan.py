@@ -46,8 +46,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
                 + (f", {ours.data.video.frames} frames ({ours.data.video.choice})" if video else "")
                 + (f", {rows} demonstrations" if rows is not None else ""),
-        "latent cache": STREAMED if streamed else
-                        _cache(config, row_bytes, rows),
+        "latent cache": STREAMED if streamed else _cache(config, row_bytes, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
                            f" rank{'s' * (batch.world > 1)}",
         "updates": f"{updates} = {ours.iterations} iterations x {ours.updates_per_iteration}",

@@ -1,17 +1,13 @@
 """`python -m seppo_fast.quickstart.video [--out FOLDER] [--seed 0]`: a tiny AnimateDiff, before and after SePPO."""
 
-import argparse
 import json
-import shutil
 import sys
 import time
-from pathlib import Path
 
 from seppo_fast.configfile import load_config
-from seppo_fast.errors import UserError
 from seppo_fast.quickstart.digits import split_digits
 from seppo_fast.quickstart.report import curves, read_metrics
-from seppo_fast.quickstart.steps import overrides, own_folder, say, timed, train
+from seppo_fast.quickstart.steps import align, arguments, explained, overrides, own_folder, say, timed, where
 from seppo_fast.quickstart.video.base import Recipe, make_base
 from seppo_fast.quickstart.video.clips import CAPTIONS, random_clips
 from seppo_fast.quickstart.video.demonstrations import write_demonstrations
@@ -25,18 +21,12 @@ SAMPLES = 120
 STEPS = 8
 
 
+@explained
 def main(argv: list[str] | None = None) -> int:
     """Base, demonstrations, training by the literal command, judgement. Exit status: 0, or the training's own."""
-    parser = argparse.ArgumentParser(prog="python -m seppo_fast.quickstart.video", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart_video"), help="folder for everything that is made")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    out, seed = arguments.out, arguments.seed
-    try:
-        own_folder(out)
-    except UserError as error:
-        print(f"seppo_fast: {error}", file=sys.stderr)
-        return 2
+    given = arguments(argv, "python -m seppo_fast.quickstart.video", __doc__, "runs/quickstart_video")
+    out, seed = given.out, given.seed
+    own_folder(out)
     settings = [*overrides(out, seed), f"seppo.data.source={out / 'demonstrations' / 'demonstrations.csv'}"]
     seconds: dict[str, float] = {}
     started = time.perf_counter()
@@ -53,13 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         path = write_demonstrations(out / "demonstrations", clips)
         print(f"{len(clips)} clips, named in {path}")
 
-    say("3/4  SePPO")
-    with timed(seconds, "training"):
-        # The base is what takes long; a run folder is never written over by the trainer itself.
-        shutil.rmtree(out / "run", ignore_errors=True)
-        status = train(CONFIG, settings)
-    if status:
-        print(f"seppo_fast: the training ended with status {status}; its messages are above", file=sys.stderr)
+    if status := align(out, CONFIG, settings, seconds):
         return status
 
     say("4/4  the judgement: plain diffusers pipelines, the same noise for both models")
@@ -80,15 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         "config": json.loads((out / "run" / "config.json").read_text()),
     })
     print(table(base, trained, judge, rows))
-    stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    print(f"\nseconds: {stages}\npictures: {out / 'side_by_side.webp'}, {out / 'frames.png'}, {out / 'curves.png'}")
-    print(f"figures: {out / 'result.json'}")
+    print(where(seconds, out, ("side_by_side.webp", "frames.png", "curves.png")))
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"seppo_fast: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

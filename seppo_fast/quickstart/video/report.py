@@ -7,18 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import av
-import deepspeed
-import diffusers
 import matplotlib
 import torch
 import torchmetrics
-import transformers
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from seppo_fast.quickstart.digits import WORDS
-from seppo_fast.quickstart.machine import commit, machine
-from seppo_fast.quickstart.report import iteration_mean
+from seppo_fast.quickstart.report import RATES, about_run, iterations
 from seppo_fast.quickstart.video.clips import DIRECTIONS
 from seppo_fast.quickstart.video.demonstrations import RATE
 from seppo_fast.quickstart.video.judge import FEATURES, STILL, Judge, Scores
@@ -34,7 +30,6 @@ MEASURES = (
     ("frechet_distance", "Frechet distance", "{:.2f}", "{:+.2f}", 1), ("ssim", "SSIM", "{:.3f}", "{:+.3f}", 1),
     ("psnr", "PSNR", "{:.2f} dB", "{:+.2f}", 1),
 )
-SAID = ("loss", "aaf_rate", "implicit_acc")
 
 
 def table(base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -44,18 +39,15 @@ def table(base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[st
         before, after, real = (unit * getattr(scores, name) for scores in (base, trained, judge.real))
         lines.append(f"{label:<22}{form.format(before):>10}{form.format(after):>11}{change.format(after - before):>10}"
                      f"{form.format(real):>14}")
-    first, last = rows[0]["iteration"], rows[-1]["iteration"]
-    lines += ["", f"{'':<22}{f'k={first:.0f}':>10}{f'k={last:.0f}':>11}    (means over an iteration)"]
-    for key, name in (("aaf_rate", "AAF rate"), ("implicit_acc", "implicit accuracy")):
-        lines.append(f"{name:<22}{iteration_mean(rows, key, 0):>10.2f}{iteration_mean(rows, key, -1):>11.2f}")
     lines += [
+        *iterations(rows, 10, 11),
         "",
         f"direction accuracy: share of {base.samples} samples whose brightness travels in the prompt's direction, by least squares",
         f"  on the frames' centroids (right for {100 * judge.accuracy:.1f}% of the held-out clips); what travels less than",
         f"  {STILL:.0f} pixels does not move. Frechet distance (less is better): to clips of held-out digits, on {FEATURES} random",
         "  projections of 8x8 frames and of their differences. SSIM and PSNR: to the held-out clip of the same prompt whose",
         "  squared error is least. Clean clips: the same measures of as many real clips of the models' own digits.",
-        "AAF rate: share of pairs with sign -1 (App. B.2); implicit accuracy: share with logit > 0.",
+        RATES,
     ]
     return "\n".join(lines)
 
@@ -109,23 +101,11 @@ def write_result(
     seconds: Mapping[str, float], settings: Mapping[str, Any],
 ) -> None:
     """Everything that was measured, and on what, as JSON."""
-    modules = (torch, diffusers, transformers, deepspeed, torchmetrics, av, matplotlib)
-    result = {
-        "machine": machine(),
-        "versions": {module.__name__: module.__version__ for module in modules},
-        "commit": commit(),
-        "settings": settings,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "seconds_in_training": {
-            name: round(sum(row[f"seconds_{name}"] for row in rows), 1) for name in ("sampling", "training", "data")
-        },
+    result = about_run(rows, seconds, settings, torchmetrics, av) | {
         "judge": {"accuracy_on_held_out_clips": judge.accuracy, "clean_clips": asdict(judge.real), "still": STILL,
                   "features": FEATURES},
         "base": asdict(base),
         "seppo": asdict(trained),
-        "first_iteration": {key: iteration_mean(rows, key, 0) for key in SAID},
-        "last_iteration": {key: iteration_mean(rows, key, -1) for key in SAID},
-        "updates": len(rows),
     }
     path.write_text(json.dumps(result, indent=2) + "\n")
 
