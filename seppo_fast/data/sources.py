@@ -21,16 +21,16 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PATTERN = re.compile(r"[*?{\[]")
 
 
-def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool = False) -> Source:
+def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | None = False) -> Source:
     """`data.source` as a list of parts. Reads file lists, footers and metadata files, never an image or a video.
 
-    A video model (`video`) wants clips, any other images; `UserError` when the source has the other kind.
+    A video model (`video`) wants clips, any other images; `UserError` when the source has the other kind. None: whichever it has.
     """
     if not data.source:
         raise UserError(SOURCE_NOT_SET)
     path = Path(data.source).expanduser()
     clips = video_metadata(path, data) if data.format in ("auto", "imagefolder", "video") else None
-    if clips and not video:
+    if clips and video is False:
         raise UserError(f"seppo.data.source={data.source!r} has videos, and the model makes images: set seppo.model.path to an"
                         " AnimateDiff directory, or seppo.model.motion_adapter, which makes a Stable Diffusion 1.x one")
     if clips:

@@ -48,8 +48,8 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     elif is_hub_dataset(ours.data):
         missing.append(f"seppo.data.source {ours.data.source} is no file or folder here: it will be downloaded from the hub")
     else:
-        video = ours.model.motion_adapter is not None if model is None else model.video
-        source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed, video=video)
+        source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed,
+                             video=None if model is None else model.video)
     if (Path(ours.output_dir) / "run.json").exists():
         missing.append(f"{ours.output_dir} already holds a run: go on with it by --resume auto, or choose another seppo.output_dir")
     lines = [plan(config, batch, cost, model, source), *times, *(f"before you train: {line}" for line in missing)]

@@ -31,7 +31,8 @@ def cache_bytes(model: Model, config: Config) -> int:
 def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, source: Source | None) -> str:
     """The plan of a run. `cost`, `model` and `source` are None where the model or the data are not here yet."""
     ours = config.seppo
-    video = ours.model.motion_adapter is not None if model is None else model.video
+    clips = ours.model.motion_adapter is not None or source is not None and source.kind == "video"
+    video = clips if model is None else model.video
     row_bytes = None if model is None else cache_bytes(model, config)
     rows = None if source is None else source.count
     streamed = source is not None and streams(source, ours.data, video)

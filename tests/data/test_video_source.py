@@ -136,3 +136,13 @@ def test_what_is_cached_and_what_is_streamed(tmp_path):
     assert "the frames of every row are drawn anew" in refused(lambda: is_streamed(still, "window", True))
     images = settings(write_folder(tmp_path / "i", 2), tmp_path, cache_latents=False)
     assert "is for videos" in refused(lambda: streams(open_source(images, False, 0), images, video=False))
+
+
+def test_where_the_model_is_not_known_yet_either_kind_is_taken(tmp_path):
+    """A dry run with a hub id does not know what the model makes."""
+    touch(tmp_path / "clips", "one.mp4")
+    clips = video_settings(write_csv(tmp_path / "clips" / "clips.csv", [("one", "first", 0)]), tmp_path)
+    images = settings(write_folder(tmp_path / "images", 2), tmp_path)
+    assert [open_source(data, False, 0, video=None).kind for data in (clips, images)] == ["video", "imagefolder"]
+    assert "the model makes images" in refused(lambda: open_source(clips, False, 0, video=False))
+    assert "no videos that this program knows" in refused(lambda: open_source(images, False, 0, video=True))
