@@ -33,8 +33,8 @@ def main() -> int:
     arguments = parse_arguments()
     from seppo_fast.configfile import load_config
     from seppo_fast.errors import UserError
+    from seppo_fast.ranks import FirstFailure, Stop, StopSignals, join, leave, quiet_libraries
     from seppo_fast.training.profiled import profile
-    from seppo_fast.training.ranks import FirstFailure, Stop, StopSignals, join, leave, quiet_libraries
 
     quiet_libraries()
     failure = FirstFailure()

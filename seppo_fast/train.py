@@ -37,7 +37,7 @@ def main() -> int:
     from seppo_fast.configfile import load_config
     from seppo_fast.disk import NO_ROOM
     from seppo_fast.errors import UserError
-    from seppo_fast.training.ranks import FirstFailure, Stop, StopSignals, join, leave, lost_contact, quiet_libraries
+    from seppo_fast.ranks import FirstFailure, Stop, StopSignals, join, leave, lost_contact, quiet_libraries
 
     quiet_libraries()
     failure = FirstFailure()

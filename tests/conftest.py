@@ -93,7 +93,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """This process as the only rank."""
     import estimates
 
-    from seppo_fast.training.ranks import join, quiet_libraries
+    from seppo_fast.ranks import join, quiet_libraries
 
     quiet_libraries()
     estimates.remember(tmp_path_factory.mktemp("estimates"))
@@ -104,7 +104,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def train(ranks: Any) -> Any:
     """`train(raw, resume=None)` runs a configuration in this process and returns its run folder."""
     from seppo_fast.configfile import parse_config
-    from seppo_fast.training.ranks import StopSignals
+    from seppo_fast.ranks import StopSignals
     from seppo_fast.training.run import run
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}

@@ -14,9 +14,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from seppo_fast.machine import commit, machine
 from seppo_fast.quickstart.digits import WORDS
 from seppo_fast.quickstart.judge import Judge, Scores
-from seppo_fast.quickstart.machine import commit, machine
 
 matplotlib.use("Agg")
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from seppo_fast.configfile import parse_config
 from seppo_fast.disk import flush, flush_tree
 from seppo_fast.errors import UserError
+from seppo_fast.ranks import Ranks
 from seppo_fast.training.engine import policy_weights
 from seppo_fast.training.pairs import Made
-from seppo_fast.training.ranks import Ranks
 
 MARKER = "complete.json"
 

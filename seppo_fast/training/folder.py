@@ -8,8 +8,8 @@ from pathlib import Path
 
 from seppo_fast.configfile import Config
 from seppo_fast.errors import UserError
+from seppo_fast.ranks import Ranks
 from seppo_fast.training import checkpoint
-from seppo_fast.training.ranks import Ranks
 
 
 @dataclass(frozen=True)

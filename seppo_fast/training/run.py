@@ -20,6 +20,7 @@ from seppo_fast.models import Model, open_model
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.ranks import Ranks, StopSignals
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, solver_table
@@ -33,7 +34,6 @@ from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective, in_channels_last
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.plan import plan
-from seppo_fast.training.ranks import Ranks, StopSignals
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import Grids
 from seppo_fast.training.trainer import Trainer

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch
 from seppo_fast.errors import UserError
+from seppo_fast.ranks import Ranks, Stop, StopSignals
 from seppo_fast.reference.batching import even
 from seppo_fast.reference.pool import Pool, pick
 from seppo_fast.reference.sampler import Sampler
@@ -24,7 +25,6 @@ from seppo_fast.training.engine import Step, policy_weights, step, upstream_grad
 from seppo_fast.training.metrics import peak_memory_gb, summarise
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
-from seppo_fast.training.ranks import Ranks, Stop, StopSignals
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import Grids
 

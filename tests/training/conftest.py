@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outcome import write_pickapic
+from outcomes import write_pickapic
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from deepspeed.accelerator import get_accelerator
-from outcome import Weights, apart, column, rows, unet_of, weights
+from outcomes import Weights, apart, column, rows, unet_of, weights
 from safetensors.torch import load_file
 
 Trained = Callable[..., Path]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from outcome import apart, column, identical, rows, unet_of, weights
+from outcomes import apart, column, identical, rows, unet_of, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_sdxl

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from outcome import apart, column, identical, rows, unet_of, weights
+from outcomes import apart, column, identical, rows, unet_of, weights
 from tiny import tiny_sd
 
 from seppo_fast.config import Data

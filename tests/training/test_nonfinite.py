@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from outcome import Weights, apart, column, identical, rows, unet_of, weights
+from outcomes import Weights, apart, column, identical, rows, unet_of, weights
 from safetensors.torch import load_file, save_file
 
 from seppo_fast.data.latents import LatentCache

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from outcome import apart, column, identical, rows, weights
+from outcomes import apart, column, identical, rows, weights
 from PIL import Image
 
 from seppo_fast.configfile import load_config, parse_config

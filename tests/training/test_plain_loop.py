@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from outcome import apart, rows, unet_of, weights
+from outcomes import apart, rows, unet_of, weights
 from tiny import tiny_sd
 from torch import Tensor
 

@@ -10,9 +10,9 @@ from forked import Forks
 
 from seppo_fast.configfile import batch_plan, parse_config
 from seppo_fast.errors import UserError
+from seppo_fast.ranks import StopSignals
 from seppo_fast.training.profile_report import PHASES, advice
 from seppo_fast.training.profiled import Clock, profile
-from seppo_fast.training.ranks import StopSignals
 
 
 def test_a_run_is_profiled_and_leaves_nothing_but_the_cache(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any,

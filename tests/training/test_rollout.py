@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from outcome import apart, column, identical, rows, unet_of, weights
+from outcomes import apart, column, identical, rows, unet_of, weights
 from safetensors.torch import load_file
 
 from seppo_fast.configfile import parse_config

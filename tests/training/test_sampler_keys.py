@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from forked import Forks
-from outcome import apart, weights
+from outcomes import apart, weights
 
 STEADY = {"optimizer.params.eps": 1e-5, "seppo.beta": 300.0}  # see test_speed_keys.py
 

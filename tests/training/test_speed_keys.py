@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from outcome import apart, column, unet_of, weights
+from outcomes import apart, column, unet_of, weights
 
 from seppo_fast.training.trainer import Trainer
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from data.video_files import pictures, write_csv, write_video
 from diffusers import AnimateDiffPipeline, DDIMScheduler, UNetMotionModel
 from forked import Forks, Strike
-from outcome import apart, rows, weights
+from outcomes import apart, rows, weights
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file

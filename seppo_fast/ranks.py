@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import psutil
@@ -44,6 +45,14 @@ class Ranks:
         tables = [torch.empty_like(table) for _ in range(self.world)]
         dist.all_gather(tables, table.contiguous(), group=self.control)
         return torch.cat(tables)
+
+    def objects(self, value: Any) -> list[Any]:
+        """All ranks' values, which may be anything that pickles, in the order of the ranks; every rank must call."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def barrier(self) -> None:
         """Wait for every rank."""
