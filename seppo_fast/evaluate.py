@@ -1,0 +1,91 @@
+"""Did the model get better? `python -m seppo_fast.evaluate --models base=PATH tuned=PATH --prompts FILE ... --out DIR`.
+
+Draws samples of every prompt by every model from the same noise, scores them and writes scores.json, scores.csv and table.md.
+What was interrupted goes on with the same command; models, prompts and scores may be added to it. On several GPUs:
+`deepspeed seppo_fast/evaluate.py --models ...`.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # see train.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `--local_rank` is what DeepSpeed's launcher adds."""
+    parser = argparse.ArgumentParser(prog="python -m seppo_fast.evaluate", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", required=True, metavar="NAME=PATH",
+        help="pipeline directories or hub ids, or LoRA weights, which go on the first model (or say PIPELINE+LORA); win rates are"
+             " against the first")
+    add("--prompts", nargs="+", required=True, metavar="[NAME=]FILE",
+        help="text, JSONL, CSV, Parti-prompts' TSV, HPSv2's JSON files or their folder, Pick-a-Pic's parquet")
+    add("--out", type=Path, required=True, help="the folder for samples, scores and the page")
+    add("--scores", nargs="+", metavar="SCORE", help="which scores; all that there are for images, or for videos, if left out")
+    add("--weights", nargs="+", action="extend", default=[], metavar="SCORE=PATH",
+        help="where a score's weights are: a path or hub id; SCORE.PART=PATH where there are several")
+    add("--real", type=Path, metavar="FOLDER", help="real clips that videos are compared with, named by the prompts' videoid")
+    add("--per-prompt", type=int, default=1, help="samples of each prompt")
+    add("--limit", type=int, help="use the first LIMIT prompts of each set only")
+    add("--seed", type=int, default=0)
+    add("--solver", default="ddim", choices=("ddim", "dpmsolver++", "pndm", "unipc", "euler"))
+    add("--steps", type=int, default=50)
+    add("--guidance-scale", type=float, default=7.5)
+    add("--resolution", type=int, help="pixels along a side; the model's own if left out")
+    add("--frames", type=int, default=16, help="of a video")
+    add("--motion-adapter", metavar="PATH", help="makes Stable Diffusion 1.x an AnimateDiff")
+    add("--variant", help='of the weight files, e.g. "fp16"')
+    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="auto: float16 on a GPU, else float32")
+    add("--batch-size", type=int, help="samples drawn at once; measured if left out")
+    add("--score-batch-size", type=int, default=16)
+    add("--compile", choices=("none", "regional", "full"), default="none")
+    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    for name, least in (("per_prompt", 1), ("limit", 1), ("steps", 1), ("frames", 1), ("batch_size", 1), ("score_batch_size", 1),
+                        ("resolution", 8), ("seed", 0), ("guidance_scale", 0)):
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            parser.error(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 2 for bad input, 1 anything else, 128 + the signal's number when stopped by one."""
+    arguments = parse_arguments(argv)
+    from seppo_fast.errors import UserError
+    from seppo_fast.ranks import FirstFailure, Stop, StopSignals, join, leave, quiet_libraries
+
+    quiet_libraries()
+    failure = FirstFailure()
+    try:
+        StopSignals()
+        from seppo_fast.evaluation.arguments import wanted_of
+        from seppo_fast.evaluation.run import evaluate
+        from seppo_fast.evaluation.table import markdown
+
+        ranks = join()
+        say = print if ranks.rank == 0 else lambda line: None
+        result = evaluate(wanted_of(arguments, ranks, say), ranks, say)
+        if result is not None:
+            print(f"\n{markdown(result)}\n{arguments.out / 'scores.json'}", flush=True)
+        leave()
+        return 0
+    except Stop as stop:
+        status, words = 128 + stop.signum, f"stopped by {stop}; what is drawn is kept, and the same command goes on from there"
+    except UserError as error:
+        status, words = 2, f"seppo_fast: {error}"
+    except Exception:
+        status, words = 1, f"seppo_fast: rank {os.environ.get('RANK', 0)} failed\n{traceback.format_exc()}"
+    if failure.is_ours():
+        print(words, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)  # see train.py
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The field's scores and pictures, for any checkpoint."""

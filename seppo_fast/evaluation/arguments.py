@@ -1,0 +1,65 @@
+"""The command line of an evaluation as what is wanted, checked."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+
+from seppo_fast.config import Sampler
+from seppo_fast.errors import UserError
+from seppo_fast.evaluation.candidates import open_candidates
+from seppo_fast.evaluation.generate import Drawing
+from seppo_fast.evaluation.prompts import read_prompts
+from seppo_fast.evaluation.run import Wanted
+from seppo_fast.evaluation.scoring import scores_of
+from seppo_fast.ranks import Ranks
+
+
+def wanted_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> Wanted:
+    """All that can be checked before anything is loaded; a hub id is fetched by rank 0 first."""
+    for turn in (ranks.rank == 0, ranks.rank != 0):
+        if turn:
+            candidates = open_candidates(arguments.models, arguments.variant, arguments.motion_adapter, arguments.frames)
+        ranks.barrier()
+    video = candidates[0].model.video
+    scores = chosen(arguments.scores, [score.name for score in scores_of(video)], video)
+    if arguments.real and not arguments.real.is_dir():
+        raise UserError(f"--real {arguments.real}: no such folder")
+    if arguments.real and not video:
+        raise UserError(f"--real {arguments.real}: real clips are compared with videos, and {candidates[0].given} makes images")
+    sampler = Sampler(solver=arguments.solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
+                      batch_size=arguments.batch_size or "auto", compile=arguments.compile)
+    drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
+                      dtype_of(arguments.dtype, ranks.device), sampler)
+    return Wanted(candidates, read_prompts(arguments.prompts, arguments.limit, say), scores, weights_of(arguments.weights), drawing,
+                  arguments.out, arguments.real, arguments.score_batch_size)
+
+
+def chosen(given: Sequence[str] | None, known: Sequence[str], video: bool) -> list[str]:
+    """The scores that were asked for, in their own order; all if none were."""
+    unknown = [name for name in given or () if name not in known]
+    if unknown:
+        raise UserError(f"--scores {unknown[0]}: there is no such score of {'videos' if video else 'images'}; there are"
+                        f" {', '.join(known)}")
+    return [name for name in known if given is None or name in given]
+
+
+def weights_of(given: Sequence[str]) -> dict[str, str]:
+    """`SCORE=PATH` and `SCORE.PART=PATH`."""
+    known = {name for score in (*scores_of(False), *scores_of(True)) for part in score.wants
+             for name in (f"{score.name}.{part}", score.name if part == "model" else f"{score.name}.{part}")}
+    found = {}
+    for argument in given:
+        name, equals, path = argument.partition("=")
+        if not equals or not path:
+            raise UserError(f"--weights {argument}: SCORE=PATH is needed")
+        if name not in known:
+            raise UserError(f"--weights {argument}: no score has weights called {name!r}; there are {', '.join(sorted(known))}")
+        found[name] = path
+    return found
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)

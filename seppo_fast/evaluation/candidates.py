@@ -1,0 +1,103 @@
+"""The models that are compared: pipeline directories, hub ids, and LoRA weights that go on the first of them."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from seppo_fast.data.metadata import stamp_of
+from seppo_fast.errors import UserError
+from seppo_fast.models import Model, UNet, open_model
+from seppo_fast.models.files import read_json
+
+LORA = "pytorch_lora_weights.safetensors"
+NAME = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`given` is the path as it was given; `lora` the LoRA file that goes on `model`, or None."""
+
+    name: str
+    given: str
+    model: Model
+    lora: Path | None
+
+    def load_unet(self, dtype: torch.dtype) -> UNet:
+        """The network from disk, on the CPU, for inference; adapters stay beside the weights, as in training."""
+        unet = self.model.load_unet(dtype)
+        if self.lora is not None:
+            try:
+                unet.load_lora_adapter(self.lora, prefix="unet")
+            except Exception as error:  # whatever the loader raises; its keys are the only input
+                raise UserError(f"--models {self.name}={self.given}: {self.lora} does not fit the UNet of {self.model.path}:"
+                                f" {str(error).strip().splitlines()[0]}") from error
+            if not getattr(unet, "peft_config", None):
+                raise UserError(f"--models {self.name}={self.given}: {self.lora} has no weights for a UNet (unet.*)")
+            unet.to(dtype)
+        return unet.eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """A digest of the files' names, sizes and times: whether the samples in a folder are this model's."""
+        directories = [self.model.directory, *filter(None, [getattr(self.model, "adapter", None)])]
+        files = [file for directory in directories for weights in directory.weights.values() for file in weights.files]
+        stamps = [[file.name, stamp_of(file)] for file in sorted({*files, *filter(None, [self.lora])})]
+        return hashlib.sha256(json.dumps([stamps, self.model.scheduler_config], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: str | None, frames: int) -> list[Candidate]:
+    """`NAME=PATH` each, checked without loading weights; a LoRA goes on the first model, or on `PIPELINE+LORA`'s own."""
+    found: list[Candidate] = []
+    for argument in given:
+        name, equals, path = argument.partition("=")
+        if not equals or not name or not path or not set(name) <= NAME:
+            raise UserError(f"--models {argument}: NAME=PATH is needed, the name of letters, digits, '-', '_' and '.'")
+        if any(name == other.name for other in found):
+            raise UserError(f"--models {argument}: there are two models called {name!r}; give one another name")
+        pipeline, lora = parts_of(path)
+        if pipeline is None and not found:
+            raise UserError(f"--models {argument}: {path} holds LoRA weights, which go on the first model, and this is the first:"
+                            f" put its base before it, or say {name}=PIPELINE+{path}")
+        try:
+            model = found[0].model if pipeline is None else open_model(
+                pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames)
+        except UserError as error:
+            raise UserError(f"--models {argument}: {error}") from error
+        found.append(Candidate(name, path, model, lora))
+    kinds = {candidate.model.video for candidate in found}
+    if len(kinds) > 1:
+        images, videos = ([c.name for c in found if c.model.video is video] for video in (False, True))
+        raise UserError(f"--models: {', '.join(images)} make images and {', '.join(videos)} videos, which have no scores in common;"
+                        " evaluate them apart")
+    return found
+
+
+def parts_of(path: str) -> tuple[str | None, Path | None]:
+    """Pipeline and LoRA file of `PIPELINE`, `PIPELINE+LORA` or `LORA`."""
+    if lora := lora_file(path):
+        return None, lora
+    pipeline, plus, rest = path.rpartition("+")
+    if plus and not Path(path).exists():
+        lora = lora_file(rest)
+        if lora is None:
+            raise UserError(f"--models ...={path}: {rest} is no LoRA (a .safetensors file, or a folder with {LORA})")
+        return pipeline, lora
+    return path, None
+
+
+def lora_file(path: str) -> Path | None:
+    """The LoRA weights that a folder or file is; None when it is something else."""
+    place = Path(path).expanduser()
+    if place.is_dir() and (place / LORA).is_file() and not (place / "model_index.json").exists():
+        return place / LORA
+    return place if place.is_file() and place.suffix == ".safetensors" else None
+
+
+def motion_adapter_for(pipeline: str, motion_adapter: str | None) -> str | None:
+    """The adapter, unless the pipeline is AnimateDiff's and has its own."""
+    index = Path(pipeline).expanduser() / "model_index.json"
+    own = index.is_file() and read_json(index).get("_class_name") == "AnimateDiffPipeline"
+    return None if own else motion_adapter

@@ -1,0 +1,122 @@
+"""Samples of every prompt by every model, from the same noise, as files that an interrupted run finds again."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from seppo_fast import config
+from seppo_fast.errors import UserError
+from seppo_fast.evaluation.candidates import Candidate
+from seppo_fast.evaluation.files import keep
+from seppo_fast.evaluation.prompts import Prompt
+from seppo_fast.models import Conditions, Model
+from seppo_fast.ranks import Ranks
+from seppo_fast.reference.sampler import Sampler
+from seppo_fast.reference.solver import solver_table
+from seppo_fast.seeds import generator
+
+READABLE = 40  # characters of the prompt in a file's name
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How samples are drawn: everything that decides them but model and prompt. `frames` is None for images."""
+
+    seed: int
+    per_prompt: int
+    resolution: int | None
+    frames: int | None
+    dtype: torch.dtype
+    sampler: config.Sampler
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One sample to be: of which prompt, the how manieth, and its file below the output folder."""
+
+    prompt: int
+    sample: int
+    file: str
+
+
+def slots_of(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing) -> list[Slot]:
+    """The samples of a model; a file's name depends on the prompt's words and the sample's number alone."""
+    suffix = "png" if drawing.frames is None else "webp"
+    return [Slot(index, sample, f"samples/{candidate.name}/{stem(prompt.text)}_{sample:02d}.{suffix}")
+            for index, prompt in enumerate(prompts) for sample in range(drawing.per_prompt)]
+
+
+def stem(text: str) -> str:
+    """The prompt's first words, and what tells it from others that begin alike."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower())[:READABLE].strip("-")
+    return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:10]}".lstrip("-")
+
+
+def generate(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, out: Path, ranks: Ranks,
+             say: Callable[[str], None] = print) -> dict[str, str]:
+    """Draw what this rank's share of the samples still lacks; file -> why there is none, where the model's output is not finite."""
+    mine = slots_of(candidate, prompts, drawing)[ranks.rank :: ranks.world]
+    todo = [slot for slot in mine if not (out / slot.file).is_file()]
+    if not todo:
+        return {}
+    (out / "samples" / candidate.name).mkdir(parents=True, exist_ok=True)
+    model, problems = candidate.model, {}
+    vae = model.load_vae(ranks.device)
+    shape = latent_shape(model, drawing)
+    embed, sampler = open_sampler(candidate, drawing, shape, ranks, len(todo), say)
+    progress = tqdm(total=len(todo), desc=f"samples of {candidate.name}", unit="sample", disable=ranks.rank != 0)
+    for some in chunks(todo, sampler.batch_size):
+        noise = torch.stack([initial_noise(shape, drawing.seed, prompts[slot.prompt].text, slot.sample) for slot in some])
+        conditions = embed([prompts[slot.prompt].text for slot in some])
+        latents = sampler.draw(noise.to(ranks.device), conditions)
+        for slot, latent in zip(some, latents.split(1), strict=True):
+            pixels = model.decode(vae, latent)[0].cpu()  # one by one: pixels are large
+            if pixels.isfinite().all():
+                keep(pixels, out / slot.file)
+            else:
+                problems[slot.file] = "the model's sample is not finite (NaN or Inf)"
+            progress.update()
+    progress.close()
+    return problems
+
+
+def open_sampler(candidate: Candidate, drawing: Drawing, shape: tuple[int, ...], ranks: Ranks, wanted: int,
+                 say: Callable[[str], None]) -> tuple[Callable[[list[str]], Conditions], Sampler]:
+    """What makes conditions of prompts, and what draws from the model under them, in the drawing's precision."""
+    model, dtype = candidate.model, drawing.dtype
+    text = model.load_text(ranks.device)
+
+    def embed(prompts: list[str]) -> Conditions:
+        return {name: value.to(ranks.device, dtype) for name, value in text(prompts).items()}
+
+    unet = candidate.load_unet(dtype).to(ranks.device)
+    table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps).to(ranks.device)
+    sampler = Sampler(unet, model.denoise, table, embed([""]), drawing.sampler, dtype, say=say)
+    sampler.fit(shape, wanted)
+    return embed, sampler
+
+
+def latent_shape(model: Model, drawing: Drawing) -> tuple[int, ...]:
+    """(C, h, w) of an image's latents, (C, F, h, w) of a video's; at the model's own size unless another is wanted."""
+    side = drawing.resolution or model.directory.configs["unet"].get("sample_size", 64) * model.vae_scale_factor
+    if side % model.vae_scale_factor:
+        raise UserError(f"--resolution {side} is no multiple of {model.vae_scale_factor}, by which the VAE in {model.path} shrinks"
+                        " images")
+    frames = [] if drawing.frames is None else [drawing.frames]
+    return (model.latent_channels, *frames, side // model.vae_scale_factor, side // model.vae_scale_factor)
+
+
+def initial_noise(shape: Sequence[int], seed: int, prompt: str, sample: int) -> Tensor:
+    """Standard normal noise: the same for every model, whatever other prompts there are and wherever it is drawn."""
+    return torch.randn(tuple(shape), generator=generator(seed, "evaluation", prompt, sample))
+
+
+def chunks(items: Sequence[Slot], size: int) -> Iterator[Sequence[Slot]]:
+    """Consecutive runs of at most `size` items."""
+    return (items[start : start + size] for start in range(0, len(items), size))

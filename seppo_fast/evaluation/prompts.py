@@ -1,0 +1,203 @@
+"""Prompt sets: a text file, JSONL, CSV, Parti's TSV, HPSv2's JSON, Pick-a-Pic's parquet, ChronoMagic-Bench's CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+from pyarrow import ArrowException
+
+from seppo_fast.errors import UserError
+
+COLUMNS = ("prompt", "caption", "text", "name")  # in any case; of those that are there, the first
+GROUP_COLUMNS = ("group", "style")
+CLIP_COLUMNS = ("videoid", "video", "file_name")
+FORMS = ".txt, .jsonl, .csv, .tsv, .json, .parquet, or a folder of HPSv2's .json files"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`sets`: the groups it counts in, from the whole file to a part of it; `clip`: the real clip's id or file name."""
+
+    text: str
+    sets: tuple[str, ...]
+    clip: str | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A prompt as its file has it, and where."""
+
+    where: str
+    text: Any
+    group: str | None = None
+    clip: str | None = None
+
+
+def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[str], None] = print) -> list[Prompt]:
+    """The prompts of all sets, `FILE` or `NAME=FILE`, at most `limit` of each; one that comes again is left out, which is said."""
+    prompts: dict[str, Prompt] = {}
+    names: set[str] = set()
+    for argument in given:
+        name, path = named_file(argument)
+        if name in names:
+            raise UserError(f"--prompts {argument}: there is another set called {name!r}; give one of them a name: NAME={path}")
+        names.add(name)
+        again, kept = [], 0
+        for line in lines_of(path):
+            text = checked(line)
+            if text in prompts:
+                again.append(line)
+                continue
+            groups = (name,) if line.group is None else (name, f"{name}/{line.group}")
+            prompts[text] = Prompt(text, groups, line.clip)
+            kept += 1
+            if kept == limit:
+                break
+        if not kept:
+            raise UserError(f"{path} has no prompts{' that were not in a set before' if again else ''}; it wants one a line or row")
+        if again:
+            count = f"{len(again)} prompts that came before are" if len(again) > 1 else "a prompt that came before is"
+            say(f"{name}: {count} left out, the first at {again[0].where}: {checked(again[0])[:60]!r}")
+    return list(prompts.values())
+
+
+def named_file(argument: str) -> tuple[str, Path]:
+    """`NAME=FILE`, or `FILE` by the name of its stem."""
+    name, equals, rest = argument.partition("=")
+    path = Path(argument if not equals or Path(argument).exists() else rest).expanduser()
+    if not path.exists():
+        raise UserError(f"--prompts {argument}: {path} does not exist")
+    return (name, path) if equals and not Path(argument).exists() else (path.stem, path)
+
+
+def checked(line: Line) -> str:
+    """The prompt without space around it."""
+    if not isinstance(line.text, str) or not line.text.strip():
+        raise UserError(f"{line.where}: {line.text!r} is no prompt; put one there or remove the row")
+    return line.text.strip()
+
+
+def lines_of(path: Path) -> Iterator[Line]:
+    """The prompts of one file or folder, by its ending."""
+    readers = {".txt": text_lines, ".jsonl": json_rows, ".csv": table_rows, ".tsv": table_rows, ".json": json_lists,
+               ".parquet": parquet_rows}
+    if path.is_dir():
+        return folder_of_lists(path)
+    if path.suffix.lower() not in readers:
+        raise UserError(f"--prompts {path}: what kind of file is that? Prompts are read from {FORMS}")
+    return readers[path.suffix.lower()](path)
+
+
+def text_lines(path: Path) -> Iterator[Line]:
+    """A prompt a line; empty lines do not count."""
+    for number, text in enumerate(io.StringIO(content(path)), 1):
+        if text.strip():
+            yield Line(f"{path}, line {number}", text)
+
+
+def json_rows(path: Path) -> Iterator[Line]:
+    """A JSON object a line, or a JSON string."""
+    for number, text in enumerate(io.StringIO(content(path)), 1):
+        where = f"{path}, line {number}"
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{where}: not valid JSON ({error})") from error
+        if not isinstance(record, dict | str):
+            raise UserError(f"{where}: {text[:60]!r} is neither a JSON object nor a string")
+        yield from_record(where, record) if isinstance(record, dict) else Line(where, record)
+
+
+def table_rows(path: Path) -> Iterator[Line]:
+    """CSV, and Parti-prompts' TSV, whose quotes are part of the prompt."""
+    tabs = path.suffix.lower() == ".tsv"
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    reader = csv.DictReader(io.StringIO(content(path), newline=""), **form)
+    try:
+        for record in reader:
+            named = {name: value for name, value in record.items() if name is not None}
+            yield from_record(f"{path}, line {reader.line_num}", named)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; look at the quotes there and above") from error
+
+
+def json_lists(path: Path) -> Iterator[Line]:
+    """A list of prompts, or one a style: `{"anime": [...], ...}`, as HPSv2's benchmark has them."""
+    try:
+        found = json.loads(content(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if isinstance(found, list):
+        yield from listed(path, found, None)
+    elif isinstance(found, dict) and all(isinstance(value, list) for value in found.values()):
+        for style, prompts in found.items():
+            yield from listed(path, prompts, style)
+    else:
+        raise UserError(f'{path}: a list of prompts is needed, or one a style: {{"anime": ["..."], ...}}')
+
+
+def folder_of_lists(path: Path) -> Iterator[Line]:
+    """HPSv2's benchmark as it is published: a JSON list a style (anime, concept-art, paintings, photo)."""
+    files = sorted(path.glob("*.json"))
+    if not files:
+        raise UserError(f"--prompts {path}: there are no .json files in this folder; prompts are read from {FORMS}")
+    for file in files:
+        yield from (Line(line.where, line.text, file.stem, line.clip) for line in json_lists(file))
+
+
+def listed(path: Path, prompts: Sequence[Any], group: str | None) -> Iterator[Line]:
+    place = f"{path}, {group}" if group else str(path)
+    for number, prompt in enumerate(prompts, 1):
+        where = f"{place}, number {number}"
+        line = from_record(where, prompt) if isinstance(prompt, dict) else Line(where, prompt)
+        yield Line(where, line.text, group or line.group, line.clip)
+
+
+def parquet_rows(path: Path) -> Iterator[Line]:
+    """Pick-a-Pic's validation set has a row a pair of images, and so each prompt several times: it counts once."""
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        wanted = [name for name in file.schema_arrow.names if name.lower() in (*COLUMNS, *GROUP_COLUMNS, *CLIP_COLUMNS)]
+        if not wanted:
+            raise no_column(str(path), file.schema_arrow.names)
+        seen, row = set(), 0
+        for batch in file.iter_batches(columns=wanted):
+            for record in batch.to_pylist():
+                row += 1
+                line = from_record(f"{path}, row {row}", record)
+                if line.text not in seen:
+                    seen.add(line.text)
+                    yield line
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: no readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def from_record(where: str, record: Mapping[str, Any]) -> Line:
+    """A row by the names of its columns."""
+    columns = {name.lower().strip().removeprefix("\ufeff"): value for name, value in record.items()}
+    column = next((name for name in COLUMNS if name in columns), None)
+    if column is None:
+        raise no_column(where, list(record))
+    group, clip = (next((columns[name] for name in names if columns.get(name)), None) for names in (GROUP_COLUMNS, CLIP_COLUMNS))
+    return Line(where, columns[column], None if group is None else str(group), None if clip is None else str(clip))
+
+
+def no_column(where: str, columns: Sequence[str]) -> UserError:
+    return UserError(f"{where}: there is no column {', '.join(COLUMNS)}, but {', '.join(columns) or 'none at all'}")
+
+
+def content(path: Path) -> str:
+    """The file's text; what is not UTF-8 is refused."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a UTF-8 text file (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error

@@ -1,0 +1,130 @@
+"""An evaluation from its arguments to its result: samples, scores, tables."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from seppo_fast.errors import UserError
+from seppo_fast.evaluation.candidates import Candidate
+from seppo_fast.evaluation.generate import Drawing, generate, slots_of
+from seppo_fast.evaluation.prompts import Prompt
+from seppo_fast.evaluation.scoring import Job, Scored, score_all, scores_of
+from seppo_fast.evaluation.table import groups_of, markdown, tabulate, write_csv
+from seppo_fast.machine import commit, machine
+from seppo_fast.ranks import Ranks
+
+PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics")
+SETTINGS = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for. `weights`: score or score.part -> path or hub id; `real`: the folder of the real clips."""
+
+    candidates: list[Candidate]
+    prompts: list[Prompt]
+    scores: list[str]
+    weights: dict[str, str]
+    drawing: Drawing
+    out: Path
+    real: Path | None
+    batch: int
+
+    @property
+    def video(self) -> bool:
+        return self.drawing.frames is not None
+
+
+def evaluate(wanted: Wanted, ranks: Ranks, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """Draw, score and report; every rank calls, and the first gets the result, which is in scores.json too."""
+    seconds: dict[str, float] = {}
+    if ranks.rank == 0:
+        remember(wanted)
+    ranks.barrier()
+    problems: dict[str, str] = {}
+    for candidate in wanted.candidates:
+        start = time.perf_counter()
+        problems |= generate(candidate, wanted.prompts, wanted.drawing, wanted.out, ranks, say)
+        seconds[f"samples of {candidate.name}"] = round(time.perf_counter() - start, 1)
+    ranks.barrier()
+    start = time.perf_counter()
+    scored = score_all(job_of(wanted, problems, ranks), [score for score in scores_of(wanted.video) if score.name in wanted.scores])
+    seconds["scores"] = round(time.perf_counter() - start, 1)
+    if ranks.rank != 0:
+        return None
+    result = result_of(wanted, scored, seconds)
+    write(result, wanted.out)
+    return result
+
+
+def job_of(wanted: Wanted, problems: Mapping[str, str], ranks: Ranks) -> Job:
+    """This rank's share of what there is to score; a sample that was not made has no file."""
+    samples = [{"prompt": slot.prompt, "sample": slot.sample, "model": candidate.name,
+                "file": None if slot.file in problems else slot.file, "values": {}, "problem": problems.get(slot.file)}
+               for candidate in wanted.candidates
+               for slot in slots_of(candidate, wanted.prompts, wanted.drawing)[ranks.rank :: ranks.world]]
+    models = [candidate.name for candidate in wanted.candidates]
+    return Job(models, wanted.prompts, samples, wanted.out, wanted.weights, wanted.real, wanted.drawing.frames, wanted.batch, ranks)
+
+
+def remember(wanted: Wanted) -> None:
+    """Note in the output folder what its samples are of; a UserError where it holds samples of something else."""
+    file = wanted.out / SETTINGS
+    try:
+        wanted.out.mkdir(parents=True, exist_ok=True)
+        before = json.loads(file.read_text()) if file.is_file() else {"drawing": None, "models": {}}
+        drawing = settings_of(wanted.drawing)
+        if before["drawing"] is not None and (differing := sorted(
+                name for name in drawing if before["drawing"].get(name) != drawing[name])):
+            name = differing[0]
+            raise UserError(f"--out {wanted.out} holds samples with {name} {before['drawing'].get(name)!r}, and now it is"
+                            f" {drawing[name]!r}: give another folder, or the same {name}")
+        models = {candidate.name: candidate.fingerprint() for candidate in wanted.candidates}
+        for name, digest in models.items():
+            if before["models"].get(name, digest) != digest:
+                raise UserError(f"--out {wanted.out} holds samples of another model called {name!r} (or its files have changed):"
+                                f" give another name or folder, or remove {wanted.out / 'samples' / name} and {file}")
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"drawing": drawing, "models": before["models"] | models}, indent=1) + "\n")
+        temporary.replace(file)
+    except OSError as error:
+        raise UserError(f"--out {wanted.out}: {error.strerror}; choose another folder") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged, so it is not known what the samples there are of: choose another --out") from error
+
+
+def settings_of(drawing: Drawing) -> dict[str, Any]:
+    """What decides the samples, in JSON's words; not in how large batches they are drawn, nor how many there are."""
+    sampler = {name: getattr(drawing.sampler, name) for name in ("solver", "steps", "guidance_scale")}
+    return {"seed": drawing.seed, "resolution": drawing.resolution, "frames": drawing.frames,
+            "dtype": str(drawing.dtype).removeprefix("torch."), **sampler}
+
+
+def result_of(wanted: Wanted, scored: Scored, seconds: dict[str, float]) -> dict[str, Any]:
+    """The contract of scores.json."""
+    sets = [prompt.sets for prompt in wanted.prompts]
+    groups = groups_of(sets)
+    result = {
+        "about": {"machine": machine(), "versions": {name: version(name) for name in PACKAGES}, "commit": commit(),
+                  "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                  "settings": {**settings_of(wanted.drawing), "per_prompt": wanted.drawing.per_prompt}, "seconds": seconds},
+        "models": [{"name": candidate.name, "path": candidate.given} for candidate in wanted.candidates],
+        "scores": scored.scores,
+        "groups": groups,
+        "prompts": [{"index": index, "text": prompt.text, "group": prompt.sets[-1] if prompt.sets[-1] in groups else None,
+                     "id": str(index)} for index, prompt in enumerate(wanted.prompts)],
+        "samples": scored.samples,
+    }
+    return {**result, "table": [*tabulate(result, sets), *scored.set_rows]}
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    """scores.json, scores.csv and table.md."""
+    (out / "scores.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(markdown(result), encoding="utf-8")
+    write_csv(result, out / "scores.csv")

@@ -1,0 +1,218 @@
+"""Samples to values: every rank scores its share; what a score lacks, and what could not be scored, is said in its place."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from seppo_fast.errors import UserError
+from seppo_fast.evaluation.files import clip_file, read_image, read_video
+from seppo_fast.evaluation.prompts import Prompt
+from seppo_fast.evaluation.scores import IMAGE_SCORES
+from seppo_fast.evaluation.scores.base import Score
+from seppo_fast.evaluation.scores.vendi import VENDI, SetScore
+from seppo_fast.evaluation.table import groups_of, in_group
+from seppo_fast.evaluation.video.frechet import Moments, frechet
+from seppo_fast.evaluation.video.real import read_clip
+from seppo_fast.evaluation.video.scores import VIDEO_SCORES, VideoScore
+from seppo_fast.evaluation.weights import locate
+from seppo_fast.ranks import Ranks
+
+Sample = dict[str, Any]  # as in scores.json
+AnyScore = Score | SetScore | VideoScore
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`scores` and `samples` as in scores.json; `set_rows` are the table's for scores that have one value a set."""
+
+    scores: list[dict[str, Any]]
+    samples: list[Sample]
+    set_rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is scored: this rank's share of the samples of all models, below `out`, and with what weights and real clips."""
+
+    models: Sequence[str]
+    prompts: Sequence[Prompt]
+    samples: list[Sample]
+    out: Path
+    weights: Mapping[str, str]
+    real: Path | None
+    frames: int | None
+    batch: int
+    ranks: Ranks
+
+    @property
+    def groups(self) -> list[str]:
+        """All prompts, and the sets that they come from."""
+        return groups_of([prompt.sets for prompt in self.prompts])
+
+    def of(self, model: str, group: str) -> Callable[[Sample], bool]:
+        """Whether a sample is one of the model's for a prompt of the group."""
+        return lambda sample: sample["model"] == model and in_group(self.prompts[sample["prompt"]].sets, group)
+
+
+def scores_of(video: bool) -> tuple[AnyScore, ...]:
+    """All there are of images, or of videos."""
+    return VIDEO_SCORES if video else (*IMAGE_SCORES, VENDI)
+
+
+def score_all(job: Job, scores: Sequence[AnyScore]) -> Scored:
+    """Every rank calls with its share, and has all ranks' samples in the result."""
+    about, set_rows = [], []
+    for score in scores:
+        scorer, missing = loaded(score, job)
+        if scorer is not None:
+            set_rows += apply(score, scorer, job)
+        about.append({"name": score.name, "label": score.label, "better": score.better, "kind": kind_of(score),
+                      "weights": {part: source_of(score, part, job.weights) for part in score.wants}, "missing": missing})
+        del scorer  # its network need not be there beside the next one's
+    together = [sample for share in job.ranks.objects(job.samples) for sample in share]
+    place = {name: index for index, name in enumerate(job.models)}
+    together.sort(key=lambda sample: (place[sample["model"]], sample["prompt"], sample["sample"]))
+    return Scored(about, together, set_rows)
+
+
+def source_of(score: AnyScore, part: str, given: Mapping[str, str]) -> str:
+    """Where a part of the weights comes from."""
+    return given.get(f"{score.name}.{part}") or (given.get(score.name) if part == "model" else None) or score.wants[part]
+
+
+def kind_of(score: AnyScore) -> str:
+    """"sample", or "set" where all samples together have one value."""
+    return score.kind if isinstance(score, VideoScore) else "set" if isinstance(score, SetScore) else "sample"
+
+
+def loaded(score: AnyScore, job: Job) -> tuple[Any, str | None]:
+    """The score's network on every rank, or why it is on none; the first rank fetches what is on the hub."""
+    scorer, why = None, None
+    if isinstance(score, VideoScore) and job.real is None:
+        why = f"{score.label} compares with real clips: give their folder by --real"
+    for turn in (job.ranks.rank == 0, job.ranks.rank != 0):
+        if turn and why is None:
+            try:
+                scorer = score.load(locate(score, job.weights), job.ranks.device)
+            except UserError as error:
+                why = str(error)
+        job.ranks.barrier()
+    reasons = [reason for reason in job.ranks.objects(why) if reason]
+    return (None, reasons[0]) if reasons else (scorer, None)
+
+
+def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:
+    """The samples get their values; the rows are those of a score that has one value a set."""
+    if isinstance(score, SetScore):
+        return score_sets(score, scorer, job)
+    if isinstance(score, Score):
+        for images, samples in images_of(score.label, job):
+            put(score, samples, scorer(images, [job.prompts[sample["prompt"]].text for sample in samples]))
+    elif score.kind == "sample":
+        for generated, real, sample in pairs_of(score.label, job):
+            put(score, [sample], scorer(generated[None], real[None]))
+    else:
+        return score_clip_sets(score, scorer, job)
+    return []
+
+
+def put(score: AnyScore, samples: Sequence[Sample], values: Tensor) -> None:
+    """Values into their samples; one that is no number is none, and a problem."""
+    for sample, value in zip(samples, values.tolist(), strict=True):
+        sample["values"][score.name] = value if math.isfinite(value) else None
+        if not math.isfinite(value):
+            note(sample, f"{score.label} is {value}")
+
+
+def note(sample: Sample, problem: str) -> None:
+    """Once each."""
+    known = sample["problem"] or ""
+    if problem not in known:
+        sample["problem"] = f"{known}; {problem}".removeprefix("; ")
+
+
+def images_of(label: str, job: Job) -> Iterator[tuple[list[Image.Image], list[Sample]]]:
+    """Batches of the samples that can be read."""
+    for start in tqdm(range(0, len(job.samples), job.batch), desc=label, unit="batch", disable=job.ranks.rank != 0):
+        read = [(image, sample) for sample in job.samples[start : start + job.batch]
+                if (image := given(sample, lambda sample=sample: read_image(job.out / sample["file"]))) is not None]
+        if read:
+            yield [image for image, _ in read], [sample for _, sample in read]
+
+
+def pairs_of(label: str, job: Job) -> Iterator[tuple[Tensor, Tensor, Sample]]:
+    """Generated clips (F, 3, H, W) in [0, 1] with the real ones of their prompts, where both can be read."""
+    for sample in tqdm(job.samples, desc=label, unit="clip", disable=job.ranks.rank != 0):
+        generated = given(sample, lambda sample=sample: read_video(job.out / sample["file"], job.frames))
+        if generated is None:
+            continue
+        real = given(sample, lambda sample=sample, shape=generated.shape: read_real(job, sample, shape))
+        if real is not None:
+            yield generated, real, sample
+
+
+def read_real(job: Job, sample: Sample, shape: Sequence[int]) -> Tensor:
+    """The real clip of a sample's prompt, in the sample's shape (F, 3, H, H)."""
+    prompt = job.prompts[sample["prompt"]]
+    if prompt.clip is None:
+        raise UserError("its prompt names no real clip (a column videoid or file_name)")
+    return read_clip(clip_file(job.real, prompt.clip), shape[0], shape[-1])
+
+
+def given(sample: Sample, read: Callable[[], Any]) -> Any:
+    """What `read` gives, or None for a sample that was not made or cannot be read, which is noted."""
+    if sample["file"] is None:
+        return None
+    try:
+        return read()
+    except UserError as error:
+        note(sample, str(error))
+        return None
+
+
+def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor], job: Job) -> list[dict[str, Any]]:
+    """One value a model and group, of all ranks' images."""
+    mine = [({name: sample[name] for name in ("model", "prompt")}, vector)
+            for images, samples in images_of(score.label, job)
+            for sample, vector in zip(samples, embed(images), strict=True)]
+    every = [pair for share in job.ranks.objects(mine) for pair in share]
+    rows = []
+    for model in job.models:
+        for group in job.groups:
+            vectors = [vector for sample, vector in every if job.of(model, group)(sample)]
+            rows.append(set_row(score, model, group, len(vectors), score.of(torch.stack(vectors)) if vectors else None))
+    return rows
+
+
+def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job) -> list[dict[str, Any]]:
+    """The Frechet distance of each model's clips of a group to the real clips of the same prompts."""
+    sums: dict[tuple[str, str], tuple[Moments, Moments]] = {}
+    for generated, real, sample in pairs_of(score.label, job):
+        one, other = (Moments.of(features(clip[None])) for clip in (generated, real))
+        for group in (group for group in job.groups if job.of(sample["model"], group)(sample)):
+            key = sample["model"], group
+            sums[key] = (sums[key][0] + one, sums[key][1] + other) if key in sums else (one, other)
+    shares = job.ranks.objects(sums)
+    rows = []
+    for key in ((model, group) for model in job.models for group in job.groups):
+        parts = [share[key] for share in shares if key in share]
+        both = [reduce(add, side) for side in zip(*parts, strict=True)]
+        enough = bool(both) and min(side.count for side in both) > 1
+        rows.append(set_row(score, *key, both[0].count if both else 0, frechet(*both) if enough else None))
+    return rows
+
+
+def set_row(score: AnyScore, model: str, group: str, count: int, value: float | None) -> dict[str, Any]:
+    """A row of the table. One value has no interval that a bootstrap could give: resampled sets are less diverse."""
+    value = value if value is not None and math.isfinite(value) else None
+    return {"model": model, "group": group, "score": score.name, "mean": value, "low": None, "high": None, "count": count,
+            "win_rate": None}

@@ -1,0 +1,1 @@
+"""Scores of generated clips beside the real clips of the same prompts."""

@@ -1,0 +1,132 @@
+"""Where a score's weights are (the user's paths, else the hub), and what their files hold."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
+
+from seppo_fast.errors import UserError
+from seppo_fast.models.files import REFETCH, check_pickle, check_tensors
+from seppo_fast.models.hub import SMALL, one_set
+
+TOKENIZER = "tokenizer"  # this part of a score is a repository without its weights
+
+
+class MissingWeights(UserError):
+    """A score cannot be given: says which part is missing, where it is published, and the flag to give it by."""
+
+
+class Wanting(Protocol):
+    """What has weights to find: a score of images or of sets of them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def wants(self) -> Mapping[str, str]: ...
+
+
+def locate(score: Wanting, given: Mapping[str, str]) -> dict[str, Path]:
+    """Part -> its file or folder: `given["name"]` for the part "model", `given["name.part"]` for any, else the hub's."""
+    return {part: _part(score, part, given) for part in score.wants}
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """What a safetensors file or a pickled dictionary of tensors holds, on the CPU; no code in a pickle is run."""
+    safetensors = path.suffix == ".safetensors"
+    check_tensors(path) if safetensors else check_pickle(path)
+    try:
+        content = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler's own, EOFError, RuntimeError, KeyError, ...: damage has many faces
+        raise UserError(f"{path} is damaged, or a pickle of more than tensors, which would run code and is not loaded. "
+                        f"{REFETCH}, or give it as safetensors.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} and not tensors by name. {REFETCH}.")
+    return content
+
+
+def check_fit(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Any], what: str) -> None:
+    """UserError unless `found` in `path` has exactly the names and shapes of `expected`, the weights of `what`."""
+    shapes = {name: (_shape(found[name]), _shape(expected[name])) for name in sorted(expected.keys() & found.keys())}
+    faults = {
+        "missing": sorted(expected.keys() - found.keys()), "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": [f"{name} {has} for {wants}" for name, (has, wants) in shapes.items() if has != wants],
+    }
+    told = [f"{kind}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for kind, names in faults.items() if names]
+    if told:
+        raise UserError(f"{path} does not hold the weights of {what} ({'; '.join(told)}). "
+                        "It is another model's file, or not the one published.")
+
+
+def _shape(tensor: Any) -> str:
+    return str(tuple(tensor.shape)) if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
+
+
+def _part(score: Wanting, part: str, given: Mapping[str, str]) -> Path:
+    flag = score.name if part == "model" else f"{score.name}.{part}"
+    path = given.get(flag, given.get(f"{score.name}.{part}"))
+    return _hub(score, part, flag) if path is None else _local(score, part, flag, Path(path).expanduser())
+
+
+def _local(score: Wanting, part: str, flag: str, path: Path) -> Path:
+    """The path that the user gave, if it is a folder or file as wanted, or a folder that has the file."""
+    _, file = _source(score, part)
+    if file and path.is_dir():
+        path = path / file
+    if not (path.is_file() if file else path.is_dir()):
+        raise MissingWeights(_message(score, part, flag, f"{path} is no {'file' if file else 'folder'}"))
+    return path
+
+
+def _hub(score: Wanting, part: str, flag: str) -> Path:
+    """The hub's file or snapshot; without a connection, the one left in the hub's cache."""
+    if score.wants[part].startswith("https://"):
+        raise MissingWeights(_message(score, part, flag, "it is not on the hub"))
+    repository, file = _source(score, part)
+    try:
+        # asked first because it fails at once without a connection, where the others retry for half a minute
+        names = [entry.rfilename for entry in HfApi().model_info(repository).siblings or []]
+        if file:
+            return Path(hf_hub_download(repository, file))
+        return Path(snapshot_download(repository, allow_patterns=needed(names, part)))
+    except Exception as error:  # no connection, no such repository, gated, disk full: the user decides what to do
+        try:
+            # not snapshot_download, which calls a snapshot incomplete when it lacks files that nobody asked for
+            entry = file or ("tokenizer_config.json" if part == TOKENIZER else "config.json")
+            cached = Path(hf_hub_download(repository, entry, local_files_only=True))
+            return cached if file else cached.parent
+        except OSError:
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            raise MissingWeights(_message(score, part, flag, f"it could not be fetched ({reason})")) from error
+
+
+def needed(names: list[str], part: str) -> list[str]:
+    """Of a repository's files those of a transformers folder: configurations, vocabularies, one set of weights."""
+    top = [name for name in names if "/" not in name]
+    # index files of weights that are not taken would promise shards that are not there
+    small = [name for name in top if name.endswith(SMALL) and ".index." not in name]
+    return sorted(small if part == TOKENIZER else small + one_set(top, "transformers", None))
+
+
+def _source(score: Wanting, part: str) -> tuple[str, str]:
+    """Repository and file; the file is "" where a whole repository is wanted. Of a URL, itself and its last part."""
+    if score.wants[part].startswith("https://"):
+        return score.wants[part], score.wants[part].rsplit("/", 1)[1]
+    owner, name, *file = score.wants[part].split("/", 2)
+    return f"{owner}/{name}", "".join(file)
+
+
+def _message(score: Wanting, part: str, flag: str, reason: str) -> str:
+    repository, file = _source(score, part)
+    form = f"the file {file}" if file else f"the folder of {repository}"
+    place = repository if repository.startswith("https://") else f"https://huggingface.co/{repository}"
+    return (f"{score.label} ({score.name}) lacks its {part}: {reason}. It wants {form}, published at {place}; "
+            f"give it by --weights {flag}=PATH.")
