@@ -174,10 +174,10 @@ def about(result: Result) -> str:
     settings, machine = result["settings"], result["machine"]
     seeds = f"{settings['seeds']} seeds" if settings["seeds"] > 1 else "one seed (so no intervals)"
     return (
-        f"Means over {seeds}, each with a base model, data and trainings of its own; ± and [ ] are 95 % t-intervals over the"
-        " seeds, those in [ ] of the differences paired by seed. SFT and SePPO-w train on the preferred pictures of the pairs, SePPO-r on one"
-        " of each pair at random, where the other is a bad scan, a wrong digit, or both, as in what the base learnt from; all other"
-        f" rows are SePPO-w with one change. {settings['iterations']} iterations of {settings['updates']} updates of"
+        f"Means over {seeds}, each with a base model, data and trainings of its own; ± and [ ] are 95 % t-intervals over the seeds,"
+        " those in [ ] of the differences paired by seed. SFT and SePPO-w train on the preferred pictures of the pairs, SePPO-r on"
+        " one of each pair at random, where the other is a bad scan, a wrong digit, or both, as in what the base learnt from; all"
+        f" other rows are SePPO-w with one change. {settings['iterations']} iterations of {settings['updates']} updates of"
         f" {settings['batch_size']} pairs, learning rate {settings['lr']:g}, beta {settings['beta']:g}, reference samples in"
         f" {settings['sampler_steps']} steps at guidance {settings['guidance_scale']:g}. Prompt accuracy and cleanliness: the"
         f" quickstart's judge on {settings['judge_samples']} samples of the last policy in {settings['judge_steps']} steps, from"
