@@ -1,7 +1,7 @@
 """Did the model get better? `python -m seppo_fast.evaluate --models base=PATH tuned=PATH --prompts FILE ... --out DIR`.
 
-Draws samples of every prompt by every model from the same noise, scores them and writes scores.json, scores.csv and table.md.
-What was interrupted goes on with the same command; models, prompts and scores may be added to it. On several GPUs:
+Draws samples of every prompt by every model from the same noise, scores them and writes scores.json, scores.csv, table.md and
+index.html. What was interrupted goes on with the same command; models, prompts and scores may be added to it. On several GPUs:
 `deepspeed seppo_fast/evaluate.py --models ...`.
 """
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         say = print if ranks.rank == 0 else lambda line: None
         result = evaluate(wanted_of(arguments, ranks, say), ranks, say)
         if result is not None:
-            print(f"\n{markdown(result)}\n{arguments.out / 'scores.json'}", flush=True)
+            print(f"\n{markdown(result)}\n{arguments.out / 'index.html'}", flush=True)
         leave()
         return 0
     except Stop as stop:

@@ -1,4 +1,4 @@
-"""An evaluation from its arguments to its result: samples, scores, tables."""
+"""An evaluation from its arguments to its result: samples, scores, tables, page."""
 
 import json
 import time
@@ -12,6 +12,7 @@ from typing import Any
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.evaluation.generate import Drawing, generate, slots_of
+from seppo_fast.evaluation.page import write_page
 from seppo_fast.evaluation.prompts import Prompt
 from seppo_fast.evaluation.scoring import Job, Scored, score_all, scores_of
 from seppo_fast.evaluation.table import groups_of, markdown, tabulate, write_csv
@@ -124,7 +125,8 @@ def result_of(wanted: Wanted, scored: Scored, seconds: dict[str, float]) -> dict
 
 
 def write(result: dict[str, Any], out: Path) -> None:
-    """scores.json, scores.csv and table.md."""
+    """scores.json, scores.csv, table.md and index.html."""
     (out / "scores.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     (out / "table.md").write_text(markdown(result), encoding="utf-8")
     write_csv(result, out / "scores.csv")
+    write_page(result, out)

@@ -86,6 +86,8 @@ def test_the_table_is_the_samples_mean_and_what_is_missing_is_said(run: Any, tmp
     assert len(diversity) == 2 and all(1 <= value <= 3 for value in diversity)
     assert json.loads((tmp_path / "scores.json").read_text()) == result
     assert "| missing |" in (tmp_path / "table.md").read_text() and "nothing.pt" in (tmp_path / "table.md").read_text()
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/webp") >= 6 and "nothing.pt" in page
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 7
 
 
