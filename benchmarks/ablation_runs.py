@@ -146,10 +146,10 @@ def write_pairs(path: Path, digits: "Digits", recipe: "Recipe") -> None:
 
 def png(pixels: "Tensor") -> bytes:
     """A picture `(3, H, W)` in [0, 1] as the file that the quickstart's demonstrations are."""
-    from PIL import Image
+    from seppo_fast.pictures import picture
 
     file = io.BytesIO()
-    Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")
+    picture(pixels).save(file, "PNG")
     return file.getvalue()
 
 

@@ -6,9 +6,7 @@ index.html. What was interrupted goes on with the same command; models, prompts 
 """
 
 import argparse
-import os
 import sys
-import traceback
 from pathlib import Path
 
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # see train.py
@@ -28,7 +26,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="the folder for samples, scores and the page")
     add("--scores", nargs="+", metavar="SCORE", help="which scores; all that there are for images, or for videos, if left out")
     add("--weights", nargs="+", action="extend", default=[], metavar="SCORE=PATH",
-        help="where a score's weights are: a path or hub id; SCORE.PART=PATH where there are several")
+        help="a file or folder with a score's weights, in place of the hub's; SCORE.PART=PATH where there are several")
     add("--real", type=Path, metavar="FOLDER", help="real clips that videos are compared with, named by the prompts' videoid")
     add("--per-prompt", type=int, default=1, help="samples of each prompt")
     add("--limit", type=int, help="use the first LIMIT prompts of each set only")
@@ -55,36 +53,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 for bad input, 1 anything else, 128 + the signal's number when stopped by one."""
+    """The exit status, as `carried_out` gives it."""
     arguments = parse_arguments(argv)
-    from seppo_fast.errors import UserError
-    from seppo_fast.ranks import FirstFailure, Stop, StopSignals, join, leave, quiet_libraries
+    from seppo_fast.command import carried_out
 
-    quiet_libraries()
-    failure = FirstFailure()
-    try:
-        StopSignals()
-        from seppo_fast.evaluation.arguments import wanted_of
-        from seppo_fast.evaluation.run import evaluate
-        from seppo_fast.evaluation.table import markdown
+    return carried_out(lambda: run(arguments), "; what is drawn is kept, and the same command goes on from there")
 
-        ranks = join()
-        say = print if ranks.rank == 0 else lambda line: None
-        result = evaluate(wanted_of(arguments, ranks, say), ranks, say)
-        if result is not None:
-            print(f"\n{markdown(result)}\n{arguments.out / 'index.html'}", flush=True)
-        leave()
-        return 0
-    except Stop as stop:
-        status, words = 128 + stop.signum, f"stopped by {stop}; what is drawn is kept, and the same command goes on from there"
-    except UserError as error:
-        status, words = 2, f"seppo_fast: {error}"
-    except Exception:
-        status, words = 1, f"seppo_fast: rank {os.environ.get('RANK', 0)} failed\n{traceback.format_exc()}"
-    if failure.is_ours():
-        print(words, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status)  # see train.py
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, and print the tables."""
+    from seppo_fast.ranks import StopSignals, join
+
+    StopSignals()
+    from seppo_fast.evaluation.arguments import wanted_of
+    from seppo_fast.evaluation.run import evaluate
+    from seppo_fast.evaluation.table import markdown
+
+    ranks = join()
+    say = print if ranks.rank == 0 else lambda line: None
+    result = evaluate(wanted_of(arguments, ranks, say), ranks, say)
+    if result is not None:
+        print(f"\n{markdown(result)}\n{arguments.out / 'index.html'}", flush=True)
 
 
 if __name__ == "__main__":

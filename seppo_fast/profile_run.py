@@ -6,9 +6,7 @@ phases of an update, the operators that took longest and what could be turned on
 """
 
 import argparse
-import os
 import sys
-import traceback
 from pathlib import Path
 
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # see train.py
@@ -29,35 +27,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit status: 0, 2 for bad input, 1 anything else, 128 + the signal's number when stopped by one."""
+    """The exit status, as `carried_out` gives it."""
     arguments = parse_arguments()
+    from seppo_fast.command import carried_out
+
+    return carried_out(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Profile, and print what was found."""
     from seppo_fast.configfile import load_config
     from seppo_fast.errors import UserError
-    from seppo_fast.ranks import FirstFailure, Stop, StopSignals, join, leave, quiet_libraries
+    from seppo_fast.ranks import StopSignals, join
     from seppo_fast.training.profiled import profile
 
-    quiet_libraries()
-    failure = FirstFailure()
-    try:
-        if arguments.updates < 1:
-            raise UserError(f"--updates {arguments.updates}: at least one update has to be measured")
-        config = load_config(arguments.config, arguments.overrides)
-        signals, ranks = StopSignals(), join()
-        text = profile(config, ranks, signals, arguments.updates, arguments.rows)
-        if ranks.rank == 0:
-            print(text, flush=True)
-        leave()
-        return 0
-    except Stop as stop:
-        status, words = 128 + stop.signum, f"stopped by {stop}"
-    except UserError as error:
-        status, words = 2, f"seppo_fast: {error}"
-    except Exception:
-        status, words = 1, f"seppo_fast: rank {os.environ.get('RANK', 0)} failed\n{traceback.format_exc()}"
-    if failure.is_ours():
-        print(words, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status)  # see train.py
+    if arguments.updates < 1:
+        raise UserError(f"--updates {arguments.updates}: at least one update has to be measured")
+    config = load_config(arguments.config, arguments.overrides)
+    signals, ranks = StopSignals(), join()
+    text = profile(config, ranks, signals, arguments.updates, arguments.rows)
+    if ranks.rank == 0:
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

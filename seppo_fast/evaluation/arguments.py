@@ -10,8 +10,9 @@ from seppo_fast.errors import UserError
 from seppo_fast.evaluation.candidates import open_candidates
 from seppo_fast.evaluation.generate import Drawing
 from seppo_fast.evaluation.prompts import read_prompts
-from seppo_fast.evaluation.run import Wanted
 from seppo_fast.evaluation.scoring import scores_of
+from seppo_fast.evaluation.wanted import Wanted
+from seppo_fast.evaluation.weights import flags
 from seppo_fast.ranks import Ranks
 
 
@@ -46,8 +47,7 @@ def chosen(given: Sequence[str] | None, known: Sequence[str], video: bool) -> li
 
 def weights_of(given: Sequence[str]) -> dict[str, str]:
     """`SCORE=PATH` and `SCORE.PART=PATH`."""
-    known = {name for score in (*scores_of(False), *scores_of(True)) for part in score.wants
-             for name in (f"{score.name}.{part}", score.name if part == "model" else f"{score.name}.{part}")}
+    known = {flag for score in (*scores_of(False), *scores_of(True)) for part in score.wants for flag in flags(score, part)}
     found = {}
     for argument in given:
         name, equals, path = argument.partition("=")

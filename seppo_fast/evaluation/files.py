@@ -1,7 +1,9 @@
 """The samples as files: written whole or not at all, read with a word on those that cannot be."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,24 +11,21 @@ import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from seppo_fast.data.video.source import SUFFIXES
+from seppo_fast.data.rows import BadRow
+from seppo_fast.data.video.source import found_video
 from seppo_fast.disk import NO_ROOM
 from seppo_fast.errors import UserError
-
-MILLISECONDS = 125  # a frame: AnimateDiff's 8 a second
+from seppo_fast.pictures import MILLISECONDS, picture, save_clip
 
 
 def keep(pixels: Tensor, path: Path) -> None:
     """`(3, H, W)` in [0, 1] as a PNG, `(F, 3, H, W)` as a lossless animated WebP; all of the file or nothing."""
-    frames = [Image.fromarray(frame) for frame in
-              (pixels.reshape(-1, *pixels.shape[-3:]) * 255).round().byte().permute(0, 2, 3, 1).numpy()]
     temporary = path.with_name(f".{path.name}")
     try:
         if path.suffix == ".png":
-            frames[0].save(temporary, format="PNG")
+            picture(pixels).save(temporary, format="PNG")
         else:
-            frames[0].save(temporary, format="WEBP", save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0,
-                           lossless=True)
+            save_clip([picture(frame) for frame in pixels], temporary)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -62,7 +61,12 @@ def _explained(path: Path) -> Iterator[None]:
 
 def clip_file(folder: Path, clip: str) -> Path:
     """The real clip of this id or file name."""
-    for name in (clip, *(clip + suffix for suffix in SUFFIXES)):
-        if name.lower().endswith(SUFFIXES) and (folder / name).is_file():
-            return folder / name
-    raise UserError(f"the real clip {folder / clip} is not there, with {', '.join(SUFFIXES)}")
+    try:
+        return found_video({folder: _names_in(folder)}, clip)
+    except BadRow as bad:
+        raise UserError(f"the real clip {clip!r}: {bad}") from bad
+
+
+@cache
+def _names_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder))

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from seppo_fast.evaluation.files import keep
 from seppo_fast.evaluation.prompts import Prompt
 from seppo_fast.models import Conditions, Model
 from seppo_fast.ranks import Ranks
+from seppo_fast.reference.batching import chunks
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.seeds import generator
@@ -52,6 +53,11 @@ def slots_of(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing) 
             for index, prompt in enumerate(prompts) for sample in range(drawing.per_prompt)]
 
 
+def share_of(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, ranks: Ranks) -> list[Slot]:
+    """This rank's samples of a model; those of the same prompt and number for all models."""
+    return slots_of(candidate, prompts, drawing)[ranks.rank :: ranks.world]
+
+
 def stem(text: str) -> str:
     """The prompt's first words, and what tells it from others that begin alike."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower())[:READABLE].strip("-")
@@ -61,8 +67,7 @@ def stem(text: str) -> str:
 def generate(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, out: Path, ranks: Ranks,
              say: Callable[[str], None] = print) -> dict[str, str]:
     """Draw what this rank's share of the samples still lacks; file -> why there is none, where the model's output is not finite."""
-    mine = slots_of(candidate, prompts, drawing)[ranks.rank :: ranks.world]
-    todo = [slot for slot in mine if not (out / slot.file).is_file()]
+    todo = [slot for slot in share_of(candidate, prompts, drawing, ranks) if not (out / slot.file).is_file()]
     if not todo:
         return {}
     (out / "samples" / candidate.name).mkdir(parents=True, exist_ok=True)
@@ -115,8 +120,3 @@ def latent_shape(model: Model, drawing: Drawing) -> tuple[int, ...]:
 def initial_noise(shape: Sequence[int], seed: int, prompt: str, sample: int) -> Tensor:
     """Standard normal noise: the same for every model, whatever other prompts there are and wherever it is drawn."""
     return torch.randn(tuple(shape), generator=generator(seed, "evaluation", prompt, sample))
-
-
-def chunks(items: Sequence[Slot], size: int) -> Iterator[Sequence[Slot]]:
-    """Consecutive runs of at most `size` items."""
-    return (items[start : start + size] for start in range(0, len(items), size))

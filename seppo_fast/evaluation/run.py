@@ -3,42 +3,22 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from seppo_fast.errors import UserError
-from seppo_fast.evaluation.candidates import Candidate
-from seppo_fast.evaluation.generate import Drawing, generate, slots_of
+from seppo_fast.evaluation.generate import Drawing, generate, share_of
 from seppo_fast.evaluation.page import write_page
-from seppo_fast.evaluation.prompts import Prompt
-from seppo_fast.evaluation.scoring import Job, Scored, score_all, scores_of
-from seppo_fast.evaluation.table import groups_of, markdown, tabulate, write_csv
+from seppo_fast.evaluation.scoring import Job, Sample, Scored, score_all
+from seppo_fast.evaluation.table import markdown, tabulate, write_csv
+from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.machine import commit, machine
 from seppo_fast.ranks import Ranks
 
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics")
 SETTINGS = "evaluation.json"
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the command line asks for. `weights`: score or score.part -> path or hub id; `real`: the folder of the real clips."""
-
-    candidates: list[Candidate]
-    prompts: list[Prompt]
-    scores: list[str]
-    weights: dict[str, str]
-    drawing: Drawing
-    out: Path
-    real: Path | None
-    batch: int
-
-    @property
-    def video(self) -> bool:
-        return self.drawing.frames is not None
 
 
 def evaluate(wanted: Wanted, ranks: Ranks, say: Callable[[str], None] = print) -> dict[str, Any] | None:
@@ -54,7 +34,7 @@ def evaluate(wanted: Wanted, ranks: Ranks, say: Callable[[str], None] = print) -
         seconds[f"samples of {candidate.name}"] = round(time.perf_counter() - start, 1)
     ranks.barrier()
     start = time.perf_counter()
-    scored = score_all(job_of(wanted, problems, ranks), [score for score in scores_of(wanted.video) if score.name in wanted.scores])
+    scored = score_all(Job(wanted, own_samples(wanted, problems, ranks), ranks))
     seconds["scores"] = round(time.perf_counter() - start, 1)
     if ranks.rank != 0:
         return None
@@ -63,14 +43,12 @@ def evaluate(wanted: Wanted, ranks: Ranks, say: Callable[[str], None] = print) -
     return result
 
 
-def job_of(wanted: Wanted, problems: Mapping[str, str], ranks: Ranks) -> Job:
+def own_samples(wanted: Wanted, problems: Mapping[str, str], ranks: Ranks) -> list[Sample]:
     """This rank's share of what there is to score; a sample that was not made has no file."""
-    samples = [{"prompt": slot.prompt, "sample": slot.sample, "model": candidate.name,
-                "file": None if slot.file in problems else slot.file, "values": {}, "problem": problems.get(slot.file)}
-               for candidate in wanted.candidates
-               for slot in slots_of(candidate, wanted.prompts, wanted.drawing)[ranks.rank :: ranks.world]]
-    models = [candidate.name for candidate in wanted.candidates]
-    return Job(models, wanted.prompts, samples, wanted.out, wanted.weights, wanted.real, wanted.drawing.frames, wanted.batch, ranks)
+    return [{"prompt": slot.prompt, "sample": slot.sample, "model": candidate.name,
+             "file": None if slot.file in problems else slot.file, "values": {}, "problem": problems.get(slot.file)}
+            for candidate in wanted.candidates
+            for slot in share_of(candidate, wanted.prompts, wanted.drawing, ranks)]
 
 
 def remember(wanted: Wanted) -> None:
@@ -109,15 +87,14 @@ def settings_of(drawing: Drawing) -> dict[str, Any]:
 def result_of(wanted: Wanted, scored: Scored, seconds: dict[str, float]) -> dict[str, Any]:
     """The contract of scores.json."""
     sets = [prompt.sets for prompt in wanted.prompts]
-    groups = groups_of(sets)
     result = {
         "about": {"machine": machine(), "versions": {name: version(name) for name in PACKAGES}, "commit": commit(),
                   "date": datetime.now(UTC).isoformat(timespec="seconds"),
                   "settings": {**settings_of(wanted.drawing), "per_prompt": wanted.drawing.per_prompt}, "seconds": seconds},
         "models": [{"name": candidate.name, "path": candidate.given} for candidate in wanted.candidates],
         "scores": scored.scores,
-        "groups": groups,
-        "prompts": [{"index": index, "text": prompt.text, "group": prompt.sets[-1] if prompt.sets[-1] in groups else None,
+        "groups": wanted.groups,
+        "prompts": [{"index": index, "text": prompt.text, "group": prompt.sets[-1] if prompt.sets[-1] in wanted.groups else None,
                      "id": str(index)} for index, prompt in enumerate(wanted.prompts)],
         "samples": scored.samples,
     }

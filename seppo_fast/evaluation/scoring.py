@@ -1,9 +1,9 @@
 """Samples to values: every rank scores its share; what a score lacks, and what could not be scored, is said in its place."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from seppo_fast.evaluation.prompts import Prompt
 from seppo_fast.evaluation.scores import IMAGE_SCORES
 from seppo_fast.evaluation.scores.base import Score
 from seppo_fast.evaluation.scores.vendi import VENDI, SetScore
-from seppo_fast.evaluation.table import groups_of, in_group
+from seppo_fast.evaluation.table import in_group
 from seppo_fast.evaluation.video.frechet import Moments, frechet
 from seppo_fast.evaluation.video.real import read_clip
 from seppo_fast.evaluation.video.scores import VIDEO_SCORES, VideoScore
-from seppo_fast.evaluation.weights import locate
+from seppo_fast.evaluation.wanted import Wanted
+from seppo_fast.evaluation.weights import locate, source
 from seppo_fast.ranks import Ranks
+from seppo_fast.reference.batching import chunks
 
 Sample = dict[str, Any]  # as in scores.json
 AnyScore = Score | SetScore | VideoScore
@@ -41,26 +43,21 @@ class Scored:
 
 @dataclass(frozen=True)
 class Job:
-    """What is scored: this rank's share of the samples of all models, below `out`, and with what weights and real clips."""
+    """What is wanted, and this rank's share of all models' samples."""
 
-    models: Sequence[str]
-    prompts: Sequence[Prompt]
+    wanted: Wanted
     samples: list[Sample]
-    out: Path
-    weights: Mapping[str, str]
-    real: Path | None
-    frames: int | None
-    batch: int
     ranks: Ranks
-
-    @property
-    def groups(self) -> list[str]:
-        """All prompts, and the sets that they come from."""
-        return groups_of([prompt.sets for prompt in self.prompts])
 
     def of(self, model: str, group: str) -> Callable[[Sample], bool]:
         """Whether a sample is one of the model's for a prompt of the group."""
-        return lambda sample: sample["model"] == model and in_group(self.prompts[sample["prompt"]].sets, group)
+        return lambda sample: sample["model"] == model and in_group(self.prompt(sample).sets, group)
+
+    def prompt(self, sample: Sample) -> Prompt:
+        return self.wanted.prompts[sample["prompt"]]
+
+    def path(self, sample: Sample) -> Path:
+        return self.wanted.out / sample["file"]
 
 
 def scores_of(video: bool) -> tuple[AnyScore, ...]:
@@ -68,25 +65,20 @@ def scores_of(video: bool) -> tuple[AnyScore, ...]:
     return VIDEO_SCORES if video else (*IMAGE_SCORES, VENDI)
 
 
-def score_all(job: Job, scores: Sequence[AnyScore]) -> Scored:
+def score_all(job: Job) -> Scored:
     """Every rank calls with its share, and has all ranks' samples in the result."""
-    about, set_rows = [], []
-    for score in scores:
+    wanted, about, set_rows = job.wanted, [], []
+    for score in (score for score in scores_of(wanted.video) if score.name in wanted.scores):
         scorer, missing = loaded(score, job)
         if scorer is not None:
             set_rows += apply(score, scorer, job)
         about.append({"name": score.name, "label": score.label, "better": score.better, "kind": kind_of(score),
-                      "weights": {part: source_of(score, part, job.weights) for part in score.wants}, "missing": missing})
+                      "weights": {part: source(score, part, wanted.weights) for part in score.wants}, "missing": missing})
         del scorer  # its network need not be there beside the next one's
     together = [sample for share in job.ranks.objects(job.samples) for sample in share]
-    place = {name: index for index, name in enumerate(job.models)}
+    place = {name: index for index, name in enumerate(wanted.models)}
     together.sort(key=lambda sample: (place[sample["model"]], sample["prompt"], sample["sample"]))
     return Scored(about, together, set_rows)
-
-
-def source_of(score: AnyScore, part: str, given: Mapping[str, str]) -> str:
-    """Where a part of the weights comes from."""
-    return given.get(f"{score.name}.{part}") or (given.get(score.name) if part == "model" else None) or score.wants[part]
 
 
 def kind_of(score: AnyScore) -> str:
@@ -97,12 +89,12 @@ def kind_of(score: AnyScore) -> str:
 def loaded(score: AnyScore, job: Job) -> tuple[Any, str | None]:
     """The score's network on every rank, or why it is on none; the first rank fetches what is on the hub."""
     scorer, why = None, None
-    if isinstance(score, VideoScore) and job.real is None:
+    if isinstance(score, VideoScore) and job.wanted.real is None:
         why = f"{score.label} compares with real clips: give their folder by --real"
     for turn in (job.ranks.rank == 0, job.ranks.rank != 0):
         if turn and why is None:
             try:
-                scorer = score.load(locate(score, job.weights), job.ranks.device)
+                scorer = score.load(locate(score, job.wanted.weights), job.ranks.device)
             except UserError as error:
                 why = str(error)
         job.ranks.barrier()
@@ -116,7 +108,7 @@ def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:
         return score_sets(score, scorer, job)
     if isinstance(score, Score):
         for images, samples in images_of(score.label, job):
-            put(score, samples, scorer(images, [job.prompts[sample["prompt"]].text for sample in samples]))
+            put(score, samples, scorer(images, [job.prompt(sample).text for sample in samples]))
     elif score.kind == "sample":
         for generated, real, sample in pairs_of(score.label, job):
             put(score, [sample], scorer(generated[None], real[None]))
@@ -142,30 +134,37 @@ def note(sample: Sample, problem: str) -> None:
 
 def images_of(label: str, job: Job) -> Iterator[tuple[list[Image.Image], list[Sample]]]:
     """Batches of the samples that can be read."""
-    for start in tqdm(range(0, len(job.samples), job.batch), desc=label, unit="batch", disable=job.ranks.rank != 0):
-        read = [(image, sample) for sample in job.samples[start : start + job.batch]
-                if (image := given(sample, lambda sample=sample: read_image(job.out / sample["file"]))) is not None]
+    batches = list(chunks(job.samples, job.wanted.batch))
+    for batch in tqdm(batches, desc=label, unit="batch", disable=job.ranks.rank != 0):
+        read = [(image, sample) for sample in batch
+                if (image := given(sample, lambda sample=sample: read_image(job.path(sample)))) is not None]
         if read:
             yield [image for image, _ in read], [sample for _, sample in read]
 
 
 def pairs_of(label: str, job: Job) -> Iterator[tuple[Tensor, Tensor, Sample]]:
-    """Generated clips (F, 3, H, W) in [0, 1] with the real ones of their prompts, where both can be read."""
-    for sample in tqdm(job.samples, desc=label, unit="clip", disable=job.ranks.rank != 0):
-        generated = given(sample, lambda sample=sample: read_video(job.out / sample["file"], job.frames))
+    """Generated clips (F, 3, H, W) in [0, 1] with the real ones of their prompts, where both can be read.
+
+    Those of one prompt come together: successive pairs share the real clip, the very same tensor, which is decoded once.
+    """
+    read_once = lru_cache(maxsize=1)(read_clip)
+    samples = sorted(job.samples, key=lambda sample: sample["prompt"])
+    for sample in tqdm(samples, desc=label, unit="clip", disable=job.ranks.rank != 0):
+        generated = given(sample, lambda sample=sample: read_video(job.path(sample), job.wanted.drawing.frames))
         if generated is None:
             continue
-        real = given(sample, lambda sample=sample, shape=generated.shape: read_real(job, sample, shape))
+        frames, *_, side = generated.shape
+        real = given(sample, lambda sample=sample, of=(frames, side): read_once(real_file(job, sample), *of))
         if real is not None:
             yield generated, real, sample
 
 
-def read_real(job: Job, sample: Sample, shape: Sequence[int]) -> Tensor:
-    """The real clip of a sample's prompt, in the sample's shape (F, 3, H, H)."""
-    prompt = job.prompts[sample["prompt"]]
-    if prompt.clip is None:
+def real_file(job: Job, sample: Sample) -> Path:
+    """The real clip of a sample's prompt."""
+    clip = job.prompt(sample).clip
+    if clip is None:
         raise UserError("its prompt names no real clip (a column videoid or file_name)")
-    return read_clip(clip_file(job.real, prompt.clip), shape[0], shape[-1])
+    return clip_file(job.wanted.real, clip)
 
 
 def given(sample: Sample, read: Callable[[], Any]) -> Any:
@@ -186,8 +185,8 @@ def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor]
             for sample, vector in zip(samples, embed(images), strict=True)]
     every = [pair for share in job.ranks.objects(mine) for pair in share]
     rows = []
-    for model in job.models:
-        for group in job.groups:
+    for model in job.wanted.models:
+        for group in job.wanted.groups:
             vectors = [vector for sample, vector in every if job.of(model, group)(sample)]
             rows.append(set_row(score, model, group, len(vectors), score.of(torch.stack(vectors)) if vectors else None))
     return rows
@@ -196,14 +195,15 @@ def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor]
 def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job) -> list[dict[str, Any]]:
     """The Frechet distance of each model's clips of a group to the real clips of the same prompts."""
     sums: dict[tuple[str, str], tuple[Moments, Moments]] = {}
+    of_real = lru_cache(maxsize=1)(lambda clip: Moments.of(features(clip[None])))  # by the tensor itself, not by its values
     for generated, real, sample in pairs_of(score.label, job):
-        one, other = (Moments.of(features(clip[None])) for clip in (generated, real))
-        for group in (group for group in job.groups if job.of(sample["model"], group)(sample)):
+        one, other = Moments.of(features(generated[None])), of_real(real)
+        for group in (group for group in job.wanted.groups if job.of(sample["model"], group)(sample)):
             key = sample["model"], group
             sums[key] = (sums[key][0] + one, sums[key][1] + other) if key in sums else (one, other)
     shares = job.ranks.objects(sums)
     rows = []
-    for key in ((model, group) for model in job.models for group in job.groups):
+    for key in ((model, group) for model in job.wanted.models for group in job.wanted.groups):
         parts = [share[key] for share in shares if key in share]
         both = [reduce(add, side) for side in zip(*parts, strict=True)]
         enough = bool(both) and min(side.count for side in both) > 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seppo_fast.errors import UserError
 from seppo_fast.models.files import REFETCH, check_pickle, check_tensors
-from seppo_fast.models.hub import SMALL, one_set
+from seppo_fast.models.hub import one_set, small_files
 
 TOKENIZER = "tokenizer"  # this part of a score is a repository without its weights
 
@@ -29,6 +29,16 @@ class Wanting(Protocol):
     def label(self) -> str: ...
     @property
     def wants(self) -> Mapping[str, str]: ...
+
+
+def flags(score: Wanting, part: str) -> tuple[str, ...]:
+    """What a part is called after --weights, the usual name first."""
+    return (score.name, f"{score.name}.{part}") if part == "model" else (f"{score.name}.{part}",)
+
+
+def source(score: Wanting, part: str, given: Mapping[str, str]) -> str:
+    """Where a part comes from: the user's path, or where it is published."""
+    return next((given[flag] for flag in flags(score, part) if flag in given), score.wants[part])
 
 
 def locate(score: Wanting, given: Mapping[str, str]) -> dict[str, Path]:
@@ -71,9 +81,10 @@ def _shape(tensor: Any) -> str:
 
 
 def _part(score: Wanting, part: str, given: Mapping[str, str]) -> Path:
-    flag = score.name if part == "model" else f"{score.name}.{part}"
-    path = given.get(flag, given.get(f"{score.name}.{part}"))
-    return _hub(score, part, flag) if path is None else _local(score, part, flag, Path(path).expanduser())
+    usual, *_ = names = flags(score, part)
+    if any(name in given for name in names):
+        return _local(score, part, usual, Path(source(score, part, given)).expanduser())
+    return _hub(score, part, usual)
 
 
 def _local(score: Wanting, part: str, flag: str, path: Path) -> Path:
@@ -111,9 +122,7 @@ def _hub(score: Wanting, part: str, flag: str) -> Path:
 def needed(names: list[str], part: str) -> list[str]:
     """Of a repository's files those of a transformers folder: configurations, vocabularies, one set of weights."""
     top = [name for name in names if "/" not in name]
-    # index files of weights that are not taken would promise shards that are not there
-    small = [name for name in top if name.endswith(SMALL) and ".index." not in name]
-    return sorted(small if part == TOKENIZER else small + one_set(top, "transformers", None))
+    return sorted(small_files(top) + ([] if part == TOKENIZER else one_set(top, "transformers", None)))
 
 
 def _source(score: Wanting, part: str) -> tuple[str, str]:

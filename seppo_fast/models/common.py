@@ -65,13 +65,21 @@ def check_unet(directory: Directory, text_width: int, addition: str | None) -> N
 @contextlib.contextmanager
 def explained(directory: Directory, component: str) -> Iterator[None]:
     """Whatever a library raises while it loads a component becomes a message that names it; no bars meanwhile."""
+    try:
+        with without_bars():
+            yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load {directory.path / component}: {reason}") from error
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load {directory.path / component}: {reason}") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

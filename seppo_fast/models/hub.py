@@ -63,11 +63,14 @@ def needed(names: list[str], index: dict[str, Any], variant: str | None) -> list
         if not (isinstance(value, list) and value and value[0]):
             continue
         inside = {PurePosixPath(name).name for name in names if PurePosixPath(name).parent == PurePosixPath(component)}
-        # index files of weights that are not taken would promise shards that are not there
-        wanted += [f"{component}/{name}" for name in inside if name.endswith(SMALL) and ".index." not in name]
         library = "diffusers" if value[0] == "diffusers" else "transformers"
-        wanted += [f"{component}/{name}" for name in one_set(inside, library, variant)]
+        wanted += [f"{component}/{name}" for name in small_files(inside) + one_set(inside, library, variant)]
     return sorted(wanted)
+
+
+def small_files(names: Collection[str]) -> list[str]:
+    """Configurations and vocabularies; an index of weights that are not taken would promise shards that are not there."""
+    return [name for name in names if name.endswith(SMALL) and ".index." not in name]
 
 
 def one_set(names: Collection[str], library: str, variant: str | None) -> list[str]:

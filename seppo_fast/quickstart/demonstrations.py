@@ -4,8 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from PIL import Image
-
+from seppo_fast.pictures import picture
 from seppo_fast.quickstart.digits import CAPTIONS, Digits
 
 
@@ -16,7 +15,7 @@ def write_demonstrations(folder: Path, digits: Digits) -> int:
     rows = []
     for index, (pixels, label) in enumerate(zip(digits.pixels, digits.labels.tolist(), strict=True)):
         name = f"{index:04d}.png"
-        Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / name)
+        picture(pixels).save(folder / name)
         rows.append(json.dumps({"file_name": name, "text": CAPTIONS[label]}) + "\n")
     # Last, so that an interrupted folder is no data set.
     (folder / "metadata.jsonl").write_text("".join(rows))

@@ -1,14 +1,17 @@
 """How many samples a batch holds."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
 from seppo_fast.meter import Meter
+
+Item = TypeVar("Item")
 
 LARGEST = 64  # the network's kernels are as fast as they get well before
 PAYS = 1.05  # doubling the batch must give this many times the samples a second
@@ -18,6 +21,11 @@ SHARE = 0.5  # of the memory that is free at the time; the training step needs t
 def even(count: int, most: int) -> int:
     """The size of the batches when `count` samples go into as few batches as possible, none larger than `most`."""
     return -(-count // -(-count // most))
+
+
+def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Consecutive runs of at most `size` items."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def padded(value: Tensor, size: int) -> Tensor:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from seppo_fast.config import Samples
 from seppo_fast.models import Conditions, Model
+from seppo_fast.pictures import picture, save_clip
 from seppo_fast.seeds import normal
-
-MILLISECONDS = 125  # a frame: AnimateDiff's 8 a second
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ def save_sheet(samples: Tensor, columns: int, path: Path) -> Path:
         tile(samples, columns).save(path)
         return path
     path = path.with_suffix(".webp")
-    first, *others = [tile(frame, columns) for frame in samples.unbind(1)]
-    first.save(path, save_all=True, append_images=others, duration=MILLISECONDS, loop=0, lossless=True)
+    save_clip([tile(frame, columns) for frame in samples.unbind(1)], path)
     return path
 
 
@@ -63,4 +61,4 @@ def tile(images: Tensor, columns: int) -> Image.Image:
     for index, image in enumerate(images):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
         sheet[:, top : top + height, left : left + width] = image
-    return Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+    return picture(sheet)

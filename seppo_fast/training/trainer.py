@@ -14,7 +14,7 @@ from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch
 from seppo_fast.errors import UserError
 from seppo_fast.ranks import Ranks, Stop, StopSignals
-from seppo_fast.reference.batching import even
+from seppo_fast.reference.batching import chunks, even
 from seppo_fast.reference.pool import Pool, pick
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.seeds import generator
@@ -240,8 +240,3 @@ class Trainer:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive runs of at most `size` items."""
-    return (items[start : start + size] for start in range(0, len(items), size))

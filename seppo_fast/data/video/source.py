@@ -93,6 +93,11 @@ def by_id(places: dict[Path, set[str]], file: Path, record: dict) -> Path:
     video = str(record.get(ID) if record.get(ID) is not None else "").strip()
     if not video:
         raise BadRow(f"no {ID}")
+    return found_video(places, video)
+
+
+def found_video(places: dict[Path, set[str]], video: str) -> Path:
+    """The file of this id or name, in the first of the folders that has it; `places` are folders with the names in each."""
     for folder, names in places.items():
         path = inside(folder, video, "video")
         for name in (video, *(video + suffix for suffix in SUFFIXES)):

@@ -13,10 +13,10 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.weights import check_fit, read_tensors
+from seppo_fast.models.common import without_bars
 from seppo_fast.models.files import find_weights, read_json
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -189,13 +189,9 @@ def _levels(image: Image.Image) -> Tensor:
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Whatever transformers raises while it loads becomes a message that names the path; no bars meanwhile."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with without_bars():
+            yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load {path} ({type(error).__name__}: {reason or 'no message'}).") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -1,0 +1,37 @@
+"""What an evaluation is asked for."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from seppo_fast.evaluation.candidates import Candidate
+from seppo_fast.evaluation.generate import Drawing
+from seppo_fast.evaluation.prompts import Prompt
+from seppo_fast.evaluation.table import groups_of
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for. `weights`: score or score.part -> file or folder; `real`: the folder of the real clips."""
+
+    candidates: list[Candidate]
+    prompts: list[Prompt]
+    scores: list[str]
+    weights: dict[str, str]
+    drawing: Drawing
+    out: Path
+    real: Path | None
+    batch: int
+
+    @property
+    def video(self) -> bool:
+        return self.drawing.frames is not None
+
+    @cached_property
+    def models(self) -> list[str]:
+        return [candidate.name for candidate in self.candidates]
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """All prompts, and the sets that they come from."""
+        return groups_of([prompt.sets for prompt in self.prompts])

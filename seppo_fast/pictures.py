@@ -1,0 +1,20 @@
+"""Pixels as pictures, and as clips that move."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+MILLISECONDS = 125  # a frame: AnimateDiff's 8 a second
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """`(3, H, W)` in [0, 1], cut to that range."""
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def save_clip(frames: Sequence[Image.Image], path: Path) -> None:
+    """A lossless animated WebP that loops."""
+    first, *others = frames
+    first.save(path, format="WEBP", save_all=True, append_images=others, duration=MILLISECONDS, loop=0, lossless=True)
