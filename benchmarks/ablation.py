@@ -2,9 +2,8 @@
 
 Every seed has a base model, data and trainings of its own, each by the trainer's own command in the quickstart's configuration.
 Writes ablation.json, ablation_table.md, ablation_figure2.png and ablation_figure3.png. What is finished in --work is kept: the same
-command goes on after an interruption, and one with more seeds or methods adds to it. `--set lr=1e-4 beta=500` in another --work,
-perhaps with few --seeds and --methods, is for finding the reason of a result. 5 seeds: by an estimate an hour on 2 cores and
-3 GB of disk; it has not been run as a whole yet.
+command goes on after an interruption, and one with more seeds or methods adds to it. `--set lr=1e-4 beta=500` with another --work
+and --out, perhaps with few --seeds and --methods, is for finding the reason of a result; `--bases` spares it the bases.
 """
 
 import argparse
@@ -28,6 +27,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.quickstart.steps import explained
 
 WORKERS = 2
+OF_BASES = ("vae_steps", "text_steps", "unet_steps", "guidance_scale", "judge_samples", "judge_steps")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,6 +36,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the table, the figures and ablation.json")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--bases", type=Path, metavar="WORK", help="another --work, whose bases and data are used")
     parser.add_argument("--seeds", type=int, default=5, help="how many: 0, 1, ... (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
@@ -81,6 +82,25 @@ def open_work(work: Path, settings: Settings) -> None:
     differing = [f"{key} {there.get(key)} there, {value} now" for key, value in wanted.items() if there.get(key) != value]
     if differing:
         raise UserError(f"--work {work} was begun with other settings ({'; '.join(differing)}): choose another folder")
+
+
+def take_bases(work: Path, other: Path, seeds: int, settings: Settings) -> None:
+    """Link the bases that another folder of runs has: a base depends on its recipe and its judge alone."""
+    try:
+        there = json.loads((other / "settings.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--bases {other}: {error}; give the --work of an earlier command") from error
+    differing = [f"{key} {there.get(key)} there, {getattr(settings, key)} now" for key in OF_BASES
+                 if there.get(key) != getattr(settings, key)]
+    if differing:
+        raise UserError(f"--bases {other}: its bases were made or judged otherwise ({'; '.join(differing)})")
+    for seed in range(seeds):
+        here, finished = result_file(work, seed, BASE), result_file(other, seed, BASE)
+        if finished.exists() and not here.exists():
+            here.parent.mkdir(exist_ok=True)
+            for name in ("base", "pairs.parquet"):
+                (here.parent / name).symlink_to((finished.parent / name).resolve())
+            here.write_text(finished.read_text())
 
 
 @contextmanager
@@ -167,6 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose another folder") from error
     open_work(work, given.settings)
+    if given.bases:
+        take_bases(work, given.bases, given.seeds, given.settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with alone_in(work) as lock:

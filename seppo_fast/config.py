@@ -123,6 +123,44 @@ class Samples(Section):
     seed: Seed = 0
 
 
+class Evaluation(Section):
+    """Scores of the policy's samples of fixed prompts, every `every` updates (0: never) and before the first.
+
+    `prompts`: a file as the evaluate command reads, or the prompts; `scores`, `weights`, `real`: as its flags. `watch` is the
+    score that decides which policy is best (null: the first of `scores`), `patience` after how many evaluations in a row
+    without a better one the run ends (null: never), `keep_best` whether the best one's checkpoint stays, and is exported.
+    """
+
+    every: NotNegative = 0
+    prompts: Name | list[Name] = []
+    limit: Positive | None = None
+    per_prompt: Positive = 1
+    seed: Seed = 0
+    scores: Annotated[list[Name], Field(min_length=1)] = ["pickscore"]
+    weights: dict[str, Name] = {}
+    real: Name | None = None
+    batch_size: Positive = 16
+    watch: Name | None = None
+    patience: Positive | None = None
+    keep_best: bool = False
+
+    @property
+    def watched(self) -> str:
+        """The score by which policies are compared."""
+        return self.watch or self.scores[0]
+
+    @model_validator(mode="after")
+    def makes_sense(self) -> "Evaluation":
+        """Nothing that is asked for waits in vain for an evaluation."""
+        if self.every and not self.prompts:
+            raise ValueError("prompts is needed with every: a file of prompts, or a list of them")
+        if not self.every and (self.patience or self.keep_best):
+            raise ValueError(f"{'patience' if self.patience else 'keep_best'} needs every, after how many updates to evaluate")
+        if self.watched not in self.scores:
+            raise ValueError(f"watch={self.watch!r} is none of the scores ({', '.join(self.scores)})")
+        return self
+
+
 class Checkpoint(Section):
     """`every` counts updates; null means once an iteration."""
 
@@ -166,6 +204,7 @@ class Seppo(Section):
     sampler: Sampler = Sampler()
     pool: Pool = Pool()
     samples: Samples = Samples()
+    evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     max_nonfinite: Positive = 5
 
@@ -173,6 +212,11 @@ class Seppo(Section):
     def scored_ahead(self) -> bool:
         """Whether no training step asks the reference: a whole iteration's scores are made ahead."""
         return self.reference_score == "rollout" and self.sampler.window == "iteration"
+
+    @property
+    def looks(self) -> bool:
+        """Whether the policy is sampled on the way, for which even SFT needs a second network."""
+        return self.samples.every > 0 or self.evaluation.every > 0
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ablation import alone_in, main, make_all, open_work, with_changes
+from benchmarks.ablation import alone_in, main, make_all, open_work, take_bases, with_changes
 from benchmarks.ablation_report import CLAIMS, Interval, ablation, agreement, interval, judged, report, table, verdict
 from benchmarks.ablation_runs import BASE, METHODS, Run, Settings, overrides, policies, result_file, unfinished
 from seppo_fast.configfile import load_config
@@ -87,7 +87,13 @@ def test_the_readme_block_has_text_and_figures(tmp_path: Path) -> None:
     (tmp_path / "ablation.json").write_text(json.dumps(result()))
     text = ablation(tmp_path)
     assert text.startswith(report(result()).rstrip()) and "results/ablation_figure2.png" in text
-    assert "2 minutes of processor time on Some CPU" in text and "commit `abc`" in text
+    assert "2 minutes of processor time on Some CPU" in text and "commit `abc`" in text and "The same with" not in text
+    other = result()
+    other["settings"] |= {"lr": 1e-4, "seeds": 1}
+    (tmp_path / "ablation_lr").mkdir()
+    (tmp_path / "ablation_lr" / "ablation.json").write_text(json.dumps(other))
+    instead = f"The same with lr 0.0001 instead of {result()['settings']['lr']:g}, 1 seed:"
+    assert ablation(tmp_path).endswith(f"{instead}\n\n{table(other)}")
 
 
 def test_what_is_reported_is_not_made_again(tmp_path: Path) -> None:
@@ -144,6 +150,22 @@ def test_a_work_folder_belongs_to_its_settings(tmp_path: Path) -> None:
         open_work(tmp_path / "other", Settings())
     with pytest.raises(UserError, match="is in use by another"), alone_in(tmp_path / "work"), alone_in(tmp_path / "work"):
         pass
+
+
+def test_bases_of_another_folder_are_taken_where_they_fit(tmp_path: Path) -> None:
+    earlier, now = tmp_path / "earlier", tmp_path / "now"
+    for work, settings in ((earlier, Settings()), (now, Settings(lr=1e-4))):
+        open_work(work, settings)
+    finished = result_file(earlier, 0, BASE)
+    (finished.parent / "base").mkdir(parents=True)
+    finished.write_text('{"seed": 0}')
+    take_bases(now, earlier, 2, Settings(lr=1e-4))
+    assert unfinished(now, 2, [BASE]) == [(1, BASE)] and result_file(now, 0, BASE).read_text() == '{"seed": 0}'
+    assert (now / "seed_0" / "base").resolve() == (finished.parent / "base").resolve()
+    with pytest.raises(UserError, match="made or judged otherwise .unet_steps 700 there, 9 now"):
+        take_bases(now, earlier, 2, Settings(unet_steps=9))
+    with pytest.raises(UserError, match="nowhere"):
+        take_bases(now, tmp_path / "nowhere", 2, Settings())
 
 
 def test_a_failure_or_an_interruption_stops_the_others(capsys: pytest.CaptureFixture) -> None:

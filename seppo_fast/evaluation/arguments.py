@@ -1,7 +1,8 @@
 """The command line of an evaluation as what is wanted, checked."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from seppo_fast.evaluation.prompts import read_prompts
 from seppo_fast.evaluation.scoring import scores_of
 from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.evaluation.weights import flags
+from seppo_fast.models import Model
 from seppo_fast.ranks import Ranks
 
 
@@ -23,11 +25,8 @@ def wanted_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], 
             candidates = open_candidates(arguments.models, arguments.variant, arguments.motion_adapter, arguments.frames)
         ranks.barrier()
     video = candidates[0].model.video
-    scores = chosen(arguments.scores, [score.name for score in scores_of(video)], video)
-    if arguments.real and not arguments.real.is_dir():
-        raise UserError(f"--real {arguments.real}: no such folder")
-    if arguments.real and not video:
-        raise UserError(f"--real {arguments.real}: real clips are compared with videos, and {candidates[0].given} makes images")
+    scores = chosen(arguments.scores, video, "--scores")
+    check_real(arguments.real, candidates[0].model, "--real")
     sampler = Sampler(solver=arguments.solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
     drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
@@ -36,27 +35,42 @@ def wanted_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], 
                   arguments.out, arguments.real, arguments.score_batch_size)
 
 
-def chosen(given: Sequence[str] | None, known: Sequence[str], video: bool) -> list[str]:
+def chosen(given: Sequence[str] | None, video: bool, flag: str) -> list[str]:
     """The scores that were asked for, in their own order; all if none were."""
+    known = [score.name for score in scores_of(video)]
     unknown = [name for name in given or () if name not in known]
     if unknown:
-        raise UserError(f"--scores {unknown[0]}: there is no such score of {'videos' if video else 'images'}; there are"
+        raise UserError(f"{flag} {unknown[0]}: there is no such score of {'videos' if video else 'images'}; there are"
                         f" {', '.join(known)}")
     return [name for name in known if given is None or name in given]
 
 
+def check_real(folder: Path | None, model: Model, flag: str) -> None:
+    """UserError unless the real clips, if any, are there and of use."""
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder")
+    if folder is not None and not model.video:
+        raise UserError(f"{flag} {folder}: real clips are compared with videos, and {model.path} makes images")
+
+
 def weights_of(given: Sequence[str]) -> dict[str, str]:
     """`SCORE=PATH` and `SCORE.PART=PATH`."""
-    known = {flag for score in (*scores_of(False), *scores_of(True)) for part in score.wants for flag in flags(score, part)}
     found = {}
     for argument in given:
         name, equals, path = argument.partition("=")
         if not equals or not path:
             raise UserError(f"--weights {argument}: SCORE=PATH is needed")
-        if name not in known:
-            raise UserError(f"--weights {argument}: no score has weights called {name!r}; there are {', '.join(sorted(known))}")
         found[name] = path
+    check_weights(found, "--weights")
     return found
+
+
+def check_weights(given: Mapping[str, str], flag: str) -> None:
+    """UserError unless every name is that of a score, or of a part of one."""
+    known = {name for score in (*scores_of(False), *scores_of(True)) for part in score.wants for name in flags(score, part)}
+    for name, path in given.items():
+        if name not in known:
+            raise UserError(f"{flag} {name}={path}: no score has weights called {name!r}; there are {', '.join(sorted(known))}")
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:

@@ -4,7 +4,9 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +66,18 @@ def stem(text: str) -> str:
     return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:10]}".lstrip("-")
 
 
+@dataclass(frozen=True)
+class Renderer:
+    """A model ready to draw: prompts to conditions, noise (B, *shape) to latents, one latent to pixels."""
+
+    shape: tuple[int, ...]
+    embed: Callable[[list[str]], Conditions]
+    draw: Callable[[Tensor, Conditions], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    batch_size: int
+    device: torch.device
+
+
 def generate(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, out: Path, ranks: Ranks,
              say: Callable[[str], None] = print) -> dict[str, str]:
     """Draw what this rank's share of the samples still lacks; file -> why there is none, where the model's output is not finite."""
@@ -71,30 +85,32 @@ def generate(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, 
     if not todo:
         return {}
     (out / "samples" / candidate.name).mkdir(parents=True, exist_ok=True)
-    model, problems = candidate.model, {}
-    vae = model.load_vae(ranks.device)
-    shape = latent_shape(model, drawing)
-    embed, sampler = open_sampler(candidate, drawing, shape, ranks, len(todo), say)
-    progress = tqdm(total=len(todo), desc=f"samples of {candidate.name}", unit="sample", disable=ranks.rank != 0)
-    for some in chunks(todo, sampler.batch_size):
-        noise = torch.stack([initial_noise(shape, drawing.seed, prompts[slot.prompt].text, slot.sample) for slot in some])
-        conditions = embed([prompts[slot.prompt].text for slot in some])
-        latents = sampler.draw(noise.to(ranks.device), conditions)
+    with tqdm(total=len(todo), desc=f"samples of {candidate.name}", unit="sample", disable=ranks.rank != 0) as progress:
+        return render(todo, prompts, drawing.seed, out, open_renderer(candidate, drawing, ranks, len(todo), say), progress.update)
+
+
+def render(todo: Sequence[Slot], prompts: Sequence[Prompt], seed: int, out: Path, renderer: Renderer,
+           progress: Callable[[], Any]) -> dict[str, str]:
+    """Make the samples' files in `out`; file -> why there is none, where the model's output is not finite."""
+    problems = {}
+    for some in chunks(todo, renderer.batch_size):
+        noise = torch.stack([initial_noise(renderer.shape, seed, prompts[slot.prompt].text, slot.sample) for slot in some])
+        conditions = renderer.embed([prompts[slot.prompt].text for slot in some])
+        latents = renderer.draw(noise.to(renderer.device), conditions)
         for slot, latent in zip(some, latents.split(1), strict=True):
-            pixels = model.decode(vae, latent)[0].cpu()  # one by one: pixels are large
+            pixels = renderer.decode(latent)[0].cpu()  # one by one: pixels are large
             if pixels.isfinite().all():
                 keep(pixels, out / slot.file)
             else:
                 problems[slot.file] = "the model's sample is not finite (NaN or Inf)"
-            progress.update()
-    progress.close()
+            progress()
     return problems
 
 
-def open_sampler(candidate: Candidate, drawing: Drawing, shape: tuple[int, ...], ranks: Ranks, wanted: int,
-                 say: Callable[[str], None]) -> tuple[Callable[[list[str]], Conditions], Sampler]:
-    """What makes conditions of prompts, and what draws from the model under them, in the drawing's precision."""
+def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, wanted: int, say: Callable[[str], None]) -> Renderer:
+    """The candidate on this rank's device, in the drawing's precision."""
     model, dtype = candidate.model, drawing.dtype
+    vae, shape = model.load_vae(ranks.device), latent_shape(model, drawing)
     text = model.load_text(ranks.device)
 
     def embed(prompts: list[str]) -> Conditions:
@@ -104,7 +120,7 @@ def open_sampler(candidate: Candidate, drawing: Drawing, shape: tuple[int, ...],
     table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps).to(ranks.device)
     sampler = Sampler(unet, model.denoise, table, embed([""]), drawing.sampler, dtype, say=say)
     sampler.fit(shape, wanted)
-    return embed, sampler
+    return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device)
 
 
 def latent_shape(model: Model, drawing: Drawing) -> tuple[int, ...]:

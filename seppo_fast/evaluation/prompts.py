@@ -38,14 +38,15 @@ class Line:
     clip: str | None = None
 
 
-def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[str], None] = print) -> list[Prompt]:
+def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[str], None] = print, flag: str = "--prompts"
+                 ) -> list[Prompt]:
     """The prompts of all sets, `FILE` or `NAME=FILE`, at most `limit` of each; one that comes again is left out, which is said."""
     prompts: dict[str, Prompt] = {}
     names: set[str] = set()
     for argument in given:
-        name, path = named_file(argument)
+        name, path = named_file(argument, flag)
         if name in names:
-            raise UserError(f"--prompts {argument}: there is another set called {name!r}; give one of them a name: NAME={path}")
+            raise UserError(f"{flag} {argument}: there is another set called {name!r}; give one of them a name: NAME={path}")
         names.add(name)
         again, kept = [], 0
         for line in lines_of(path):
@@ -66,12 +67,12 @@ def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[
     return list(prompts.values())
 
 
-def named_file(argument: str) -> tuple[str, Path]:
+def named_file(argument: str, flag: str) -> tuple[str, Path]:
     """`NAME=FILE`, or `FILE` by the name of its stem."""
     name, equals, rest = argument.partition("=")
     path = Path(argument if not equals or Path(argument).exists() else rest).expanduser()
     if not path.exists():
-        raise UserError(f"--prompts {argument}: {path} does not exist")
+        raise UserError(f"{flag} {argument}: {path} does not exist")
     return (name, path) if equals and not Path(argument).exists() else (path.stem, path)
 
 
@@ -89,7 +90,7 @@ def lines_of(path: Path) -> Iterator[Line]:
     if path.is_dir():
         return folder_of_lists(path)
     if path.suffix.lower() not in readers:
-        raise UserError(f"--prompts {path}: what kind of file is that? Prompts are read from {FORMS}")
+        raise UserError(f"{path}: what kind of file is that? Prompts are read from {FORMS}")
     return readers[path.suffix.lower()](path)
 
 
@@ -147,7 +148,7 @@ def folder_of_lists(path: Path) -> Iterator[Line]:
     """HPSv2's benchmark as it is published: a JSON list a style (anime, concept-art, paintings, photo)."""
     files = sorted(path.glob("*.json"))
     if not files:
-        raise UserError(f"--prompts {path}: there are no .json files in this folder; prompts are read from {FORMS}")
+        raise UserError(f"{path}: there are no .json files in this folder; prompts are read from {FORMS}")
     for file in files:
         yield from (Line(line.where, line.text, file.stem, line.clip) for line in json_lists(file))
 

@@ -87,19 +87,31 @@ def kind_of(score: AnyScore) -> str:
 
 
 def loaded(score: AnyScore, job: Job) -> tuple[Any, str | None]:
-    """The score's network on every rank, or why it is on none; the first rank fetches what is on the hub."""
-    scorer, why = None, None
+    """The score's network on every rank, or why it is on none."""
     if isinstance(score, VideoScore) and job.wanted.real is None:
-        why = f"{score.label} compares with real clips: give their folder by --real"
-    for turn in (job.ranks.rank == 0, job.ranks.rank != 0):
-        if turn and why is None:
+        return None, f"{score.label} compares with real clips: give their folder by --real"
+    return in_turn(job.ranks, lambda: score.load(locate(score, job.wanted.weights), job.ranks.device))
+
+
+def find_weights(wanted: Wanted, ranks: Ranks) -> dict[str, str]:
+    """Score -> why it cannot be given, for those whose weights are not there; what is on the hub is fetched."""
+    found = {score.name: in_turn(ranks, lambda score=score: locate(score, wanted.weights))
+             for score in scores_of(wanted.video) if score.name in wanted.scores}
+    return {name: why for name, (_, why) in found.items() if why is not None}
+
+
+def in_turn(ranks: Ranks, act: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `act` gives on every rank, or why it gives nothing on any; the first rank fetches what is on the hub."""
+    done, why = None, None
+    for turn in (ranks.rank == 0, ranks.rank != 0):
+        if turn:
             try:
-                scorer = score.load(locate(score, job.wanted.weights), job.ranks.device)
+                done = act()
             except UserError as error:
                 why = str(error)
-        job.ranks.barrier()
-    reasons = [reason for reason in job.ranks.objects(why) if reason]
-    return (None, reasons[0]) if reasons else (scorer, None)
+        ranks.barrier()
+    reasons = [reason for reason in ranks.objects(why) if reason]
+    return (None, reasons[0]) if reasons else (done, None)
 
 
 def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:

@@ -27,8 +27,8 @@ SAID = ("loss", "aaf_rate", "implicit_acc")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, one an update."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The updates' rows of a run's metrics.jsonl."""
+    return [row for row in map(json.loads, path.read_text().splitlines()) if "loss" in row]
 
 
 def iteration_mean(rows: Sequence[Mapping[str, Any]], key: str, which: int) -> float:

@@ -55,7 +55,7 @@ METHOD_TEXT = {
 def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: int, video: bool) -> str:
     """README.md of the trained model."""
     settings = config.as_dict()
-    for private in ("output_dir", "pool", "samples", "checkpoint"):  # where and how often: not how it was trained
+    for private in ("output_dir", "pool", "samples", "evaluation", "checkpoint"):  # where and how often: not how it was trained
         settings["seppo"].pop(private)
     settings["seppo"]["data"].pop("cache_dir")
     ours = config.seppo

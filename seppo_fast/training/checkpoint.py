@@ -32,7 +32,7 @@ from seppo_fast.training.pairs import Made
 MARKER = "complete.json"
 
 # Keys that may change between a run and its resumption: they decide where and how often, never what is learned.
-FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.checkpoint", "seppo.max_nonfinite",
+FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.evaluation", "seppo.checkpoint", "seppo.max_nonfinite",
              "seppo.pool.host_memory_gb", "seppo.data.cache_dir", "seppo.data.workers", "seppo.data.encode_batch_size",
              "seppo.data.max_skipped", "seppo.data.video.folder", "seppo.sampler.batch_size", "seppo.sampler.window",
              "seppo.sampler.cuda_graph", "seppo.sampler.compile", "seppo.sampler.fuse_projections",
@@ -44,7 +44,9 @@ FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.che
 class State:
     """How far a run is. `update` counts completed optimizer updates, skipped ones included.
 
-    `unmoved`: all updates of the iteration so far were skipped, and the policy is the pool's latest.
+    `unmoved`: all updates of the iteration so far were skipped, and the policy is the pool's latest. `evaluated` is the update
+    of the last evaluation, `best` the best value of the watched score and `best_update` that policy's, `not_better` how many
+    evaluations have come since.
     """
 
     run_id: str
@@ -55,12 +57,30 @@ class State:
     skipped: int = 0
     nonfinite_in_a_row: int = 0
     unmoved: bool = True
+    evaluated: int | None = None
+    best: float | None = None
+    best_update: int | None = None
+    not_better: int = 0
+
+    def judge(self, value: float | None, better: str) -> None:
+        """Count an evaluation of the present policy; None, where the score has no value, is not better than anything."""
+        self.evaluated = self.update
+        ahead = value is not None and (self.best is None or (value > self.best if better == "higher" else value < self.best))
+        if ahead:
+            self.best, self.best_update = value, self.update
+        self.not_better = 0 if ahead else self.not_better + 1
+
+    def compare_anew(self) -> None:
+        """From the next evaluation on: what was measured otherwise is not compared with."""
+        self.best, self.best_update, self.not_better = None, None, 0
 
 
-def save(folder: Path, engine: DeepSpeedEngine, state: State, made: Made, ranks: Ranks, keep_last: int) -> Path:
+def save(folder: Path, engine: DeepSpeedEngine, state: State, made: Made, ranks: Ranks, keep_last: int,
+         keep_best: bool = False) -> Path:
     """Write a checkpoint; every rank must call. A crash, a kill or a full disk leaves the earlier ones as they were.
 
-    Its name counts the updates, and the slots for which each rank holds what the reference made: the later one sorts last.
+    The newest `keep_last` stay, and with `keep_best` the best policy's. A checkpoint's name counts the updates, and the slots
+    for which each rank holds what the reference made: the later one sorts last.
     """
     final = folder / (f"update_{state.update:08d}" + (f"_{len(made):08d}" if made else ""))
     if ranks.largest(ranks.rank == 0 and missing(final) is None):  # one rank decides: file systems may lag on another machine
@@ -89,8 +109,10 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, made: Made, ranks:
             flush(temporary)
             temporary.rename(final)
             flush(folder)
+            best = of_update(folder, state.best_update) if keep_best else []
             for old in complete(folder)[:-keep_last]:
-                shutil.rmtree(old)
+                if old not in best:
+                    shutil.rmtree(old)
     ranks.barrier()
     return final
 
@@ -128,6 +150,11 @@ def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, dict[st
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return [path for path in sorted(folder.glob("update_*")) if missing(path) is None]
+
+
+def of_update(folder: Path, update: int | None) -> list[Path]:
+    """The complete checkpoints of the policy after this many updates: there may be one of a stop in the next one's middle, too."""
+    return [] if update is None else [path for path in complete(folder) if path.name.split("_")[1] == f"{update:08d}"]
 
 
 def torn(folder: Path) -> list[tuple[Path, str]]:

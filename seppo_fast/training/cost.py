@@ -125,7 +125,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         parameters=sum(weight.numel() for weight in unet.parameters()), trained=trained, forward=forward,
         sampling=forward * guided * evaluations if generated else 0.0, training=training, scoring=scoring,
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
-        reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.samples.every else 0,
+        reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.looks else 0,
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
         update=engine.update, score=score, sampler=sampler + known if generated else 0, resting=engine.sampling,
         graph=generated and ours.sampler.cuda_graph, rests=ours.scored_ahead and not shares,

@@ -39,6 +39,10 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     if model is not None:
         if model.video:
             model.check_frames(ours.data.video.frames)
+        if ours.evaluation.every:
+            from seppo_fast.training.validation import what_is_wanted  # needs libraries that training without it does not
+
+            what_is_wanted(config, model, lambda line: None)
         table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
         cost = estimate(model, config, batch, len(table.timesteps))
         here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""

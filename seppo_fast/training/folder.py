@@ -58,7 +58,7 @@ def _prepare(path: Path, identity: Path, resume: str | None) -> None:
             temporary.replace(identity)
     except OSError as error:
         raise UserError(f"seppo.output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
-    for leftover in [path / ".final.tmp", *(path / "checkpoints").glob(".update_*.tmp")]:
+    for leftover in [path / ".final.tmp", path / ".best.tmp", *(path / "checkpoints").glob(".update_*.tmp")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -43,8 +43,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(clean) + "\n")
 
 
-def keep_rows(path: Path, last_update: int) -> None:
-    """Drop the rows after `last_update` (and a torn last line): a resumed run writes them again."""
+def keep_rows(path: Path, last_update: int, last_evaluated: int) -> None:
+    """Drop the updates' and evaluations' rows after these (and a torn last line): a resumed run writes them again."""
     if not path.exists():
         return
     kept = []
@@ -53,7 +53,7 @@ def keep_rows(path: Path, last_update: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["update"] <= last_update:
+        if row["update"] <= (last_update if "loss" in row else last_evaluated):
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))

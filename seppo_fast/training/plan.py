@@ -6,7 +6,7 @@ from shutil import disk_usage
 import torch
 
 from seppo_fast import __version__
-from seppo_fast.config import METHODS
+from seppo_fast.config import METHODS, Evaluation
 from seppo_fast.config import Model as ModelSettings
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import cache_root, latent_shape
@@ -55,6 +55,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "checkpoints": f"every {ours.checkpoint.every or ours.updates_per_iteration} updates, the last"
                        f" {ours.checkpoint.keep_last} kept",
     }
+    if ours.evaluation.every:
+        lines["evaluation"] = _evaluation(ours.evaluation)
     if samples:
         size = "a size that is measured" if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
         lines["reference samples"] = (f"{samples} in all, {batch.size} an update, in batches of {size}; {ours.sampler.solver},"
@@ -104,6 +106,14 @@ def _trained(model: ModelSettings, video: bool) -> str:
     if model.lora is None:
         return "the motion modules" if video else "all weights"
     return f"LoRA rank {model.lora.rank}" + (f" on the {model.lora.layers or 'temporal'} layers" if video else "")
+
+
+def _evaluation(asked: Evaluation) -> str:
+    """What is scored when, and what follows from it."""
+    prompts = asked.prompts if isinstance(asked.prompts, str) else f"{len(asked.prompts)} prompts"
+    ends = f"; ends after {asked.patience} without a better {asked.watched}" if asked.patience else ""
+    keeps = f"; the checkpoint of the best {asked.watched} stays" if asked.keep_best else ""
+    return f"{', '.join(asked.scores)} of {prompts} every {asked.every} updates{ends}{keeps}; not in time and memory below"
 
 
 def _memory(config: Config, cost: Cost) -> tuple[str, str]:

@@ -228,15 +228,17 @@ def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: floa
 
 
 def shortened(config: Config, folder: Path, updates: int) -> Config:
-    """The configuration for `updates` + 2 updates that leave nothing behind: no monitors, no grids, no end of an iteration.
+    """The configuration for `updates` + 2 updates that leave nothing behind.
 
-    Samples are made for one update at a time: an iteration's would come before the first of them.
+    No monitors, no grids, no scores, no end of an iteration. Samples are made for one update at a time: an iteration's would
+    come before the first of them.
     """
     raw = copy.deepcopy(config.as_dict())
     for monitor in MONITORS:
         raw.pop(monitor, None)
     raw["seppo"].update(output_dir=str(folder / "run"), iterations=1, updates_per_iteration=updates + 3)
     raw["seppo"]["samples"]["every"] = 0
+    raw["seppo"]["evaluation"] = {}
     raw["seppo"]["sampler"]["window"] = "update"
     return parse_config(raw)
 

@@ -1,5 +1,6 @@
 """What the person sees while it runs: progress bars, metrics.jsonl, and DeepSpeed's monitors."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,7 @@ class Reporter:
         """Record one update."""
         if self._silent:
             return
-        append_row(self._rows, row)
-        if self._monitor.enabled:
-            numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "update"}
-            self._monitor.write_events([(f"seppo/{name}", value, row["update"]) for name, value in numbers.items()])
+        self._record(row)
         seconds = row["seconds_sampling"] + row["seconds_training"] + row["seconds_data"]
         shown = {"k": row["iteration"], "ref": row["reference"], "loss": f"{row['loss']:.4f}"}
         if "aaf_rate" in row:
@@ -38,6 +36,22 @@ class Reporter:
         shown |= {"pairs/s": f"{row['pairs_per_s']:.1f}", "sampling": f"{row['seconds_sampling'] / max(seconds, 1e-9):.0%}"}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
+
+    def evaluation(self, row: dict[str, Any], said: Sequence[str]) -> None:
+        """Record the scores of an update's policy, and say them with what else there is to say."""
+        if self._silent:
+            return
+        self._record(row)
+        scores = ", ".join(f"{name.removeprefix('eval_')} {'none' if value is None else f'{value:.4g}'}"
+                           for name, value in row.items() if name.startswith("eval_"))
+        for line in (f"update {row['update']}: {scores}", *said):
+            self._bar.write(line)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        append_row(self._rows, row)
+        if self._monitor.enabled:
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "update"}
+            self._monitor.write_events([(f"seppo/{name}", value, row["update"]) for name, value in numbers.items()])
 
     def close(self) -> None:
         """Leave the bar as it is and the terminal free."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -11,13 +12,12 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from seppo_fast.config import METHODS
-from seppo_fast.configfile import Batch, Config, batch_plan
+from seppo_fast.configfile import Batch, Config, batch_plan, parse_config
 from seppo_fast.data.cache import build_cache, give_back_memory
 from seppo_fast.data.latents import LatentCache
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import UserError
 from seppo_fast.models import Model, open_model
-from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
 from seppo_fast.ranks import Ranks, StopSignals
@@ -25,10 +25,10 @@ from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, solver_table
 from seppo_fast.training import checkpoint
-from seppo_fast.training.card import model_card
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine
+from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, open_folder
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective, in_channels_last
@@ -38,6 +38,10 @@ from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import Grids
 from seppo_fast.training.trainer import Trainer
 
+if TYPE_CHECKING:  # see Trainer
+    from seppo_fast.evaluation.wanted import Wanted
+    from seppo_fast.training.validation import Validation
+
 
 def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         make_trainer: Callable[..., Trainer] = Trainer) -> Path:
@@ -46,6 +50,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
     batch = batch_plan(config.deepspeed, ranks.world)
     check_engine_config(config, batch)
     model, source = open_inputs(config, ranks)
+    wanted = open_wanted(config, model, ranks)
     table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
     cost = estimate(model, config, batch, len(table.timesteps))
     if ranks.rank == 0:
@@ -76,6 +81,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs, reference=reference,
         pool=open_pool(config, folder, engine, state, ranks), sampler=sampler,
         grids=prepare_grids(model, config, cache, folder, ranks),
+        validation=prepare_validation(wanted, model, cache.shape, objective.dtype, ranks),
         reporter=Reporter(folder.path, ours.iterations * ours.updates_per_iteration, state.update,
                           engine.monitor, ranks.rank),
         signals=signals, folder=folder.path, state=state, made=made, reference_rests=ours.scored_ahead and not shares,
@@ -106,8 +112,17 @@ def starting_state(folder: RunFolder, config: Config, ranks: Ranks) -> State:
     if folder.resume_from is None:
         return fresh
     state = checkpoint.state_of(folder.resume_from, folder.run_id, ranks.world, fresh.config)
+    if measured(parse_config(state.config)) != measured(config) and state.evaluated is not None:
+        teller(ranks)("seppo.evaluation measures otherwise than before: the best policy is looked for from the next evaluation on")
+        state.compare_anew()
     state.config = fresh.config
     return state
+
+
+def measured(config: Config) -> dict[str, Any]:
+    """What makes values of evaluations comparable."""
+    section = config.seppo.evaluation
+    return section.model_dump(exclude={"every", "patience", "keep_best", "batch_size", "watch"}) | {"watch": section.watched}
 
 
 def begin(folder: RunFolder, state: State, cache: LatentCache, ranks: Ranks) -> None:
@@ -119,7 +134,7 @@ def begin(folder: RunFolder, state: State, cache: LatentCache, ranks: Ranks) -> 
     if ranks.rank == 0:
         if folder.resume_from:
             checkpoint.set_aside_later(folder.resume_from)
-        keep_rows(folder.path / "metrics.jsonl", state.update)
+        keep_rows(folder.path / "metrics.jsonl", state.update, -1 if state.evaluated is None else state.evaluated)
         (folder.path / "config.json").write_text(json.dumps(state.config, indent=2) + "\n")
 
 
@@ -130,7 +145,7 @@ def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks:
     torch.manual_seed(ours.seed + ranks.rank)
     policy = model.load_unet(dtype).train()
     reference = None
-    if ours.flipper or ours.samples.every:
+    if ours.flipper or ours.looks:
         reference = model.load_unet(dtype).eval()
     for unet in filter(None, (policy, reference)):
         choose_trained(unet, ours.model.lora, ours.seed)
@@ -193,12 +208,22 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunF
     return Grids(folder.path / "samples", model, samples, conditions, cache.shape, ranks.device)
 
 
-def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: int) -> Path:
-    """Write `final/`: a diffusers directory, or a LoRA that diffusers loads. The last checkpoint stays for continuing."""
-    final = trainer.folder / "final"
-    weights = policy_weights(trainer.engine)
-    if trainer.ranks.rank == 0:
-        card = model_card(config, batch, rows, trainer.state.update, trainer.state.skipped, model.video)
-        save_pipeline(model, weights, final, config.seppo.model.lora, card)
-    trainer.ranks.barrier()
-    return final
+def open_wanted(config: Config, model: Model, ranks: Ranks) -> "Wanted | None":
+    """What is to be evaluated on the way, checked and its weights found; None when nothing is."""
+    if not config.seppo.evaluation.every:
+        return None
+    from seppo_fast.training.validation import find_all, what_is_wanted
+
+    wanted = what_is_wanted(config, model, teller(ranks))
+    find_all(wanted, ranks)
+    return wanted
+
+
+def prepare_validation(wanted: "Wanted | None", model: Model, shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks
+                       ) -> "Validation | None":
+    """What evaluates the policy on the way, on every rank."""
+    if wanted is None:
+        return None
+    from seppo_fast.training.validation import open_validation
+
+    return open_validation(wanted, model, dtype, shape, ranks)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -28,6 +29,9 @@ from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import Grids
 
+if TYPE_CHECKING:  # needs libraries that training without it does not
+    from seppo_fast.training.validation import Validation
+
 
 @dataclass
 class Trainer:
@@ -43,6 +47,7 @@ class Trainer:
     pool: Pool | None
     sampler: Sampler | None
     grids: Grids | None
+    validation: "Validation | None"
     reporter: Reporter
     signals: StopSignals
     folder: Path
@@ -59,9 +64,12 @@ class Trainer:
         try:
             if self.state.update == 0:
                 self.draw_grid()
+            self.evaluate()
             for k in range(self.iteration_of(self.state.update), self.settings.iterations + 1):  # line 1
                 self.take_reference(k)  # line 2
                 for update in range(self.state.update, k * self.settings.updates_per_iteration):
+                    if self.gets_no_better():
+                        return
                     self.pairs.prefetch(self.slots(update))  # videos: decoded while the reference samples
                     self.ask_reference(k, update)  # line 3
                     done = self.update_policy(update)  # line 4
@@ -158,13 +166,13 @@ class Trainer:
             self.pool.add(k, policy_weights(self.engine), write=self.ranks.rank == 0)
             self.state.unmoved = True
             self.ranks.barrier()
+        self.evaluate()
         every = self.settings.checkpoint.every
-        if self.state.update % every == 0 if every else end_of_iteration:
+        is_best = self.settings.evaluation.keep_best and self.state.best_update == self.state.update
+        if (self.state.update % every == 0 if every else end_of_iteration) or is_best or self.gets_no_better():
             self.save()
         if self.settings.samples.every and self.state.update % self.settings.samples.every == 0:
             self.draw_grid()
-            if not end_of_iteration:
-                self.take_reference(k)
         self.check_signals()
 
     def slots(self, update: int) -> range:
@@ -178,23 +186,50 @@ class Trainer:
         self.signals.check(self.ranks)
 
     def draw_grid(self) -> None:
-        """Samples of the present policy from fixed prompts and noise; passes through the reference model's storage."""
-        if not self.settings.samples.every:
+        """Samples of the present policy from fixed prompts and noise."""
+        if self.settings.samples.every:
+            with self.policy_in_reference(here=self.grids is not None):
+                if self.grids is not None:
+                    self.grids.write(self.state.update, self.sampler.draw)
+
+    def evaluate(self) -> None:
+        """Scores of the present policy at their turn, unless they are known; what a stop interrupts, a resumed run begins with."""
+        every, update = self.settings.evaluation.every, self.state.update
+        if not every or update % every or self.state.evaluated == update:
             return
-        weights = policy_weights(self.engine, keep=self.grids is not None)
-        if self.grids is not None:
+        started, watched = time.perf_counter(), self.settings.evaluation.watched
+        with self.policy_in_reference():
+            row, said = self.validation(update, self.sampler, self.check_signals)
+        self.state.judge(row.get(f"eval_{watched}"), self.validation.better[watched])
+        seconds = round(time.perf_counter() - started, 4)
+        self.reporter.evaluation({"update": update, **row, "seconds_evaluation": seconds}, said)
+
+    def gets_no_better(self) -> bool:
+        """Whether the last `patience` evaluations brought no better policy."""
+        patience = self.settings.evaluation.patience
+        return patience is not None and self.state.not_better >= patience
+
+    @contextmanager
+    def policy_in_reference(self, here: bool = True) -> Iterator[None]:
+        """The policy's weights pass through the reference model's storage; on ranks that are not `here` nothing happens."""
+        weights = policy_weights(self.engine, keep=here)
+        if here:
             with torch.no_grad():
                 for name, parameter in self.reference.named_parameters():
                     if name in weights:
                         parameter.copy_(weights[name])
             with self.reference_on_device():
-                self.grids.write(self.state.update, self.sampler.draw)
+                yield
+            if self.reference_index is not None:
+                self.pool.load_into(self.reference_index, self.reference)
+        else:
+            yield
         self.ranks.barrier()
 
     def save(self) -> Path:
         """A checkpoint of this moment; in the middle of a window, of the window's start and the samples made for it."""
         return checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.made, self.ranks,
-                               self.settings.checkpoint.keep_last)
+                               self.settings.checkpoint.keep_last, self.settings.evaluation.keep_best)
 
     def report(self, k: int, done: Step, table: Tensor) -> None:
         """One row of metrics.jsonl; seconds are means over the ranks, memory is the largest."""

@@ -1,0 +1,47 @@
+"""The end of a run: the trained model as a diffusers directory, or as a LoRA that diffusers loads."""
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from seppo_fast.configfile import Batch, Config
+from seppo_fast.models import Model
+from seppo_fast.models.export import save_pipeline
+from seppo_fast.training import checkpoint
+from seppo_fast.training.card import model_card
+from seppo_fast.training.engine import policy_weights
+from seppo_fast.training.trainer import Trainer
+
+
+def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: int) -> Path:
+    """Write `final/`, and `best/` with keep_best. The last checkpoint stays for continuing."""
+    ours, state, final = config.seppo, trainer.state, trainer.folder / "final"
+    weights = policy_weights(trainer.engine)
+    if trainer.ranks.rank == 0:
+        card = model_card(config, batch, rows, state.update, state.skipped, model.video)
+        save_pipeline(model, weights, final, ours.model.lora, card)
+        if trainer.gets_no_better():
+            print(f"stopped early: the last {state.not_better} evaluations brought no better {ours.evaluation.watched} than"
+                  f" {state.best} after {state.best_update} updates (seppo.evaluation.patience)", flush=True)
+        if ours.evaluation.keep_best:
+            export_best(model, config, batch, trainer, rows)
+    trainer.ranks.barrier()
+    return final
+
+
+def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: int) -> None:
+    """`best/` of the best policy's checkpoint; or a line that says why there is none."""
+    ours, state, best = config.seppo, trainer.state, trainer.folder / "best"
+    kept = checkpoint.of_update(trainer.folder / "checkpoints", state.best_update)
+    value = f"{ours.evaluation.watched} {state.best}, of the policy after {state.best_update} updates"
+    if state.best_update is None or state.best_update == 0 or not kept:
+        shutil.rmtree(best, ignore_errors=True)  # of an earlier end of this run
+        why = ("no evaluation gave a value" if state.best_update is None else
+               f"none is better than the model that training began with ({value})" if state.best_update == 0 else
+               f"the checkpoint of the best one is not there ({value})")
+        print(f"{best} is not written: {why}", flush=True)
+        return
+    card = model_card(config, batch, rows, state.best_update, state.skipped, model.video)
+    save_pipeline(model, load_file(kept[0] / "policy.safetensors"), best, ours.model.lora, card)
+    print(f"{best}: the best {value}", flush=True)
