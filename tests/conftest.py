@@ -19,7 +19,6 @@ import pytest
 import torch
 from forked import Forks
 from PIL import Image
-from tiny import tiny_sd
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("a handwritten one", "a handwritten two", "a handwritten three")
@@ -35,6 +34,8 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny Stable Diffusion pipeline directory: 16x16 pixels, 8x8x4 latents."""
+    from tiny import tiny_sd  # seconds, which a test without a model need not wait for
+
     folder = tmp_path_factory.mktemp("models") / "sd"
     tiny_sd(folder)
     return folder

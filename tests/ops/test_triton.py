@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,24 +16,26 @@ from fused_parity import (
     assert_same_bits,
     assert_tie,
     assert_tie_of_errors,
+    assert_within_twice,
     make,
     run,
     scored,
 )
 from fused_parity import SHAPES as ALL_SHAPES
-from fused_parity import assert_within_twice as within_twice
 
 triton = pytest.importorskip("triton")
 
 from seppo_fast.ops import triton_device, triton_kernel  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from interpreter import hurry
+
+    hurry()
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
 runs = pytest.mark.skipif(DEVICE is None, reason="no GPU here: test_in_the_interpreter runs it in another process")
 # Five parts are there what sixteen and eighteen are: full ones, and at the end one that is not. Each is a program, and takes long.
 SHAPES = ALL_SHAPES | ({"video": (2, 4, 5, 32, 32), "odd_large": (2, 17_001)} if INTERPRETED else {})
-# The interpreter adds up a program's threads one after another, a GPU as a tree.
-assert_within_twice = partial(within_twice, roundings=16 if INTERPRETED else 2)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
