@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmarks.ablation_report import ablation
 from benchmarks.loss_summary import Row, of_gpu_suite, targets
 from benchmarks.throughput_readme import throughput
 from benchmarks.video_readme import video as decoding
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def filled(text: str) -> str:
     """`text` with what stands between its `<!-- name -->` and `<!-- /name -->` replaced by the table of that name."""
     tables = {"quickstart": quickstart, "quickstart_video": video, "loss": loss, "throughput": partial(throughput, RESULTS),
-              "decoding": partial(decoding, RESULTS)}
+              "decoding": partial(decoding, RESULTS), "ablation": partial(ablation, RESULTS)}
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda found, make=table: found[1] + make() + "\n" + found[2], text)
