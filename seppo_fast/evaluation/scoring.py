@@ -66,15 +66,16 @@ def scores_of(video: bool) -> tuple[AnyScore, ...]:
 
 
 def score_all(job: Job) -> Scored:
-    """Every rank calls with its share, and has all ranks' samples in the result."""
+    """Every rank calls with its share; the first has all of the result."""
     wanted, about, set_rows = job.wanted, [], []
     for score in (score for score in scores_of(wanted.video) if score.name in wanted.scores):
-        scorer, missing = loaded(score, job)
-        if scorer is not None:
-            set_rows += apply(score, scorer, job)
+        missing = None
+        try:
+            set_rows += apply(score, loaded(score, job), job)
+        except UserError as error:  # on all ranks alike
+            missing = str(error)
         about.append({"name": score.name, "label": score.label, "better": score.better, "kind": kind_of(score),
                       "weights": {part: source(score, part, wanted.weights) for part in score.wants}, "missing": missing})
-        del scorer  # its network need not be there beside the next one's
     together = [sample for share in job.ranks.objects(job.samples) for sample in share]
     place = {name: index for index, name in enumerate(wanted.models)}
     together.sort(key=lambda sample: (place[sample["model"]], sample["prompt"], sample["sample"]))
@@ -86,35 +87,49 @@ def kind_of(score: AnyScore) -> str:
     return score.kind if isinstance(score, VideoScore) else "set" if isinstance(score, SetScore) else "sample"
 
 
-def loaded(score: AnyScore, job: Job) -> tuple[Any, str | None]:
-    """The score's network on every rank, or why it is on none; the first rank fetches what is on the hub."""
-    scorer, why = None, None
-    if isinstance(score, VideoScore) and job.wanted.real is None:
-        why = f"{score.label} compares with real clips: give their folder by --real"
-    for turn in (job.ranks.rank == 0, job.ranks.rank != 0):
-        if turn and why is None:
-            try:
-                scorer = score.load(locate(score, job.wanted.weights), job.ranks.device)
-            except UserError as error:
-                why = str(error)
-        job.ranks.barrier()
-    reasons = [reason for reason in job.ranks.objects(why) if reason]
-    return (None, reasons[0]) if reasons else (scorer, None)
+def agreed(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """What `work` gives on this rank; a UserError on any rank is one on all, so that they stay in step. Every rank must call."""
+    found, why = None, None
+    try:
+        found = work()
+    except UserError as error:
+        why = str(error)
+    reason = next(filter(None, ranks.objects(why)), None)
+    if reason:
+        raise UserError(reason)
+    return found
+
+
+def loaded(score: AnyScore, job: Job) -> Any:
+    """The score's network, on the first rank before the others: it fetches what is on the hub."""
+    def load() -> Any:
+        if isinstance(score, VideoScore) and job.wanted.real is None:
+            raise UserError(f"{score.label} compares with real clips: give their folder by --real")
+        return score.load(locate(score, job.wanted.weights), job.ranks.device)
+
+    first = agreed(job.ranks, lambda: load() if job.ranks.rank == 0 else None)
+    return agreed(job.ranks, lambda: first if job.ranks.rank == 0 else load())
 
 
 def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:
-    """The samples get their values; the rows are those of a score that has one value a set."""
+    """The samples get their values, if no rank's scorer refuses; on the first, the rows of a score that has one value a set."""
     if isinstance(score, SetScore):
         return score_sets(score, scorer, job)
+    if isinstance(score, VideoScore) and score.kind == "set":
+        return score_clip_sets(score, scorer, job)
+    for samples, values in agreed(job.ranks, lambda: list(values_of(score, scorer, job))):
+        put(score, samples, values)
+    return []
+
+
+def values_of(score: Score | VideoScore, scorer: Any, job: Job) -> Iterator[tuple[list[Sample], Tensor]]:
+    """This rank's samples and their values (N,), batch by batch."""
     if isinstance(score, Score):
         for images, samples in images_of(score.label, job):
-            put(score, samples, scorer(images, [job.prompt(sample).text for sample in samples]))
-    elif score.kind == "sample":
-        for generated, real, sample in pairs_of(score.label, job):
-            put(score, [sample], scorer(generated[None], real[None]))
+            yield samples, scorer(images, [job.prompt(sample).text for sample in samples])
     else:
-        return score_clip_sets(score, scorer, job)
-    return []
+        for generated, real, sample in pairs_of(score.label, job):
+            yield [sample], scorer(generated[None], real[None])
 
 
 def put(score: AnyScore, samples: Sequence[Sample], values: Tensor) -> None:
@@ -180,9 +195,9 @@ def given(sample: Sample, read: Callable[[], Any]) -> Any:
 
 def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor], job: Job) -> list[dict[str, Any]]:
     """One value a model and group, of all ranks' images."""
-    mine = [({name: sample[name] for name in ("model", "prompt")}, vector)
-            for images, samples in images_of(score.label, job)
-            for sample, vector in zip(samples, embed(images), strict=True)]
+    mine = agreed(job.ranks, lambda: [({name: sample[name] for name in ("model", "prompt")}, vector)
+                                      for images, samples in images_of(score.label, job)
+                                      for sample, vector in zip(samples, embed(images), strict=True)])
     every = [pair for share in job.ranks.objects(mine) for pair in share]
     rows = []
     for model in job.wanted.models:
@@ -194,14 +209,9 @@ def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor]
 
 def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job) -> list[dict[str, Any]]:
     """The Frechet distance of each model's clips of a group to the real clips of the same prompts."""
-    sums: dict[tuple[str, str], tuple[Moments, Moments]] = {}
-    of_real = lru_cache(maxsize=1)(lambda clip: Moments.of(features(clip[None])))  # by the tensor itself, not by its values
-    for generated, real, sample in pairs_of(score.label, job):
-        one, other = Moments.of(features(generated[None])), of_real(real)
-        for group in (group for group in job.wanted.groups if job.of(sample["model"], group)(sample)):
-            key = sample["model"], group
-            sums[key] = (sums[key][0] + one, sums[key][1] + other) if key in sums else (one, other)
-    shares = job.ranks.objects(sums)
+    shares = job.ranks.objects(agreed(job.ranks, lambda: moments_of(score, features, job)))
+    if job.ranks.rank != 0:  # only the first reports, and the root of a large covariance takes a core seconds
+        return []
     rows = []
     for key in ((model, group) for model in job.wanted.models for group in job.wanted.groups):
         parts = [share[key] for share in shares if key in share]
@@ -209,6 +219,18 @@ def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job
         enough = bool(both) and min(side.count for side in both) > 1
         rows.append(set_row(score, *key, both[0].count if both else 0, frechet(*both) if enough else None))
     return rows
+
+
+def moments_of(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job) -> dict[tuple[str, str], tuple[Moments, Moments]]:
+    """(model, group) -> those of this rank's clips, and of the real ones beside them."""
+    sums: dict[tuple[str, str], tuple[Moments, Moments]] = {}
+    of_real = lru_cache(maxsize=1)(lambda clip: Moments.of(features(clip[None])))  # by the tensor itself, not by its values
+    for generated, real, sample in pairs_of(score.label, job):
+        one, other = Moments.of(features(generated[None])), of_real(real)
+        for group in (group for group in job.wanted.groups if job.of(sample["model"], group)(sample)):
+            key = sample["model"], group
+            sums[key] = (sums[key][0] + one, sums[key][1] + other) if key in sums else (one, other)
+    return sums
 
 
 def set_row(score: AnyScore, model: str, group: str, count: int, value: float | None) -> dict[str, Any]:
