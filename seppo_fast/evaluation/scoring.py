@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from importlib import import_module
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,21 @@ def loaded(score: AnyScore, job: Job) -> Any:
     def load() -> Any:
         if isinstance(score, VideoScore) and job.wanted.real is None:
             raise UserError(f"{score.label} compares with real clips: give their folder by --real")
+        check_packages(score)
         return score.load(locate(score, job.wanted.weights), job.ranks.device)
 
     first = agreed(job.ranks, lambda: load() if job.ranks.rank == 0 else None)
     return agreed(job.ranks, lambda: first if job.ranks.rank == 0 else load())
+
+
+def check_packages(score: AnyScore) -> None:
+    """Before gigabytes of weights are fetched."""
+    for name in score.packages:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise UserError(f"{score.label} ({score.name}) needs the package {name}, which is not here ({error}):"
+                            " pip install 'seppo-fast[evaluation]'") from error
 
 
 def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The whole of an evaluation of videos: clips of a tiny AnimateDiff beside real ones, of which some cannot be used."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,10 @@ def test_a_score_that_refuses_the_clips_is_missing_with_its_reason(run: Any, fil
     for name in ("table.md", "index.html"):
         text = (tmp_path / name).read_text()
         assert all(reason in text for reason in missing.values() if reason), name
+
+
+def test_without_a_package_the_scores_that_need_it_are_missing(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    result = run(tmp_path, "--frames", "2", "--scores", "psnr")
+    assert "needs the package av" in result["scores"][0]["missing"]
+    assert [(sample["values"], sample["problem"]) for sample in result["samples"]] == 4 * [({}, None)]
