@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants as hub
 import pytest
 import torch
 from evaluation.test_clip_scores import tiny_clip
@@ -36,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def run(folders: dict[str, Path], ranks: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`run(out, *more)`: the result for base and tuned; no hub is asked."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
 
     def call(out: Path, *more: str, models: tuple[str, ...] = ("base", "tuned"), prompts: Path | None = None) -> dict[str, Any]:
         arguments = ["--models", *(f"{name}={folders[name]}" for name in models), "--prompts", str(prompts or folders["prompts"]),

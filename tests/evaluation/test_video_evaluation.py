@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants as hub
 import pytest
 from data.video_files import pictures, write_video
 from evaluation.video_networks import alexnet_shapes, i3d_shapes, inception_shapes, random_weights, write
 from tiny import tiny_adapter, tiny_sd
 
+from seppo_fast.errors import UserError
 from seppo_fast.evaluate import parse_arguments
 from seppo_fast.evaluation.arguments import wanted_of
 from seppo_fast.evaluation.run import evaluate
@@ -41,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def run(folder: Path, ranks: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """`run(out, *more)`: the result for one model; no hub is asked."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
 
     def call(out: Path, *more: str) -> dict[str, Any]:
         arguments = ["--models", f"base={folder / 'base'}", "--motion-adapter", str(folder / "adapter"), "--prompts",
@@ -71,3 +73,26 @@ def test_without_a_package_the_scores_that_need_it_are_missing(run: Any, tmp_pat
     result = run(tmp_path, "--frames", "2", "--scores", "psnr")
     assert "needs the package av" in result["scores"][0]["missing"]
     assert [(sample["values"], sample["problem"]) for sample in result["samples"]] == 4 * [({}, None)]
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (("--frames", "11"), "base=.*: --frames: 11 are more than the 10 positions .*set it to 10 or fewer"),
+    (("--motion-adapter", "nowhere"), "base=.*: --motion-adapter 'nowhere' does not exist: give a MotionAdapter directory"),
+    (("--motion-adapter", "{base}"), "--motion-adapter: .* is a whole pipeline; give an AnimateDiff pipeline as the model"),
+    (("--motion-adapter", "{base}/unet"), "--motion-adapter: .*is of a 'UNet2DConditionModel', where a 'MotionAdapter'"),
+    (("--motion-adapter", "{other}"), r"block_out_channels is \[16, 16\]"),
+    (("--motion-adapter", "{deep}"), "--motion-adapter: it does not fit .*unet: Incompatible Motion Adapter"),
+    (("--variant", "fp8"), "base=.*: --variant 'fp8': .*unet has no such weights"),
+    (("--models", "x=/nowhere"), "--models x=/nowhere: the model '/nowhere' does not exist: give a diffusers pipeline directory"),
+    (("--models", "x={csv}"), "--models x=.*prompts.csv: the model '.*prompts.csv' is a file"),
+    (("--models", "x=tiny/none"), "--models x=tiny/none: the model 'tiny/none' is no local directory, and could not be fetched"),
+    (("--steps", "1001"), "--steps: 1001 is not between 1 and the model's 1000 training timesteps"),
+])
+def test_bad_models_and_settings_are_named_by_their_flags(
+        run: Any, folder: Path, tmp_path: Path, more: tuple[str, ...], message: str) -> None:
+    places = {"base": folder / "base", "csv": folder / "prompts.csv",
+              "other": tiny_adapter(tmp_path / "other", block_out_channels=(16, 16)),
+              "deep": tiny_adapter(tmp_path / "deep", motion_layers_per_block=2)}
+    with pytest.raises(UserError, match=message) as raised:
+        run(tmp_path / "out", "--frames", "8", *(each.format_map(places) for each in more))
+    assert "seppo." not in str(raised.value) and "\n" not in str(raised.value)
