@@ -42,8 +42,7 @@ def run(folders: dict[str, Path], ranks: Any, monkeypatch: pytest.MonkeyPatch) -
     def call(out: Path, *more: str, models: tuple[str, ...] = ("base", "tuned"), prompts: Path | None = None) -> dict[str, Any]:
         arguments = ["--models", *(f"{name}={folders[name]}" for name in models), "--prompts", str(prompts or folders["prompts"]),
                      "--out", str(out), "--steps", "2", "--scores", "pickscore", "imagereward", "vendi",
-                     "--weights", f"pickscore={folders['clip']}", f"pickscore.tokenizer={folders['clip']}",
-                     f"vendi={folders['clip']}",
+                     "--weights", f"pickscore={folders['clip']}", f"vendi={folders['clip']}",
                      f"imagereward={folders['prompts'].parent / 'nothing.pt'}", *more]
         return evaluate(wanted_of(parse_arguments(arguments), ranks, print), ranks, lambda line: None)
 
