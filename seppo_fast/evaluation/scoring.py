@@ -152,6 +152,14 @@ def put(score: AnyScore, samples: Sequence[Sample], values: Tensor) -> None:
             note(sample, f"{score.label} is {value}")
 
 
+def usable(score: AnyScore, sample: Sample, features: Tensor) -> bool:
+    """Whether a sample's features are numbers; else it is left out, with a note, and its set has a value all the same."""
+    finite = bool(features.isfinite().all())
+    if not finite:
+        note(sample, f"{score.label}: its features are not finite")
+    return finite
+
+
 def note(sample: Sample, problem: str) -> None:
     """Once each."""
     known = sample["problem"] or ""
@@ -209,7 +217,8 @@ def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor]
     """One value a model and group, of all ranks' images."""
     mine = agreed(job.ranks, lambda: [({name: sample[name] for name in ("model", "prompt")}, vector)
                                       for images, samples in images_of(score.label, job)
-                                      for sample, vector in zip(samples, embed(images), strict=True)])
+                                      for sample, vector in zip(samples, embed(images), strict=True)
+                                      if usable(score, sample, vector)])
     every = [pair for share in job.ranks.objects(mine) for pair in share]
     rows = []
     for model in job.wanted.models:
@@ -238,7 +247,10 @@ def moments_of(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job
     sums: dict[tuple[str, str], tuple[Moments, Moments]] = {}
     of_real = lru_cache(maxsize=1)(lambda clip: Moments.of(features(clip[None])))  # by the tensor itself, not by its values
     for generated, real, sample in pairs_of(score.label, job):
-        one, other = Moments.of(features(generated[None])), of_real(real)
+        found = features(generated[None])
+        if not usable(score, sample, found):
+            continue
+        one, other = Moments.of(found), of_real(real)
         for group in (group for group in job.wanted.groups if job.of(sample["model"], group)(sample)):
             key = sample["model"], group
             sums[key] = (sums[key][0] + one, sums[key][1] + other) if key in sums else (one, other)
