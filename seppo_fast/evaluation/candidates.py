@@ -10,9 +10,10 @@ import torch
 
 from seppo_fast.data.metadata import stamp_of
 from seppo_fast.errors import UserError
-from seppo_fast.models import Model, UNet, open_model
+from seppo_fast.models import Called, Model, UNet, open_model
 from seppo_fast.models.files import read_json
 
+FLAGS = Called(path="the model", variant="--variant", motion_adapter="--motion-adapter", frames="--frames")
 LORA = "pytorch_lora_weights.safetensors"
 NAME = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.")
 
@@ -63,7 +64,7 @@ def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: s
                             f" put its base before it, or say {name}=PIPELINE+{path}")
         try:
             model = found[0].model if pipeline is None else open_model(
-                pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames)
+                pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames, called=FLAGS)
         except UserError as error:
             raise UserError(f"--models {argument}: {error}") from error
         found.append(Candidate(name, path, model, lora))

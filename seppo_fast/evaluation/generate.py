@@ -117,7 +117,7 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, wanted: 
         return {name: value.to(ranks.device, dtype) for name, value in text(prompts).items()}
 
     unet = candidate.load_unet(dtype).to(ranks.device)
-    table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps).to(ranks.device)
+    table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps, "--steps").to(ranks.device)
     sampler = Sampler(unet, model.denoise, table, embed([""]), drawing.sampler, dtype, say=say)
     sampler.fit(shape, wanted)
     return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device)

@@ -3,8 +3,9 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def result_of(wanted: Wanted, scored: Scored, seconds: dict[str, float]) -> dict
     """The contract of scores.json."""
     sets = [prompt.sets for prompt in wanted.prompts]
     result = {
-        "about": {"machine": machine(), "versions": {name: version(name) for name in PACKAGES}, "commit": commit(),
+        "about": {"machine": machine(), "versions": versions(), "commit": commit(),
                   "date": datetime.now(UTC).isoformat(timespec="seconds"),
                   "settings": {**settings_of(wanted.drawing), "per_prompt": wanted.drawing.per_prompt}, "seconds": seconds},
         "models": [{"name": candidate.name, "path": candidate.given} for candidate in wanted.candidates],
@@ -99,6 +100,15 @@ def result_of(wanted: Wanted, scored: Scored, seconds: dict[str, float]) -> dict
         "samples": scored.samples,
     }
     return {**result, "table": [*tabulate(result, sets), *scored.set_rows]}
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def write(result: dict[str, Any], out: Path) -> None:

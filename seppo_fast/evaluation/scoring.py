@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from importlib import import_module
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,16 @@ def scores_of(video: bool) -> tuple[AnyScore, ...]:
 
 
 def score_all(job: Job) -> Scored:
-    """Every rank calls with its share, and has all ranks' samples in the result."""
+    """Every rank calls with its share; the first has all of the result."""
     wanted, about, set_rows = job.wanted, [], []
     for score in (score for score in scores_of(wanted.video) if score.name in wanted.scores):
-        scorer, missing = loaded(score, job)
-        if scorer is not None:
-            set_rows += apply(score, scorer, job)
+        missing = None
+        try:
+            set_rows += apply(score, loaded(score, job), job)
+        except UserError as error:  # on all ranks alike
+            missing = str(error)
         about.append({"name": score.name, "label": score.label, "better": score.better, "kind": kind_of(score),
                       "weights": {part: source(score, part, wanted.weights) for part in score.wants}, "missing": missing})
-        del scorer  # its network need not be there beside the next one's
     together = [sample for share in job.ranks.objects(job.samples) for sample in share]
     place = {name: index for index, name in enumerate(wanted.models)}
     together.sort(key=lambda sample: (place[sample["model"]], sample["prompt"], sample["sample"]))
@@ -86,47 +88,78 @@ def kind_of(score: AnyScore) -> str:
     return score.kind if isinstance(score, VideoScore) else "set" if isinstance(score, SetScore) else "sample"
 
 
-def loaded(score: AnyScore, job: Job) -> tuple[Any, str | None]:
-    """The score's network on every rank, or why it is on none."""
-    if isinstance(score, VideoScore) and job.wanted.real is None:
-        return None, f"{score.label} compares with real clips: give their folder by --real"
-    return in_turn(job.ranks, lambda: score.load(locate(score, job.wanted.weights), job.ranks.device))
+def agreed(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """What `work` gives on this rank; a UserError on any rank is one on all, so that they stay in step. Every rank must call."""
+    found, why = None, None
+    try:
+        found = work()
+    except UserError as error:
+        why = str(error)
+    reason = next(filter(None, ranks.objects(why)), None)
+    if reason:
+        raise UserError(reason)
+    return found
 
 
-def find_weights(wanted: Wanted, ranks: Ranks) -> dict[str, str]:
-    """Score -> why it cannot be given, for those whose weights are not there; what is on the hub is fetched."""
-    found = {score.name: in_turn(ranks, lambda score=score: locate(score, wanted.weights))
-             for score in scores_of(wanted.video) if score.name in wanted.scores}
-    return {name: why for name, (_, why) in found.items() if why is not None}
+def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """The same, the first rank before the others: it fetches what is on the hub."""
+    first = agreed(ranks, lambda: work() if ranks.rank == 0 else None)
+    return agreed(ranks, lambda: first if ranks.rank == 0 else work())
 
 
-def in_turn(ranks: Ranks, act: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What `act` gives on every rank, or why it gives nothing on any; the first rank fetches what is on the hub."""
-    done, why = None, None
-    for turn in (ranks.rank == 0, ranks.rank != 0):
-        if turn:
-            try:
-                done = act()
-            except UserError as error:
-                why = str(error)
-        ranks.barrier()
-    reasons = [reason for reason in ranks.objects(why) if reason]
-    return (None, reasons[0]) if reasons else (done, None)
+def loaded(score: AnyScore, job: Job) -> Any:
+    """The score's network."""
+    return in_turn(job.ranks, lambda: score.load(found(score, job.wanted), job.ranks.device))
+
+
+def find_all(wanted: Wanted, ranks: Ranks) -> dict[str, str]:
+    """Score -> why it cannot be given, for those that lack something; what is on the hub is fetched. Every rank must call."""
+    missing = {}
+    for score in (score for score in scores_of(wanted.video) if score.name in wanted.scores):
+        try:
+            in_turn(ranks, lambda score=score: found(score, wanted))
+        except UserError as error:
+            missing[score.name] = str(error)
+    return missing
+
+
+def found(score: AnyScore, wanted: Wanted) -> dict[str, Path]:
+    """The parts of its weights; a UserError where anything that it needs is not there."""
+    if isinstance(score, VideoScore) and wanted.real is None:
+        raise UserError(f"{score.label} compares with real clips: give their folder by --real")
+    check_packages(score)
+    return locate(score, wanted.weights)
+
+
+def check_packages(score: AnyScore) -> None:
+    """Before gigabytes of weights are fetched."""
+    for name in score.packages:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise UserError(f"{score.label} ({score.name}) needs the package {name}, which is not here ({error}):"
+                            " pip install 'seppo-fast[evaluation]'") from error
 
 
 def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:
-    """The samples get their values; the rows are those of a score that has one value a set."""
+    """The samples get their values, if no rank's scorer refuses; on the first, the rows of a score that has one value a set."""
     if isinstance(score, SetScore):
         return score_sets(score, scorer, job)
+    if isinstance(score, VideoScore) and score.kind == "set":
+        return score_clip_sets(score, scorer, job)
+    for samples, values in agreed(job.ranks, lambda: list(values_of(score, scorer, job))):
+        put(score, samples, values)
+    return []
+
+
+def values_of(score: Score | VideoScore, scorer: Any, job: Job) -> Iterator[tuple[list[Sample], Tensor]]:
+    """This rank's samples and their values (N,), batch by batch."""
     if isinstance(score, Score):
         for images, samples in images_of(score.label, job):
-            put(score, samples, scorer(images, [job.prompt(sample).text for sample in samples]))
-    elif score.kind == "sample":
-        for generated, real, sample in pairs_of(score.label, job):
-            put(score, [sample], scorer(generated[None], real[None]))
+            yield samples, scorer(images, [job.prompt(sample).text for sample in samples])
     else:
-        return score_clip_sets(score, scorer, job)
-    return []
+        for generated, real, sample in pairs_of(score.label, job):
+            yield [sample], scorer(generated[None], real[None])
 
 
 def put(score: AnyScore, samples: Sequence[Sample], values: Tensor) -> None:
@@ -135,6 +168,14 @@ def put(score: AnyScore, samples: Sequence[Sample], values: Tensor) -> None:
         sample["values"][score.name] = value if math.isfinite(value) else None
         if not math.isfinite(value):
             note(sample, f"{score.label} is {value}")
+
+
+def usable(score: AnyScore, sample: Sample, features: Tensor) -> bool:
+    """Whether a sample's features are numbers; else it is left out, with a note, and its set has a value all the same."""
+    finite = bool(features.isfinite().all())
+    if not finite:
+        note(sample, f"{score.label}: its features are not finite")
+    return finite
 
 
 def note(sample: Sample, problem: str) -> None:
@@ -192,9 +233,10 @@ def given(sample: Sample, read: Callable[[], Any]) -> Any:
 
 def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor], job: Job) -> list[dict[str, Any]]:
     """One value a model and group, of all ranks' images."""
-    mine = [({name: sample[name] for name in ("model", "prompt")}, vector)
-            for images, samples in images_of(score.label, job)
-            for sample, vector in zip(samples, embed(images), strict=True)]
+    mine = agreed(job.ranks, lambda: [({name: sample[name] for name in ("model", "prompt")}, vector)
+                                      for images, samples in images_of(score.label, job)
+                                      for sample, vector in zip(samples, embed(images), strict=True)
+                                      if usable(score, sample, vector)])
     every = [pair for share in job.ranks.objects(mine) for pair in share]
     rows = []
     for model in job.wanted.models:
@@ -206,14 +248,9 @@ def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor]
 
 def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job) -> list[dict[str, Any]]:
     """The Frechet distance of each model's clips of a group to the real clips of the same prompts."""
-    sums: dict[tuple[str, str], tuple[Moments, Moments]] = {}
-    of_real = lru_cache(maxsize=1)(lambda clip: Moments.of(features(clip[None])))  # by the tensor itself, not by its values
-    for generated, real, sample in pairs_of(score.label, job):
-        one, other = Moments.of(features(generated[None])), of_real(real)
-        for group in (group for group in job.wanted.groups if job.of(sample["model"], group)(sample)):
-            key = sample["model"], group
-            sums[key] = (sums[key][0] + one, sums[key][1] + other) if key in sums else (one, other)
-    shares = job.ranks.objects(sums)
+    shares = job.ranks.objects(agreed(job.ranks, lambda: moments_of(score, features, job)))
+    if job.ranks.rank != 0:  # only the first reports, and the root of a large covariance takes a core seconds
+        return []
     rows = []
     for key in ((model, group) for model in job.wanted.models for group in job.wanted.groups):
         parts = [share[key] for share in shares if key in share]
@@ -221,6 +258,21 @@ def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job
         enough = bool(both) and min(side.count for side in both) > 1
         rows.append(set_row(score, *key, both[0].count if both else 0, frechet(*both) if enough else None))
     return rows
+
+
+def moments_of(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job) -> dict[tuple[str, str], tuple[Moments, Moments]]:
+    """(model, group) -> those of this rank's clips, and of the real ones beside them."""
+    sums: dict[tuple[str, str], tuple[Moments, Moments]] = {}
+    of_real = lru_cache(maxsize=1)(lambda clip: Moments.of(features(clip[None])))  # by the tensor itself, not by its values
+    for generated, real, sample in pairs_of(score.label, job):
+        found = features(generated[None])
+        if not usable(score, sample, found):
+            continue
+        one, other = Moments.of(found), of_real(real)
+        for group in (group for group in job.wanted.groups if job.of(sample["model"], group)(sample)):
+            key = sample["model"], group
+            sums[key] = (sums[key][0] + one, sums[key][1] + other) if key in sums else (one, other)
+    return sums
 
 
 def set_row(score: AnyScore, model: str, group: str, count: int, value: float | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from seppo_fast.models.files import REFETCH, check_pickle, check_tensors
 from seppo_fast.models.hub import one_set, small_files
 
 TOKENIZER = "tokenizer"  # this part of a score is a repository without its weights
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")  # a tokenizer has one of them
 
 
 class MissingWeights(UserError):
@@ -37,12 +38,15 @@ def flags(score: Wanting, part: str) -> tuple[str, ...]:
 
 
 def source(score: Wanting, part: str, given: Mapping[str, str]) -> str:
-    """Where a part comes from: the user's path, or where it is published."""
-    return next((given[flag] for flag in flags(score, part) if flag in given), score.wants[part])
+    """Where a part comes from: a path that the user gave, or where it is published."""
+    return _path(score, part, given) or score.wants[part]
 
 
 def locate(score: Wanting, given: Mapping[str, str]) -> dict[str, Path]:
-    """Part -> its file or folder: `given["name"]` for the part "model", `given["name.part"]` for any, else the hub's."""
+    """Part -> its file or folder: `given["name"]` for the part "model", `given["name.part"]` for any, else the hub's.
+
+    A tokenizer that lies in the folder given for the model is taken from there.
+    """
     return {part: _part(score, part, given) for part in score.wants}
 
 
@@ -81,10 +85,17 @@ def _shape(tensor: Any) -> str:
 
 
 def _part(score: Wanting, part: str, given: Mapping[str, str]) -> Path:
-    usual, *_ = names = flags(score, part)
-    if any(name in given for name in names):
-        return _local(score, part, usual, Path(source(score, part, given)).expanduser())
-    return _hub(score, part, usual)
+    usual, *_ = flags(score, part)
+    path = _path(score, part, given)
+    return _local(score, part, usual, Path(path).expanduser()) if path else _hub(score, part, usual)
+
+
+def _path(score: Wanting, part: str, given: Mapping[str, str]) -> str | None:
+    """The user's path of a part, if there is one."""
+    path = next((given[flag] for flag in flags(score, part) if flag in given), None)
+    if path is None and part == TOKENIZER and (folder := _path(score, "model", given)):
+        return folder if any((Path(folder).expanduser() / name).is_file() for name in VOCABULARIES) else None
+    return path
 
 
 def _local(score: Wanting, part: str, flag: str, path: Path) -> Path:

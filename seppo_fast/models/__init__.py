@@ -2,36 +2,37 @@
 
 from seppo_fast.errors import UserError
 from seppo_fast.models.animatediff import AnimateDiff
+from seppo_fast.models.called import KEYS, Called
 from seppo_fast.models.common import Conditions, UNet, alphas_cumprod
 from seppo_fast.models.directory import is_hub_id, locate, read_adapter, read_directory
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sdxl import StableDiffusionXL
 
-__all__ = ["AnimateDiff", "Conditions", "Model", "StableDiffusion", "StableDiffusionXL", "UNet", "alphas_cumprod", "is_hub_id",
-           "open_model"]
+__all__ = ["AnimateDiff", "Called", "Conditions", "Model", "StableDiffusion", "StableDiffusionXL", "UNet", "alphas_cumprod",
+           "is_hub_id", "open_model"]
 
 Model = StableDiffusion | StableDiffusionXL | AnimateDiff
 
 
 def open_model(path: str, *, revision: str | None = None, variant: str | None = None, motion_adapter: str | None = None,
-               frames: int = 1) -> Model:
+               frames: int = 1, called: Called = KEYS) -> Model:
     """A diffusers pipeline directory, or a hub id, checked as far as that goes without loading weights.
 
     With a `motion_adapter`, a directory or hub id too, Stable Diffusion becomes an AnimateDiff. `frames` is what a video model
-    must have positions for.
+    must have positions for. `called` is what messages call all these.
     """
-    directory = read_directory(locate(str(path), revision, variant), variant)
+    directory = read_directory(locate(str(path), revision, variant, called=called), variant, called)
     family = directory.index["_class_name"]
     if motion_adapter is not None and family != "StableDiffusionPipeline":
         has = ", and this has its motion modules already: leave it out" if family == "AnimateDiffPipeline" else ""
-        raise UserError(f"seppo.model.motion_adapter: {path} is a {family}; motion adapters go with Stable Diffusion 1.x{has}")
+        raise UserError(f"{called.motion_adapter}: {path} is a {family}; motion adapters go with Stable Diffusion 1.x{has}")
     if family == "StableDiffusionXLPipeline":
         return StableDiffusionXL(directory)
     if motion_adapter is None and family == "StableDiffusionPipeline":
         return StableDiffusion(directory)
     adapter = None
     if motion_adapter is not None:
-        adapter = read_adapter(locate(str(motion_adapter), None, variant, "motion_adapter"), variant)
+        adapter = read_adapter(locate(str(motion_adapter), None, variant, "motion_adapter", called), variant, called)
     model = AnimateDiff(directory, adapter)
     model.check_frames(frames)
     return model

@@ -50,8 +50,8 @@ class AnimateDiff(StableDiffusion):
         """`UserError` where a video has more frames than the motion modules have positions."""
         if frames > self.most_frames:
             source = self.path / "unet" if self.adapter is None else self.adapter.path
-            raise UserError(f"seppo.data.video.frames: {frames} are more than the {self.most_frames} positions that the motion"
-                            f" modules in {source} have ({MOTION_LENGTH}); set it to {self.most_frames} or fewer")
+            raise UserError(f"{self.directory.called.frames}: {frames} are more than the {self.most_frames} positions that the"
+                            f" motion modules in {source} have ({MOTION_LENGTH}); set it to {self.most_frames} or fewer")
 
     def load_unet(self, dtype: torch.dtype) -> UNetMotionModel:
         """A fresh UNet with its motion modules from disk, on the CPU."""
@@ -87,7 +87,7 @@ def joined(directory: Directory, unet: UNet2DConditionModel, adapter: MotionAdap
         return UNetMotionModel.from_unet2d(unet, adapter, load_weights)
     except (ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"seppo.model.motion_adapter: it does not fit {directory.path / 'unet'}: {reason}") from error
+        raise UserError(f"{directory.called.motion_adapter}: it does not fit {directory.path / 'unet'}: {reason}") from error
 
 
 def check_adapter(directory: Directory, adapter: Directory) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from seppo_fast.errors import UserError
+from seppo_fast.models.called import KEYS, Called
 from seppo_fast.models.files import Weights, check_not_empty, find_weights, read_json
 from seppo_fast.models.hub import download
 
@@ -37,6 +38,7 @@ class Directory:
     index: dict[str, Any]
     configs: dict[str, dict[str, Any]]
     weights: dict[str, Weights]
+    called: Called = KEYS
 
 
 def is_hub_id(path: str) -> bool:
@@ -44,21 +46,21 @@ def is_hub_id(path: str) -> bool:
     return bool(HUB_ID.fullmatch(path)) and not Path(path).exists() and not Path(path).parent.is_dir()
 
 
-def locate(path: str, revision: str | None, variant: str | None, key: str = "path") -> Path:
-    """The local directory that seppo.model's `key` names by `path`: itself, or the snapshot of a hub id."""
-    local = Path(path).expanduser()
+def locate(path: str, revision: str | None, variant: str | None, key: str = "path", called: Called = KEYS) -> Path:
+    """The local directory that the setting `key` names by `path`: itself, or the snapshot of a hub id."""
+    local, named = Path(path).expanduser(), f"{getattr(called, key)} {path!r}"
     kind, maker = (("diffusers pipeline", "StableDiffusionPipeline") if key == "path" else ("MotionAdapter", "MotionAdapter"))
     if local.is_dir():
         return local
     if local.exists():
-        raise UserError(f"seppo.model.{key} {path!r} is a file; a {kind} directory is needed. Convert a "
+        raise UserError(f"{named} is a file; a {kind} directory is needed. Convert a "
                         f"checkpoint with {maker}.from_single_file(FILE).save_pretrained(FOLDER).")
     if not is_hub_id(path):
-        raise UserError(f"seppo.model.{key} {path!r} does not exist: give a {kind} directory, or a hub id (owner/name).")
-    return download(path, revision, variant, key)
+        raise UserError(f"{named} does not exist: give a {kind} directory, or a hub id (owner/name).")
+    return download(path, revision, variant, key, called)
 
 
-def read_directory(path: Path, variant: str | None) -> Directory:
+def read_directory(path: Path, variant: str | None, called: Called = KEYS) -> Directory:
     """Read the configurations and check that all the files that training needs are there and whole."""
     if not (path / "model_index.json").is_file():
         one = (path / "config.json").is_file()
@@ -88,21 +90,21 @@ def read_directory(path: Path, variant: str | None) -> Directory:
             weights[component] = find_weights(folder, library, variant)
     if variant is not None and weights["unet"].variant != variant:
         present = sorted(file.name for file in (path / "unet").iterdir() if file.suffix in (".safetensors", ".bin"))
-        raise UserError(f"seppo.model.variant {variant!r}: {path / 'unet'} has no such weights, "
+        raise UserError(f"{called.variant} {variant!r}: {path / 'unet'} has no such weights, "
                         f"but {', '.join(present)}.")
-    return Directory(path, index, configs, weights)
+    return Directory(path, index, configs, weights, called)
 
 
-def read_adapter(path: Path, variant: str | None) -> Directory:
+def read_adapter(path: Path, variant: str | None, called: Called = KEYS) -> Directory:
     """A motion adapter's directory: its configuration and weights are the component `HERE`."""
     if (path / "model_index.json").is_file():
-        raise UserError(f"seppo.model.motion_adapter: {path} is a whole pipeline; give an AnimateDiff pipeline as seppo.model.path,"
-                        " with no motion_adapter beside it")
+        raise UserError(f"{called.motion_adapter}: {path} is a whole pipeline; give an AnimateDiff pipeline as {called.path}, with"
+                        " no motion adapter beside it")
     config = read_json(path / "config.json")
     if config.get("_class_name") != "MotionAdapter":
-        raise UserError(f"seppo.model.motion_adapter: {path / 'config.json'} is of a {config.get('_class_name')!r}, where a"
+        raise UserError(f"{called.motion_adapter}: {path / 'config.json'} is of a {config.get('_class_name')!r}, where a"
                         " 'MotionAdapter' is needed")
-    return Directory(path, {}, {HERE: config}, {HERE: find_weights(path, "diffusers", variant)})
+    return Directory(path, {}, {HERE: config}, {HERE: find_weights(path, "diffusers", variant)}, called)
 
 
 def check_tokenizer(folder: Path) -> None:

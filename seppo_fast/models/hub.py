@@ -14,18 +14,19 @@ from huggingface_hub.errors import (
 )
 
 from seppo_fast.errors import UserError
+from seppo_fast.models.called import KEYS, Called
 from seppo_fast.models.files import entry_point, read_json
 
 PIPELINE, COMPONENT = "model_index.json", "config.json"
 SMALL = (".json", ".txt", ".model")
 
 
-def download(repository: str, revision: str | None, variant: str | None, key: str = "path") -> Path:
-    """The local snapshot of a pipeline, or with another `key` than "path" of a component, that seppo.model's `key` names.
+def download(repository: str, revision: str | None, variant: str | None, key: str = "path", called: Called = KEYS) -> Path:
+    """The local snapshot of a pipeline, or with another `key` than "path" of a component, that the setting `key` names.
 
     Without a connection, the one left in the hub's cache.
     """
-    named = f"seppo.model.{key} {repository!r}"
+    named = f"{getattr(called, key)} {repository!r}"
     kind, index = ("pipeline", PIPELINE) if key == "path" else ("component", COMPONENT)
     try:
         # asked first because it fails at once without a connection, where the others retry for half a minute
@@ -43,7 +44,7 @@ def download(repository: str, revision: str | None, variant: str | None, key: st
         raise UserError(f"{named} is neither a local directory nor a repository on the hub that you may read. "
                         "Check the spelling; a private one needs `hf auth login`.") from error
     except RevisionNotFoundError as error:
-        raise UserError(f"seppo.model.revision {revision!r} does not exist in {repository!r} on the hub.") from error
+        raise UserError(f"{called.revision} {revision!r} does not exist in {repository!r} on the hub.") from error
     except HFValidationError as error:
         raise UserError(f"{named} is no local directory and no hub id: {error}") from error
     except Exception as error:  # the hub's HTTP library, and with it what it raises offline, has changed twice

@@ -14,6 +14,7 @@ from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config
 from seppo_fast.training.plan import plan
 from seppo_fast.training.time_plan import load_rates, time_plan
+from seppo_fast.training.validation import what_is_wanted
 
 
 def dry_run(config: Config, world: int, rates: str | None = None) -> str:
@@ -40,8 +41,6 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
         if model.video:
             model.check_frames(ours.data.video.frames)
         if ours.evaluation.every:
-            from seppo_fast.training.validation import what_is_wanted  # needs libraries that training without it does not
-
             what_is_wanted(config, model, lambda line: None)
         table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
         cost = estimate(model, config, batch, len(table.timesteps))

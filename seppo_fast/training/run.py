@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -17,6 +17,7 @@ from seppo_fast.data.cache import build_cache, give_back_memory
 from seppo_fast.data.latents import LatentCache
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import UserError
+from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.models import Model, open_model
 from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
@@ -37,10 +38,7 @@ from seppo_fast.training.plan import plan
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import Grids
 from seppo_fast.training.trainer import Trainer
-
-if TYPE_CHECKING:  # see Trainer
-    from seppo_fast.evaluation.wanted import Wanted
-    from seppo_fast.training.validation import Validation
+from seppo_fast.training.validation import Validation, check_scores, open_validation, what_is_wanted
 
 
 def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
@@ -208,22 +206,16 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunF
     return Grids(folder.path / "samples", model, samples, conditions, cache.shape, ranks.device)
 
 
-def open_wanted(config: Config, model: Model, ranks: Ranks) -> "Wanted | None":
+def open_wanted(config: Config, model: Model, ranks: Ranks) -> Wanted | None:
     """What is to be evaluated on the way, checked and its weights found; None when nothing is."""
     if not config.seppo.evaluation.every:
         return None
-    from seppo_fast.training.validation import find_all, what_is_wanted
-
     wanted = what_is_wanted(config, model, teller(ranks))
-    find_all(wanted, ranks)
+    check_scores(wanted, ranks)
     return wanted
 
 
-def prepare_validation(wanted: "Wanted | None", model: Model, shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks
-                       ) -> "Validation | None":
+def prepare_validation(wanted: Wanted | None, model: Model, shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks
+                       ) -> Validation | None:
     """What evaluates the policy on the way, on every rank."""
-    if wanted is None:
-        return None
-    from seppo_fast.training.validation import open_validation
-
-    return open_validation(wanted, model, dtype, shape, ranks)
+    return None if wanted is None else open_validation(wanted, model, dtype, shape, ranks)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -28,9 +27,7 @@ from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import Grids
-
-if TYPE_CHECKING:  # needs libraries that training without it does not
-    from seppo_fast.training.validation import Validation
+from seppo_fast.training.validation import Validation
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Trainer:
     pool: Pool | None
     sampler: Sampler | None
     grids: Grids | None
-    validation: "Validation | None"
+    validation: Validation | None
     reporter: Reporter
     signals: StopSignals
     folder: Path

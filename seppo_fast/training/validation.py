@@ -18,7 +18,7 @@ from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.evaluation.generate import Drawing, Renderer, render, share_of
 from seppo_fast.evaluation.prompts import Prompt, read_prompts
 from seppo_fast.evaluation.run import own_samples
-from seppo_fast.evaluation.scoring import Job, find_weights, score_all, scores_of
+from seppo_fast.evaluation.scoring import Job, find_all, score_all, scores_of
 from seppo_fast.evaluation.table import ALL, tabulate
 from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.models import Conditions, Model
@@ -69,7 +69,8 @@ class Validation:
         del renderer, vae
         scored = score_all(Job(wanted, own_samples(wanted, problems, ranks), ranks))
         give_back_memory()
-        return summary(wanted, scored.scores, scored.samples, scored.set_rows)
+        row, said = summary(wanted, scored.scores, scored.samples, scored.set_rows)
+        return ranks.objects((row, said))[0]  # a set's value is the first rank's alone
 
     def embed(self, prompts: list[str]) -> Conditions:
         """Their conditions on the device."""
@@ -119,10 +120,10 @@ def prompts_of(config: Config, say: Callable[[str], None]) -> list[Prompt]:
     return [Prompt(text, ("prompts",)) for text in texts]
 
 
-def find_all(wanted: Wanted, ranks: Ranks) -> None:
-    """Find the scores' weights, those on the hub too; every rank calls. A UserError says which score cannot be given."""
-    if missing := find_weights(wanted, ranks):
-        raise UserError(f"{SECTION}.scores: {' '.join(missing.values())} In a configuration the flag's SCORE=PATH is"
+def check_scores(wanted: Wanted, ranks: Ranks) -> None:
+    """Find what the scores need, on the hub too; every rank calls. A UserError says which score lacks what."""
+    if missing := find_all(wanted, ranks):
+        raise UserError(f"{SECTION}.scores: {' '.join(missing.values())} In a configuration the flags are keys of {SECTION}, e.g."
                         f' {SECTION}.weights {{"SCORE": "PATH"}}; or leave the score out')
 
 

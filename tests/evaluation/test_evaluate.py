@@ -1,6 +1,8 @@
 """The whole of an evaluation: samples, scores and tables of tiny models, interrupted, damaged and added to."""
 
+import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,7 @@ from evaluation.test_clip_scores import tiny_clip
 from tiny import tiny_sd
 
 from seppo_fast.errors import UserError
-from seppo_fast.evaluate import parse_arguments
-from seppo_fast.evaluation.arguments import wanted_of
-from seppo_fast.evaluation.run import evaluate
+from seppo_fast.evaluation.scores import pickscore, vendi
 from seppo_fast.models.common import load_unet
 from seppo_fast.models.directory import read_directory
 
@@ -34,17 +34,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def run(folders: dict[str, Path], ranks: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`run(out, *more)`: the result for base and tuned; no hub is asked."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def run(folders: dict[str, Path], evaluated: Any) -> Any:
+    """`run(out, *more)`: the result for base and tuned."""
 
     def call(out: Path, *more: str, models: tuple[str, ...] = ("base", "tuned"), prompts: Path | None = None) -> dict[str, Any]:
         arguments = ["--models", *(f"{name}={folders[name]}" for name in models), "--prompts", str(prompts or folders["prompts"]),
                      "--out", str(out), "--steps", "2", "--scores", "pickscore", "imagereward", "vendi",
-                     "--weights", f"pickscore={folders['clip']}", f"pickscore.tokenizer={folders['clip']}",
-                     f"vendi={folders['clip']}",
+                     "--weights", f"pickscore={folders['clip']}", f"vendi={folders['clip']}",
                      f"imagereward={folders['prompts'].parent / 'nothing.pt'}", *more]
-        return evaluate(wanted_of(parse_arguments(arguments), ranks, print), ranks, lambda line: None)
+        return evaluated(arguments)
 
     return call
 
@@ -102,14 +100,39 @@ def test_a_damaged_sample_is_named_and_the_rest_is_kept(run: Any, tmp_path: Path
     assert next(row["count"] for row in result["table"] if row["score"] == "pickscore") == 2
 
 
-def test_a_folder_of_other_samples_is_refused(run: Any, folders: dict[str, Path], ranks: Any, tmp_path: Path) -> None:
+def test_a_sample_that_a_scorer_makes_nothing_of_is_named_and_the_rest_is_kept(
+        run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path)
+    cosines, features = pickscore.cosines, vendi.image_features
+    monkeypatch.setattr(pickscore, "cosines", lambda model, tokenizer, pixels, texts: torch.tensor(
+        [math.nan if text == "a dog" else float(value)
+         for text, value in zip(texts, cosines(model, tokenizer, pixels, texts), strict=True)]))
+    monkeypatch.setattr(vendi, "image_features", lambda model, pixels: torch.cat(
+        [features(model, pixels)[:-1], torch.full((1, 24), math.inf)]))  # of tuned's last sample, as all are one batch
+    result = run(tmp_path)
+    assert [(sample["model"], sample["prompt"], sample["problem"]) for sample in result["samples"] if sample["problem"]] == [
+        ("base", 1, "PickScore is nan"), ("tuned", 1, "PickScore is nan"),
+        ("tuned", 2, "Vendi: its features are not finite")]
+    expected = {key: None if key[1] == "a dog" else value for key, value in values(whole).items()}
+    assert values(result) == {key: value and pytest.approx(value) for key, value in expected.items()}
+    rows = {(row["model"], row["score"]): row for row in result["table"]}
+    assert rows["tuned", "pickscore"]["count"] == rows["tuned", "pickscore"]["win_rate"]["count"] == 2
+    assert (rows["base", "vendi"]["count"], rows["tuned", "vendi"]["count"]) == (3, 2) and rows["tuned", "vendi"]["mean"] <= 2
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        dog = [row for row in csv.DictReader(file) if row["prompt"] == "a dog"]
+    assert [(row["pickscore"], row["problem"]) for row in dog] == 2 * [("", "PickScore is nan")]
+    assert "NaN" not in (tmp_path / "scores.json").read_text()
+    assert '"problem":"PickScore is nan"' in (tmp_path / "index.html").read_text()
+
+
+def test_a_folder_of_other_samples_is_refused(run: Any, folders: dict[str, Path], evaluated: Any, tmp_path: Path) -> None:
     run(tmp_path, models=("base",))
     with pytest.raises(UserError, match="holds samples with seed 0, and now it is 1"):
         run(tmp_path, "--seed", "1")
     arguments = ["--models", f"base={folders['tuned']}", "--prompts", str(folders["prompts"]), "--out", str(tmp_path),
                  "--steps", "2"]
     with pytest.raises(UserError, match="samples of another model called 'base'"):
-        evaluate(wanted_of(parse_arguments(arguments), ranks, print), ranks)
+        evaluated(arguments)
 
 
 @pytest.mark.parametrize(("more", "message"), [

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torchmetrics
 from evaluation.video_networks import (
     alexnet_shapes,
     i3d_maps,
@@ -69,7 +71,7 @@ def test_the_scores_are_table_3s_and_say_what_they_want():
 def test_lpips_is_its_formula(weights, loaded):
     alexnet = weights["lpips"]
     generated, real = clips(0), clips(1)
-    linear = torch.load(lpips.LINEAR, map_location="cpu", weights_only=True)
+    linear = torch.load(Path(torchmetrics.__file__).parent / lpips.LINEAR, map_location="cpu", weights_only=True)
 
     def maps(x: Tensor) -> list[Tensor]:
         shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])

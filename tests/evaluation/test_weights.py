@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.scores.base import Score
-from seppo_fast.evaluation.weights import MissingWeights, check_fit, locate, needed, read_tensors
+from seppo_fast.evaluation.weights import MissingWeights, check_fit, locate, needed, read_tensors, source
 
 REWARD = Score("reward", "Reward", {"model": "tiny/reward/weights/model.pt", "tokenizer": "tiny/words"},
                lambda parts, device: None)
@@ -71,6 +71,21 @@ def test_a_folder_that_holds_the_wanted_file_may_be_given(tmp_path, offline):
     file.parent.mkdir()
     file.write_text("")
     assert locate(REWARD, {"reward": str(tmp_path), "reward.tokenizer": str(tmp_path)})["model"] == file
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "vocab.txt"])
+def test_a_tokenizer_in_the_models_folder_is_taken_from_there(tmp_path, offline, name):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.pt").write_text("")
+    for given in ({"reward": str(tmp_path)}, {"reward.model": str(tmp_path)}):
+        with pytest.raises(MissingWeights, match="its tokenizer"):
+            locate(REWARD, given)
+    (tmp_path / name).write_text("{}")
+    for given in ({"reward": str(tmp_path)}, {"reward.model": str(tmp_path)}):
+        assert locate(REWARD, given) == {"model": tmp_path / "weights" / "model.pt", "tokenizer": tmp_path}
+        assert source(REWARD, "tokenizer", given) == str(tmp_path)
+    other = tmp_path / "weights"
+    assert locate(REWARD, {"reward": str(tmp_path), "reward.tokenizer": str(other)})["tokenizer"] == other
 
 
 @pytest.mark.parametrize(("given", "names"), [

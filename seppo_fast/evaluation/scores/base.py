@@ -20,3 +20,4 @@ class Score:
     wants: Mapping[str, str]  # part -> hub id, or "owner/name/FILE" for one file of a repository
     load: Callable[[Mapping[str, Path], torch.device], Scorer]  # located parts -> scorer; UserError names a file that does not fit
     better: str = "higher"
+    packages: tuple[str, ...] = ()  # that it needs beyond the program's own

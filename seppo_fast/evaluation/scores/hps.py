@@ -4,7 +4,6 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import ftfy
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,9 +26,13 @@ def load(parts: Mapping[str, Path], device: torch.device) -> Scorer:
 
 def cleaned(prompt: str) -> str:
     """What open_clip's tokenizer does first and transformers' does not: curly quotes, HTML entities, broken Unicode."""
+    import ftfy
+
     return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
 
 
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-HPS_V2 = Score("hpsv2", "HPS v2", {"model": "xswu/HPSv2/HPS_v2_compressed.pt", "tokenizer": TOKENIZER}, load)
-HPS_V21 = Score("hpsv21", "HPS v2.1", {"model": "xswu/HPSv2/HPS_v2.1_compressed.pt", "tokenizer": TOKENIZER}, load)
+HPS_V2 = Score("hpsv2", "HPS v2", {"model": "xswu/HPSv2/HPS_v2_compressed.pt", "tokenizer": TOKENIZER}, load,
+               packages=("ftfy",))
+HPS_V21 = Score("hpsv21", "HPS v2.1", {"model": "xswu/HPSv2/HPS_v2.1_compressed.pt", "tokenizer": TOKENIZER}, load,
+                packages=("ftfy",))

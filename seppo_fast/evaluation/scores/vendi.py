@@ -23,6 +23,7 @@ class SetScore:
     load: Callable[[Mapping[str, Path], torch.device], Embedder]
     of: Callable[[Tensor], float]
     better: str = "higher"
+    packages: tuple[str, ...] = ()
 
 
 def load(parts: Mapping[str, Path], device: torch.device) -> Embedder:

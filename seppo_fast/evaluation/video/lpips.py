@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torchmetrics
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +16,7 @@ from seppo_fast.evaluation.video.loading import load_network
 from seppo_fast.evaluation.weights import read_tensors
 
 SOURCE = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
-LINEAR = Path(torchmetrics.__file__).parent / "functional/image/lpips_models/alex.pth"
+LINEAR = "functional/image/lpips_models/alex.pth"  # in torchmetrics' folder
 # Of ImageNet, for colours in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 # Less, and nothing is left for the second pooling.
@@ -68,6 +67,8 @@ def unit(maps: Tensor) -> Tensor:
 
 def load(file: Path, device: torch.device) -> tuple[AlexNet, list[Tensor]]:
     """The network with the published weights, its classifier left out, and the weights of its channels."""
-    learned = read_tensors(LINEAR)
+    import torchmetrics
+
+    learned = read_tensors(Path(torchmetrics.__file__).parent / LINEAR)
     linear = [learned[f"lin{layer}.model.1.weight"].to(device) for layer in range(5)]
     return load_network(AlexNet, file, "torchvision's AlexNet", device, unused=("classifier.",)), linear

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from seppo_fast.evaluation.video import i3d, inception, lpips
 
@@ -33,6 +32,7 @@ class VideoScore:
     load: Callable[[Mapping[str, Path], torch.device], PairScorer | Features]  # UserError names a file that does not fit
     kind: Literal["sample", "set"]
     better: str
+    packages: tuple[str, ...] = ("av",)  # which decodes the real clips
 
 
 def load_lpips(parts: Mapping[str, Path], device: torch.device) -> PairScorer:
@@ -43,12 +43,16 @@ def load_lpips(parts: Mapping[str, Path], device: torch.device) -> PairScorer:
 
 def load_ssim(parts: Mapping[str, Path], device: torch.device) -> PairScorer:
     """The mean over frames; Gaussian windows of 11 pixels (Wang et al., 2004), each colour for itself, borders mirrored."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     return each_pair(lambda generated, real: structural_similarity_index_measure(
         generated, real, data_range=1.0, reduction="none"), device)
 
 
 def load_psnr(parts: Mapping[str, Path], device: torch.device) -> PairScorer:
     """In dB, the mean over frames; infinite where a frame is its own copy."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     return each_pair(lambda generated, real: peak_signal_noise_ratio(
         generated, real, data_range=1.0, reduction="none", dim=(1, 2, 3)), device)
 
@@ -90,9 +94,9 @@ def each_clip(features: Features, size: int, device: torch.device) -> Features:
 
 
 FID = VideoScore("fid", "FID", {"model": inception.SOURCE}, load_fid, "set", "lower")
-LPIPS = VideoScore("lpips", "LPIPS", {"model": lpips.SOURCE}, load_lpips, "sample", "lower")
-SSIM = VideoScore("ssim", "SSIM", {}, load_ssim, "sample", "higher")
-PSNR = VideoScore("psnr", "PSNR", {}, load_psnr, "sample", "higher")
+LPIPS = VideoScore("lpips", "LPIPS", {"model": lpips.SOURCE}, load_lpips, "sample", "lower", ("av", "torchmetrics"))
+SSIM = VideoScore("ssim", "SSIM", {}, load_ssim, "sample", "higher", ("av", "torchmetrics"))
+PSNR = VideoScore("psnr", "PSNR", {}, load_psnr, "sample", "higher", ("av", "torchmetrics"))
 FVD = VideoScore("fvd", "FVD", {"model": i3d.SOURCE}, load_fvd, "set", "lower")
 
 VIDEO_SCORES = (FID, LPIPS, SSIM, PSNR, FVD)  # in the order of Table 3
