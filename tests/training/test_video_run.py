@@ -25,12 +25,16 @@ from torch import Tensor
 from seppo_fast.configfile import parse_config
 from seppo_fast.data import ClipStream, Order, build_cache, open_source
 from seppo_fast.data.latents import LatentCache
+from seppo_fast.evaluation.files import read_video
+from seppo_fast.evaluation.video.real import read_clip
 from seppo_fast.models import open_model
 from seppo_fast.seeds import generator, normal
 from seppo_fast.training.trainer import Trainer
 
 LORA = {"rank": 2, "alpha": 4.0}
 FRAMES = 4
+MOTION_MODULES = {"seppo.model.lora": None, "seppo.model.gradient_checkpointing": True, "seppo.reference_score": "rollout",
+                  "seppo.sampler.window": "iteration"}
 CAPTIONS = ("a photo of the red cat", "the blue sky", "a dog")
 
 
@@ -252,8 +256,7 @@ def test_a_swap_changes_the_samples_and_nothing_else(trained: tuple[Trainer, Pat
 
 def test_the_motion_modules_by_themselves(run_of: Callable[..., Path], animatediff: Path) -> None:
     """Scored ahead, too: the reference shares the policy's base, and stays where it is."""
-    run = run_of(**{"seppo.model.lora": None, "seppo.model.gradient_checkpointing": True, "seppo.reference_score": "rollout",
-                    "seppo.sampler.window": "iteration"})
+    run = run_of(**MOTION_MODULES)
     pipeline = AnimateDiffPipeline.from_pretrained(run / "final")
     base = AnimateDiffPipeline.from_pretrained(animatediff)
     trained, source = pipeline.unet.state_dict(), base.unet.state_dict()
@@ -269,6 +272,22 @@ def test_the_motion_modules_by_themselves(run_of: Callable[..., Path], animatedi
 def test_scores_made_ahead_are_those_of_training(run_of: Callable[..., Path]) -> None:
     online, ahead = run_of(), run_of(**{"seppo.reference_score": "rollout", "seppo.sampler.window": "iteration"})
     assert apart(weights(online), weights(ahead)) < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{}, MOTION_MODULES], ids=["lora", "motion modules"])
+def test_clips_are_scored_on_the_way(changes: dict[str, Any], run_of: Callable[..., Path], clips: Path) -> None:
+    """Beside real ones, by numbers that are computed here from the files; training does not notice."""
+    run = run_of(**changes, **{"seppo.evaluation": {"every": 2, "prompts": str(clips), "limit": 2, "scores": ["psnr", "ssim"],
+                                                    "real": str(clips.parent), "keep_best": True}})
+    values = {row["update"]: row["eval_psnr"] for row in rows(run) if "loss" not in row}
+    assert list(values) == [0, 2, 4] and len(set(values.values())) == 3
+    real = {CAPTIONS[i]: read_clip(clips.parent / f"clip{i}.webm", FRAMES, 16) for i in range(2)}
+    for update, value in values.items():
+        folder = run / "evaluation" / "samples" / f"update_{update:08d}"
+        drawn = {text: read_video(next(folder.glob(f"{text.replace(' ', '-')}-*.webp")), FRAMES) for text in real}
+        decibels = [-10 * (drawn[text] - real[text]).square().mean((1, 2, 3)).log10().mean() for text in real]
+        assert value == pytest.approx(float(sum(decibels)) / 2, rel=1e-4)
+    assert apart(weights(run), weights(run_of(**changes))) == 0
 
 
 def test_two_ranks_with_zero_2_train_the_same_model(video_settings: Any, run_of: Callable[..., Path], forks: Forks,
