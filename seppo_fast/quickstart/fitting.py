@@ -67,7 +67,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 def fit(weights: list[torch.nn.Parameter], loss: Callable[[], Tensor], steps: int, lr: float, name: str) -> None:
     """AdamW under one cosine from a short warm-up down to zero."""
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
     progress = tqdm(range(steps), desc=name, file=sys.stdout, mininterval=2)
     for step in progress:

@@ -32,7 +32,7 @@ class Recipe:
     vae_batch_size: int = 64
     text_steps: int = 200
     text_batch_size: int = 64
-    unet_steps: int = 560
+    unet_steps: int = 480
     unet_batch_size: int = 8
     vae_lr: float = 4e-3
     text_lr: float = 6e-3
