@@ -33,9 +33,13 @@ def remember(folder: Path) -> None:
 
 
 def question(model: Any, config: Config, batch: Batch, evaluations: int) -> str:
-    """All that goes into an estimate, as one word: the configuration but for where things are and how much is said of them."""
-    asked = config.as_dict()
-    ours = asked["seppo"]
-    del ours["output_dir"], ours["model"]["path"], ours["checkpoint"]
-    ours["data"] = ours["data"]["resolution"]
+    """All that an estimate depends on, as one word: neither folders nor seeds, rates or what decides a sample's content."""
+    ours, engine = config.seppo, dict(config.deepspeed)
+    for key in ("scheduler", "gradient_clipping", "csv_monitor", "steps_per_print"):
+        engine.pop(key, None)
+    params = engine.pop("optimizer", {}).get("params", {})
+    network = ours.model.model_copy(update={"path": "", "motion_adapter": None})
+    sampler = (ours.sampler.batch_size, ours.sampler.guidance_scale == 1, ours.sampler.cuda_graph, ours.sampler.window)
+    asked = (network, ours.data.resolution, ours.data.video.frames, ours.method, bool(ours.flipper), ours.reference_score, sampler,
+             ours.looks, engine, params.get("torch_adam"), params.get("fused"))
     return hashlib.sha256(repr((type(model), model.directory.configs, asked, batch, evaluations)).encode()).hexdigest()

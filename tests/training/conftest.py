@@ -31,9 +31,9 @@ def trained(settings: Callable[..., dict[str, Any]], train: Callable[..., Path],
     return once
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:
-    """DeepSpeed collects garbage again and again while it makes an engine: what is there already need not be searched."""
+    """DeepSpeed and every run of ours collect garbage again and again: what is there already need not be searched."""
     gc.collect()
     gc.freeze()
     yield

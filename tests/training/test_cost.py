@@ -24,7 +24,6 @@ from seppo_fast.training.engine import precision, start_engine
 from seppo_fast.training.live import fused_attention, inference, micro_batch
 
 CLOSE = 0.15
-pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 def allocated(run: Callable[[], object]) -> int:

@@ -11,7 +11,6 @@ from seppo_fast.configfile import Config, batch_plan, load_config, parse_config
 from seppo_fast.training.engine import start_engine
 from seppo_fast.training.plan import advice
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}
 
 
