@@ -17,10 +17,11 @@ from diffusers import (
     UNetMotionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WORDS = ("a", "photo", "of", "the", "handwritten", "zero", "one", "two", "three", "red", "blue", "cat", "dog", "sky")
 PIXELS, LATENTS = 16, (4, 8, 8)
+CLIP_PIXELS, CLIP_WIDTH = 28, 24
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -134,3 +135,23 @@ def tiny_animatediff(folder: Path | str, seed: int = 0, channels: tuple[int, int
     AnimateDiffPipeline(vae=image.vae, text_encoder=image.text_encoder, tokenizer=image.tokenizer, unet=unet,
                         motion_adapter=adapter, scheduler=scheduler).save_pretrained(folder)
     return Path(folder)
+
+
+def tiny_clip(folder: Path, pad: str = "<|endoftext|>", end: int | None = None) -> Path:
+    """A folder as published: CLIP with weights large enough to tell pictures apart, and its tokenizer."""
+    words = tokenizer(pad)
+    torch.manual_seed(1)
+    model = CLIPModel(CLIPConfig(
+        text_config=dict(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         hidden_act="gelu", bos_token_id=words.bos_token_id, eos_token_id=end or words.eos_token_id),
+        vision_config=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, hidden_act="gelu",
+                           image_size=CLIP_PIXELS, patch_size=7),
+        projection_dim=CLIP_WIDTH,
+    ))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "logit_scale":
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder

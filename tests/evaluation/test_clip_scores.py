@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tokenizer
+from tiny import CLIP_PIXELS, CLIP_WIDTH, tiny_clip, tokenizer
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from seppo_fast.errors import UserError
@@ -23,7 +23,7 @@ from seppo_fast.evaluation.scores.pickscore import PICKSCORE
 from seppo_fast.evaluation.scores.vendi import VENDI
 
 CPU = torch.device("cpu")
-SIZE, WIDTH = 28, 24
+SIZE, WIDTH = CLIP_PIXELS, CLIP_WIDTH
 SIZES = ((28, 28), (61, 28), (30, 77), (64, 64), (20, 15))
 PROMPTS = ("a cat", "a photo of the red sky", "", "Handwritten TWO, blue!", "the the the dog")
 
@@ -35,26 +35,6 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
 
 
 PICTURES = [picture(size, seed) for seed, size in enumerate(SIZES)]
-
-
-def tiny_clip(folder: Path, pad: str = "<|endoftext|>", end: int | None = None) -> Path:
-    """A folder as published: CLIP with weights large enough to tell pictures apart, and its tokenizer."""
-    words = tokenizer(pad)
-    torch.manual_seed(1)
-    model = CLIPModel(CLIPConfig(
-        text_config=dict(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         hidden_act="gelu", bos_token_id=words.bos_token_id, eos_token_id=end or words.eos_token_id),
-        vision_config=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, hidden_act="gelu",
-                           image_size=SIZE, patch_size=7),
-        projection_dim=WIDTH,
-    ))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name != "logit_scale":
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

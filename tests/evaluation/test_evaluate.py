@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation.test_clip_scores import tiny_clip
-from tiny import tiny_sd
+from tiny import tiny_clip, tiny_sd
 
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.scores import pickscore, vendi

@@ -7,8 +7,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from evaluation.test_clip_scores import tiny_clip
 from forked import Forks
+from tiny import tiny_clip
 
 from seppo_fast import evaluate
 from seppo_fast.evaluation.files import read_video

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
-from evaluation.test_clip_scores import tiny_clip
 from forked import Forks, Strike
 from outcomes import column, identical, rows, weights
 from PIL import Image
+from tiny import tiny_clip
 
 from seppo_fast.configfile import parse_config
 from seppo_fast.errors import UserError
