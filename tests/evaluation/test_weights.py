@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants as hub
 import pytest
 import torch
-from models.test_hub import handler
+from hub_server import handler
 from safetensors.torch import save_file
 
 from seppo_fast.errors import UserError
