@@ -122,9 +122,11 @@ def test_it_ends_where_it_gets_no_better(trained: Any, keys: Any, train: Any, se
     train(settings(**still, **keys(patience=2)), resume="auto")  # nothing is left to do
     assert list(scored(run)) == [0, 1, 2]
     train(settings(**still, **keys(patience=3)), resume="auto")
-    assert list(scored(run)) == [0, 1, 2, 3]
+    assert list(scored(run)) == [0, 1, 2, 3] and "stopped early" in capsys.readouterr().out
     train(settings(**still, **keys(patience=3, seed=1)), resume="auto")  # other noise: what was measured is no measure any more
     assert list(scored(run)) == [0, 1, 2, 3, 4] and "measures otherwise than before" in capsys.readouterr().out
+    at_its_end = train(settings(**still | {"seppo.output_dir": str(tmp_path / "end")}, **keys(patience=4)))
+    assert list(scored(at_its_end)) == [0, 1, 2, 3, 4] and "stopped early" not in capsys.readouterr().out
 
 
 def test_the_best_stays(trained: Any, keys: Any, clip: Path, ranks: Any, tmp_path: Path) -> None:
