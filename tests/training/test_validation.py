@@ -47,7 +47,7 @@ def scored(run: Path, score: str = "pickscore") -> dict[int, float]:
 
 
 def assert_alike(one: Path, other: Path, count: int) -> None:
-    """The same pictures to a grey level: where a file's weights lie in memory decides MKL's last bits on some processors."""
+    """The same pictures to a grey level: on some processors the last bits differ between a pipeline from files and the trainer."""
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in other.iterdir()) and len(names) == count
     for name in names:
