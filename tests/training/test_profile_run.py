@@ -28,7 +28,8 @@ def test_a_run_is_profiled_and_leaves_nothing_but_the_cache(settings: Callable[.
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
     assert "sampling, 8 samples in one batch: " in text and "training, 4 pairs in one micro-batch" in text
     assert "aten::mkldnn_convolution" in text and "convolution_backward" in text
-    assert "\n- " in text  # which advice depends on the times
+    for name, worth in (("sampling", 30), ("reference scoring", 5)):  # which advice there is depends on the times
+        assert (f"\n- {name} is " in text) == (shares[name] > worth), name
     assert set(tmp_path.iterdir()) == before, "the run folder, the monitors' or the temporary one is still there"
 
 
