@@ -214,6 +214,11 @@ class Seppo(Section):
         return self.reference_score == "rollout" and self.sampler.window == "iteration"
 
     @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.iterations * self.updates_per_iteration
+
+    @property
     def looks(self) -> bool:
         """Whether the policy is sampled on the way, for which even SFT needs a second network."""
         return self.samples.every > 0 or self.evaluation.every > 0

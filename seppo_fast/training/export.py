@@ -21,7 +21,7 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     if trainer.ranks.rank == 0:
         card = model_card(config, batch, rows, state.update, state.skipped, model.video)
         save_pipeline(model, weights, final, ours.model.lora, card)
-        if trainer.gets_no_better() and state.update < ours.iterations * ours.updates_per_iteration:
+        if trainer.gets_no_better() and state.update < ours.updates:
             print(f"stopped early: the last {state.not_better} evaluations brought no better {ours.evaluation.watched} than"
                   f" {state.best} after {state.best_update} updates (seppo.evaluation.patience)", flush=True)
         if ours.evaluation.keep_best:

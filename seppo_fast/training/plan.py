@@ -37,7 +37,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     rows = None if source is None else source.count
     streamed = source is not None and streams(source, ours.data, video)
     method = METHODS[ours.method]
-    updates = ours.iterations * ours.updates_per_iteration
+    updates = ours.updates
     samples = updates * batch.size if method.losers == "reference" else 0
     lines = {
         "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {ours.beta:g}, noise"

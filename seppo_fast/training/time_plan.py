@@ -85,7 +85,7 @@ def work_of(config: Config, batch: Batch, cost: Cost) -> Work:
     """What is to be done, as configured. The reference scores pairs in training, or where its samples are made."""
     ours = config.seppo
     size = BATCHES[-1] if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
-    work = Work(pairs=ours.iterations * ours.updates_per_iteration * batch.size, gpus=batch.world, sampling=cost.sampling,
+    work = Work(pairs=ours.updates * batch.size, gpus=batch.world, sampling=cost.sampling,
                 training=cost.training + cost.scoring, sampler_batch=size, micro=batch.micro)
     return rollout(work, cost) if ours.reference_score == "rollout" else work
 
