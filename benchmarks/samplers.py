@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -25,7 +26,8 @@ from benchmarks.networks import (
     own_flops,
     schedule,
 )
-from benchmarks.timing import alternated, in_turn, waiter
+from benchmarks.timing import alternated, in_turn
+from benchmarks.ways import Way
 from seppo_fast.config import Sampler as Settings
 from seppo_fast.reference import Sampler, solver_table
 from seppo_fast.training.objective import in_channels_last
@@ -98,55 +100,52 @@ def difference(name: str, device: str, steps: int = 5) -> float:
 
 
 def measure(device: str, keep: Keep, seconds: float, repeats: float = 2.0, points: Sequence[Point] | None = None) -> None:
-    """Rows by point and way, no point begun after `seconds`; the ways of a point are timed in turn, `repeats` seconds each."""
+    """Rows by point and way, no point begun after `seconds`; the ways of a point are timed in turn, `repeats` seconds each.
+
+    Each way has a process of its own. What there is is kept after each way's first draw and each point.
+    """
     until = time.perf_counter() + seconds
     result: Row = {"matmul_tflops": round(matmul_rate(device) / 1e12, 4), "guidance": GUIDANCE, "flops": {}, "difference": {},
                    "not_reached": []}
     rows: list[Row] = []
-    for name, batch, steps, ways in POINTS[device] if points is None else points:
-        if time.perf_counter() > until:
-            result["not_reached"].append(f"{name} batch {batch}, {steps} steps: {', '.join(ways)}")
-            continue
-        if name not in result["flops"]:
-            result["flops"][name] = {"own": own_flops(name), "torch_flop_counter": counted_flops(name)}
-            result["difference"][name] = float(f"{difference(name, device):.2g}")
-        tflop = 2 * steps * batch * result["flops"][name]["own"] / 1e12
-        draws, first = opened(name, batch, steps, device, ways)
-        times = alternated(draws, repeats * len(draws), device)
-        for way in ways:
-            row: Row = {"network": name, "batch": batch, "steps": steps, "way": way}
-            if way in draws:
-                took = statistics.median(times[way])
+    ways: dict[str, Way] = {}
+    try:
+        for name, batch, steps, wanted in POINTS[device] if points is None else points:
+            if time.perf_counter() > until:
+                result["not_reached"].append(f"{name} batch {batch}, {steps} steps: {', '.join(wanted)}")
+                continue
+            if name not in result["flops"]:
+                result["flops"][name] = {"own": own_flops(name), "torch_flop_counter": counted_flops(name)}
+                result["difference"][name] = float(f"{difference(name, device):.2g}")
+            point = [{"network": name, "batch": batch, "steps": steps, "way": way} for way in wanted]
+            for row in point:
+                way = ways.setdefault(row["way"], Way(device))
+                row |= way.open(partial(open_way, row["way"], name, batch, steps, device))
+                keep(result | {"ratios": ratios(rows), "rows": rows + point})
+            tflop = 2 * steps * batch * result["flops"][name]["own"] / 1e12
+            working = [row for row in point if "failed" not in row]
+            times = alternated({row["way"]: ways[row["way"]].draw for row in working}, repeats * len(working))
+            for row in working:
+                took = statistics.median(times[row["way"]])
                 row |= {"images_per_s": round(batch / took, 4), "of_matmul": round(tflop / took / result["matmul_tflops"], 4),
-                        "draw_s": round(took, 4), "draws": len(times[way])}
-            rows.append(row | first[way])
-            print(rows[-1], flush=True)
-        keep(result | {"ratios": ratios(rows), "rows": rows})
-        del draws
-        torch.compiler.reset()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+                        "draw_s": round(took, 4), "draws": len(times[row["way"]])}
+            rows += point
+            print(*point, sep="\n", flush=True)
+            keep(result | {"ratios": ratios(rows), "rows": rows})
+            for way in wanted:
+                ways[way].close()
+    finally:
+        for way in ways.values():
+            way.end()
     keep(result | {"ratios": ratios(rows), "rows": rows})
 
 
-def opened(name: str, batch: int, steps: int, device: str, ways: Sequence[str]) -> tuple[dict[str, Draw], dict[str, Row]]:
-    """The ways that work here, and of each how long its first draw took, captures and compilation included, or why it failed."""
-    draws, first, wait = {}, {}, waiter(device)
-    for way in ways:
-        try:
-            start = time.perf_counter()
-            draw = ours(name, batch, steps, device, **OURS[way]) if way in OURS else \
-                theirs(name, batch, steps, device, compiled=way == DIFFUSERS)
-            wait()
-            made = time.perf_counter()
-            draw()
-            wait()
-        except (torch.OutOfMemoryError, RuntimeError) as error:  # the other ways remain
-            first[way] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-        else:
-            draws[way] = draw
-            first[way] = {"first_s": round(time.perf_counter() - made, 2), "load_s": round(made - start, 2)}
-    return draws, first
+def open_way(way: str, name: str, batch: int, steps: int, device: str) -> Draw:
+    """One of ours, or diffusers', by its name."""
+    diffusers.utils.logging.set_verbosity_error()
+    if way in OURS:
+        return ours(name, batch, steps, device, **OURS[way])
+    return theirs(name, batch, steps, device, compiled=way == DIFFUSERS)
 
 
 def ratios(rows: Sequence[Row]) -> list[Row]:
