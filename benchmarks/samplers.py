@@ -43,10 +43,10 @@ Point = tuple[str, int, int, tuple[str, ...]]  # network, batch, steps, ways
 POINTS: dict[str, list[Point]] = {
     "cpu": [*(("quickstart", batch, 20, ("ours", EAGER)) for batch in (64, 32, 16, 8, 4, 2, 1)),
             ("quickstart", 64, 50, ("ours", EAGER)), ("quickstart", 64, 20, ("ours", EAGER, "ours_regional", DIFFUSERS))],
-    "cuda": [*(("sd15", batch, 50, ("ours",)) for batch in (16, 64)),
+    "cuda": [("sd15", 16, 20, ("ours", DIFFUSERS)), ("sd15", 64, 50, ("ours",)),
              ("sd15", 16, 50, ("ours", "ours_regional", EAGER, DIFFUSERS)),
              ("animatediff", 4, 25, ("ours", "ours_regional", EAGER)), *(("animatediff", batch, 25, ("ours",)) for batch in (1, 8)),
-             *(("sd15", batch, 50, ("ours",)) for batch in (1, 32, 8, 4, 2)), ("sd15", 16, 20, ("ours",)),
+             *(("sd15", batch, 50, ("ours",)) for batch in (1, 32, 8, 4, 2)),
              ("sd15", 64, 50, ("ours", "ours_regional", DIFFUSERS)), ("sdxl", 8, 50, ("ours", EAGER)),
              ("sd15", 1, 50, ("ours", "ours_regional", EAGER, DIFFUSERS)), ("sdxl", 8, 50, ("ours", "ours_regional", DIFFUSERS)),
              ("sd15", 16, 50, ("ours", "ours_eager")), *(("sdxl", batch, 50, ("ours",)) for batch in (1, 16, 32))],
