@@ -28,6 +28,14 @@ DEEPSPEED_KEYS = frozenset(
 )
 
 
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+COUNTED = (*BATCH_KEYS, "optimizer.params.lr", "gradient_clipping")  # whose numbers have checks of their own
+# Keys of DeepSpeed's whose value is free text, and may be any word.
+FREE_TEXT = frozenset("job_name output_path project group team workspace experiment_name experiment_key api_key run_name".split())
+SWITCHES = ("zero_allow_untested_optimizer zero_force_ds_cpu_optimizer prescale_gradients disable_allgather wall_clock_breakdown"
+            " memory_breakdown dump_state disable_python_gc").split()
+
+
 @dataclass(frozen=True)
 class Config:
     """A run's configuration: DeepSpeed's part as the dictionary it takes, ours as typed sections."""
@@ -87,8 +95,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 def batch_plan(deepspeed: Mapping[str, Any], world: int) -> Batch:
     """The effective batch on `world` ranks, from any two of DeepSpeed's three batch keys."""
     size, micro, accumulation = (
-        deepspeed.get(key)
-        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        deepspeed.get(key) for key in BATCH_KEYS
     )
     if size is None:
         micro = micro or 1
@@ -136,8 +143,10 @@ def _set(raw: dict[str, Any], override: str) -> None:
 
 
 def _deepspeed_problems(raw: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+    problems = [line for key in raw if key != "seppo" for line in _words(key, key, raw[key])]
+    problems += [f"{key}: expected true or false (got {raw[key]!r})" for key in SWITCHES if raw.get(key, False) not in (True, False)
+                 and not isinstance(raw[key], str)]
+    for key in BATCH_KEYS:
         value = raw.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             problems.append(f"{key}: expected a whole number above 0 (got {value!r})")
@@ -158,8 +167,30 @@ def _deepspeed_problems(raw: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _words(path: str, key: str, value: Any) -> list[str]:
+    """A line for each text in a section of DeepSpeed's that means no text: whoever reads "False" by its truth takes it for true."""
+    if isinstance(value, Mapping):
+        return [line for name, item in value.items() for line in _words(f"{path}.{name}", name, item)]
+    if isinstance(value, list):
+        return [line for item in value for line in _words(path, key, item)]
+    if not isinstance(value, str) or key in FREE_TEXT:
+        return []
+    word = value.strip().lower()
+    if word == "auto":
+        return [f"{path}: \"auto\" is a placeholder that Hugging Face's Trainer fills in, and nobody does here; give the value"
+                " itself, or leave the key out"]
+    switch = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(word)
+    if switch is not None:
+        return [f"{path}: expected {json.dumps(switch)}, not the text {value!r}"]
+    try:
+        float(word)
+    except ValueError:
+        return [f"{path}: expected true or false (got {value!r})"] if key == "enabled" else []
+    return [] if path in COUNTED else [f"{path}: expected the number {word}, not the text {value!r}"]
+
+
 def _is_enabled(section: Any) -> bool:
-    return isinstance(section, dict) and bool(section.get("enabled"))
+    return isinstance(section, dict) and section.get("enabled") in (True, 1)
 
 
 def explain_all(error: ValidationError, root: type[BaseModel], prefix: str) -> list[str]:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import CONFIGS, DEEPSPEED_KEYS, batch_plan, load_config, parse_config
 from seppo_fast.errors import UserError
-from seppo_fast.training.engine import check_engine_config
+from seppo_fast.training.engine import check_engine_config, precision
 
 RAW: dict[str, Any] = {
     "train_batch_size": 8, "train_micro_batch_size_per_gpu": 4,
@@ -155,6 +156,43 @@ def test_two_precisions_at_once() -> None:
     assert "bf16 and fp16 are both enabled: choose one" in message(changed(bf16={"enabled": True}, fp16={"enabled": True}))
 
 
+@pytest.mark.parametrize(("path", "value", "wanted"), [
+    ("bf16.enabled", "False", 'expected false, not the text \'False\''),
+    ("bf16.enabled", "no", "expected false, not the text 'no'"),
+    ("bf16.enabled", " True", "expected true, not the text ' True'"),
+    ("bf16.enabled", "auto", "a placeholder that Hugging Face's Trainer fills in"),
+    ("bf16.enabled", "maybe", "expected true or false (got 'maybe')"),
+    ("fp16.enabled", "1", "expected the number 1, not the text '1'"),
+    ("torch_autocast.enabled", "off", "expected false"),
+    ("torch_autocast.enabled", 2, "expected true or false (got 2)"),
+    ("tensorboard.enabled", "yes", "expected true"),
+    ("train_batch_size", "auto", "a placeholder that Hugging Face's Trainer fills in"),
+    ("optimizer.params.lr", "auto", "a placeholder"),
+    ("optimizer.params.betas", "auto", "a placeholder"),
+    ("optimizer.params.betas", [0.9, "0.99"], "expected the number 0.99, not the text '0.99'"),
+    ("optimizer.params.torch_adam", "False", "expected false"),
+    ("scheduler.params.warmup_num_steps", "auto", "a placeholder"),
+    ("zero_optimization.overlap_comm", "false", "expected false"),
+    ("zero_optimization.offload_optimizer.pin_memory", "True", "expected true"),
+    ("zero_optimization.reduce_bucket_size", "5e8", "expected the number 5e8"),
+    ("wall_clock_breakdown", "no", "expected false"),
+    ("zero_allow_untested_optimizer", 3, "expected true or false (got 3)"),
+    ("flops_profiler.enabled", "no", "expected false"),
+])
+def test_a_word_of_deepspeeds_part_is_not_taken_by_its_truth(path: str, value: Any, wanted: str) -> None:
+    section = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}.get(path.split(".")[0])
+    text = message(changed(**({"scheduler": section} if "scheduler" in path else {}), **{path: value}))
+    assert f"{path}: " in text and wanted in text
+
+
+def test_zero_and_one_are_false_and_true_and_a_jobs_name_is_any_word() -> None:
+    for value in (0, 1):
+        config = parse_config(changed(**{"bf16.enabled": value, "wall_clock_breakdown": bool(value)}))
+        check_engine_config(config, batch_plan(config.deepspeed, 1))
+        assert precision(config.deepspeed).dtype == (torch.bfloat16 if value else torch.float32)
+    parse_config(changed(**{"tensorboard.job_name": "auto", "tensorboard.enabled": False}))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("key", ["reference", "flipper"])
 def test_methods_take_their_own_reference_and_flipper_only(method: str, key: str) -> None:
@@ -227,6 +265,8 @@ def test_set_reaches_every_key_and_reads_json_or_text(tmp_path: Path) -> None:
     ("seppo.beta.x=3", "seppo.beta is not a section"),
     ("seppo.sampler.stesp=3", "seppo.sampler.stesp: unknown key; did you mean seppo.sampler.steps?"),
     ("seppo.beta=abc", "seppo.beta: expected a valid number (got 'abc')"),
+    ("bf16.enabled=False", "bf16.enabled: expected false, not the text 'False'"),
+    ("bf16.enabled=auto", "bf16.enabled: \"auto\" is a placeholder"),
 ])
 def test_a_wrong_override_is_named(tmp_path: Path, override: str, wanted: str) -> None:
     file = written(tmp_path, json.dumps(changed(**{"seppo.beta": 3.0})))

@@ -47,6 +47,8 @@ def problems(raw: Mapping[str, Any]) -> list[str]:
             found += [unknown(f"{name}.{key}", key, PLAIN[name]) for key in section if key not in PLAIN[name]]
             found += [f"{name}.{key}: expected one of {', '.join(choices)} (got {section[key]!r})"
                       for key, choices in PLAIN[name].items() if choices and key in section and section[key] not in choices]
+            found += [f"{name}.enabled: expected true or false (got {section['enabled']!r})"]\
+                if section.get("enabled", False) not in (True, False) else []
         elif name == "optimizer":
             found += _optimizer_problems(section)
         else:
