@@ -38,6 +38,7 @@ class AnimateDiff(StableDiffusion):
         index = directory.index | {"motion_adapter": ["diffusers", "MotionAdapter"]}
         if adapter is not None:
             check_adapter(directory, adapter)
+            common.check_schedule(directory)  # what its class ignores, DDIM would follow
             index = {name: part for name, part in index.items() if name not in IMAGE_ONLY} | PIPELINE
             scheduler = directory.configs["scheduler"] | SCHEDULER
             directory = replace(directory, configs=directory.configs | {"scheduler": scheduler})

@@ -1,12 +1,14 @@
 """What the families share: loading components, the VAE's two directions, the noise schedule, what fits what."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel, UNetMotionModel
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -17,6 +19,8 @@ from seppo_fast.models.directory import Directory
 Conditions = dict[str, Tensor]
 UNet = UNet2DConditionModel | UNetMotionModel
 PREDICTIONS = ("epsilon", "v_prediction")
+SCHEDULE_KEYS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type",
+                 "num_train_timesteps"}
 
 
 def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
@@ -33,6 +37,34 @@ def check_schedule(directory: Directory) -> None:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise UserError(f"{file}: prediction_type is {prediction!r}; it must be {' or '.join(PREDICTIONS)}.")
+    if config.get("use_flow_sigmas"):
+        raise UserError(f"{file}: use_flow_sigmas is set, which makes a flow of a schedule with betas; remove it.")
+    name = (directory.index.get("scheduler") or [None, None])[1] or config.get("_class_name")
+    if name is not None:
+        check_reading(name, config, file)
+
+
+def check_reading(name: str, config: dict[str, Any], file: Path) -> None:
+    """Refuse a schedule that the pipeline's own scheduler, the class `name`, reads otherwise than training does, as DDPM's."""
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise UserError(f"{file}: diffusers {diffusers.__version__} has no scheduler {name}, so its noise schedule is not known;"
+                        " name another class there and in model_index.json.")
+    try:
+        own = getattr(kind.from_config(config), "alphas_cumprod", None)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{file}: {name} cannot be made of it: {error}") from error
+    if own is None:
+        raise UserError(f"{file}: {name} has no DDPM-like noise schedule, which training needs; name another class there and in"
+                        " model_index.json.")
+    ignored = sorted(key for key in SCHEDULE_KEYS & config.keys() - inspect.signature(kind).parameters.keys() if config[key])
+    ours = alphas_cumprod(config)
+    # Some schedulers keep the last alpha of rescale_betas_zero_snr a little above 0.
+    if "prediction_type" in ignored or len(own) != len(ours) or not torch.allclose(own.float(), ours, rtol=1e-4, atol=1e-6):
+        why = f" (it does not know {', '.join(ignored)})" if ignored else ""
+        raise UserError(f"{file}: {name} makes another noise schedule of these values than training would{why}, so that the model"
+                        " would be trained at other noise levels than it is used at. Remove the keys that it ignores, or name a"
+                        " class that follows them (DDIMScheduler) there and in model_index.json.")
 
 
 def check_unet(directory: Directory, text_width: int, addition: str | None) -> None:

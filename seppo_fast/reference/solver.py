@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
@@ -31,6 +32,7 @@ SOLVERS = {
     "unipc": (UniPCMultistepScheduler, {"thresholding": False}),
     "euler": (EulerDiscreteScheduler, {}),
 }
+ZERO_SNR = " (it does not know rescale_betas_zero_snr)"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,13 @@ def open_scheduler(scheduler_config: Mapping[str, Any], solver: str) -> Any:
     if solver == "pndm":
         # Its Runge-Kutta start costs nine calls more. Stable Diffusion skips it; other schedulers' configs are silent.
         settings = {"skip_prk_steps": scheduler_config.get("skip_prk_steps", True)}
-    return cls.from_config(dict(scheduler_config), **settings)
+    scheduler = cls.from_config(dict(scheduler_config), **settings)
+    trained = DDPMScheduler.from_config(dict(scheduler_config)).alphas_cumprod
+    # Some schedulers keep the last alpha of rescale_betas_zero_snr a little above 0.
+    if not torch.allclose(scheduler.alphas_cumprod.float(), trained.float(), rtol=1e-4, atol=1e-6):
+        raise UserError(f"solver {solver!r} makes another noise schedule of the model's scheduler config than the one it is trained"
+                        f" on{ZERO_SNR * bool(scheduler_config.get('rescale_betas_zero_snr'))}; choose another solver")
+    return scheduler
 
 
 def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int, called: str = "seppo.sampler.steps") -> SolverTable:

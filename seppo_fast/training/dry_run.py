@@ -11,7 +11,7 @@ from seppo_fast.models import is_hub_id, open_model
 from seppo_fast.models.known import known_model
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training.cost import estimate
-from seppo_fast.training.engine import check_engine_config
+from seppo_fast.training.engine import check_engine_config, unsupported
 from seppo_fast.training.plan import plan
 from seppo_fast.training.time_plan import load_rates, time_plan
 from seppo_fast.training.validation import what_is_wanted
@@ -26,7 +26,8 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     batch = batch_plan(config.deepspeed, world)
     check_engine_config(config, batch)
     known_rates = load_rates(rates)
-    cost, source, times, missing = None, None, [], []
+    cost, source, times = None, None, []
+    missing = [lacking] if (lacking := unsupported(config)) else []  # a plan may be for another machine than this one
     named = {"path": ours.model.path, "motion_adapter": ours.model.motion_adapter}
     on_hub = {key: name for key, name in named.items() if name is not None and is_hub_id(name)}
     if on_hub:  # a dry run fetches nothing

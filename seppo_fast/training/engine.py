@@ -7,6 +7,7 @@ from typing import NamedTuple
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor, nn
 
@@ -70,6 +71,18 @@ def check_engine_config(config: Config, batch: Batch) -> None:
         deepspeed.DeepSpeedConfig(checked)
     except Exception as error:  # DeepSpeed raises pydantic's, its own and assertion errors here
         raise UserError(f"DeepSpeed does not accept its part of the configuration: {error}") from None
+
+
+def unsupported(config: Config) -> str | None:
+    """Why this machine cannot train in the configured precision; None where it can."""
+    accelerator, dtype = get_accelerator(), precision(config.deepspeed).dtype
+    if dtype == torch.float16 and not accelerator.is_fp16_supported():
+        return (f"fp16.enabled: DeepSpeed cannot train in fp16 on this machine's {accelerator.device_name()}; enable bf16 instead, or"
+                " neither for fp32")
+    if dtype == torch.bfloat16 and not accelerator.is_bf16_supported():
+        return (f"bf16.enabled: this machine's {accelerator.device_name()} cannot compute in bf16; enable fp16 instead, or neither for"
+                " fp32")
+    return None
 
 
 def start_engine(policy: nn.Module, config: Config, batch: Batch) -> DeepSpeedEngine:

@@ -50,6 +50,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "latent cache": STREAMED if streamed else _cache(config, row_bytes, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
                            f" rank{'s' * (batch.world > 1)}",
+        "precision": _precision(config),
         "updates": f"{updates} = {ours.iterations} iterations x {ours.updates_per_iteration}",
         "learning rate": _learning_rate(config),
         "checkpoints": f"every {ours.checkpoint.every or ours.updates_per_iteration} updates, the last"
@@ -100,6 +101,16 @@ def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
         size = "" if cost is None else f" {_gb(adam_temporaries(raw) * cost.trained // (batch.world if stage else 1))}"
         lines.append(f"optimizer.params.fused true saves{size or ' memory'} at the optimizer's update, and many launches")
     return lines
+
+
+def _precision(config: Config) -> str:
+    """In what the policy is trained, and what else is kept in another dtype."""
+    dtype, autocast = precision(config.deepspeed)
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    whose = "policy and reference" if METHODS[config.seppo.method].references else "policy"
+    runs = f", run under autocast in {name[autocast]}" if autocast else ""
+    pool = f", past policies kept in {name[pool_dtype(config)]}" if METHODS[config.seppo.method].references else ""
+    return f"{whose} in {name[dtype]}{runs}{pool}; VAE and text encoder in fp32, the cache in {config.seppo.data.cache_dtype}"
 
 
 def _trained(model: ModelSettings, video: bool) -> str:

@@ -28,7 +28,7 @@ from seppo_fast.reference.solver import SolverTable, solver_table
 from seppo_fast.training import checkpoint
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.cost import estimate
-from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine
+from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine, unsupported
 from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, open_folder
 from seppo_fast.training.metrics import keep_rows
@@ -47,6 +47,8 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
     ours = config.seppo
     batch = batch_plan(config.deepspeed, ranks.world)
     check_engine_config(config, batch)
+    if lacking := unsupported(config):
+        raise UserError(lacking)
     model, source = open_inputs(config, ranks)
     wanted = open_wanted(config, model, ranks)
     table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
