@@ -125,12 +125,22 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, wanted: 
 
 def latent_shape(model: Model, drawing: Drawing) -> tuple[int, ...]:
     """(C, h, w) of an image's latents, (C, F, h, w) of a video's; at the model's own size unless another is wanted."""
-    side = drawing.resolution or model.directory.configs["unet"].get("sample_size", 64) * model.vae_scale_factor
+    side = drawing.resolution or own_side(model) * model.vae_scale_factor
     if side % model.vae_scale_factor:
         raise UserError(f"--resolution {side} is no multiple of {model.vae_scale_factor}, by which the VAE in {model.path} shrinks"
                         " images")
     frames = [] if drawing.frames is None else [drawing.frames]
     return (model.latent_channels, *frames, side // model.vae_scale_factor, side // model.vae_scale_factor)
+
+
+def own_side(model: Model) -> int:
+    """Latents along a side that the UNet was made for; `UserError` where its config does not say one."""
+    size = model.directory.configs["unet"].get("sample_size")
+    sides = set(size if isinstance(size, list) else [size])
+    if len(sides) != 1 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"{model.path / 'unet' / 'config.json'}: sample_size is {size!r}, which does not tell the size of a square"
+                        " picture; give --resolution")
+    return sides.pop()
 
 
 def initial_noise(shape: Sequence[int], seed: int, prompt: str, sample: int) -> Tensor:

@@ -151,6 +151,21 @@ def load_tokenizer(directory: Directory, component: str) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(directory.path / component, local_files_only=True)
 
 
+def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> None:
+    """Refuse a tokenizer whose tokens the text encoder does not have, or that cannot pad: it comes from another model."""
+    if not directory.weights:  # a model whose shape alone is known
+        return
+    loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", 49408)
+    place = directory.path / tokenizer
+    largest = max(loaded.get_vocab().values(), default=-1)
+    if largest >= embedded:
+        word = next(token for token, number in loaded.get_vocab().items() if number == largest)
+        raise UserError(f"{place}: its token {word!r} has the number {largest}, but {encoder} has embeddings for {embedded} tokens,"
+                        f" 0 to {embedded - 1}. Tokenizer and text encoder come from different models.")
+    if loaded.pad_token_id is None:
+        raise UserError(f"{place}: it has no pad_token to fill prompts up with; take the published model's tokenizer.")
+
+
 def token_ids(tokenizer: CLIPTokenizer, text_config: Any, prompts: list[str]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, (B, 77) on the CPU, truncated and padded as the diffusers pipelines do."""
     # a tokenizer saved without its model_max_length claims 1e30 tokens

@@ -87,7 +87,7 @@ def read_directory(path: Path, variant: str | None, called: Called = KEYS) -> Di
         else:
             configs[component] = read_json(folder / "config.json")
             library = "transformers" if component.startswith("text") else "diffusers"
-            weights[component] = find_weights(folder, library, variant)
+            weights[component] = find_weights(folder, library, variant, called.variant)
     if variant is not None and weights["unet"].variant != variant:
         present = sorted(file.name for file in (path / "unet").iterdir() if file.suffix in (".safetensors", ".bin"))
         raise UserError(f"{called.variant} {variant!r}: {path / 'unet'} has no such weights, "
@@ -104,7 +104,7 @@ def read_adapter(path: Path, variant: str | None, called: Called = KEYS) -> Dire
     if config.get("_class_name") != "MotionAdapter":
         raise UserError(f"{called.motion_adapter}: {path / 'config.json'} is of a {config.get('_class_name')!r}, where a"
                         " 'MotionAdapter' is needed")
-    return Directory(path, {}, {HERE: config}, {HERE: find_weights(path, "diffusers", variant)}, called)
+    return Directory(path, {}, {HERE: config}, {HERE: find_weights(path, "diffusers", variant, called.variant)}, called)
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Which files hold a component's weights, and whether they are whole."""
 
 import json
+import re
 import struct
 import zipfile
 from collections.abc import Collection
@@ -41,10 +42,29 @@ def entry_point(names: Collection[str], library: str, variant: str | None) -> tu
     return None
 
 
-def find_weights(folder: Path, library: str, variant: str | None) -> Weights:
-    """The whole and complete weights in `folder`, or a UserError that names the file at fault."""
-    found = entry_point({path.name for path in folder.iterdir()}, library, variant)
+def variants(names: Collection[str], library: str) -> list[str]:
+    """The variants ("fp16") that there are weights of: in stem.VARIANT.extension, in indices and in both forms of shards."""
+    stems = "|".join(STEMS[library])
+    shard = r"(?:-\d+-of-\d+)?"
+    form = re.compile(rf"(?:{stems}){shard}(?:\.([\w-]+?))?{shard}\.(?:safetensors|bin)(?:\.index(?:\.([\w-]+))?\.json)?")
+    tags = {tag for match in map(form.fullmatch, names) if match for tag in match.groups() if tag}
+    return sorted(tags)
+
+
+def check_variant(where: object, names: Collection[str], library: str, key: str | None) -> None:
+    """`UserError` where there are weights, but of other variants than the one that was asked for; `key` is what asks for one."""
+    if others := variants(names, library):
+        quoted = [f"{tag!r}" for tag in others]
+        advice = f"set {key} to {' or '.join(quoted)}" if key else "rename its files, or give one without a variant"
+        raise UserError(f"{where} holds weights of the variant{'s' * (len(others) > 1)} {', '.join(quoted)} alone: {advice}.")
+
+
+def find_weights(folder: Path, library: str, variant: str | None, key: str | None = None) -> Weights:
+    """The whole and complete weights in `folder`, or a UserError that names the file at fault. `key`: what sets the variant."""
+    names = {path.name for path in folder.iterdir()}
+    found = entry_point(names, library, variant)
     if found is None:
+        check_variant(folder, names, library, key)
         raise UserError(f"{folder} holds no weights ({STEMS[library][0]}.safetensors). {REFETCH}.")
     entry, tag, safetensors = found
     files = [folder / entry]

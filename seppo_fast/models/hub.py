@@ -15,9 +15,10 @@ from huggingface_hub.errors import (
 
 from seppo_fast.errors import UserError
 from seppo_fast.models.called import KEYS, Called
-from seppo_fast.models.files import entry_point, read_json
+from seppo_fast.models.files import check_variant, entry_point, read_json
 
 PIPELINE, COMPONENT = "model_index.json", "config.json"
+TRAINED_WITH = ("unet", "vae", "text_encoder", "text_encoder_2")
 SMALL = (".json", ".txt", ".model")
 
 
@@ -34,6 +35,7 @@ def download(repository: str, revision: str | None, variant: str | None, key: st
         names = [file.rfilename for file in info.siblings or []]
         if index in names:
             parts = read_json(Path(hf_hub_download(repository, PIPELINE, revision=revision))) if key == "path" else {}
+            check_sets(repository, names, parts if key == "path" else {"": ["diffusers", ""]}, variant, called)
             wanted = needed(names, parts, variant) if key == "path" else [index, *one_set(names, "diffusers", variant)]
             return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except UserError:
@@ -57,14 +59,32 @@ def download(repository: str, revision: str | None, variant: str | None, key: st
     raise UserError(f"{named} on the hub has no {index}: it is no diffusers {kind}.")
 
 
+def check_sets(repository: str, names: list[str], index: dict[str, Any], variant: str | None, called: Called) -> None:
+    """`UserError` where a component that is trained with has weights of other variants alone, before anything is fetched."""
+    for component in ("", *TRAINED_WITH):
+        if component in index:
+            inside, library = inside_of(names, component), library_of(index[component])
+            if entry_point(inside, library, variant) is None:
+                check_variant("/".join(filter(None, (repository, component))), inside, library, called.variant)
+
+
+def inside_of(names: list[str], component: str) -> set[str]:
+    """The names of the files that lie in a component's folder, "" for the repository's own."""
+    return {PurePosixPath(name).name for name in names if PurePosixPath(name).parent == PurePosixPath(component)}
+
+
+def library_of(value: list[Any]) -> str:
+    """Whose names the weights have, by an entry of model_index.json."""
+    return "diffusers" if value[0] == "diffusers" else "transformers"
+
+
 def needed(names: list[str], index: dict[str, Any], variant: str | None) -> list[str]:
     """Of a repository's files those of the pipeline's components: configurations, vocabularies, one set of weights."""
     wanted = [PIPELINE]
     for component, value in index.items():
         if not (isinstance(value, list) and value and value[0]):
             continue
-        inside = {PurePosixPath(name).name for name in names if PurePosixPath(name).parent == PurePosixPath(component)}
-        library = "diffusers" if value[0] == "diffusers" else "transformers"
+        inside, library = inside_of(names, component), library_of(value)
         wanted += [f"{component}/{name}" for name in small_files(inside) + one_set(inside, library, variant)]
     return sorted(wanted)
 

@@ -23,6 +23,7 @@ class StableDiffusion:
     def __init__(self, directory: Directory) -> None:
         common.check_schedule(directory)
         common.check_unet(directory, directory.configs["text_encoder"].get("hidden_size", 512), addition=None)
+        common.check_vocabulary(directory, "tokenizer", "text_encoder")
         self.directory = directory
         self.path: Path = directory.path
         self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]

@@ -36,6 +36,8 @@ class StableDiffusionXL:
                 f"{unet.get('projection_class_embeddings_input_dim')}, but six size conditions and a pooled embedding "
                 f"of {pooled} make {expected}. Only SDXL base models can be trained (no refiner)."
             )
+        for which in ("", "_2"):
+            common.check_vocabulary(directory, f"tokenizer{which}", f"text_encoder{which}")
         self.directory = directory
         self.path: Path = directory.path
         self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]

@@ -77,11 +77,9 @@ def unsupported(config: Config) -> str | None:
     """Why this machine cannot train in the configured precision; None where it can."""
     accelerator, dtype = get_accelerator(), precision(config.deepspeed).dtype
     if dtype == torch.float16 and not accelerator.is_fp16_supported():
-        return (f"fp16.enabled: DeepSpeed cannot train in fp16 on this machine's {accelerator.device_name()}; enable bf16 instead, or"
-                " neither for fp32")
+        return f"fp16.enabled: DeepSpeed cannot train in fp16 on this {accelerator.device_name()}; enable bf16, or neither"
     if dtype == torch.bfloat16 and not accelerator.is_bf16_supported():
-        return (f"bf16.enabled: this machine's {accelerator.device_name()} cannot compute in bf16; enable fp16 instead, or neither for"
-                " fp32")
+        return f"bf16.enabled: this {accelerator.device_name()} cannot compute in bf16; enable fp16, or neither"
     return None
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from tiny import tiny_clip, tiny_sd
 
+from seppo_fast.config import Sampler
 from seppo_fast.errors import UserError
+from seppo_fast.evaluation.generate import Drawing, latent_shape
 from seppo_fast.evaluation.scores import pickscore, vendi
+from seppo_fast.models import open_model
 from seppo_fast.models.common import load_unet
 from seppo_fast.models.directory import read_directory
 
@@ -144,3 +148,17 @@ def test_a_folder_of_other_samples_is_refused(run: Any, folders: dict[str, Path]
 def test_bad_arguments_are_named(run: Any, tmp_path: Path, more: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", *more)
+
+
+@pytest.mark.parametrize(("size", "side"), [(8, 8), ([8, 8], 8), ([8, 16], None), (None, None), ("8", None)])
+def test_the_size_of_samples_is_the_networks_own_or_has_to_be_given(tmp_path: Path, size: Any, side: int | None) -> None:
+    file = tiny_sd(tmp_path / "sd") / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": size}))
+    model = open_model(str(tmp_path / "sd"))
+    drawing = Drawing(0, 1, None, None, torch.float32, Sampler())
+    assert latent_shape(model, replace(drawing, resolution=32))[-1] == 32 // model.vae_scale_factor
+    if side is None:
+        with pytest.raises(UserError, match=r"unet/config.json: sample_size is .*; give --resolution"):
+            latent_shape(model, drawing)
+    else:
+        assert latent_shape(model, drawing)[-2:] == (side, side)

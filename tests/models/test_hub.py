@@ -11,7 +11,9 @@ import pytest
 from hub_server import handler
 from tiny import tiny_adapter
 
-from seppo_fast.models.hub import needed
+from seppo_fast.errors import UserError
+from seppo_fast.models.called import KEYS
+from seppo_fast.models.hub import check_sets, needed
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,3 +108,12 @@ def test_one_set_of_weights_each(variant, unet, text):
         f"text_encoder_2/{text[0]}", *(f"text_encoder_2/{text[1].format(part)}" for part in (1, 2)),
         "tokenizer/vocab.json", "tokenizer/merges.txt", "vae/config.json", "vae/diffusion_pytorch_model.bin",
     ])
+
+
+def test_a_repository_with_a_variant_alone_is_refused_before_anything_is_fetched():
+    alone = [name for name in FILES if name != "unet/diffusion_pytorch_model.safetensors" and not name.endswith(".bin")]
+    with pytest.raises(UserError, match="owner/name/unet holds weights of the variants 'fp16', 'non_ema' alone: set seppo.model"):
+        check_sets("owner/name", alone, INDEX, None, KEYS)
+    check_sets("owner/name", alone, INDEX, "fp16", KEYS)
+    with pytest.raises(UserError, match="owner/motion holds weights of the variant 'fp16' alone"):
+        check_sets("owner/motion", ["diffusion_pytorch_model.fp16.bin", "config.json"], {"": ["diffusers", ""]}, None, KEYS)

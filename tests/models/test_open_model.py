@@ -9,9 +9,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny import LATENTS, tiny_sd
+from transformers import CLIPTokenizer
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
+from seppo_fast.models.files import variants
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -144,6 +146,55 @@ def test_variant(own_sd):
     model.load_vae("cpu")  # has no such variant, and falls back
     plain = open_model(str(own_sd)).load_unet(torch.float32)
     assert not torch.equal(plain.conv_in.weight.half(), halves["conv_in.weight"])
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_of_a_variant_alone(own_sd, component, suffix):
+    file = next((own_sd / component).glob("*.safetensors"))
+    stem = "pytorch_model" if (suffix, component) == ("bin", "text_encoder") else file.stem
+    file.rename(file.with_name(f"{stem}.fp16.{suffix}"))
+    refused(own_sd, str(own_sd / component), "weights of the variant 'fp16' alone", "set seppo.model.variant to 'fp16'")
+    if suffix == "safetensors":
+        own = load_file(file.with_name(f"{stem}.fp16.safetensors"))
+        save_file(own, file.with_name(f"{stem}.ema.safetensors"), metadata={"format": "pt"})
+        refused(own_sd, "variants 'ema', 'fp16' alone", "'ema' or 'fp16'")
+        if component == "unet":
+            assert open_model(str(own_sd), variant="fp16").directory.weights["unet"].variant == "fp16"
+
+
+@pytest.mark.parametrize("names, library, expected", [
+    (["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.non_ema.bin"], "diffusers", ["fp16", "non_ema"]),
+    (["diffusion_pytorch_model.safetensors.index.fp16.json"], "diffusers", ["fp16"]),
+    (["diffusion_pytorch_model-00001-of-00002.fp16.safetensors"], "diffusers", ["fp16"]),
+    (["model.fp16-00001-of-00002.safetensors"], "transformers", ["fp16"]),
+    (["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "model.onnx"],
+     "transformers", []),
+])
+def test_names_of_variants(names, library, expected):
+    assert variants(names, library) == expected
+
+
+@pytest.mark.parametrize("folder, which", [("own_sd", ""), ("own_sdxl", ""), ("own_sdxl", "_2")])
+def test_a_tokenizer_with_more_tokens_than_the_encoder(request, folder, which):
+    path = request.getfixturevalue(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(path / f"tokenizer{which}")
+    tokenizer.add_tokens(["<new-style>"])
+    tokenizer.save_pretrained(path / f"tokenizer{which}")
+    number = tokenizer.convert_tokens_to_ids("<new-style>")
+    refused(path, str(path / f"tokenizer{which}"), f"'<new-style>' has the number {number}", f"embeddings for {number} tokens",
+            "different models")
+
+
+def test_a_tokenizer_without_padding(own_sd):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (file := own_sd / "tokenizer" / name).exists():
+            file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "pad_token"}
+                                       | {"pad_token": None}))
+    if CLIPTokenizer.from_pretrained(own_sd / "tokenizer").pad_token_id is None:
+        refused(own_sd, "no pad_token")
+    else:
+        open_model(str(own_sd))
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])

@@ -9,8 +9,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from seppo_fast.configfile import batch_plan, parse_config
+from seppo_fast.errors import UserError
 from seppo_fast.ops import seppo_loss
+from seppo_fast.training.dry_run import dry_run
 from seppo_fast.training.engine import precision, start_engine, upstream_gradient
+from seppo_fast.training.plan import plan
 
 FP16 = pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="DeepSpeed says that this CPU cannot compute in fp16")
 MODES = {
@@ -43,3 +46,24 @@ def test_upstream_gradient_is_what_arrives(mode: str, settings: Callable[..., di
         assert arrived[0].item() == pytest.approx(known, rel=1e-6)
         engine.step()
     assert known != 1.0
+
+
+@pytest.mark.skipif(get_accelerator().is_fp16_supported(), reason="this machine trains in fp16")
+def test_fp16_where_there_is_none_is_a_message(settings: Callable[..., dict[str, Any]], train: Callable[..., Any]) -> None:
+    raw = settings(fp16={"enabled": True})
+    with pytest.raises(UserError, match="fp16.enabled: DeepSpeed cannot train in fp16 on this cpu; enable bf16, or neither"):
+        train(raw)
+    said = dry_run(parse_config(raw), 1)
+    assert "before you train: fp16.enabled: DeepSpeed cannot train" in said, "a plan may be for another machine"
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({}, "policy and reference in fp32, past policies kept in fp32; VAE"),
+    ({"bf16": {"enabled": True}}, "policy and reference in bf16, past policies kept in bf16"),
+    ({"bf16": {"enabled": False}}, "policy and reference in fp32"),
+    ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "in fp32, run under autocast in bf16, past policies kept in fp32"),
+    ({"seppo.method": "sft"}, "  policy in fp32; VAE"),
+])
+def test_the_plan_states_the_precision(settings: Callable[..., dict[str, Any]], changes: dict[str, Any], expected: str) -> None:
+    config = parse_config(settings(**changes))
+    assert expected in plan(config, batch_plan(config.deepspeed, 1), None, None, None)
