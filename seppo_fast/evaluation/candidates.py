@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import torch
 
 from seppo_fast.data.metadata import stamp_of
 from seppo_fast.errors import UserError
-from seppo_fast.models import Called, Model, UNet, open_model
+from seppo_fast.evaluation.adapters import read_adapter
+from seppo_fast.models import Called, Conditions, Model, UNet, open_model
 from seppo_fast.models.files import read_json
 
 FLAGS = Called(path="the model", variant="--variant", motion_adapter="--motion-adapter", frames="--frames")
@@ -31,15 +32,14 @@ class Candidate:
         """The network from disk, on the CPU, for inference; adapters stay beside the weights, as in training."""
         unet = self.model.load_unet(dtype)
         if self.lora is not None:
-            try:
-                unet.load_lora_adapter(self.lora, prefix="unet")
-            except Exception as error:  # whatever the loader raises; its keys are the only input
-                raise UserError(f"--models {self.name}={self.given}: {self.lora} does not fit the UNet of {self.model.path}:"
-                                f" {str(error).strip().splitlines()[0]}") from error
-            if not getattr(unet, "peft_config", None):
-                raise UserError(f"--models {self.name}={self.given}: {self.lora} has no weights for a UNet (unet.*)")
+            read_adapter(self.lora, self.model).put_on("unet", unet)
             unet.to(dtype)
         return unet.eval().requires_grad_(False)
+
+    def load_text(self, device: torch.device) -> Callable[[list[str]], Conditions]:
+        """Prompts to conditions, by text encoders with the LoRA that the file has for them."""
+        adapter = read_adapter(self.lora, self.model) if self.lora is not None else None
+        return self.model.load_text(device, adapt=lambda part, encoder: adapter.put_on(part, encoder) if adapter else None)
 
     def fingerprint(self) -> str:
         """A digest of the files' names, sizes and times: whether the samples in a folder are this model's."""
@@ -65,6 +65,8 @@ def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: s
         try:
             model = found[0].model if pipeline is None else open_model(
                 pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames, called=FLAGS)
+            if lora is not None:
+                read_adapter(lora, model)  # what is wrong with it is said before anything is drawn
         except UserError as error:
             raise UserError(f"--models {argument}: {error}") from error
         found.append(Candidate(name, path, model, lora))

@@ -111,7 +111,7 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, wanted: 
     """The candidate on this rank's device, in the drawing's precision."""
     model, dtype = candidate.model, drawing.dtype
     vae, shape = model.load_vae(ranks.device), latent_shape(model, drawing)
-    text = model.load_text(ranks.device)
+    text = candidate.load_text(ranks.device)
 
     def embed(prompts: list[str]) -> Conditions:
         return {name: value.to(ranks.device, dtype) for name, value in text(prompts).items()}

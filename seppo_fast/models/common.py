@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.models.directory import Directory
 
 Conditions = dict[str, Tensor]
+Adapt = Callable[[str, nn.Module], None]  # puts adapters on a component of this name
 UNet = UNet2DConditionModel | UNetMotionModel
 PREDICTIONS = ("epsilon", "v_prediction")
 SCHEDULE_KEYS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type",
@@ -144,6 +145,10 @@ def empty_unet(directory: Directory) -> UNet2DConditionModel:
 def load_vae(directory: Directory, device: torch.device | str) -> AutoencoderKL:
     """fp32 whatever the files hold: SDXL's VAE overflows in half precision."""
     return load_component(directory, "vae", AutoencoderKL, torch.float32).to(device).eval().requires_grad_(False)
+
+
+def unchanged(component: str, module: nn.Module) -> None:
+    """A component as it is in the directory."""
 
 
 def load_tokenizer(directory: Directory, component: str) -> CLIPTokenizer:

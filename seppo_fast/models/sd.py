@@ -44,11 +44,12 @@ class StableDiffusion:
         return common.load_vae(self.directory, device)
 
     def load_text(
-        self, device: torch.device | str, dtype: torch.dtype = torch.float32
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: common.Adapt = common.unchanged
     ) -> Callable[[list[str]], Conditions]:
-        """Prompts -> conditions on `device`, as `StableDiffusionPipeline.encode_prompt` makes them."""
+        """Prompts -> conditions on `device`, as `StableDiffusionPipeline.encode_prompt` makes them; `adapt` changes the encoder."""
         tokenizer = common.load_tokenizer(self.directory, "tokenizer")
         encoder = common.load_component(self.directory, "text_encoder", CLIPTextModel, dtype)
+        adapt("text_encoder", encoder)
         encoder = encoder.to(device).eval().requires_grad_(False)
 
         @torch.no_grad()

@@ -59,14 +59,15 @@ class StableDiffusionXL:
         return common.load_vae(self.directory, device)
 
     def load_text(
-        self, device: torch.device | str, dtype: torch.dtype = torch.float32
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: common.Adapt = common.unchanged
     ) -> Callable[[list[str]], Conditions]:
-        """Prompts -> conditions on `device`, as `StableDiffusionXLPipeline.encode_prompt` makes them."""
+        """Prompts -> conditions on `device`, as `StableDiffusionXLPipeline.encode_prompt` makes them; `adapt` changes encoders."""
         tokenizers = [common.load_tokenizer(self.directory, name) for name in ("tokenizer", "tokenizer_2")]
-        encoders = [
-            common.load_component(self.directory, name, kind, dtype).to(device).eval().requires_grad_(False)
-            for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection))
-        ]
+        encoders = []
+        for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+            encoder = common.load_component(self.directory, name, kind, dtype)
+            adapt(name, encoder)
+            encoders.append(encoder.to(device).eval().requires_grad_(False))
 
         @torch.no_grad()
         def embed(prompts: list[str]) -> Conditions:

@@ -1,0 +1,115 @@
+"""LoRA files as people have them, put on a model whole or not at all: diffusers' own, kohya's, with text encoders, with alphas."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from seppo_fast.errors import UserError
+from seppo_fast.models import Model, StableDiffusionXL
+from seppo_fast.models.files import check_tensors
+
+LORA = (".lora_A.", ".lora_B.", "_lora.down.", "_lora.up.", ".lora.down.", ".lora.up.", ".lora_linear_layer.")
+UPS = (".lora_up.weight", ".lora_B.weight", "_lora.up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The tensors of a LoRA file by their diffusers names, alphas multiplied in, and what its metadata say."""
+
+    file: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, Any] | None
+
+    def put_on(self, part: str, module: nn.Module) -> None:
+        """Adapters beside the weights of `module`, the component `part`; `UserError` unless each tensor has its place."""
+        own = {name: value for name, value in self.tensors.items() if name.startswith(f"{part}.")}
+        if not own:
+            return
+        try:
+            with quiet_diffusers():
+                if part == "unet":
+                    module.load_lora_adapter(own, prefix=part, metadata=self.metadata)
+                else:
+                    StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(own, None, module, part, metadata=self.metadata)
+        except Exception as error:  # whatever the loaders raise; the file's names and shapes are the only input
+            raise UserError(f"{self.file} does not fit the model's {part}: {str(error).strip().splitlines()[0]}") from error
+        placed = sum(".lora_" in name for name, _ in module.named_parameters())
+        if placed != len(own):
+            raise UserError(f"{self.file} has {len(own)} LoRA tensors for the {part}, where this model's layers of these names have"
+                            f" {placed}: it is another model's LoRA, or a part of one (it begins with {named(list(own))})")
+
+
+def read_adapter(file: Path, model: Model) -> Adapter:
+    """The LoRA in a safetensors file, for a model of this family; `UserError` where a part of it would have to be left out."""
+    check_tensors(file)
+    loader = StableDiffusionXLLoraLoaderMixin if isinstance(model, StableDiffusionXL) else StableDiffusionLoraLoaderMixin
+    unet = FrozenDict({"layers_per_block": 2} | model.directory.configs["unet"])
+    raw, metadata = content_of(file)
+    if scales := [name for name in raw if "dora_scale" in name or "magnitude_vector" in name]:
+        raise UserError(f"{file} is a DoRA ({named(scales)}), whose scales diffusers leaves out; merge it into its model instead")
+    if metadata and (alphas := [name for name in raw if name.endswith(".alpha")]):
+        raise UserError(f"{file} says its alphas twice, in tensors ({named(alphas)}) and in metadata; remove one of them")
+    raw = scaled(file, raw)
+    try:
+        with quiet_diffusers():
+            tensors, *_ = loader.lora_state_dict(raw, unet_config=unet)
+    except Exception as error:  # names that kohya's conversion does not know
+        raise UserError(f"{file} is no LoRA that diffusers reads: {str(error).strip().splitlines()[0]}") from error
+    parts = ("unet", *(part for part in TEXT_ENCODERS if part in model.directory.configs))
+    if strangers := [name for name in tensors if name.split(".")[0] not in parts or not any(kind in name for kind in LORA)]:
+        raise UserError(f"{file} has tensors that are no LoRA of this model's {', '.join(parts)}: {named(strangers)}")
+    if not any(name.startswith("unet.") for name in tensors):
+        raise UserError(f"{file} has no weights for a UNet (unet.*)")
+    return Adapter(file, tensors, metadata)
+
+
+def content_of(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of a safetensors file, and what diffusers or PEFT noted about the adapter."""
+    try:
+        with safe_open(file, "pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}
+            noted = (content.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+        return tensors, json.loads(noted) if noted else None
+    except Exception as error:
+        raise UserError(f"{file} is no safetensors file that can be read: {error}") from error
+
+
+def scaled(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each layer's up matrix times alpha / rank, no alphas: what the loaders make of these depends on how they name the layers."""
+    alphas = {name.removesuffix(".alpha"): float(value) for name, value in tensors.items() if name.endswith(".alpha")}
+    found = {}
+    for name, value in tensors.items():
+        layer = next((name.removesuffix(up) for up in UPS if name.endswith(up)), None)
+        if not name.endswith(".alpha"):
+            found[name] = value.float() * (alphas.pop(layer) / value.shape[1]) if layer in alphas else value
+    if alphas:
+        raise UserError(f"{file} has alphas of layers that it has no LoRA for: {named(list(alphas))}")
+    return found
+
+
+def named(names: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Its warnings of what it leaves out are errors of ours, with the file's name."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

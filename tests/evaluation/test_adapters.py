@@ -1,0 +1,151 @@
+"""LoRA files as people have them, beside the same change merged into the weights by hand; and those that are refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_sd, tiny_sdxl
+from torch import Tensor, nn
+
+from seppo_fast.errors import UserError
+from seppo_fast.evaluation.candidates import Candidate, open_candidates
+from seppo_fast.models import Model, open_model
+
+RANK, ALPHA = 2, 6.0
+PROMPTS = ["a red cat", ""]
+Layers = dict[str, tuple[Tensor, Tensor]]  # component and layer -> A, B
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return open_model(str({"sd": tiny_sd, "sdxl": tiny_sdxl}[request.param](tmp_path_factory.mktemp("adapters") / request.param)))
+
+
+def layers(model: Model, text: bool = True) -> Layers:
+    """A LoRA on some layers of the UNet and of each text encoder."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+
+    def add(part: str, module: nn.Module, endings: tuple[str, ...]) -> None:
+        for name, layer in module.named_modules():
+            if name.endswith(endings):
+                made[f"{part}.{name}"] = (torch.randn(RANK, layer.in_features, generator=generator),
+                                          torch.randn(layer.out_features, RANK, generator=generator))
+
+    add("unet", model.load_unet(torch.float32), ("attn1.to_q", "attn2.to_v", "attn1.to_out.0"))
+    if text:
+        model.load_text("cpu", adapt=lambda part, encoder: add(part, encoder, ("self_attn.q_proj", "self_attn.out_proj")))
+    return made
+
+
+def merge(made: Layers, part: str, module: nn.Module, scale: float) -> None:
+    for name, (down, up) in made.items():
+        if name.startswith(f"{part}."):
+            module.get_submodule(name.removeprefix(f"{part}.")).weight.data += scale * up @ down
+
+
+def peft(made: Layers) -> dict[str, Tensor]:
+    return {f"{name}.lora_{which}.weight": value for name, pair in made.items() for which, value in zip("AB", pair, strict=True)}
+
+
+def old_diffusers(made: Layers) -> dict[str, Tensor]:
+    """As diffusers saved it before it used PEFT."""
+    return {f"{name}.{'lora' if name.startswith('unet') else 'lora_linear_layer'}.{which}.weight": value
+            for name, pair in made.items() for which, value in zip(("down", "up"), pair, strict=True)}
+
+
+def kohya(made: Layers) -> dict[str, Tensor]:
+    """lora_unet_..., lora_te_ or lora_te1_ and lora_te2_, an alpha beside each; the text encoder as it was called for years."""
+    two = any(name.startswith("text_encoder_2.") for name in made)
+    found = {}
+    for name, (down, up) in made.items():
+        part, layer = name.split(".", 1)
+        prefix = {"unet": "unet", "text_encoder": "te1" if two else "te", "text_encoder_2": "te2"}[part]
+        if part != "unet" and not layer.startswith("text_model."):
+            layer = f"text_model.{layer}"
+        stem = f"lora_{prefix}_{layer.replace('.', '_')}"
+        found |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(ALPHA)}
+    return found
+
+
+def with_alphas(made: Layers) -> dict[str, Tensor]:
+    return peft(made) | {f"{name}.alpha": torch.tensor(ALPHA) for name in made}
+
+
+def candidate(model: Model, tensors: dict[str, Tensor], folder: Path, **metadata: str) -> Candidate:
+    """The model with this LoRA, as --models opens it."""
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "mine.safetensors",
+              metadata={"format": "pt"} | metadata)
+    return open_candidates([f"tuned={model.path}+{folder / 'mine.safetensors'}"], None, None, 16)[0]
+
+
+def predicted(model: Model, unet: nn.Module, conditions: dict[str, Tensor]) -> Tensor:
+    torch.manual_seed(1)
+    return model.denoise(unet, torch.randn(len(PROMPTS), model.latent_channels, 8, 8), torch.tensor([3, 700]), conditions)
+
+
+@pytest.mark.parametrize(("form", "text", "scale"), [
+    (peft, False, 1.0), (peft, True, 1.0), (old_diffusers, True, 1.0), (kohya, True, ALPHA / RANK),
+    (with_alphas, True, ALPHA / RANK)])
+@torch.no_grad()
+def test_every_form_changes_the_model_as_merged_weights_do(model: Model, form: Callable[[Layers], dict[str, Tensor]], text: bool,
+                                                           scale: float, tmp_path: Path) -> None:
+    made = layers(model, text)
+    tuned = candidate(model, form(made), tmp_path)
+    unet = model.load_unet(torch.float32).eval()
+    plain = model.load_text("cpu")(PROMPTS)
+    before = predicted(model, unet, plain)
+    merge(made, "unet", unet, scale)
+    wanted = model.load_text("cpu", adapt=lambda part, encoder: merge(made, part, encoder, scale))(PROMPTS)
+    conditions = tuned.load_text(torch.device("cpu"))(PROMPTS)
+    for name, value in wanted.items():
+        torch.testing.assert_close(conditions[name], value, rtol=1e-4, atol=1e-5)
+    assert torch.equal(plain["prompt_embeds"], wanted["prompt_embeds"]) != text, "the text encoders' part is seen"
+    got = predicted(model, tuned.load_unet(torch.float32), conditions)
+    torch.testing.assert_close(got, predicted(model, unet, wanted), rtol=1e-4, atol=1e-4)
+    assert (got - before).abs().max() > 1e-2
+
+
+def half_of_another_model(made: Layers) -> dict[str, Tensor]:
+    return {name.replace("attentions.0", "attentions.7") if "down_blocks" in name else name: value
+            for name, value in peft(made).items()}
+
+
+def without_one(made: Layers) -> dict[str, Tensor]:
+    tensors = peft(made)
+    del tensors[next(name for name in tensors if name.startswith("unet.") and "lora_B" in name)]
+    return tensors
+
+
+REFUSED = {
+    "half of the names": (half_of_another_model, "where this model's layers of these names have"),
+    "an A without its B": (without_one, "it is another model's LoRA, or a part of one"),
+    "DoRA": (lambda made: peft(made) | {f"{name}.lora_magnitude_vector": up.norm(dim=1) for name, (_, up) in made.items()}
+             | {"unet.x.dora_scale": torch.ones(1)}, "is a DoRA"),
+    "a stranger": (lambda made: peft(made) | {"transformer.x.lora_A.weight": torch.ones(1, 1)}, "are no LoRA of this model's unet"),
+    "a full weight": (lambda made: peft(made) | {"unet.conv_in.weight": torch.ones(1)}, "conv_in.weight"),
+    "kohya's with an unknown name": (lambda made: kohya(made) | {"lora_unet_x.hada_w1_a": torch.ones(1, 1)},
+                                     "no LoRA that diffusers reads"),
+    "an alpha without its layer": (lambda made: peft(made) | {"unet.nowhere.alpha": torch.tensor(1.0)},
+                                   "alphas of layers .*nowhere"),
+    "text encoders alone": (lambda made: {k: v for k, v in peft(made).items() if not k.startswith("unet.")},
+                            "has no weights for a UNet"),
+    "another rank of shapes": (lambda made: {k: v[:, :1] if "lora_A" in k else v for k, v in peft(made).items()}, "does not fit"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_left_out_is_refused(model: Model, name: str, tmp_path: Path) -> None:
+    change, message = REFUSED[name]
+    with pytest.raises(UserError, match=message) as caught:
+        candidate(model, change(layers(model)), tmp_path).load_unet(torch.float32)
+    assert str(tmp_path / "mine.safetensors") in str(caught.value)
+
+
+def test_what_the_wrong_family_calls_its_second_text_encoder_is_refused(tmp_path: Path) -> None:
+    model, other = open_model(str(tiny_sd(tmp_path / "sd"))), open_model(str(tiny_sdxl(tmp_path / "sdxl")))
+    tensors = peft(layers(model, text=False)) | {name: value for name, value in peft(layers(other)).items() if "encoder_2" in name}
+    with pytest.raises(UserError, match="are no LoRA of this model's unet, text_encoder: text_encoder_2"):
+        candidate(model, tensors, tmp_path)
