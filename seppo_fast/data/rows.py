@@ -185,8 +185,10 @@ def read_bytes(path: Path) -> bytes:
                         " image; start again when it is settled, what is cached stays valid") from error
 
 
-def open_image(image: ImageLike) -> Image.Image:
+def open_image(image: ImageLike | BadRow) -> Image.Image:
     """An opened, not yet decoded PIL image; `BadRow` when it is no image."""
+    if isinstance(image, BadRow):
+        raise image
     if isinstance(image, Image.Image):
         return image
     content = read_bytes(image) if isinstance(image, Path) else image

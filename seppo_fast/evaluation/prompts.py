@@ -109,7 +109,7 @@ def json_rows(path: Path) -> Iterator[Line]:
         where = f"{path}, line {number}"
         if not text.strip():
             continue
-        record = parsed(where, text)
+        record = parsed(where, text, why_no_json)
         if not isinstance(record, dict | str):
             raise UserError(f"{where}: {text[:60]!r} is neither a JSON object nor a string")
         yield from_record(where, record) if isinstance(record, dict) else Line(where, record)
@@ -202,14 +202,14 @@ def simple(name: str) -> str:
     return name.lower().strip().removeprefix("\ufeff")
 
 
-def parsed(where: str, text: str) -> Any:
-    """A JSON value; `UserError` when there is none, or an object has a key twice."""
+def parsed(where: str, text: str, why: Callable[[str, ValueError], str] = lambda text, error: "") -> Any:
+    """A JSON value; `UserError` when there is none, which `why` may explain, or an object has a key twice."""
     try:
         return parse_json(text)
     except GivenTwice as error:
         raise UserError(f"{where}: {error}") from error
     except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}{why_no_json(text, error)})") from error
+        raise UserError(f"{where}: not valid JSON ({error}{why(text, error)})") from error
 
 
 def no_column(where: str, columns: Sequence[str]) -> UserError:
