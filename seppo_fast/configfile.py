@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from seppo_fast.config import Positive, Seppo
 from seppo_fast.errors import UserError
+from seppo_fast.strict import GivenTwice, parse_json
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -65,7 +65,9 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
         shipped = ", ".join(sorted(file.name for file in CONFIGS.glob("*.json")))
         raise UserError(f"--config {name}: no such file, and none of the shipped ones ({shipped})")
     try:
-        raw = json.loads(path.read_text(), object_pairs_hook=partial(_object, path))
+        raw = parse_json(path.read_text())
+    except GivenTwice as error:
+        raise UserError(f"{path}: {error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -115,20 +117,14 @@ def batch_plan(deepspeed: Mapping[str, Any], world: int) -> Batch:
     return Batch(size, micro, accumulation, world)
 
 
-def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"{path}: {', '.join(twice)} is given twice in the same section; JSON would take the last silently")
-    return dict(pairs)
-
-
 def _set(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"--set {override}: expected key.path=value, e.g. seppo.sampler.steps=20")
     try:
-        value = json.loads(text)
+        value = parse_json(text)
+    except GivenTwice as error:
+        raise UserError(f"--set {override}: {error}") from None
     except json.JSONDecodeError:
         value = text
     *parents, last = path.split(".")

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from seppo_fast import config
+from seppo_fast.data.content import ABOUT, Content, content_of, settle
 from seppo_fast.data.encode import decoded, encoded
 from seppo_fast.data.fingerprint import cache_folder, digest, made_of, of_files_alone
 from seppo_fast.data.latents import (
@@ -74,23 +75,27 @@ def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, nee
     fingerprint = digest(about)
     kept = of_files_alone(about) if streaming else about
     folder, holds = cache_folder(data, digest(kept)), "clips" if streaming else "latents"
-    if not (folder / "fingerprint.json").exists():
-        write_json(folder / "fingerprint.json", kept)
-    remove_stale(folder)
     show = progress and rank == 0
     say = partial(print, flush=True) if show else lambda line: None
+    patience = FILE_SYSTEM_LAG if world > 1 else 0
+    if streaming:  # what is known of clips holds their files' times
+        if not (folder / ABOUT).exists():
+            write_json(folder / ABOUT, kept)
+    else:
+        folder = settle(folder, kept, source, data.workers, rank, patience, barrier, say)
+    remove_stale(folder)
     job = Job(source, model, data, seed, needs_loser, Path(output_dir), folder, holds, prod(about["shape"]), device, say)
     write_parts(job, range(rank, len(source.parts), world), show)
     barrier()
-    patience = FILE_SYSTEM_LAG if world > 1 else 0
     images = open_images(folder, len(source.parts), patience, holds)
     check_skipped(images.stamps, data.max_skipped, source.name, job.output_dir, write=rank == 0)
     encode_prompts(job, images.prompts.texts, range(rank, prompt_shards(images.prompts), world), show)
     barrier()
+    content = content_of(about, images.stamps)
     if not streaming:
-        return LatentCache(folder, images, patience)
+        return LatentCache(folder, images, patience, content)
     return ClipStream(images, PromptCache(folder, images.prompts, patience), source.root, model, data, seed=seed,
-                      fingerprint=fingerprint, shape=tuple(about["shape"]), device=device, say=say)
+                      fingerprint=fingerprint, content=content, shape=tuple(about["shape"]), device=device, say=say)
 
 
 def give_back_memory() -> None:
@@ -112,24 +117,26 @@ def write_parts(job: Job, mine: range, show: bool) -> None:
           reader(job, threads) as read):
         for part in todo:
             done = read_stamp(row_shard(job.folder, part, job.holds)) is not None  # another job was here meanwhile
-            bar.finished(part, 0 if done else write_part(job, part, read(job.source.parts[part]), bar, bad))
+            content = Content()
+            bar.finished(part, 0 if done else write_part(job, part, read(job.source.parts[part], content), content, bar, bad))
     give_back_memory()
 
 
 @contextmanager
-def reader(job: Job, threads: ThreadPoolExecutor) -> Iterator[Callable[[Part], Batches]]:
+def reader(job: Job, threads: ThreadPoolExecutor) -> Iterator[Callable[[Part, Content], Batches]]:
     """What makes a part's columns; the VAE is gone afterwards."""
     data, seed = job.data, job.seed
     if job.holds == "clips":
-        yield lambda part: described(part, job.source.root, data, seed, threads)
+        yield lambda part, content: described(part, job.source.root, data, seed, threads, content)
         return
     vae = [job.model.load_vae(job.device)]
     decoder = Decoder(data, job.device, job.say) if job.model.video else None
     try:
         if decoder is None:
-            yield lambda part: encoded(decoded(part, data, seed, threads), job.model, vae[0], data, job.device)
+            yield lambda part, content: encoded(decoded(part, data, seed, threads, content), job.model, vae[0], data, job.device)
         else:
-            yield lambda part: encoded(decoded_clips(part, data, seed, threads, decoder), job.model, vae[0], data, job.device)
+            yield lambda part, content: encoded(decoded_clips(part, data, seed, threads, content, decoder), job.model, vae[0], data,
+                                                job.device)
     finally:
         vae.clear()
         if decoder is not None:
@@ -137,8 +144,11 @@ def reader(job: Job, threads: ThreadPoolExecutor) -> Iterator[Callable[[Part], B
 
 
 @torch.no_grad()
-def write_part(job: Job, part: int, batches: Batches, bar: Progress, bad: list[Skipped]) -> int:
-    """Writes one part's shard, a batch after the other; returns the rows read, and adds unusable ones to `bad`."""
+def write_part(job: Job, part: int, batches: Batches, content: Content, bar: Progress, bad: list[Skipped]) -> int:
+    """Writes one part's shard, a batch after the other; returns the rows read, and adds unusable ones to `bad`.
+
+    `content` is filled while the batches are made.
+    """
     arrow = row_shard(job.folder, part, job.holds)
     most = most_skippable(job.source, job.data.max_skipped)
     read, ties, before = 0, 0, len(bad)
@@ -157,7 +167,7 @@ def write_part(job: Job, part: int, batches: Batches, bar: Progress, bad: list[S
                 stop_early(bad, job.source.name, job.output_dir, job.data.max_skipped)
         shard.finish()
     declare(arrow, {"part": job.source.parts[part].name, "read": read, "rows": shard.rows, "ties": ties,
-                    "skipped": [[row.key, row.reason] for row in bad[before:]]})
+                    "skipped": [[row.key, row.reason] for row in bad[before:]], "content": content.digests()})
     return read
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from seppo_fast.data.rows import BadRow, ImageLike, Row, Skipped, Tie, checked_caption, inside, printable
+from seppo_fast.data.rows import BadRow, ImageLike, Row, Skipped, Tie, checked_caption, embedded, inside, printable
 from seppo_fast.errors import UserError
 from seppo_fast.seeds import generator
 
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "file_name")
 CAPTIONS = ("text", "caption", "prompt")
+MOST_LISTED = 30  # columns in a message
 PAIR = ("jpg_0", "jpg_1", "label_0")
 
 
@@ -68,7 +69,7 @@ class Columns:
 
 
 def as_image(value: Any, folder: Path | None) -> ImageLike:
-    """What a table may hold: bytes, `datasets`' {"bytes", "path"}, a PIL image, or a file name under `folder`."""
+    """What a table may hold: bytes, `datasets`' {"bytes", "path"}, a PIL image, base64 text, or a file name under `folder`."""
     if value is None:
         raise BadRow("no image")
     if isinstance(value, bytes | bytearray | memoryview):
@@ -83,6 +84,8 @@ def as_image(value: Any, folder: Path | None) -> ImageLike:
             # `datasets` itself stores absolute paths to images outside its directory.
             return path if path.is_absolute() or folder is None else inside(folder, value["path"])
         raise BadRow("no image")
+    if (content := embedded(value)) is not None:
+        return content
     if isinstance(value, str) and folder is not None:
         return inside(folder, value)
     raise BadRow(f"the image is {type(value).__name__}, not an image, bytes or a file name")
@@ -90,7 +93,8 @@ def as_image(value: Any, folder: Path | None) -> ImageLike:
 
 def pick(wanted: str | None, known: Sequence[str], available: Sequence[str], what: str, where: str) -> str:
     """The configured column, else the first known one that is there; `UserError` lists those that are."""
-    there = printable(", ".join(available))
+    rest = len(available) - MOST_LISTED
+    there = printable(", ".join(available[:MOST_LISTED])) + (f" and {rest} more" if rest > 0 else "")
     if wanted is not None:
         if wanted in available:
             return wanted

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seppo_fast import config
+from seppo_fast.data.content import Content, read_all, sha256_of
 from seppo_fast.data.images import load_rgb, prepare
 from seppo_fast.data.rows import BadRow, Part, Row, Skipped
 from seppo_fast.seeds import generator
@@ -16,24 +17,28 @@ from seppo_fast.seeds import generator
 Pixels = tuple[Row, Tensor, Tensor | None]
 
 
-def pixels_of(row: Row | Skipped, data: config.Data, seed: int) -> Pixels | Skipped:
-    """Winner (and loser) as (3, R, R) in [-1, 1]; crop and flip depend on (seed, key) alone."""
+def pixels_of(row: Row | Skipped, data: config.Data, seed: int, content: Content) -> Pixels | Skipped:
+    """Winner (and loser) as (3, R, R) in [-1, 1]; crop and flip depend on (seed, key) alone. `content` gets the digests."""
     if isinstance(row, Skipped):
+        content.add(row)
         return row
     random = generator(seed, "prepare", row.key)
+    files = read_all(row)
+    content.add(row, [sha256_of(file) for file in files])
     try:
-        images = [prepare(load_rgb(image), data.resolution, data.crop, data.flip, random)
-                  for image in (row.image, row.loser) if image is not None]
+        images = [prepare(load_rgb(file), data.resolution, data.crop, data.flip, random) for file in files]
     except BadRow as bad:
         return Skipped(row.key, str(bad))
     return row, images[0], images[1] if len(images) > 1 else None
 
 
-def decoded(part: Part, data: config.Data, seed: int, threads: Executor) -> Iterator[Pixels | Skipped]:
+def decoded(part: Part, data: config.Data, seed: int, threads: Executor, content: Content | None = None,
+            ) -> Iterator[Pixels | Skipped]:
     """The part's rows in order, decoded up to two VAE batches ahead; no more than that is ever in memory."""
     ahead = deque()
+    content = content or Content()
     for row in part.rows():
-        ahead.append(threads.submit(pixels_of, row, data, seed))
+        ahead.append(threads.submit(pixels_of, row, data, seed, content))
         if len(ahead) >= 2 * data.encode_batch_size + data.workers:
             yield ahead.popleft().result()
     while ahead:

@@ -15,7 +15,7 @@ UPRIGHT = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM,
 ORIENTATION = 0x0112
 
 
-def load_rgb(image: ImageLike) -> Image.Image:
+def load_rgb(image: ImageLike | BadRow) -> Image.Image:
     """The whole image, upright, as 8-bit RGB; alpha is put on white. `BadRow` when it is unreadable or truncated."""
     opened = open_image(image)
     try:

@@ -72,7 +72,7 @@ class PromptCache:
 class LatentCache:
     """Rows in the order of the source's parts, whoever wrote them. Nothing is read before it is asked for."""
 
-    def __init__(self, folder: Path, images: Images | None = None, patience: float = 0):
+    def __init__(self, folder: Path, images: Images | None = None, patience: float = 0, content: str | None = None):
         self.folder = folder
         self.fingerprint = folder.name
         about = json.loads((folder / "fingerprint.json").read_bytes())
@@ -82,6 +82,7 @@ class LatentCache:
         self.skipped = [tuple(pair) for stamp in images.stamps for pair in stamp["skipped"]]
         self.ties = sum(stamp["ties"] for stamp in images.stamps)
         self.texts = PromptCache(folder, self.prompts, patience)
+        self.content = content
 
     def __len__(self) -> int:
         return len(self.images)

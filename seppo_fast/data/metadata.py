@@ -4,17 +4,22 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from seppo_fast.data.rows import BadRow, printable
+from seppo_fast.data.forms import LOOK_AT_QUOTES, header_of, why_no_json
+from seppo_fast.data.rows import BadRow, ImageLike, looks_embedded, printable
+from seppo_fast.data.splits import ALL, canonical, choose, split_of_folders
 from seppo_fast.errors import UserError
+from seppo_fast.strict import GivenTwice, parse_json, unlike_header
 
 NAMES = ("metadata.jsonl", "metadata.csv")
+ANY = ""  # of a row that names no file: it is bad in every split
 ROWS_PER_PART = 256
 STAT_THREADS = 16  # on network file systems a stat is a round trip
 
@@ -31,37 +36,67 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """How records read. `locate(metadata file, record)` is the file that a record names; `headers`: the CSVs' first lines."""
+    """How records read. `locate(metadata file, record)` is the file, or the image itself, that a record names.
+
+    `headers`: the names in the CSVs' first lines. `files` are the columns of which the first that is there names the file;
+    `splits`: those that are wanted of what the names of folders tell.
+    """
 
     root: Path
     caption: str
-    headers: dict[Path, list[str]]
-    locate: Callable[[Path, dict], Path]
+    headers: dict[Path, list[str] | None]
+    locate: Callable[[Path, dict], ImageLike]
+    files: Sequence[str]
+    split: str
+    splits: Collection[str | None]
 
 
-def metadata_files(folder: Path, split: str, what: str = "image") -> list[Path]:
-    """The metadata files, sorted; those of the split's sub-folder when the folder itself has none."""
-    if any((folder / name).is_file() for name in NAMES):
-        root = folder
-    else:
-        root = folder / split if (folder / split).is_dir() else folder
-    files = []
-    for place, folders, names in os.walk(root, followlinks=True):
-        folders.sort()
-        here = [name for name in NAMES if name in names]
-        if len(here) > 1:
-            raise UserError(f"{place} has both metadata.jsonl and metadata.csv; keep one of them")
-        files += [Path(place) / name for name in here]
+@dataclass(frozen=True)
+class Scanned:
+    """The parts of metadata files with the rows of each that are of the split, and every column that is seen."""
+
+    spans: list[tuple[Span, int]]
+    columns: list[str]
+    headers: dict[Path, list[str] | None]
+    splits: Collection[str | None]
+
+
+def metadata_files(folder: Path, what: str = "image") -> list[Path]:
+    """All metadata files, sorted."""
+    files = list(walk(folder))
     if not files:
-        raise UserError(f"no metadata.jsonl or metadata.csv in {root}; it needs one, with a row per {what}: file_name"
+        raise UserError(f"no metadata.jsonl or metadata.csv in {folder}; it needs one, with a row per {what}: file_name"
                         " and text")
     return files
 
 
-def csv_header(file: Path) -> list[str]:
-    """The names in a CSV's first line."""
-    with open(file, encoding="utf-8-sig", newline="", errors="surrogateescape") as stream:
-        return next(csv.reader(stream), [])
+def walk(folder: Path) -> Iterator[Path]:
+    """The metadata files under a folder, from the top, without more looking than is asked for."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        here = [name for name in NAMES if name in names]
+        if len(here) > 1:
+            raise UserError(f"{place} has both metadata.jsonl and metadata.csv; keep one of them")
+        yield from (Path(place) / name for name in here)
+
+
+def folder_split(file: Path, root: Path, split: str) -> str | None:
+    """The split that the folders of a metadata file tell."""
+    return split_of_folders(file.parent.relative_to(root).parts, split)
+
+
+def row_split(file: Path, record: dict | BadRow, root: Path, names: Sequence[str], split: str) -> str | None:
+    """The split that a row is of, by its metadata file's folders, else by those that it names; ANY where it names no file.
+
+    The files' own names do not count: `steam train.png` is no split.
+    """
+    told = folder_split(file, root, split)
+    if told is not None:
+        return told
+    name = None if isinstance(record, BadRow) else next((record[column] for column in names if column in record), None)
+    if not isinstance(name, str) or not name.strip() or looks_embedded(name):
+        return ANY
+    return split_of_folders(PurePosixPath(name).parent.parts, split)
 
 
 def records(span: Span, header: list[str] | None) -> Iterator[tuple[int, int, Any]]:
@@ -94,13 +129,15 @@ def json_record(line: str) -> dict | BadRow | None:
     if not line.strip():
         return None
     try:
-        record = json.loads(line)
+        record = parse_json(line)
+    except GivenTwice as error:
+        return BadRow(str(error))
     except ValueError as error:
-        return BadRow(f"not valid JSON: {error}")
+        return BadRow(f"not valid JSON: {error}{why_no_json(line, error)}")
     return record if isinstance(record, dict) else BadRow(f"a JSON object was expected, got {type(record).__name__}")
 
 
-def csv_records(lines: Iterator[str], header: list[str], file: Path, place: list[int]) -> Iterator[dict | None]:
+def csv_records(lines: Iterator[str], header: list[str], file: Path, place: list[int]) -> Iterator[dict | BadRow | None]:
     """Records of a CSV whose header is known. The reader takes no line before it needs it, so offsets stay exact."""
     reader = csv.reader(lines, strict=True)  # without it, a quote left open swallows the rest of the file
     if place[0] == 0:
@@ -112,33 +149,62 @@ def csv_records(lines: Iterator[str], header: list[str], file: Path, place: list
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{file}, line {place[1] - 1}: {error}; look at the quotes there and above") from error
-        yield dict(zip(header, values, strict=False)) if values else None
+            raise UserError(f"{file}, line {place[1] - 1}: {error}; {LOOK_AT_QUOTES}") from error
+        if len(values) < 2 and not "".join(values).strip():
+            yield None
+        elif len(values) != len(header):
+            yield BadRow(unlike_header(len(values), len(header)))
+        else:
+            yield {name: value for name, value in zip(header, values, strict=True) if name}
 
 
-def scan(file: Path, header: list[str] | None) -> Iterator[tuple[Span, list[str]]]:
-    """One pass over a metadata file: its parts, and the columns seen in each. Memory does not grow with the file."""
+def scan(file: Path, header: list[str] | None) -> Iterator[tuple[Span, list[tuple[int, Any]]]]:
+    """One pass over a metadata file: its parts, and the (line, record) in each. Memory does not grow with the file."""
     every = records(Span(file, 0, 1, 0), header)
     while chunk := list(islice(every, ROWS_PER_PART)):
         offset, line, _ = chunk[0]
-        names = {name: None for _, _, record in chunk if isinstance(record, dict) for name in record}
-        yield Span(file, offset, line, len(chunk)), list(header or names)
+        yield Span(file, offset, line, len(chunk)), [(line, record) for _, line, record in chunk]
 
 
-def scan_all(files: list[Path], headers: dict[Path, list[str]]) -> tuple[list[Span], list[str]]:
-    """The parts of all files in turn, and every column that is seen."""
-    spans, columns = [], {}
-    for file in files:
-        for span, names in scan(file, headers.get(file)):
-            spans.append(span)
-            columns.update(dict.fromkeys(names))
-    return spans, list(columns)
+def scan_all(files: Sequence[Path], root: Path, names: Sequence[str], split: str, where: str) -> Scanned:
+    """What is in the files, of which `names` are the columns that name files.
+
+    Files in other splits' folders are not read. `UserError` when the split is not there, or no row of any file can be read.
+    """
+    told = {file: folder_split(file, root, split) for file in files}
+    mine = [file for file in files if split == ALL or told[file] in (None, canonical(split))]
+    headers = {file: header_of(file) for file in mine}
+    found, columns, bad, unnamed = [], {}, [], []
+    for file, header in headers.items():
+        for span, rows in scan(file, header):
+            count: Counter[str | None] = Counter()
+            for line, record in rows:
+                count[row_split(file, record, root, names, split)] += 1
+                if isinstance(record, BadRow):
+                    bad = bad or [(file, line, record)]
+                else:
+                    columns.update(dict.fromkeys(record))
+            found.append((span, count))
+            if None in count and not unnamed:
+                unnamed = [f"{file.relative_to(root)} from line {span.line} on"]
+    if bad and not columns:
+        file, line, reason = bad[0]
+        rows = sum(span.count for span, _ in found)
+        raise UserError(f"{file}: not one of {rows} rows can be read; line {line}: {reason}" if rows > 1 else
+                        f"{file}: its only row, line {line}, cannot be read: {reason}")
+    there = {name for name in told.values() if name is not None}.union(*(count for _, count in found)) - {ANY}
+    chosen = choose(there, split, where, unnamed) | {ANY} if there else {ANY}
+    spans = [(span, sum(rows for name, rows in count.items() if name in chosen)) for span, count in found]
+    return Scanned([(span, rows) for span, rows in spans if rows], list(columns), headers, chosen)
 
 
-def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, Path | BadRow]]:
-    """(key, record, the named file or why there is none) of each row of a part; the key is the metadata file and its line."""
+def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, ImageLike | BadRow]]:
+    """(key, record, the named file or why there is none) of a part's rows in the split; the key is the metadata file and its line.
+    """
     relative = span.file.relative_to(layout.root)
     for _, line, record in islice(records(span, layout.headers.get(span.file)), span.count):
+        if row_split(span.file, record, layout.root, layout.files, layout.split) not in layout.splits:
+            continue
         key = printable(f"{relative}:{line}")
         if isinstance(record, BadRow):
             yield key, {}, record
@@ -149,7 +215,7 @@ def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, Path | BadRow
             yield key, record, bad
 
 
-def identity(spans: list[Span], layout: Layout) -> str:
+def identity(spans: Sequence[Span], layout: Layout) -> str:
     """A digest of the metadata files' content and of every named file's size and time of change."""
     def digest(span: Span) -> bytes:
         seen = hashlib.sha256()

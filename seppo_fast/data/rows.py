@@ -1,16 +1,27 @@
 """What every source is made of: parts (units of work) that yield rows, or the reason why a row cannot be used."""
 
+import base64
+import errno
 import io
 import os
+import re
+import stat
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from PIL import Image
 
 from seppo_fast.errors import UserError
 
 ImageLike = bytes | Path | Image.Image
+IMPOSSIBLE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EILSEQ, errno.ENXIO)
+LONGEST_SHOWN = 120  # characters of a file's name in a message
+LONGEST_NAME = 255  # bytes between two slashes, on about every file system
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+SHORTEST_BASE64, SHOWN_BASE64 = 64, 24  # characters; no image file is smaller
 
 
 @dataclass(frozen=True)
@@ -96,30 +107,88 @@ def checked_caption(value: object) -> str:
     return value
 
 
+def short(name: object) -> str:
+    """A file name as a message shows it: printable, its middle left out where it is long."""
+    text = printable(str(name))
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN // 2]}...{text[-LONGEST_SHOWN // 4:]}"
+
+
 def inside(folder: Path, name: object, what: str = "image") -> Path:
-    """`folder/name`; `BadRow` when the name is missing or would lead out of the folder."""
-    if not isinstance(name, str) or not name.strip():
+    """`folder/name`, with its accents as the disk has them; `BadRow` when the name is missing or would lead out of the folder."""
+    if name is not None and not isinstance(name, str):
+        raise BadRow(f"the {what} file name is {type(name).__name__}, not text")
+    if name is None or not name.strip():
         raise BadRow(f"no {what} file name")
     if PurePosixPath(name).is_absolute() or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
-        raise BadRow(f"the {what} {printable(name)!r} is outside the data folder; use paths relative to it")
-    return folder / name
+        raise BadRow(f"the {what} {short(name)!r} is outside the data folder; use paths relative to it")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise BadRow(f"the {what} file name {short(name)!r} is not valid UTF-8") from None
+    path = folder / name
+    if name.isascii() or os.path.lexists(path):
+        return path
+    # A Mac stores "\u00e9" as "e" and an accent (NFD), and metadata are mostly NFC: the names look the same.
+    others = (folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    return next(filter(os.path.lexists, others), path)
+
+
+def looks_embedded(text: str) -> bool:
+    """Whether a text is an image's content (a data: URI, base64) rather than a file name."""
+    return text.startswith("data:") or len(text) >= SHORTEST_BASE64 and bool(BASE64.fullmatch(text))
+
+
+def embedded(value: object) -> bytes | None:
+    """The image that a text holds (base64, or as a data: URI); None for a file name, `BadRow` when neither can be."""
+    if not isinstance(value, str) or not looks_embedded(value):
+        return None
+    uri = value.startswith("data:")
+    try:
+        content = base64.b64decode("".join(value.partition("base64,")[2].split()) if uri else "".join(value.split()), validate=True)
+        open_image(content)
+    except (ValueError, BadRow):
+        if not uri and len(value) <= LONGEST_NAME:
+            return None
+        what = "a data: URI" if uri else "text that looks like base64"
+        raise BadRow(f"the image is {what} ({len(value)} characters), but no image that Pillow can read:"
+                     f" {value[:SHOWN_BASE64]!r}...") from None
+    return content
+
+
+def unusable_file(path: Path, error: OSError, what: str = "image") -> BadRow | None:
+    """Why a row's file cannot be opened; None when that is the disk's or network's fault."""
+    if isinstance(error, FileNotFoundError):
+        return BadRow(f"no such {what} file: {short(path)}")
+    if isinstance(error, IsADirectoryError | NotADirectoryError | PermissionError) or error.errno in IMPOSSIBLE_NAME:
+        return BadRow(f"cannot read {short(path)}: {error.strerror}")
+    return None
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The opened file; `BadRow` when it is a named pipe or a device, for which one could wait for ever."""
+    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise BadRow(f"{short(path)} is no regular file")
+    return stream
 
 
 def read_bytes(path: Path) -> bytes:
     """The file's content; `BadRow` when there is none, `UserError` when the disk or network fails."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise BadRow(f"no such image file: {printable(str(path))}") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise BadRow(f"cannot read {printable(str(path))}: {error.strerror}") from None
+        with open_regular(path) as stream:
+            return stream.read()
     except OSError as error:
+        if bad := unusable_file(path, error):
+            raise bad from None
         raise UserError(f"reading {path} failed: {error.strerror or error}. That is the disk or network rather than the"
                         " image; start again when it is settled, what is cached stays valid") from error
 
 
-def open_image(image: ImageLike) -> Image.Image:
+def open_image(image: ImageLike | BadRow) -> Image.Image:
     """An opened, not yet decoded PIL image; `BadRow` when it is no image."""
+    if isinstance(image, BadRow):
+        raise image
     if isinstance(image, Image.Image):
         return image
     content = read_bytes(image) if isinstance(image, Path) else image

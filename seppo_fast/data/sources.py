@@ -46,7 +46,7 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
         raise UserError(f"seppo.data.source={data.source!r}: no such file or folder")
     if kind == "imagefolder":
         if path.is_file():
-            if path.suffix not in (".jsonl", ".csv"):
+            if path.suffix.lower() not in (".jsonl", ".csv"):
                 raise UserError(f"seppo.data.source={data.source!r} is no metadata file (.jsonl or .csv);"
                                 " seppo.data.format 'imagefolder' wants one, or its folder")
             return open_imagefolder(path.parent, data, needs_loser, only=path)
@@ -76,8 +76,8 @@ def detect(path: Path, data: config.Data) -> str:
         if path.name.endswith(SUFFIXES):
             return "webdataset"
         known = {".parquet": "pickapic", ".jsonl": "imagefolder", ".csv": "imagefolder"}
-        if path.suffix in known:
-            return known[path.suffix]
+        if path.suffix.lower() in known:
+            return known[path.suffix.lower()]
         raise UserError(f"seppo.data.source={data.source!r}: this kind of file is not known; known are .parquet, .tar,"
                         " and metadata as .jsonl or .csv")
     if not path.exists():

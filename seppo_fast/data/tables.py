@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,25 @@ from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, IMAGES, PAIR, Columns, pick, refuse_pairs
 from seppo_fast.data.metadata import stamp_of
 from seppo_fast.data.rows import Part, Row, Skipped, Source
+from seppo_fast.data.splits import ALL, TRAIN, check_file, files_of_split
 from seppo_fast.errors import UserError
+from seppo_fast.strict import check_columns
 
 ROWS_PER_PART = 256
 ROWS_AT_ONCE = 16  # encoded images held in memory while reading
 BUFFER = 1 << 20
-SPLIT_FILE = re.compile(r"(.+?)-\d+-of-\d+.*\.parquet")
 
 
 def open_parquet(path: Path, data: config.Data, needs_loser: bool, seed: int) -> Source:
     """A parquet file, or a folder of them; a part is a row group."""
+    if path.is_file():
+        check_file(path, data.split)
     files = [path] if path.is_file() else parquet_files(path, data.split)
     footers = {file: footer(file) for file in files}
     names = list(footers[files[0]].schema.to_arrow_schema().names)
     columns = choose_columns(str(files[0]), names, (), data, needs_loser, seed, path if path.is_dir() else path.parent)
     for file, meta in footers.items():
+        check_columns(meta.schema.to_arrow_schema().names, str(file))
         missing = [name for name in columns.needed() if name not in meta.schema.to_arrow_schema().names]
         if missing:
             raise UserError(f"{file} has no column {', '.join(missing)}, which {files[0]} has; all files must have the"
@@ -50,20 +53,11 @@ def open_parquet(path: Path, data: config.Data, needs_loser: bool, seed: int) ->
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
-    """The parquet files under a folder, sorted; only the split's, where names tell (`train-00000-of-00010.parquet`)."""
+    """The parquet files of the split under a folder, sorted."""
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise UserError(f"{folder} has no .parquet files")
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        match = SPLIT_FILE.fullmatch(file.name)
-        splits.setdefault(match[1] if match else "", []).append(file)
-    if set(splits) == {""}:
-        return files
-    if split not in splits:
-        raise UserError(f"seppo.data.split={split!r}: {folder} has no {split}-*.parquet; it has the splits:"
-                        f" {', '.join(sorted(filter(None, splits)))}")
-    return splits[split]
+    return files_of_split(files, folder, split)
 
 
 def footer(file: Path) -> pq.FileMetaData:
@@ -103,9 +97,11 @@ def open_dataset_folder(folder: Path, data: config.Data, needs_loser: bool, seed
         raise UserError(f"{folder} looks like a datasets directory but cannot be opened ({error}); is it"
                         " complete?") from error
     if isinstance(loaded, datasets.DatasetDict):
-        if data.split not in loaded:
+        if data.split not in (*loaded, ALL):
             raise UserError(f"seppo.data.split={data.split!r}: {folder} has the splits: {', '.join(loaded)}")
-        loaded = loaded[data.split]
+        loaded = loaded[data.split] if data.split in loaded else datasets.concatenate_datasets(list(loaded.values()))
+    elif data.split not in (TRAIN, ALL, str(loaded.split)):
+        raise UserError(f"seppo.data.split={data.split!r}: {folder} is one dataset without splits, which counts as 'train'")
     files = [Path(entry["filename"]) for entry in loaded.cache_files]
     return dataset_source(str(folder), loaded, stamps(files, folder), data, needs_loser, seed, folder)
 

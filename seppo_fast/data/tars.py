@@ -1,100 +1,121 @@
 """WebDataset tars: samples are neighbouring files of one name, an image and a .txt or .json caption."""
 
+import bz2
 import glob
-import json
+import gzip
+import lzma
+import os
 import tarfile
+import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import IO, BinaryIO
 
 import braceexpand
 
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, pick, refuse_pairs
 from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, checked_caption, printable
+from seppo_fast.data.splits import ALL, TRAIN, check_file, files_of_split, splits_of
 from seppo_fast.data.tables import stamps
 from seppo_fast.errors import UserError
+from seppo_fast.strict import GivenTwice, parse_json
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "caption", "text")
 LOOK_AT = 16  # samples that tell which files there are; the very first may be the one bad row
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, OSError)
+DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
+COMPRESSED: dict[bytes, Callable[..., BinaryIO]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+NEIGHBOURS = "a sample's files must be neighbours in the tar (tar --sort=name), and its name must be its own"
 
 
 def open_tars(source: str, data: config.Data, needs_loser: bool) -> Source:
     """A tar, a folder of tars, or a pattern ("shards/{00000..00099}.tar", "shards/*.tar"); a part is a tar."""
     refuse_pairs(f"the webdataset {source}", needs_loser, data.choose)
-    files = tar_files(source)
+    files = tar_files(source, data.split)
     first: dict[str, bytes] = {}
     for _, sample in islice((pair for file in files for pair in samples(file)), LOOK_AT):
-        first = sample | first
+        if not isinstance(sample, BadRow) and is_clear(sample.get("json", b"{}")):
+            first = sample | first
     if not first:
         raise UserError(f"{source} has no samples: the tars are empty")
     where = f"the beginning of {files[0]}"
     image = pick(data.image_column, IMAGES, list(first), "image", where)
     caption, key = caption_field(first, data.caption_column, where)
-    root = files[0].parent
-    same_folder = all(file.parent == root for file in files)
+    root = Path(os.path.commonpath([file.parent for file in files]))
 
     def rows(file: Path) -> Iterator[Row | Skipped]:
-        name = file.name if same_folder else str(file)
+        name = str(file.relative_to(root))
         for stem, sample in samples(file):
             label = printable(f"{name}:{stem}")
             try:
+                if isinstance(sample, BadRow):
+                    raise sample
                 # Tars often mix image types; an explicit choice means only that one.
-                found = [image] if data.image_column else [suffix for suffix in IMAGES if suffix in sample]
-                if not found or found[0] not in sample:
-                    raise BadRow(f"no image; the sample has: {', '.join(sample)}")
+                found = [suffix for suffix in ([image] if data.image_column else IMAGES) if suffix in sample]
+                if not found:
+                    raise BadRow(f"no image; the sample has: {', '.join(sample)}; {NEIGHBOURS}")
+                if len(found) > 1:
+                    raise BadRow(f"it has several images ({', '.join(found)}); say which with seppo.data.image_column")
                 yield Row(label, caption_of(sample, caption, key), sample[found[0]])
             except BadRow as bad:
                 yield Skipped(label, str(bad))
 
     parts = [Part(file.name, None, lambda file=file: rows(file)) for file in files]
     columns = {"image": data.image_column or "+".join(IMAGES), "caption": f"{caption}.{key}" if key else caption}
-    return Source(source, "webdataset", columns, parts, lambda: stamps(files, root if same_folder else Path("/")))
+    return Source(source, "webdataset", columns, parts, lambda: stamps(files, root))
 
 
-def tar_files(source: str) -> list[Path]:
+def tar_files(source: str, split: str) -> list[Path]:
     """The tars that a path or pattern means, absolute; order as the pattern says, sorted for folders and globs."""
     path = Path(source).expanduser()
     if path.is_file():
+        check_file(path, split)
         return [path.absolute()]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
         if not files:
             raise UserError(f"{source} has no .tar files")
-        return [file.absolute() for file in files]
+        return [file.absolute() for file in files_of_split(files, path, split)]
     files = []
     for name in braceexpand.braceexpand(str(path)):
-        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        if not found or not Path(found[0]).is_file():
+        found = [Path(each).absolute() for each in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+        if not found or not found[0].is_file():
             raise UserError(f"seppo.data.source={source!r}: there is no {name}")
-        files += [Path(each).absolute() for each in found]
+        files += matching(found, split)
     return files
 
 
-def samples(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(name, {extension: content}) of each sample, streamed: neighbours with the same name up to the first dot."""
+def matching(files: list[Path], split: str) -> list[Path]:
+    """Of files that one pattern means those of the split, where they are of several."""
+    if len(files) == 1:
+        check_file(files[0], split)
+        return files
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    named = set(splits_of([file.relative_to(root).as_posix() for file in files], split)) - {None}
+    return files if len(named) < 2 and split in (TRAIN, ALL) else files_of_split(files, root, split)
+
+
+def samples(file: Path) -> Iterator[tuple[str, dict[str, bytes] | BadRow]]:
+    """(name, {extension: content}) of each sample, or why it is none, streamed: neighbours of one name up to the first dot."""
     stem, sample = "", {}
+    seen: set[int] = set()  # hashes: a set of names would grow with their length
     try:
-        with tarfile.open(file, "r|*") as archive:
-            for member in archive:
-                archive.members = []  # tarfile remembers every header otherwise
-                path = PurePosixPath(member.name)
-                name, _, extension = path.name.partition(".")
-                if not member.isfile() or not name or not extension:
-                    continue
-                here = str(path.parent / name)
-                if here != stem and sample:
-                    yield stem, sample
-                    sample = {}
-                stem = here
-                stream = archive.extractfile(member)
-                sample[extension.lower()] = stream.read() if stream else b""
-            end = archive.offset
-        check_end(file, end)
+        with opener(file)(file, "rb") as stream:
+            for name, extension, content in members(stream):
+                if name != stem:
+                    if sample:
+                        yield stem, sample
+                    again = hash(name) in seen
+                    stem, sample = name, BadRow(f"its name came before in this tar: {NEIGHBOURS}") if again else {}
+                    seen.add(hash(name))
+                if isinstance(sample, dict) and extension in sample:
+                    sample = BadRow(f"it has two .{extension} files (of whatever case); which one is meant?")
+                if isinstance(sample, dict):
+                    sample[extension] = content.read() if content else b""
     except DAMAGE as error:
         after = f" after sample {printable(stem)!r}" if stem else ""
         raise UserError(f"{file} is no tar, damaged, or cut off{after} ({error}); fetch it again or take it out of"
@@ -103,14 +124,44 @@ def samples(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield stem, sample
 
 
-def check_end(file: Path, offset: int) -> None:
-    """tarfile takes a broken header within a tar for its end; the real end is a block of zeros, or the file's."""
+def opener(file: Path) -> Callable[..., BinaryIO]:
+    """What opens a tar, by its first bytes: it may be compressed."""
     with open(file, "rb") as stream:
-        if stream.read(2) == b"\x1f\x8b":  # gzip has a checksum of its own
+        head = stream.read(6)
+    return next((form for magic, form in COMPRESSED.items() if head.startswith(magic)), open)
+
+
+class Blocks:
+    """A stream that remembers what was read last."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.last = stream, b""
+
+    def read(self, size: int) -> bytes:
+        self.last = self.stream.read(size)
+        return self.last
+
+
+def members(stream: BinaryIO) -> Iterator[tuple[str, str, IO[bytes] | None]]:
+    """(path up to the first dot of its name, extension, content to read) of each file in a tar, or in several joined."""
+    while True:
+        blocks = Blocks(stream)
+        # Block by block, so that nothing after the archive's end is read along with it.
+        with tarfile.open(fileobj=blocks, mode="r|", bufsize=tarfile.BLOCKSIZE) as archive:
+            for member in archive:
+                archive.members = []  # tarfile remembers every header otherwise
+                path = PurePosixPath(unicodedata.normalize("NFC", member.name))
+                name, _, extension = path.name.partition(".")
+                if member.isfile() and name and extension:
+                    yield str(path.parent / name), extension.lower(), archive.extractfile(member)
+            # tarfile takes a broken header for the end; the real end is a block of zeros, or the file's.
+            if blocks.last.strip(b"\0"):
+                raise tarfile.ReadError(f"no file header at byte {archive.offset}")
+        while (head := stream.peek(1)) and not head.strip(b"\0"):
+            stream.read(len(head))
+        if not head:
             return
-        stream.seek(offset)
-        if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"no file header at byte {offset}")
+        stream.read(len(head) - len(head.lstrip(b"\0")))  # `cat a.tar b.tar`
 
 
 def caption_field(sample: dict[str, bytes], wanted: str | None, where: str) -> tuple[str, str | None]:
@@ -135,16 +186,27 @@ def caption_field(sample: dict[str, bytes], wanted: str | None, where: str) -> t
 def caption_of(sample: dict[str, bytes], extension: str, key: str | None) -> str:
     """The sample's caption; `BadRow` when it has none."""
     if extension not in sample:
-        raise BadRow(f"no caption: there is no .{extension}; the sample has: {', '.join(sample)}")
+        raise BadRow(f"no caption: there is no .{extension}; the sample has: {', '.join(sample)}; {NEIGHBOURS}")
     if key is None:
         return checked_caption(sample[extension]).strip()
     return checked_caption(json_object(sample[extension]).get(key))
 
 
-def json_object(content: bytes) -> dict:
-    """The object in a .json, or none: the caption is then missing."""
+def is_clear(content: bytes) -> bool:
+    """Whether a .json says each thing once."""
     try:
-        value = json.loads(content)
+        json_object(content)
+    except BadRow:
+        return False
+    return True
+
+
+def json_object(content: bytes) -> dict:
+    """The object in a .json, or none: the caption is then missing; `BadRow` when it has a key twice."""
+    try:
+        value = parse_json(content)
+    except GivenTwice as error:
+        raise BadRow(f"its .json: {error}") from None
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

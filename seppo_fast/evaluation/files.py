@@ -1,6 +1,5 @@
 """The samples as files: written whole or not at all, read with a word on those that cannot be."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,7 +11,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from seppo_fast.data.rows import BadRow
-from seppo_fast.data.video.source import found_video
+from seppo_fast.data.video.source import found_video, listing
 from seppo_fast.disk import NO_ROOM
 from seppo_fast.errors import UserError
 from seppo_fast.pictures import MILLISECONDS, picture, save_clip
@@ -68,5 +67,5 @@ def clip_file(folder: Path, clip: str) -> Path:
 
 
 @cache
-def _names_in(folder: Path) -> set[str]:
-    return set(os.listdir(folder))
+def _names_in(folder: Path) -> dict[str, str]:
+    return listing(folder)

@@ -1,8 +1,8 @@
 """Prompt sets: a text file, JSONL, CSV, Parti's TSV, HPSv2's JSON, Pick-a-Pic's parquet, ChronoMagic-Bench's CSV."""
 
+import codecs
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 import pyarrow.parquet
 from pyarrow import ArrowException
 
+from seppo_fast.data.forms import LOOK_AT_QUOTES, why_no_json
 from seppo_fast.errors import UserError
+from seppo_fast.strict import GivenTwice, check_columns, parse_json, unlike_header
 
 COLUMNS = ("prompt", "caption", "text", "name")  # in any case; of those that are there, the first
 GROUP_COLUMNS = ("group", "style")
@@ -107,10 +109,7 @@ def json_rows(path: Path) -> Iterator[Line]:
         where = f"{path}, line {number}"
         if not text.strip():
             continue
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{where}: not valid JSON ({error})") from error
+        record = parsed(where, text, why_no_json)
         if not isinstance(record, dict | str):
             raise UserError(f"{where}: {text[:60]!r} is neither a JSON object nor a string")
         yield from_record(where, record) if isinstance(record, dict) else Line(where, record)
@@ -120,21 +119,27 @@ def table_rows(path: Path) -> Iterator[Line]:
     """CSV, and Parti-prompts' TSV, whose quotes are part of the prompt."""
     tabs = path.suffix.lower() == ".tsv"
     form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    reader = csv.DictReader(io.StringIO(content(path), newline=""), **form)
+    reader = csv.reader(io.StringIO(content(path), newline=""), **form)
     try:
-        for record in reader:
-            named = {name: value for name, value in record.items() if name is not None}
-            yield from_record(f"{path}, line {reader.line_num}", named)
+        header = next(reader, [])
+        check_columns(map(simple, header), str(path))
+        for values in reader:
+            where = f"{path}, line {reader.line_num}"
+            if tabs:  # where cells left out at a line's end are empty
+                values += [""] * (len(header) - len(values)) * bool(values)
+            elif len(values) < 2 and not "".join(values).strip():
+                continue
+            if len(values) not in (0, len(header)):
+                raise UserError(f"{where}: {unlike_header(len(values), len(header))}")
+            if values:
+                yield from_record(where, {name: value for name, value in zip(header, values, strict=True) if name})
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; look at the quotes there and above") from error
+        raise UserError(f"{path}, line {reader.line_num}: {error}; {LOOK_AT_QUOTES}") from error
 
 
 def json_lists(path: Path) -> Iterator[Line]:
     """A list of prompts, or one a style: `{"anime": [...], ...}`, as HPSv2's benchmark has them."""
-    try:
-        found = json.loads(content(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    found = parsed(str(path), content(path))
     if isinstance(found, list):
         yield from listed(path, found, None)
     elif isinstance(found, dict) and all(isinstance(value, list) for value in found.values()):
@@ -165,7 +170,8 @@ def parquet_rows(path: Path) -> Iterator[Line]:
     """Pick-a-Pic's validation set has a row a pair of images, and so each prompt several times: it counts once."""
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        wanted = [name for name in file.schema_arrow.names if name.lower() in (*COLUMNS, *GROUP_COLUMNS, *CLIP_COLUMNS)]
+        check_columns(map(simple, file.schema_arrow.names), str(path))
+        wanted = [name for name in file.schema_arrow.names if simple(name) in (*COLUMNS, *GROUP_COLUMNS, *CLIP_COLUMNS)]
         if not wanted:
             raise no_column(str(path), file.schema_arrow.names)
         seen, row = set(), 0
@@ -182,7 +188,8 @@ def parquet_rows(path: Path) -> Iterator[Line]:
 
 def from_record(where: str, record: Mapping[str, Any]) -> Line:
     """A row by the names of its columns."""
-    columns = {name.lower().strip().removeprefix("\ufeff"): value for name, value in record.items()}
+    check_columns(map(simple, record), where)
+    columns = {simple(name): value for name, value in record.items()}
     column = next((name for name in COLUMNS if name in columns), None)
     if column is None:
         raise no_column(where, list(record))
@@ -190,15 +197,33 @@ def from_record(where: str, record: Mapping[str, Any]) -> Line:
     return Line(where, columns[column], None if group is None else str(group), None if clip is None else str(clip))
 
 
+def simple(name: str) -> str:
+    """A column's name in small letters, without what a spreadsheet may put around it."""
+    return name.lower().strip().removeprefix("\ufeff")
+
+
+def parsed(where: str, text: str, why: Callable[[str, ValueError], str] = lambda text, error: "") -> Any:
+    """A JSON value; `UserError` when there is none, which `why` may explain, or an object has a key twice."""
+    try:
+        return parse_json(text)
+    except GivenTwice as error:
+        raise UserError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}{why(text, error)})") from error
+
+
 def no_column(where: str, columns: Sequence[str]) -> UserError:
     return UserError(f"{where}: there is no column {', '.join(COLUMNS)}, but {', '.join(columns) or 'none at all'}")
 
 
 def content(path: Path) -> str:
-    """The file's text; what is not UTF-8 is refused."""
+    """The file's text, with line ends as "\n"; what is neither UTF-8 nor marked as UTF-16 is refused."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a UTF-8 text file (byte {error.start}); save it as UTF-8") from error
+        with open(path, "rb") as stream:
+            wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        return path.read_text(encoding="utf-16" if wide else "utf-8-sig")
+    except UnicodeError as error:
+        place = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(f"{path}: not a UTF-8 text file{place}; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seppo_fast.errors import UserError
+from seppo_fast.strict import parse_json
 
 # library -> file stems of its safetensors and of its pickled weights
 STEMS = {
@@ -93,8 +94,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing. {REFETCH}.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, not UTF-8, a key given twice
         raise UserError(f"{path} is not readable JSON ({error}). {REFETCH}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}. {REFETCH}.")

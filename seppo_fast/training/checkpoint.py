@@ -31,9 +31,11 @@ from seppo_fast.training.pairs import Made
 
 MARKER = "complete.json"
 
-# Keys that may change between a run and its resumption: they decide where and how often, never what is learned.
+# Keys that may change between a run and its resumption: they decide where and how often, never what is learned (`check_data` sees
+# that a moved source is the same).
 FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.evaluation", "seppo.checkpoint", "seppo.max_nonfinite",
-             "seppo.pool.host_memory_gb", "seppo.data.cache_dir", "seppo.data.workers", "seppo.data.encode_batch_size",
+             "seppo.pool.host_memory_gb", "seppo.data.source", "seppo.data.cache_dir", "seppo.data.workers",
+             "seppo.data.encode_batch_size",
              "seppo.data.max_skipped", "seppo.data.video.folder", "seppo.sampler.batch_size", "seppo.sampler.window",
              "seppo.sampler.cuda_graph", "seppo.sampler.compile", "seppo.sampler.fuse_projections",
              "seppo.model.gradient_checkpointing", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler",
@@ -61,6 +63,7 @@ class State:
     best: float | None = None
     best_update: int | None = None
     not_better: int = 0
+    content: str | None = None  # of the data, whatever the times of their files
 
     def judge(self, value: float | None, better: str) -> None:
         """Count an evaluation of the present policy; None, where the score has no value, is not better than anything."""
@@ -206,9 +209,9 @@ def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> Sta
     return state
 
 
-def check_data(path: Path, state: State, data: str) -> None:
-    """Make sure that the checkpoint was trained on what the cache with the fingerprint `data` holds."""
-    if state.data != data:
+def check_data(path: Path, state: State, data: str, content: str | None) -> None:
+    """Make sure that the checkpoint was trained on what the cache holds: by its fingerprint `data`, or else by its `content`."""
+    if state.data != data and (content is None or state.content != content):
         raise UserError(f"{path} was trained on other data or another model's latents (cache {state.data}, now {data}):"
                         " restore seppo.data.source and seppo.model.path, or use another output_dir")
 

@@ -128,8 +128,8 @@ def measured(config: Config) -> dict[str, Any]:
 def begin(folder: RunFolder, state: State, cache: LatentCache, ranks: Ranks) -> None:
     """Make sure that the checkpoint is of these data, remove the run folder's later traces, write config.json."""
     if folder.resume_from:
-        checkpoint.check_data(folder.resume_from, state, cache.fingerprint)
-    state.data = cache.fingerprint
+        checkpoint.check_data(folder.resume_from, state, cache.fingerprint, cache.content)
+    state.data, state.content = cache.fingerprint, cache.content
     ranks.barrier()  # every rank has agreed to the checkpoint before anything in the folder changes
     if ranks.rank == 0:
         if folder.resume_from:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from seppo_fast.data.rows import BadRow
+from seppo_fast.data.rows import BadRow, open_regular
 
 EBML, SEGMENT, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
@@ -12,7 +12,7 @@ BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 
 def check_whole(file: Path) -> None:
     """`BadRow` when the file is empty, cut off, or of elements (Matroska, WebM) that do not fit together."""
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size == 0:
             raise BadRow("the video is empty (0 bytes)")

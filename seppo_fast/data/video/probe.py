@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seppo_fast.data.metadata import stamp_of
-from seppo_fast.data.rows import BadRow, printable
+from seppo_fast.data.rows import BadRow, printable, short, unusable_file
 from seppo_fast.data.video.containers import check_whole
 from seppo_fast.errors import UserError
 
@@ -88,18 +88,16 @@ def probe(file: Path) -> Facts:
 def checked_stamp(file: Path) -> tuple[int, int]:
     """The file's stamp, once its first bytes could be read and say that it is whole; `BadRow` otherwise."""
     if file.suffix.lower() not in CONTAINERS:
-        raise BadRow(f"{printable(file.name)} is none of {', '.join(CONTAINERS)}")
+        raise BadRow(f"{short(file.name)} is none of {', '.join(CONTAINERS)}")
     try:
         check_whole(file)
-    except FileNotFoundError:
-        raise BadRow(f"no such video file: {printable(str(file))}") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise BadRow(f"cannot read {printable(str(file))}: {error.strerror}") from None
     except OSError as error:
+        if bad := unusable_file(file, error, "video"):
+            raise bad from None
         raise UserError(UNREADABLE.format(file, error.strerror or error)) from error
     stamp = stamp_of(file)
     if isinstance(stamp, str):
-        raise BadRow(f"no such video file: {printable(str(file))}")
+        raise BadRow(f"no such video file: {short(file)}")
     return tuple(stamp)
 
 

@@ -1,6 +1,7 @@
 """Where the clips are: a CSV of video ids (AnimateDiff's and MagicTime's), or a folder with metadata that names its videos."""
 
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -8,14 +9,17 @@ from pathlib import Path
 
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, pick
-from seppo_fast.data.metadata import NAMES, Layout, Span, csv_header, identity, metadata_files, named, records, scan_all
-from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, checked_caption, inside, printable
+from seppo_fast.data.forms import header_of
+from seppo_fast.data.metadata import Layout, Span, identity, metadata_files, named, records, scan_all, walk
+from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, checked_caption, inside, short
+from seppo_fast.data.splits import files_of_split
 from seppo_fast.data.video.frames import is_fixed
 from seppo_fast.errors import UserError
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov")
 ID, TIME_LAPSE = "videoid", "is_transmit"
 FILES = ("file_name", "video")  # columns that name a file
+LONGEST_HEADER = 1 << 16  # bytes
 LOOK_AT = 16  # rows that tell what a metadata file names; the very first may be the one bad row
 FORMS = f"a CSV with videoid and name, or a metadata.jsonl or .csv with file_name and text that names {', '.join(SUFFIXES)} files"
 
@@ -23,26 +27,39 @@ FORMS = f"a CSV with videoid and name, or a metadata.jsonl or .csv with file_nam
 def video_metadata(path: Path, data: config.Data) -> list[Path] | None:
     """The metadata files there that name videos; None when there are none."""
     if path.is_file():
-        return [path] if path.suffix in (".csv", ".jsonl") and names_videos(path) else None
+        return [path] if path.suffix.lower() in (".csv", ".jsonl") and names_videos(path) else None
     if not path.is_dir():
         return None
-    first = next((place / name for place in (path, path / data.split) for name in NAMES if (place / name).is_file()), None)
+    first = next(walk(path), None)
     if first is not None:
-        return metadata_files(path, data.split, "video") if names_videos(first) else None
-    files = [file for file in sorted(path.glob("*.csv")) if ID in csv_header(file)]
-    if len(files) > 1:
-        raise UserError(f"{path} has several CSVs with a {ID} column ({', '.join(file.name for file in files)}); set"
+        return metadata_files(path, "video") if names_videos(first) else None
+    files = [file for file in sorted(path.glob("*.csv")) if has_ids(file)]
+    if not files:
+        return None
+    mine = files_of_split(files, path, data.split)
+    if len(mine) > 1:
+        raise UserError(f"{path} has several CSVs with a {ID} column ({', '.join(file.name for file in mine)}); set"
                         " seppo.data.source to one of them")
-    return files or None
+    return mine
+
+
+def has_ids(file: Path) -> bool:
+    """Whether a CSV has video ids; others may be what they want."""
+    if not file.is_file():
+        return False
+    with open(file, "rb") as stream:
+        line = stream.readline(LONGEST_HEADER)
+    return ID.encode() in line.replace(b"\0", b"") and ID in header_of(file)
 
 
 def names_videos(file: Path) -> bool:
     """Whether a metadata file has video ids, or names of video files."""
-    header = csv_header(file) if file.suffix == ".csv" else None
+    header = header_of(file)
     if header is not None and ID in header:
         return True
-    first = [record for _, _, record in islice(records(Span(file, 0, 1, 0), header), LOOK_AT) if isinstance(record, dict)]
-    return any(ID in record or str(record.get(name)).lower().endswith(SUFFIXES) for record in first for name in FILES)
+    good = (record for _, _, record in records(Span(file, 0, 1, 0), header) if isinstance(record, dict))
+    return any(ID in record or any(str(record.get(name)).lower().endswith(SUFFIXES) for name in FILES)
+               for record in islice(good, LOOK_AT))
 
 
 def open_videos(path: Path, files: Sequence[Path], data: config.Data, needs_loser: bool) -> Source:
@@ -51,44 +68,57 @@ def open_videos(path: Path, files: Sequence[Path], data: config.Data, needs_lose
         raise UserError(f"method 'dpo' needs pairs, but {path} has one clip a row; method 'seppo' makes its own losers")
     if data.choose == "random":
         raise UserError(f"seppo.data.choose='random' picks one of a pair, but {path} has one clip a row; set it to 'winner'")
-    headers = {file: csv_header(file) for file in files if file.suffix == ".csv"}
-    spans, columns = scan_all(list(files), headers)
-    where = str(files[0]) if len(files) == 1 else f"the metadata under {path}"
-    if not spans:
-        raise UserError(f"{where} has no rows; it wants one per clip: {FORMS}")
     base = path.parent if path.is_file() else path
+    where = str(files[0]) if len(files) == 1 else f"the metadata under {path}"
+    names = (ID, *FILES)
+    found = scan_all(files, base, names, data.split, where)
+    columns = found.columns
+    if not found.spans:
+        raise UserError(f"{where} has no rows; it wants one per clip: {FORMS}")
     if ID in columns:
         places, column = videos_folders(base, files[0], data), ID
         root = next(iter(places))
         locate = partial(by_id, places)
     else:
-        root, column = base, pick(None, FILES, columns, "video", where)
+        column = pick(None, FILES, columns, "video", where)
         folder = Path(data.video.folder).expanduser() if data.video.folder else None
         root = folder or base
         locate = partial(by_name, folder, column)
     caption = pick(data.caption_column, ("name", *CAPTIONS) if ID in columns else CAPTIONS, columns, "caption", where)
-    layout = Layout(base, caption, headers, lambda file, record: locate(file, record))
+    layout = Layout(base, caption, found.headers, locate, names, data.split, found.splits)
     named_columns = {"video": column, "caption": caption} | ({"time_lapse": TIME_LAPSE} if TIME_LAPSE in columns else {})
-    parts = [Part(f"{span.file.relative_to(base)}:{span.line}", span.count, partial(rows, span, layout, TIME_LAPSE in columns))
-             for span in spans]
-    return Source(str(path), "video", named_columns, parts, lambda: identity(spans, layout), root)
+    parts = [Part(f"{span.file.relative_to(base)}:{span.line}", count, partial(rows, span, layout, TIME_LAPSE in columns))
+             for span, count in found.spans]
+    return Source(str(path), "video", named_columns, parts, lambda: identity([span for span, _ in found.spans], layout), root)
 
 
-def videos_folders(base: Path, file: Path, data: config.Data) -> dict[Path, set[str]]:
-    """`data.video.folder`, else the CSV's own folder and the `videos` folder there; with the names in each."""
+def videos_folders(base: Path, file: Path, data: config.Data) -> dict[Path, dict[str, str]]:
+    """`data.video.folder`, else the CSV's own folder and the `videos` folder there; with the `listing` of each."""
     if data.video.folder:
         folder = Path(data.video.folder).expanduser()
         if not folder.is_dir():
             raise UserError(f"seppo.data.video.folder={data.video.folder!r}: no such folder")
-        return {folder: set(os.listdir(folder))}
-    places = {place: set(os.listdir(place)) for place in (base, base / "videos") if place.is_dir()}
+        return {folder: listing(folder)}
+    places = {place: listing(place) for place in (base, base / "videos") if place.is_dir()}
     if not any(name.lower().endswith(SUFFIXES) for names in places.values() for name in names):
         raise UserError(f"no videos ({', '.join(SUFFIXES)}) beside {file} or in a folder 'videos' there; set"
                         " seppo.data.video.folder to where they are")
     return places
 
 
-def by_id(places: dict[Path, set[str]], file: Path, record: dict) -> Path:
+def listing(folder: Path) -> dict[str, str]:
+    """The names in a folder, by themselves and by their `plain` forms; of several with one form, the last."""
+    names = sorted(os.listdir(folder))
+    return {plain(name): name for name in names} | {name: name for name in names}
+
+
+def plain(name: str) -> str:
+    """A name with a lower-case suffix and accents composed (NFC; a Mac stores them decomposed, NFD)."""
+    stem, dot, suffix = unicodedata.normalize("NFC", name).rpartition(".")
+    return stem + dot + suffix.lower()
+
+
+def by_id(places: dict[Path, dict[str, str]], file: Path, record: dict) -> Path:
     """The video of a `videoid`: the first that is there."""
     video = str(record.get(ID) if record.get(ID) is not None else "").strip()
     if not video:
@@ -96,15 +126,22 @@ def by_id(places: dict[Path, set[str]], file: Path, record: dict) -> Path:
     return found_video(places, video)
 
 
-def found_video(places: dict[Path, set[str]], video: str) -> Path:
-    """The file of this id or name, in the first of the folders that has it; `places` are folders with the names in each."""
+def found_video(places: dict[Path, dict[str, str]], video: str) -> Path:
+    """The file of this id or name, in the first of the folders that has it; `places` are folders with the `listing` of each."""
     for folder, names in places.items():
         path = inside(folder, video, "video")
         for name in (video, *(video + suffix for suffix in SUFFIXES)):
+            if not name.lower().endswith(SUFFIXES):
+                continue
             # The names in a folder were listed once; an id with folders in it is looked up.
-            if name.lower().endswith(SUFFIXES) and (name in names or ("/" in name and (folder / name).is_file())):
-                return folder / name
-    raise BadRow(f"no such video file: {printable(str(path))} with {', '.join(SUFFIXES)}")
+            if name in names or plain(name) in names:
+                return folder / names.get(name, names.get(plain(name), name))
+            if "/" in name:
+                stem, _, suffix = name.rpartition(".")
+                for other in (name, f"{stem}.{suffix.upper()}", f"{stem}.{suffix.lower()}"):
+                    if os.path.isfile(found := inside(folder, other, "video")):
+                        return found
+    raise BadRow(f"no such video file: {short(path)} with {', '.join(SUFFIXES)}")
 
 
 def by_name(folder: Path | None, column: str, file: Path, record: dict) -> Path:

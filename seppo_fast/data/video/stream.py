@@ -30,10 +30,11 @@ class ClipStream:
     """
 
     def __init__(self, images: Images, prompts: PromptCache, root: Path, model: Any, data: config.Data, *, seed: int,
-                 fingerprint: str, shape: tuple[int, ...], device: str | torch.device, say: Callable[[str], None]) -> None:
+                 fingerprint: str, content: str | None, shape: tuple[int, ...], device: str | torch.device,
+                 say: Callable[[str], None]) -> None:
         self.images, self.prompts, self.texts, self.root = images.dataset, images.prompts, prompts, root
         self.model, self.data, self.seed = model, data, seed
-        self.fingerprint, self.shape, self.device = fingerprint, shape, torch.device(device)
+        self.fingerprint, self.content, self.shape, self.device = fingerprint, content, shape, torch.device(device)
         self.vae: Any = None
         self.own = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.decoder = Decoder(data, device, say)
