@@ -16,7 +16,7 @@ SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 SAME = 2  # levels: a profile that changes less is sRGB under another name
 
 
-def check_range(primaries: int, transfer: int) -> None:
+def check_range(primaries: int | None, transfer: int | None) -> None:
     """`BadRow` when colours of these numbers of H.273 would look grey or pale as sRGB."""
     if transfer in CURVES:
         raise BadRow(f"its brightness is {CURVES[transfer]}, which is read as grey for white; convert it to SDR (BT.709 or sRGB)")

@@ -102,7 +102,12 @@ def flattened(image: Image.Image) -> Image.Image:
     if alpha is None:
         return rgb
     rgb.putalpha(alpha)
-    return Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    return on_white(rgb)
+
+
+def on_white(rgba: Image.Image) -> Image.Image:
+    """RGBA -> RGB."""
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def opacity(image: Image.Image) -> Image.Image | None:
