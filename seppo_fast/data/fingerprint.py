@@ -10,7 +10,7 @@ from seppo_fast import config
 from seppo_fast.data.rows import Source
 from seppo_fast.errors import UserError
 
-FORMAT = 1  # raise it when the cache's layout or the preprocessing changes
+FORMAT = 2  # raise it when the cache's layout or the preprocessing changes
 
 
 def made_of(source: Source, model: Any, data: config.Data, seed: int, needs_loser: bool, streams: bool) -> dict[str, Any]:

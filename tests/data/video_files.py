@@ -32,15 +32,22 @@ def pictures(count: int, height: int = 24, width: int = 32, seed: int = 0) -> np
 
 def write_video(file: Path, frames: np.ndarray, codec: str | None = None, *, times: list[int] | None = None, rotation: int = 0,
                 mirrored: bool = False, pixel: str | None = None, audio: bool = False, colours: tuple[int, int] | None = None,
-                format: str | None = None, gop: int = 10, options: dict[str, str] | None = None) -> Path:
-    """Encodes frames at 10 a second, or at `times` in milliseconds; `colours` are FFmpeg's (matrix, range)."""
+                format: str | None = None, gop: int = 10, options: dict[str, str] | None = None, form: str | None = None,
+                signal: tuple[int, int] | None = None, encoder: dict[str, str] | None = None,
+                marks: dict[str, str] | None = None) -> Path:
+    """Encodes frames (of RGB or RGBA) at 10 a second, or at `times` in milliseconds.
+
+    `colours` are FFmpeg's (matrix, range), `signal` its (primaries, transfer), `form` the pixel format, `encoder` options of the
+    codec, `marks` the stream's metadata.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     codec = codec or CODECS[file.suffix]
-    form = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    form = form or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
     space, range_ = colours or (None, None)
     with av.open(str(file), "w", format=format, options=options or {}) as container:
-        stream = container.add_stream(codec, rate=10, options=VP9 if "vpx" in codec else {"preset": "ultrafast"} if "x264" in codec
-                                      else {})
+        usual = VP9 if "vpx" in codec else {"preset": "ultrafast"} if "x264" in codec else {}
+        stream = container.add_stream(codec, rate=10, options={**usual, **(encoder or {})})
+        stream.metadata.update(marks or {})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], form
         context = stream.codec_context
         context.gop_size, context.time_base = gop, Fraction(1, 1000)
@@ -48,13 +55,15 @@ def write_video(file: Path, frames: np.ndarray, codec: str | None = None, *, tim
             context.sample_aspect_ratio = Fraction(pixel)
         if colours:
             context.colorspace, context.color_range = colours
+        if signal:
+            context.color_primaries, context.color_trc = signal
         if mirrored:
             stream.set_display_matrix([-(1 << 16), 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30])
         elif rotation:
             stream.set_display_rotation(rotation)
         sound = container.add_stream("libopus" if file.suffix in (".webm", ".mkv") else "aac", rate=48000) if audio else None
         for index, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24" if picture.shape[-1] == 3 else "rgba")
             frame = frame.reformat(format=form, dst_colorspace=space, dst_color_range=range_)
             frame.pts, frame.time_base = times[index] if times else 100 * index, Fraction(1, 1000)
             container.mux(stream.encode(frame))

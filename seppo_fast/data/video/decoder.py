@@ -27,7 +27,7 @@ class Decoder:
                             " or set it to 'auto' or 'pyav'")
         device = torch.device(device)
         self.dali = dali.Dali(data.resolution, data.workers, data.workers, device) if installed else None
-        # By file, not by format: what a clip becomes must not depend on which ones came before it.
+        # Files that are damaged for DALI alone. By file, not by kind: what a clip becomes must not depend on those before it.
         self.refused: set[Path] = set()
         self.threads = ThreadPoolExecutor(data.workers, thread_name_prefix="pyav")
 
@@ -39,7 +39,8 @@ class Decoder:
             if changed is not None:
                 results[place] = changed
             elif (why := self.not_by_dali(clip)) is not None:
-                self.tell(clip.facts.codec, why)
+                if clip.file not in self.refused:
+                    self.tell(clip.facts.codec, why, why)
                 results[place] = self.threads.submit(by_pyav, clip)
         left = [place for place in range(len(clips)) if place not in results]
         for place, pixels in zip(left, self.by_dali([clips[place] for place in left]), strict=True):
@@ -52,7 +53,7 @@ class Decoder:
         for pixels, clip in zip(found, clips, strict=True):
             if pixels is None:
                 self.refused.add(clip.file)
-                self.tell(clip.facts.codec, f"DALI could not decode {clip.file.name} ({clip.facts.format})")
+                self.tell(clip.facts.codec, f"DALI could not decode {clip.file.name} ({clip.facts.format})", "a file")
         return found
 
     def not_by_dali(self, clip: Clip) -> str | None:
@@ -63,10 +64,10 @@ class Decoder:
             return f"DALI could not decode {clip.file.name}"
         return self.dali.refuses(clip.facts)
 
-    def tell(self, codec: str, why: str) -> None:
-        """A line on a codec that PyAV decodes, once."""
-        if codec not in self.said:
-            self.said.add(codec)
+    def tell(self, codec: str, why: str, about: str) -> None:
+        """A line on a codec that PyAV decodes, once for each of its reasons."""
+        if (codec, about) not in self.said:
+            self.said.add((codec, about))
             self.say(f"videos: {codec} is decoded by PyAV on the CPU: {why}")
 
     def close(self) -> None:

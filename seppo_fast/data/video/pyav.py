@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from seppo_fast.data.framing import Framing
+from seppo_fast.data.images import on_white
 from seppo_fast.data.video.clips import Clip, turned
-from seppo_fast.data.video.probe import need_av
+from seppo_fast.data.video.probe import decoded, decoder_of, need_av
 
 # swscale's plain conversion, to the bit that of DALI; its fast paths, PyAV's default, are off by up to 73 levels at coloured edges.
 EXACT = "flags=bilinear+full_chroma_int+accurate_rnd"
@@ -20,14 +23,17 @@ def decode(clip: Clip) -> Tensor:
     av = need_av()
     wanted, squares = set(clip.indices), {}
     with av.open(str(clip.file), metadata_errors="replace") as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
+        stream = container.streams[clip.facts.stream]
         graph = None
-        for index, frame in enumerate(container.decode(stream)):
+        for index, frame in enumerate(decoded(container, stream, decoder_of(av, stream))):
             if index in wanted:
-                graph = graph or to_rgb(av, frame)
+                frame.colorspace, frame.color_range = clip.facts.colours
+                graph = graph or to_rgb(av, frame, "rgba" if clip.facts.alpha else "rgb24")
                 graph.push(frame)
-                squares[index] = square(torch.from_numpy(graph.pull().to_ndarray()), clip.frame, clip.resolution)
+                pixels = graph.pull().to_ndarray()
+                if clip.facts.alpha:
+                    pixels = np.array(on_white(Image.fromarray(pixels)))
+                squares[index] = square(torch.from_numpy(pixels), clip.frame, clip.resolution)
                 if len(squares) == len(wanted):
                     break
     if len(squares) < len(wanted):
@@ -35,11 +41,11 @@ def decode(clip: Clip) -> Tensor:
     return turned(torch.stack([squares[index] for index in clip.indices]).div_(127.5).sub_(1), clip)
 
 
-def to_rgb(av: Any, frame: Any) -> Any:
-    """A filter graph from frames like this one to packed RGB."""
+def to_rgb(av: Any, frame: Any, form: str) -> Any:
+    """A filter graph from frames like this one to packed RGB or RGBA."""
     graph = av.filter.Graph()
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    steps = [source, graph.add("scale", EXACT), graph.add("format", "rgb24"), graph.add("buffersink")]
+    steps = [source, graph.add("scale", EXACT), graph.add("format", form), graph.add("buffersink")]
     for step, following in zip(steps, steps[1:], strict=False):
         step.link_to(following)
     graph.configure()
