@@ -17,7 +17,7 @@ from seppo_fast import config
 from seppo_fast.errors import warn_fallback
 from seppo_fast.reference import tuning
 from seppo_fast.reference.batching import even, free_memory, measured_size, padded, seconds
-from seppo_fast.reference.cuda_graph import capture, fingerprint
+from seppo_fast.reference.cuda_graph import capture, fingerprint, new_pool
 from seppo_fast.reference.loop import Conditions, Denoise, Loop, open_loop, run
 from seppo_fast.reference.solver import SolverTable
 
@@ -53,6 +53,7 @@ class Sampler:
         self._compile, self._fuse = settings.compile, settings.fuse_projections
         self._capture = settings.cuda_graph and self.device.type == "cuda"
         self._ready: dict[Shape, Ready] = {}  # by the batch's shape
+        self._pool: torch.cuda.MemPool | None = None  # the graphs' memory
         self._tune()
 
     @torch.no_grad()
@@ -93,7 +94,7 @@ class Sampler:
 
     def release(self) -> None:
         """Give the graphs and their memory back; the next draw makes them anew."""
-        self._ready.clear()
+        self._forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -118,12 +119,17 @@ class Sampler:
 
     def _tune(self) -> None:
         """Forget all that was prepared, and look at the module as it is now."""
-        self._ready.clear()
+        self._forget()
         self._denoise = tuning.compiled(self._plain) if self._compile == "full" else self._plain
         self._changes, self._refresh = tuning.fused_projections(self.module) if self._fuse else ([], lambda: None)
         if self._compile == "regional":
             self._changes += tuning.compiled_blocks(self.module)
         self._fingerprint = fingerprint(self.module)
+
+    def _forget(self) -> None:
+        """Drop the graphs, and then what they use."""
+        self._ready.clear()
+        self._pool = None
 
     def _prepare(self, shape: Shape) -> Ready:
         """A loop for batches of `shape`: compiled and captured, or as it is where that is not wanted or fails."""
@@ -139,10 +145,10 @@ class Sampler:
                 self._tune()
         ready = Ready(self._open(shape, self._denoise))
         if self._capture:
-            pool = next((other.graph.pool() for other in self._ready.values()), None)
             try:
+                self._pool = self._pool or new_pool(self.device)
                 with self._network():
-                    graph, spent = capture(lambda: first_step(ready.loop), ready.loop.step, self.device, pool)
+                    graph, spent = capture(lambda: first_step(ready.loop), ready.loop.step, self.device, self._pool)
                 ready = Ready(ready.loop, graph)
                 cost.append(f"capture {spent:.1f} s")
             except Exception as error:
