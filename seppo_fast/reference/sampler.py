@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from seppo_fast import config
 from seppo_fast.errors import warn_fallback
+from seppo_fast.models.engines import cudnn_attention
 from seppo_fast.reference import tuning
 from seppo_fast.reference.batching import even, free_memory, measured_size, padded, seconds
 from seppo_fast.reference.cuda_graph import capture, fingerprint, new_pool
@@ -39,7 +40,8 @@ class Sampler:
     """Draws latents with the network in `module`; `denoise(module, latents, timesteps, conditions)` is its output.
 
     `table` is on the module's device, `unconditional` has batch 1, `dtype` is what the network is given. The loop runs under
-    `autocast`, or none, whatever the caller's. `batch_size` is None until an "auto" is measured, by `fit` or the first draw.
+    `autocast`, or none, whatever the caller's, and with cuDNN's attention where this was allowed when the sampler was made.
+    `batch_size` is None until an "auto" is measured, by `fit` or the first draw.
     """
 
     def __init__(self, module: nn.Module, denoise: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor], table: SolverTable,
@@ -53,6 +55,7 @@ class Sampler:
         self._compile, self._fuse = settings.compile, settings.fuse_projections
         self._capture = settings.cuda_graph and self.device.type == "cuda"
         self._ready: dict[Shape, Ready] = {}  # by the batch's shape
+        self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
         self._pool: torch.cuda.MemPool | None = None  # the graphs' memory
         self._tune()
 
@@ -169,9 +172,13 @@ class Sampler:
         with tuning.changed(self._changes), self._precision():
             yield
 
-    def _precision(self) -> torch.autocast:
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
         # A capture must not read casts that autocast has cached: they would be those of the weights of that moment.
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=not self._capture)
+        autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None,
+                                  cache_enabled=not self._capture)
+        with cudnn_attention(self._cudnn), autocast:
+            yield
 
 
 def first_step(loop: Loop) -> None:
