@@ -657,21 +657,22 @@ struct Config {
   }
 };
 
-// Once for each kernel and device: permission for large blocks and clusters, and whether the largest cluster exists.
-template <class Kernel>
-bool largest_cluster_fits(Kernel kernel, int index) {
+// Once for each kernel and device: permission for large blocks and clusters, and whether the largest cluster exists. By the
+// kernel and not by its type, which all instantiations share.
+template <auto kKernel>
+bool largest_cluster_fits(int index) {
   static std::atomic<int8_t> answers[kMaxDevices];  // 0: not asked yet
   std::atomic<int8_t>& answer = answers[index];
   if (answer == 0) {
     const Device& device = device_of(index);
     const int bytes = device.block_groups * kGroupBytes;
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     int clusters = 1;
     if (device.cluster > 1) {
-      if (device.cluster > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+      if (device.cluster > 8) STD_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
       Config largest(device.cluster, device.block_groups * kGroupThreads, nullptr, bytes);
       largest.cluster(device.cluster);
-      if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &largest.config) != cudaSuccess) {
+      if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &largest.config) != cudaSuccess) {
         cudaGetLastError();
         clusters = 0;
       }
@@ -708,8 +709,7 @@ template <class P, class R, class T, bool kVector>
 void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
   Device& device = device_of(device_index);
   if (plan.plan == kClustered) {
-    const auto kernel = clustered<P, R, T, kVector>;
-    if (largest_cluster_fits(kernel, device_index) || plan.blocks <= 8) {
+    if (largest_cluster_fits<clustered<P, R, T, kVector>>(device_index) || plan.blocks <= 8) {
       std::optional<Tensor> own;
       if (problem.pairs > 1) problem.ticket = ticket_of(stream, device);
       if (problem.pairs > 1 && !problem.ticket) {
@@ -719,7 +719,7 @@ void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
       }
       Config config(problem.pairs * plan.blocks, plan.threads, stream, plan.threads * kThreadBytes);
       if (plan.blocks > 1) config.cluster(plan.blocks);
-      config.launch(kernel, problem, __builtin_ctz(plan.blocks));
+      config.launch(clustered<P, R, T, kVector>, problem, __builtin_ctz(plan.blocks));
       return;
     }
     plan.plan = kCooperative;

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from seppo_fast import config
 from seppo_fast.errors import warn_fallback
+from seppo_fast.models.engines import cudnn_attention
 from seppo_fast.reference import tuning
 from seppo_fast.reference.batching import even, free_memory, measured_size, padded, seconds
-from seppo_fast.reference.cuda_graph import capture, fingerprint
+from seppo_fast.reference.cuda_graph import capture, fingerprint, new_pool
 from seppo_fast.reference.loop import Conditions, Denoise, Loop, open_loop, run
 from seppo_fast.reference.solver import SolverTable
 
@@ -39,7 +40,8 @@ class Sampler:
     """Draws latents with the network in `module`; `denoise(module, latents, timesteps, conditions)` is its output.
 
     `table` is on the module's device, `unconditional` has batch 1, `dtype` is what the network is given. The loop runs under
-    `autocast`, or none, whatever the caller's. `batch_size` is None until an "auto" is measured, by `fit` or the first draw.
+    `autocast`, or none, whatever the caller's, and with cuDNN's attention where this was allowed when the sampler was made.
+    `batch_size` is None until an "auto" is measured, by `fit` or the first draw.
     """
 
     def __init__(self, module: nn.Module, denoise: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor], table: SolverTable,
@@ -53,6 +55,8 @@ class Sampler:
         self._compile, self._fuse = settings.compile, settings.fuse_projections
         self._capture = settings.cuda_graph and self.device.type == "cuda"
         self._ready: dict[Shape, Ready] = {}  # by the batch's shape
+        self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        self._pool: torch.cuda.MemPool | None = None  # the graphs' memory
         self._tune()
 
     @torch.no_grad()
@@ -93,7 +97,7 @@ class Sampler:
 
     def release(self) -> None:
         """Give the graphs and their memory back; the next draw makes them anew."""
-        self._ready.clear()
+        self._forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -118,12 +122,17 @@ class Sampler:
 
     def _tune(self) -> None:
         """Forget all that was prepared, and look at the module as it is now."""
-        self._ready.clear()
+        self._forget()
         self._denoise = tuning.compiled(self._plain) if self._compile == "full" else self._plain
         self._changes, self._refresh = tuning.fused_projections(self.module) if self._fuse else ([], lambda: None)
         if self._compile == "regional":
             self._changes += tuning.compiled_blocks(self.module)
         self._fingerprint = fingerprint(self.module)
+
+    def _forget(self) -> None:
+        """Drop the graphs, and then what they use."""
+        self._ready.clear()
+        self._pool = None
 
     def _prepare(self, shape: Shape) -> Ready:
         """A loop for batches of `shape`: compiled and captured, or as it is where that is not wanted or fails."""
@@ -139,10 +148,10 @@ class Sampler:
                 self._tune()
         ready = Ready(self._open(shape, self._denoise))
         if self._capture:
-            pool = next((other.graph.pool() for other in self._ready.values()), None)
             try:
+                self._pool = self._pool or new_pool(self.device)
                 with self._network():
-                    graph, spent = capture(lambda: first_step(ready.loop), ready.loop.step, self.device, pool)
+                    graph, spent = capture(lambda: first_step(ready.loop), ready.loop.step, self.device, self._pool)
                 ready = Ready(ready.loop, graph)
                 cost.append(f"capture {spent:.1f} s")
             except Exception as error:
@@ -163,9 +172,13 @@ class Sampler:
         with tuning.changed(self._changes), self._precision():
             yield
 
-    def _precision(self) -> torch.autocast:
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
         # A capture must not read casts that autocast has cached: they would be those of the weights of that moment.
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=not self._capture)
+        autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None,
+                                  cache_enabled=not self._capture)
+        with cudnn_attention(self._cudnn), autocast:
+            yield
 
 
 def first_step(loop: Loop) -> None:

@@ -40,7 +40,8 @@ class Noised(NamedTuple):
 class Objective:
     """What turns a micro-batch into a loss; `flipper` None is SFT. `dtype` and `autocast` hold for policy and reference.
 
-    `compiled`: a compiler makes other kernels with gradients than without, so the reference runs with them, too.
+    `compiled`: a compiler makes other kernels with gradients than without, so the reference runs with them, too. PyTorch's
+    attention does likewise: call forward and backward within `same_with_gradients()`.
     """
 
     denoise: Denoise

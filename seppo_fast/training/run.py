@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from seppo_fast.data.sources import Source, open_source
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.models import Model, open_model
+from seppo_fast.models.engines import same_with_gradients
 from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
 from seppo_fast.ranks import Ranks, StopSignals
@@ -75,7 +77,9 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
     objective = Objective(denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta,
                           ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
-    sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
+    # It keeps to the attention that it is made under. What compiled blocks chose once is used again for what is scored.
+    with same_with_gradients() if objective.compiled else nullcontext():
+        sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
     made = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     trainer = make_trainer(
         settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs, reference=reference,
@@ -87,7 +91,8 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         signals=signals, folder=folder.path, state=state, made=made, reference_rests=ours.scored_ahead and not shares,
     )
     try:
-        trainer.train()
+        with same_with_gradients():
+            trainer.train()
     finally:
         trainer.reporter.close()
         cache.close()

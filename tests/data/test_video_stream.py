@@ -10,6 +10,7 @@ from data.data_files import listed
 from data.video_files import VideoModel, pictures, video_settings, write_csv, write_video
 
 from seppo_fast import config
+from seppo_fast.capturing import no_capture
 from seppo_fast.data import ClipStream, LatentCache, build_cache, open_source
 from seppo_fast.data.video import pyav
 from seppo_fast.data.video.clips import clip
@@ -92,6 +93,30 @@ def test_batch_order_and_what_was_announced_change_nothing(video_model, clips, t
         assert torch.equal(alone.mean[0], together.mean[place]) and torch.equal(alone.std[0], together.std[place])
     one.close()
     other.close()
+
+
+def test_no_video_is_decoded_while_a_graph_is_captured(video_model, clips, tmp_path):
+    """What is announced, and what is waited for, is decoded when the capture has ended."""
+    entered, asked, decode = [], threading.Event(), ClipStream._clip
+
+    def noted(self, row, epoch):
+        asked.set()
+        return decode(self, row, epoch)
+
+    stream = built(video_model, streaming(clips, tmp_path), tmp_path)
+    decoder, stream._clip = stream.decoder, noted.__get__(stream)
+    stream.decoder = lambda clips: entered.append(no_capture.locked()) or decoder(clips)
+    with no_capture:  # as by cuda_graph.capture
+        stream.prefetch([0, 1], [0, 0])
+        taker = threading.Thread(target=stream.rows, args=([2], [0]))
+        taker.start()
+        assert asked.wait(60), "the thread has begun, up to the decoder"
+        taker.join(0.2)
+        assert not entered and taker.is_alive()
+    taker.join(60)
+    assert entered and not taker.is_alive()
+    stream.decoder = decoder
+    stream.close()
 
 
 def test_a_fixed_choice_is_cached_and_equals_the_stream(video_model, clips, tmp_path):

@@ -5,26 +5,14 @@ import warnings
 
 import pytest
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from captures import SCHEDULE, UNCONDITIONAL, Denoise, captured, close, expected, given, gpu, network
+from diffusers import MotionAdapter, UNetMotionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from seppo_fast.config import Lora
-from seppo_fast.config import Sampler as Settings
 from seppo_fast.models.lora import add_lora
-from seppo_fast.reference import Pool, Sampler, sample, solver_table
+from seppo_fast.reference import Pool, sample, solver_table
 from seppo_fast.reference.cuda_graph import fingerprint
-
-SCHEDULE = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
-            "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1}
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def network(seed=0, device="cpu"):
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        cross_attention_dim=12, attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")).eval().to(device)
 
 
 def with_lora():
@@ -112,42 +100,6 @@ def test_an_object_at_the_address_of_a_dead_one_is_another():
 
 
 # On a GPU
-
-
-class Denoise:
-    """A denoiser that counts its calls from Python: a replay makes none."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, unet, latents, t, conditions):
-        self.calls += 1
-        return unet(latents, t, encoder_hidden_states=conditions["prompt_embeds"], return_dict=False)[0]
-
-
-def given(count, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randn(count, 4, 8, 8, generator=g).cuda(),
-            {"prompt_embeds": 3 * torch.randn(count, 5, 12, generator=g).cuda()})
-
-
-UNCONDITIONAL = {"prompt_embeds": torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(7))}
-
-
-def captured(unet, denoise, solver="ddim", autocast=None, say=lambda text: None, **settings):
-    settings = Settings(**{"guidance_scale": 2.5, "batch_size": 4} | settings)
-    table = solver_table(SCHEDULE, solver, 5).to("cuda")
-    return Sampler(unet, denoise, table, UNCONDITIONAL, settings, torch.float32, autocast, say)
-
-
-def expected(unet, noise, conditions, guidance=2.5, solver="ddim", autocast=None):
-    with torch.autocast("cuda", autocast, enabled=autocast is not None):
-        return sample(lambda *args: Denoise()(unet, *args), solver_table(SCHEDULE, solver, 5).to("cuda"), noise, conditions,
-                      UNCONDITIONAL, guidance, torch.float32)
-
-
-def close(got, want, tolerance=1e-3):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture(autouse=True)

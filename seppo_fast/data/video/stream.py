@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seppo_fast import config
+from seppo_fast.capturing import no_capture
 from seppo_fast.data.encode import encode
 from seppo_fast.data.latents import CachedRows, Images, PromptCache
 from seppo_fast.data.video.clips import Clip, clip
@@ -71,7 +72,9 @@ class ClipStream:
         self.decoder.close()
 
     def _decode(self, items: list[tuple[int, int]]) -> list[Tensor | UserError]:
-        return self.decoder([self._clip(row, epoch) for row, epoch in items])
+        clips = [self._clip(row, epoch) for row, epoch in items]
+        with no_capture:
+            return self.decoder(clips)
 
     def _clip(self, row: int, epoch: int) -> Clip:
         table = self.images[[row]]
