@@ -29,8 +29,8 @@ from benchmarks.networks import (
 from benchmarks.timing import alternated, in_turn
 from benchmarks.ways import Way
 from seppo_fast.config import Sampler as Settings
+from seppo_fast.models.layout import convolve_in_channels_last
 from seppo_fast.reference import Sampler, solver_table
-from seppo_fast.training.objective import in_channels_last
 from seppo_fast.training.profile_report import operator_table, operators
 
 GUIDANCE = 7.5
@@ -63,13 +63,14 @@ def matmul_rate(device: str, seconds: float = 2.0) -> float:
 
 
 def ours(name: str, batch: int, steps: int, device: str, **settings: object) -> Draw:
-    """Our sampler on a network of its own; in channels_last as the trainer has it: the activations, not the weights."""
+    """Our sampler on a network of its own, in channels_last as the trainer has it."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     unet = make_unet(name, device, dtype).requires_grad_(False)
-    called = in_channels_last(denoise) if device == "cuda" else denoise
+    if device == "cuda":
+        convolve_in_channels_last(unet)
     table = solver_table(DDIMScheduler(**schedule(name)).config, "ddim", steps).to(device)
     noise, given, unconditional = inputs(name, batch, device, dtype)
-    sampler = Sampler(unet, called, table, unconditional,
+    sampler = Sampler(unet, denoise, table, unconditional,
                       Settings(solver="ddim", steps=steps, guidance_scale=GUIDANCE, batch_size=batch, **settings), dtype)
     return lambda: sampler.draw(noise, given)
 

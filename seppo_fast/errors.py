@@ -7,8 +7,12 @@ class UserError(Exception):
     """Bad input: names the file, row or key and says what to do. Printed without a traceback, exit status 2."""
 
 
+def reason(error: Exception) -> str:
+    """An error in a few words: its type and first line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
 def warn_fallback(key: str, error: Exception) -> None:
     """One warning that the run goes on without what `key` asks for, and why."""
-    reason = (str(error).strip() or "no message").splitlines()[0]
-    warnings.warn(f"{key} does not work here, and the run goes on without it ({type(error).__name__}: {reason}); set it to \"none\""
-                  " or false to be rid of this warning", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{key} does not work here, and the run goes on without it ({reason(error)}); set it to \"none\" or false to be"
+                  " rid of this warning", RuntimeWarning, stacklevel=3)

@@ -18,6 +18,7 @@ from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.evaluation.files import keep
 from seppo_fast.evaluation.prompts import Prompt
 from seppo_fast.models import Conditions, Model
+from seppo_fast.models.launches import set_processors
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
 from seppo_fast.reference.sampler import Sampler
@@ -117,6 +118,8 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, wanted: 
         return {name: value.to(ranks.device, dtype) for name, value in text(prompts).items()}
 
     unet = candidate.load_unet(dtype).to(ranks.device)
+    if ranks.device.type == "cuda":
+        set_processors(unet)
     table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps, "--steps").to(ranks.device)
     sampler = Sampler(unet, model.denoise, table, embed([""]), drawing.sampler, dtype, say=say)
     sampler.fit(shape, wanted)

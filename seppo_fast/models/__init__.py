@@ -1,5 +1,6 @@
 """What a model must offer the trainer: encode, decode, denoise, prompts to conditions. One file per family."""
 
+from seppo_fast import broken_xformers  # noqa: F401  before diffusers' models
 from seppo_fast.errors import UserError
 from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.called import KEYS, Called

@@ -1,18 +1,22 @@
 """Which attention kernel the UNets use: PyTorch's or xformers', as chosen or as measured."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from diffusers.models.attention_processor import Attention, AttentionProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from diffusers.utils import is_xformers_available
+from torch import Tensor
 
-from seppo_fast.errors import UserError
+from seppo_fast import broken_xformers
+from seppo_fast.errors import UserError, reason
 from seppo_fast.models.animatediff import MOTION
 from seppo_fast.models.common import UNet
+from seppo_fast.models.launches import Launches, set_processors
 
-KERNELS = ("xformers", "sdpa")  # where ranks choose differently the later one is taken, which works everywhere
+PROCESSORS = {"xformers": XFormersAttnProcessor, "sdpa": AttnProcessor2_0}
+KERNELS = tuple(PROCESSORS)  # where ranks choose differently the later one is taken, which works everywhere
 TOKENS = 77  # of a prompt
 
 
@@ -34,41 +38,50 @@ def choose_attention(unets: Sequence[UNet], choice: Literal["auto", "sdpa", "xfo
     `latents` are (h, w), or (F, h, w) of videos. Ranks may measure differently: `agree` makes the largest of the indices into
     KERNELS that each has chosen everyone's.
     """
-    missing = _missing(device)
+    kinds = layers(unets[0], latents)
+    missing = None if choice == "sdpa" else _missing(device, dtype, kinds)
     if choice == "xformers" and missing:
         raise UserError(f"seppo.model.attention: \"xformers\" does not work here: {missing}; use \"auto\" or \"sdpa\"")
     why = "as configured"
     if choice == "auto":
-        choice, why = ("sdpa", missing) if missing else _faster(unets[0], latents, dtype, device)
+        choice, why = ("sdpa", missing) if missing else _faster(kinds, dtype, device)
         choice = KERNELS[agree(KERNELS.index(choice))]
-    if choice == "xformers":
+    if device.type == "cuda":  # elsewhere there is no grid, and PyTorch's processors are in place
         for unet in unets:
-            unet.enable_xformers_memory_efficient_attention()
+            set_processors(unet, PROCESSORS[choice])
     say(f"attention: {choice} ({why})")
     return choice
 
 
-def _missing(device: torch.device) -> str | None:
-    """What keeps xformers from being used on `device`."""
+def _missing(device: torch.device, dtype: torch.dtype, kinds: Iterable[Layer]) -> str | None:
+    """What keeps xformers from being used on `device` for such layers in `dtype`, forward and backward."""
+    if broken_xformers.WHY:
+        return broken_xformers.WHY
     if device.type != "cuda":
         return f"xformers has kernels for GPUs only, and this runs on {device.type}"
     if not is_xformers_available():
         return "xformers is not installed (pip install xformers, of the version made for this PyTorch)"
-    try:
-        from xformers.ops import memory_efficient_attention
-
-        query = torch.zeros(1, 2, 40, device=device)
-        memory_efficient_attention(query, query, query)
-    except Exception as error:  # a build for another PyTorch or GPU raises what it likes
-        return f"xformers fails ({type(error).__name__}: {str(error).splitlines()[0]})"
+    for layer in kinds:  # a kernel is chosen by dtype and channels a head, and not all of them are in every build
+        try:
+            attend, hidden, given = _alone(layer, XFormersAttnProcessor(), 1, dtype, device)
+            attend(hidden.requires_grad_(), given).sum().backward()
+        except Exception as error:  # a build for another PyTorch or GPU raises what it likes
+            return f"xformers fails ({reason(error)}) for {layer.tokens} tokens of {layer.heads} heads in {dtype}"
     return None
 
 
-def _faster(unet: UNet, latents: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    seconds = {name: _seconds(processor, layers(unet, latents), dtype, device)
-               for name, processor in zip(KERNELS, (XFormersAttnProcessor(), AttnProcessor2_0()), strict=True)}
-    best = min(seconds, key=seconds.get)
-    return best, "measured: " + ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
+def _faster(kinds: Counter[Layer], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """The kernel whose layers take less time, and both times; one that fails loses."""
+    seconds, said = {}, []
+    for name, processor in PROCESSORS.items():
+        try:
+            seconds[name] = _seconds(processor, kinds, dtype, device)
+            said.append(f"{name} {1000 * seconds[name]:.2f} ms")
+        except Exception as error:  # what a kernel raises depends on who made it
+            said.append(f"{name} fails ({reason(error)})")
+    if not seconds:
+        raise UserError(f"seppo.model.attention: no kernel works here for these layers in {dtype}: {'; '.join(said)}")
+    return min(seconds, key=seconds.get), "measured: " + ", ".join(said)
 
 
 def layers(unet: UNet, latents: tuple[int, ...]) -> Counter[Layer]:
@@ -93,21 +106,28 @@ def layers(unet: UNet, latents: tuple[int, ...]) -> Counter[Layer]:
 
 
 @torch.no_grad()
-def _seconds(processor: AttentionProcessor, kinds: Counter[Layer], dtype: torch.dtype, device: torch.device, batch: int = 8,
-             runs: int = 10) -> float:
-    """Device seconds of all attention layers of one forward of `batch` samples."""
+def _seconds(processor: type[AttnProcessor2_0] | type[XFormersAttnProcessor], kinds: Counter[Layer], dtype: torch.dtype,
+             device: torch.device, batch: int = 8, runs: int = 10) -> float:
+    """Device seconds of all attention layers of one forward of `batch` samples, by the processors that will run."""
     total = 0.0
-    for (heads, channels, prompt, tokens, sequences), count in kinds.items():
-        layer = Attention(channels, prompt, heads, channels // heads, processor=processor).to(device, dtype)
-        hidden = torch.randn(batch * sequences, tokens, channels, device=device, dtype=dtype)
-        given = None if prompt is None else torch.randn(batch * sequences, TOKENS, prompt, device=device, dtype=dtype)
+    for layer, count in kinds.items():
+        attend, *given = _alone(layer, Launches(processor()), batch * layer.sequences, dtype, device)
         for _ in range(3):
-            layer(hidden, given)
+            attend(*given)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(runs):
-            layer(hidden, given)
+            attend(*given)
         end.record()
         end.synchronize()
         total += count * start.elapsed_time(end) / 1000 / runs
     return total
+
+
+def _alone(layer: Layer, processor: XFormersAttnProcessor | Launches, rows: int, dtype: torch.dtype, device: torch.device
+           ) -> tuple[Attention, Tensor, Tensor | None]:
+    """A layer of that kind at random, and what it is called with."""
+    attend = Attention(layer.channels, layer.prompt, layer.heads, dim_head=layer.channels // layer.heads, processor=processor)
+    hidden = torch.randn(rows, layer.tokens, layer.channels, device=device, dtype=dtype)
+    given = None if layer.prompt is None else torch.randn(rows, TOKENS, layer.prompt, device=device, dtype=dtype)
+    return attend.to(device, dtype), hidden, given

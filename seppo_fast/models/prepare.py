@@ -1,4 +1,4 @@
-"""Attention and compilation of the UNets: the same for policy and reference, which are compared with each other."""
+"""Attention, layout and compilation of the UNets: the same for policy and reference, which are compared with each other."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from seppo_fast.config import Model
 from seppo_fast.errors import UserError, warn_fallback
 from seppo_fast.models.attention import choose_attention
 from seppo_fast.models.common import UNet
+from seppo_fast.models.layout import convolve_in_channels_last
 
 
 def prepare_unets(unets: Sequence[UNet], settings: Model, latents: tuple[int, ...], dtype: torch.dtype,
@@ -22,6 +23,9 @@ def prepare_unets(unets: Sequence[UNet], settings: Model, latents: tuple[int, ..
     """
     compiles = settings.compile == "regional" and _compiles(unets[0], dtype, device)
     choose_attention(unets, settings.attention, latents, dtype, device, say, agree)
+    if settings.channels_last:
+        for unet in unets:
+            convolve_in_channels_last(unet)
     if compiles:
         for unet in unets:
             for block in transformer_blocks(unet):

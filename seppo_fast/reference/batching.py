@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from seppo_fast.errors import reason
 from seppo_fast.meter import Meter
 
 Item = TypeVar("Item")
@@ -51,6 +52,10 @@ def measured_size(step_of: Callable[[int], Callable[[], None]], wanted: int, dev
             del step
         except torch.OutOfMemoryError:
             return best, f"{size} do not fit into the memory"
+        except RuntimeError as error:
+            if size == 1 or not _launch_failed(error):
+                raise
+            return best, f"{size} are more than a kernel can be launched for ({reason(error)})"
         if per_second < PAYS * rate:
             return best, f"{size} give no more samples a second"
         best, rate = size, per_second
@@ -60,6 +65,14 @@ def measured_size(step_of: Callable[[int], Callable[[], None]], wanted: int, dev
         if used() * larger / size > allowed:
             return best, f"{larger} need more than {SHARE:.0%} of the free memory ({allowed / SHARE / 1e9:.2f} GB)"
         size = larger
+
+
+def _launch_failed(error: Exception) -> bool:
+    """Whether a kernel was refused before it ran, for its grid or what its blocks need: smaller ones can still run.
+
+    Errors of kernels that ran leave the process without its device, and are not these.
+    """
+    return any(words in str(error) for words in ("invalid configuration argument", "too many resources requested for launch"))
 
 
 def free_memory(device: torch.device) -> int:

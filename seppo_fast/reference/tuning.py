@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seppo_fast.compiler import keep_all_graphs, transformer_blocks
 from seppo_fast.errors import UserError
+from seppo_fast.models.launches import Launches, inner
 
 Change = tuple[nn.Module, str, object]
 MISSING = object()
@@ -53,7 +54,7 @@ def fused_projections(module: nn.Module) -> tuple[list[Change], Callable[[], Non
     if any(isinstance(part, BaseTunerLayer) for part in module.modules()):
         raise UserError("seppo.sampler.fuse_projections: does not go with seppo.model.lora, whose adapters sit on the"
                         " projections that would be fused; set it to false")
-    others = sorted({type(part.processor).__name__ for part in attentions} - {AttnProcessor2_0.__name__})
+    others = sorted({type(inner(part.processor)).__name__ for part in attentions} - {AttnProcessor2_0.__name__})
     if others or not attentions:
         raise UserError(f"seppo.sampler.fuse_projections: needs seppo.model.attention \"sdpa\", this model's attention is"
                         f" {', '.join(others) or 'none'}; set one or the other")
@@ -71,7 +72,7 @@ def fused_projections(module: nn.Module) -> tuple[list[Change], Callable[[], Non
             if fused.bias is not None:
                 torch.cat([part.bias for part in parts], out=fused.bias)
 
-    processor = FusedAttnProcessor2_0()
+    processor = Launches(FusedAttnProcessor2_0())
     return [(attention, "processor", processor) for attention in attentions], refresh
 
 

@@ -9,6 +9,7 @@ from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.models import Model, UNet
+from seppo_fast.models.layout import convolve_in_channels_last
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
 from seppo_fast.training.engine import precision
 from seppo_fast.training.engine_bytes import TakenGradients, engine_bytes
@@ -84,6 +85,8 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         choose_trained(unet, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if ours.model.channels_last:
+        convolve_in_channels_last(unet)
     unet.train()
     trainable = list(trainable_weights(unet).values())
     trained = sum(weight.numel() for weight in trainable)

@@ -101,15 +101,6 @@ class Objective:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
 
 
-def in_channels_last(denoise: Denoise) -> Denoise:
-    """`denoise` with activations in that layout. The weights stay as they are: DeepSpeed keeps the policy's flat.
-
-    A video's latents (B, C, F, h, w) become so many frames in that layout inside of the network.
-    """
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return lambda unet, latents, *given: denoise(unet, latents.contiguous(memory_format=layouts[latents.dim()]), *given)
-
-
 def finite_or_nan(loss: Tensor) -> Tensor:
     """The loss, with NaN gradients where it is not finite: the trainer's one test for gradients then covers both."""
     return loss * torch.where(loss.isfinite(), 1.0, torch.nan)

@@ -34,7 +34,7 @@ from seppo_fast.training.engine import check_engine_config, policy_weights, pool
 from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, open_folder
 from seppo_fast.training.metrics import keep_rows
-from seppo_fast.training.objective import Objective, in_channels_last
+from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.plan import plan
 from seppo_fast.training.reporter import Reporter
@@ -73,8 +73,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         share_frozen(reference, engine.module)  # before it moves: its own base need not fit beside the policy's
     if reference is not None:
         reference.to(ranks.device)
-    denoise = in_channels_last(model.denoise) if ours.model.channels_last else model.denoise
-    objective = Objective(denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta,
+    objective = Objective(model.denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta,
                           ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
     # It keeps to the attention that it is made under. What compiled blocks chose once is used again for what is scored.

@@ -260,3 +260,29 @@ def test_batch_size_of_several_ranks_and_at_first_use():
     fixed = sampler(network(), batch_size=2)
     fixed.fit(noise.shape[1:], 3)
     assert fixed.batch_size == 2
+
+
+def refused(most, message):
+    """A denoiser whose kernels fail for more than `most` rows."""
+    def denoised(unet, latents, t, conditions):
+        if len(latents) > most:
+            raise torch.AcceleratorError(f"CUDA error: {message}\nCompile with TORCH_USE_CUDA_DSA")
+        return denoise(unet, latents, t, conditions)
+
+    return denoised
+
+
+def test_batch_size_that_cannot_be_launched_is_too_large():
+    said = []
+    drawing = sampler(network(), refused(2, "invalid configuration argument"), say=said.append, batch_size="auto")
+    drawing.fit((4, 8, 8), 5, free=lambda device: 10**12)
+    assert drawing.batch_size == 1
+    assert said == ["sampler: batches of 1: 2 are more than a kernel can be launched for"
+                    " (AcceleratorError: CUDA error: invalid configuration argument)"]
+
+
+@pytest.mark.parametrize("most,message", [(0, "invalid configuration argument"), (2, "an illegal memory access was encountered")])
+def test_what_no_smaller_batch_mends_is_raised(most, message):
+    """Nothing fits, or the device is lost to this process."""
+    with pytest.raises(RuntimeError, match=message):
+        sampler(network(), refused(most, message), batch_size="auto").fit((4, 8, 8), 5, free=lambda device: 10**12)

@@ -187,3 +187,11 @@ def test_the_published_shapes() -> None:
         assert sum(weight.numel() for weight in unet.parameters()) == parameters
         assert (model.latent_channels, model.vae_scale_factor) == (4, 8)
     assert known_model("someone/something-else") is None
+
+
+def test_channels_last_is_in_the_plan(planned: Callable[..., Cost]) -> None:
+    """Where a resnet's shortcut convolves what its norm keeps, both layouts of it are kept for backward."""
+    contiguous, last = (planned(1, "train_micro_batch_size_per_gpu=1", f"seppo.model.channels_last={value}")
+                        for value in ("false", "true"))
+    assert contiguous.activations < last.activations < 1.1 * contiguous.activations
+    assert contiguous.forward == last.forward
