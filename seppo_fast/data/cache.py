@@ -33,13 +33,14 @@ from seppo_fast.data.latents import (
 from seppo_fast.data.progress import Progress
 from seppo_fast.data.rows import Part, Skipped, Source
 from seppo_fast.data.shards import Shard, declare, read_stamp, remove_stale, replacing, write_json
-from seppo_fast.data.skips import check_skipped, most_skippable, stop_early
+from seppo_fast.data.skips import check_skipped, most_skippable, stop_early, tell_truncated
 from seppo_fast.data.video.decoder import Decoder
 from seppo_fast.data.video.reading import decoded_clips, described
 from seppo_fast.data.video.source import streams
 from seppo_fast.data.video.stream import ClipStream
 from seppo_fast.errors import UserError
 from seppo_fast.models import Conditions
+from seppo_fast.models.tokens import token_counter
 
 TEXTS_AT_ONCE = 32
 FILE_SYSTEM_LAG = 60  # seconds until a network file system shows what another machine wrote
@@ -92,9 +93,12 @@ def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, nee
     encode_prompts(job, images.prompts.texts, range(rank, prompt_shards(images.prompts), world), show)
     barrier()
     content = content_of(about, images.stamps)
+    prompts = PromptCache(folder, images.prompts, patience)
+    if rank == 0:
+        tell_truncated(prompts.stamps, images.prompts, job.output_dir, say)
     if not streaming:
         return LatentCache(folder, images, patience, content)
-    return ClipStream(images, PromptCache(folder, images.prompts, patience), source.root, model, data, seed=seed,
+    return ClipStream(images, prompts, source.root, model, data, seed=seed,
                       fingerprint=fingerprint, content=content, shape=tuple(about["shape"]), device=device, say=say)
 
 
@@ -177,19 +181,22 @@ def encode_prompts(job: Job, texts: pa.Array, mine: range, show: bool) -> None:
     if not todo:
         return
     shards = {number: texts.slice(number * PROMPTS_PER_SHARD, PROMPTS_PER_SHARD) for number in todo}
-    embed = job.model.load_text(job.device)
+    embed, (tokens, limit) = job.model.load_text(job.device), token_counter(job.model)
     total = sum(map(len, shards.values()))
     with tqdm(desc="encoding prompts", total=total, unit="prompt", disable=not show) as bar:
         for number, prompts in shards.items():
-            encode_prompt_shard(job, number, prompts.to_pylist(), embed)
+            texts = prompts.to_pylist()
+            cut = [[text, count] for text, count in zip(texts, tokens(texts), strict=True) if count > limit]
+            encode_prompt_shard(job, number, texts, embed, {"limit": limit, "cut": cut})
             bar.update(len(prompts))
     del embed
     give_back_memory()
 
 
 @torch.no_grad()
-def encode_prompt_shard(job: Job, number: int, prompts: list[str], embed: Callable[[list[str]], Conditions]) -> None:
-    """Writes one shard of embeddings."""
+def encode_prompt_shard(job: Job, number: int, prompts: list[str], embed: Callable[[list[str]], Conditions],
+                        about: dict[str, Any]) -> None:
+    """Writes one shard of embeddings, and declares it with what is known `about` its prompts."""
     dtype = getattr(torch, job.data.cache_dtype)
     arrow, shard, shapes = prompt_shard(job.folder, number), None, {}
     with replacing(arrow) as stream:
@@ -203,7 +210,7 @@ def encode_prompt_shard(job: Job, number: int, prompts: list[str], embed: Callab
                 shard = Shard(stream, lengths, ["text"], job.data.cache_dtype)
             shard.add(conditions | {"text": batch})
         shard.finish()
-    declare(arrow, {"rows": shard.rows, "shapes": shapes})
+    declare(arrow, {"rows": shard.rows, "shapes": shapes} | about)
 
 
 def refuse_overflow(conditions: Conditions, prompts: list[str], dtype: str) -> None:

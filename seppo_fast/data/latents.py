@@ -60,7 +60,8 @@ class PromptCache:
 
     def __init__(self, folder: Path, prompts: Prompts, patience: float = 0):
         arrows = [prompt_shard(folder, number) for number in range(prompt_shards(prompts))]
-        self.shapes: dict[str, list[int]] = stamps_of(arrows, patience)[0]["shapes"]
+        self.stamps = stamps_of(arrows, patience)
+        self.shapes: dict[str, list[int]] = self.stamps[0]["shapes"]
         self.texts = joined(arrows)
 
     def __call__(self, prompts: Sequence[int]) -> Conditions:

@@ -1,13 +1,17 @@
 """Rows that cannot be used: listed in the run's folder, and too many of them stop the run."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from seppo_fast.data.latents import Prompts
 from seppo_fast.data.rows import Skipped, Source
 from seppo_fast.data.shards import replacing
 from seppo_fast.errors import UserError
+from seppo_fast.models.tokens import cut_off
 
+LISTED = 100  # captions in truncated.jsonl
 EXAMPLES = 3  # bad rows that the message quotes
 WORTH_STOPPING = 1000  # rows; smaller sets are read to the end, so that the list is whole
 
@@ -55,3 +59,18 @@ def write_skipped(output_dir: Path, skipped: list[tuple[str, str]]) -> None:
     with replacing(output_dir / "skipped.jsonl") as stream:
         for key, reason in skipped:
             stream.write((json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n").encode())
+
+
+def tell_truncated(stamps: list[dict[str, Any]], prompts: Prompts, output_dir: Path, say: Callable[[str], None]) -> None:
+    """Says how many captions are longer than what the text encoder sees; `truncated.jsonl` has the first of them."""
+    cut = [(text, tokens) for stamp in stamps for text, tokens in stamp["cut"]]
+    file = output_dir / "truncated.jsonl"
+    if not cut:
+        file.unlink(missing_ok=True)
+        return
+    limit = stamps[0]["limit"]
+    with replacing(file) as stream:
+        for text, tokens in cut[:LISTED]:
+            stream.write((json.dumps({"caption": text, "tokens": tokens, "seen": limit}, ensure_ascii=False) + "\n").encode())
+    say(f"captions: of {len(prompts.texts) - 1} different ones {cut_off(cut, limit)}; the first {min(len(cut), LISTED)} of them:"
+        f" {file}")

@@ -13,6 +13,8 @@ from pyarrow import ArrowException
 
 from seppo_fast.data.forms import LOOK_AT_QUOTES, why_no_json
 from seppo_fast.errors import UserError
+from seppo_fast.models import Model
+from seppo_fast.models.tokens import cut_off, token_counter
 from seppo_fast.strict import GivenTwice, check_columns, parse_json, unlike_header
 
 COLUMNS = ("prompt", "caption", "text", "name")  # in any case; of those that are there, the first
@@ -227,3 +229,13 @@ def content(path: Path) -> str:
         raise UserError(f"{path}: not a UTF-8 text file{place}; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+
+
+def tell_truncated(prompts: Sequence[Prompt], model: Model, say: Callable[[str], None], whose: str = "") -> None:
+    """Says how many prompts are longer than what the model's text encoder sees; nothing when none is."""
+    if not model.directory.weights:  # a model whose shape alone is known
+        return
+    count, limit = token_counter(model)
+    texts = [prompt.text for prompt in prompts]
+    if cut := cut_off(list(zip(texts, count(texts), strict=True)), limit):
+        say(f"prompts: of {len(texts)} {cut}{whose}")

@@ -12,6 +12,7 @@ from typing import Any
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.generate import Drawing, generate, share_of
 from seppo_fast.evaluation.page import write_page
+from seppo_fast.evaluation.prompts import tell_truncated
 from seppo_fast.evaluation.scoring import Job, Sample, Scored, score_all
 from seppo_fast.evaluation.table import markdown, tabulate, write_csv
 from seppo_fast.evaluation.wanted import Wanted
@@ -31,6 +32,7 @@ def evaluate(wanted: Wanted, ranks: Ranks, say: Callable[[str], None] = print) -
     problems: dict[str, str] = {}
     for candidate in wanted.candidates:
         start = time.perf_counter()
+        tell_truncated(wanted.prompts, candidate.model, say, f" by {candidate.name}")
         problems |= generate(candidate, wanted.prompts, wanted.drawing, wanted.out, ranks, say)
         seconds[f"samples of {candidate.name}"] = round(time.perf_counter() - start, 1)
     ranks.barrier()

@@ -173,9 +173,13 @@ def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> None
 
 def token_ids(tokenizer: CLIPTokenizer, text_config: Any, prompts: list[str]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, (B, 77) on the CPU, truncated and padded as the diffusers pipelines do."""
-    # a tokenizer saved without its model_max_length claims 1e30 tokens
-    length = min(tokenizer.model_max_length, text_config.max_position_embeddings)
+    length = most_tokens(tokenizer, text_config.max_position_embeddings)
     return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+
+def most_tokens(tokenizer: CLIPTokenizer, positions: int) -> int:
+    """How many tokens of a prompt are seen by an encoder with so many positions."""
+    return min(tokenizer.model_max_length, positions)  # saved without its model_max_length it claims 1e30 tokens
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ class StableDiffusion:
 
     name = "sd"
     video = False
+    text_encoders = ("text_encoder",)
 
     def __init__(self, directory: Directory) -> None:
         common.check_schedule(directory)

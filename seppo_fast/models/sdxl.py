@@ -22,6 +22,7 @@ class StableDiffusionXL:
 
     name = "sdxl"
     video = False
+    text_encoders = ("text_encoder", "text_encoder_2")
 
     def __init__(self, directory: Directory) -> None:
         first, second, unet = (directory.configs[name] for name in ("text_encoder", "text_encoder_2", "unet"))
@@ -36,8 +37,8 @@ class StableDiffusionXL:
                 f"{unet.get('projection_class_embeddings_input_dim')}, but six size conditions and a pooled embedding "
                 f"of {pooled} make {expected}. Only SDXL base models can be trained (no refiner)."
             )
-        for which in ("", "_2"):
-            common.check_vocabulary(directory, f"tokenizer{which}", f"text_encoder{which}")
+        for part in self.text_encoders:
+            common.check_vocabulary(directory, part.replace("text_encoder", "tokenizer"), part)
         self.directory = directory
         self.path: Path = directory.path
         self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]

@@ -1,5 +1,6 @@
 """The plan: what will be done and what it costs, in words, before anything is done."""
 
+from itertools import islice
 from math import prod
 from shutil import disk_usage
 
@@ -10,13 +11,15 @@ from seppo_fast.config import METHODS, Evaluation
 from seppo_fast.config import Model as ModelSettings
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import cache_root, latent_shape
-from seppo_fast.data.rows import Source
+from seppo_fast.data.rows import Row, Source
 from seppo_fast.data.video.source import streams
 from seppo_fast.models import Model
+from seppo_fast.models.tokens import cut_off, token_counter
 from seppo_fast.training.cost import Cost
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 from seppo_fast.training.engine_bytes import adam_temporaries, uses_bf16_optimizer
 
+CAPTIONS = 1000  # that are looked at before any is encoded
 STREAMED = ("prompts alone: clips are decoded and encoded while it trains, with the VAE on the device beside what is counted"
             " below")
 
@@ -47,6 +50,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
                 + (f", {ours.data.video.frames} frames ({ours.data.video.choice})" if video else "")
                 + (f", {rows} demonstrations" if rows is not None else ""),
+        "captions": _captions(model, source),
         "latent cache": STREAMED if streamed else _cache(config, row_bytes, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
                            f" rank{'s' * (batch.world > 1)}",
@@ -56,6 +60,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "checkpoints": f"every {ours.checkpoint.every or ours.updates_per_iteration} updates, the last"
                        f" {ours.checkpoint.keep_last} kept",
     }
+    if not lines["captions"]:
+        del lines["captions"]
     if ours.evaluation.every:
         lines["evaluation"] = _evaluation(ours.evaluation)
     if samples:
@@ -139,6 +145,17 @@ def _memory(config: Config, cost: Cost) -> tuple[str, str]:
     parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{rests}, optimizer {_gb(cost.optimizer)}, gradients"
              f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}")
     return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts}; not kernels' workspaces, nor the allocator's slack"
+
+
+def _captions(model: Model | None, source: Source | None) -> str:
+    """How many of the first captions are longer than what the text encoder sees."""
+    if model is None or source is None or not model.directory.weights:
+        return ""
+    rows = islice((row for part in source.parts for row in part.rows() if isinstance(row, Row)), CAPTIONS)
+    captions = [row.prompt for row in rows]
+    count, limit = token_counter(model)
+    cut = cut_off(list(zip(captions, count(captions), strict=True)), limit) if captions else ""
+    return f"of the first {len(captions)} {cut}" if cut else ""
 
 
 def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:

@@ -16,7 +16,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.evaluation.arguments import check_real, check_weights, chosen
 from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.evaluation.generate import Drawing, Renderer, render, share_of
-from seppo_fast.evaluation.prompts import Prompt, read_prompts
+from seppo_fast.evaluation.prompts import Prompt, read_prompts, tell_truncated
 from seppo_fast.evaluation.run import own_samples
 from seppo_fast.evaluation.scoring import Job, find_all, score_all, scores_of
 from seppo_fast.evaluation.table import ALL, tabulate
@@ -105,7 +105,9 @@ def what_is_wanted(config: Config, model: Model, say: Callable[[str], None]) -> 
     check_weights(asked.weights, f"{SECTION}.weights")
     drawing = Drawing(asked.seed, asked.per_prompt, ours.data.resolution, ours.data.video.frames if model.video else None,
                       precision(config.deepspeed).dtype, ours.sampler)
-    return Wanted([], prompts_of(config, say), scores, dict(asked.weights), drawing,
+    prompts = prompts_of(config, say)
+    tell_truncated(prompts, model, say)
+    return Wanted([], prompts, scores, dict(asked.weights), drawing,
                   Path(ours.output_dir) / "evaluation", real, asked.batch_size)
 
 

@@ -1,6 +1,7 @@
 """What the cache holds, in which order, and when it is made anew."""
 
 import io
+import json
 import os
 import shutil
 
@@ -20,11 +21,13 @@ from data.data_files import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_sdxl
+from tiny import tiny_sd, tiny_sdxl
 
 from seppo_fast.data.images import load_rgb, prepare
+from seppo_fast.data.skips import tell_truncated
 from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
+from seppo_fast.models.tokens import token_counter
 from seppo_fast.seeds import generator
 
 
@@ -225,3 +228,30 @@ def test_pictures_of_all_modes_go_through(model, tmp_path):
         Image.new("RGB", (20, 30), (9, 99, 200)).convert(mode).save(stream, "TIFF" if mode == "CMYK" else "PNG")
         (folder / f"{i}.png").write_bytes(stream.getvalue())
     assert len(cached(model, settings(folder, tmp_path), tmp_path)) == 4
+
+
+@pytest.mark.parametrize("family", [tiny_sd, tiny_sdxl])
+def test_captions_beyond_the_text_encoder_are_counted_and_listed(family, tmp_path):
+    model = open_model(str(family(tmp_path / "model")))
+    count, limit = token_counter(model)
+    word = "a cat "
+    fits = word * ((limit - 2) // (count([word])[0] - 2))
+    while count([fits])[0] > limit:
+        fits = fits[:-1]
+    long = fits + " a cat" * 3
+    assert count([fits])[0] <= limit < count([long])[0]
+    folder = write_folder(tmp_path / "d", 0, images=1, bad=[])
+    (folder / "0.png").write_bytes(image_bytes(0))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": "0.png", "text": text}) + "\n"
+                                                   for text in ("a cat", fits, long, long)))
+    for _ in range(2):  # the second time nothing is encoded
+        cache = cached(model, settings(folder, tmp_path), tmp_path)
+        said = []
+        tell_truncated(cache.texts.stamps, cache.prompts, tmp_path, said.append)
+        assert said[0].startswith(f"captions: of 3 different ones 1 is longer than the {limit} tokens that the text encoder sees")
+        rows = [json.loads(line) for line in (tmp_path / "truncated.jsonl").read_text().splitlines()]
+        assert rows == [{"caption": long, "tokens": count([long])[0], "seen": limit}]
+        embedding = model.load_text("cpu")([long, long + " a dog"])["prompt_embeds"]
+        assert torch.equal(*embedding), "what comes after is not seen"
+    cached(model, settings(write_folder(tmp_path / "short", 2), tmp_path), tmp_path)
+    assert not (tmp_path / "truncated.jsonl").exists()

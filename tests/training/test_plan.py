@@ -1,6 +1,8 @@
 """The plan's advice, and the facts about DeepSpeed on which it rests."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seppo_fast.configfile import Config, batch_plan, load_config, parse_config
+from seppo_fast.training.dry_run import dry_run
 from seppo_fast.training.engine import start_engine
 from seppo_fast.training.plan import advice
 
@@ -69,3 +72,16 @@ def test_fused_reaches_the_optimizer(settings: Callable[..., dict[str, Any]], ra
     assert type(engine.basic_optimizer) is torch.optim.AdamW and engine.basic_optimizer.defaults["fused"] is True
     engine.step()
     assert engine.was_step_applied()
+
+
+def test_captions_beyond_the_text_encoder_are_in_the_plan(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    for number, caption in enumerate(("a cat", "a cat " * 80)):
+        source = Path(settings()["seppo"]["data"]["source"])
+        copied = tmp_path / str(number)
+        copied.mkdir()
+        name = next(source.glob("*.png")).name
+        (copied / name).write_bytes((source / name).read_bytes())
+        (copied / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": caption}) + "\n")
+        said = dry_run(parse_config(settings(**{"seppo.data.source": str(copied)})), 1)
+        assert ("\n  captions " in said) == bool(number)
+    assert "of the first 1 1 is longer than the 77 tokens that the text encoder sees" in said
