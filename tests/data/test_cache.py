@@ -248,10 +248,11 @@ def test_captions_beyond_the_text_encoder_are_counted_and_listed(family, tmp_pat
         cache = cached(model, settings(folder, tmp_path), tmp_path)
         said = []
         tell_truncated(cache.texts.stamps, cache.prompts, tmp_path, said.append)
+        assert (tmp_path / "truncated.jsonl").read_bytes() == (tmp_path / "run" / "truncated.jsonl").read_bytes()
         assert said[0].startswith(f"captions: of 3 different ones 1 is longer than the {limit} tokens that the text encoder sees")
-        rows = [json.loads(line) for line in (tmp_path / "truncated.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (tmp_path / "run" / "truncated.jsonl").read_text().splitlines()]
         assert rows == [{"caption": long, "tokens": count([long])[0], "seen": limit}]
         embedding = model.load_text("cpu")([long, long + " a dog"])["prompt_embeds"]
         assert torch.equal(*embedding), "what comes after is not seen"
     cached(model, settings(write_folder(tmp_path / "short", 2), tmp_path), tmp_path)
-    assert not (tmp_path / "truncated.jsonl").exists()
+    assert not (tmp_path / "run" / "truncated.jsonl").exists()
