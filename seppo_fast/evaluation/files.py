@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +61,12 @@ def _explained(path: Path) -> Iterator[None]:
 def clip_file(folder: Path, clip: str) -> Path:
     """The real clip of this id or file name."""
     try:
-        return found_video({folder: _names_in(folder)}, clip)
+        return found_video({folder: _names_in(folder, folder.stat().st_mtime_ns)}, clip)
     except BadRow as bad:
         raise UserError(f"the real clip {clip!r}: {bad}") from bad
 
 
-@cache
-def _names_in(folder: Path) -> dict[str, str]:
+@lru_cache(maxsize=1)
+def _names_in(folder: Path, changed: int) -> dict[str, str]:
+    """Of a folder that was last `changed` then: a run may look into it for days."""
     return listing(folder)

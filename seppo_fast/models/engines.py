@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+WITHOUT_CUDNN = "+no-cudnn-attention"  # in the key of the compiler's caches
+
 
 @contextmanager
 def same_with_gradients() -> Iterator[None]:
@@ -20,10 +22,13 @@ def same_with_gradients() -> Iterator[None]:
 
 @contextmanager
 def cudnn_attention(allowed: bool) -> Iterator[None]:
-    """Scaled dot product attention with or without cuDNN."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    """Scaled dot product attention with or without cuDNN, compiled code included."""
+    before, tag = torch.backends.cuda.cudnn_sdp_enabled(), torch.compiler.config.cache_key_tag
     torch.backends.cuda.enable_cudnn_sdp(allowed)
+    # The compiler's cache on disk does not look at the setting: what was compiled under the other one would come back.
+    torch.compiler.config.cache_key_tag = tag.replace(WITHOUT_CUDNN, "") + (WITHOUT_CUDNN if not allowed else "")
     try:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+        torch.compiler.config.cache_key_tag = tag

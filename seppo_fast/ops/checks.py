@@ -15,8 +15,8 @@ PREDICTIONS = ("model_pred", "ref_pred", "target")  # the reference as predictio
 ERRORS = ("model_pred", "ref_mse", "target")  # or as their mean squared errors
 
 
-def check_tensors(model_pred: Tensor, reference: Tensor, target: Tensor, names: Names = PREDICTIONS) -> tuple[str, bool]:
-    """The type of the common device, and whether an input is fp64; `names` are what a message calls the three."""
+def check_tensors(model_pred: Tensor, reference: Tensor, target: Tensor, names: Names = PREDICTIONS) -> bool:
+    """Whether an input is fp64; all are on one device. `names` are what a message calls the three."""
     try:  # what is nearly always true, in a few comparisons; anything else is looked at closely
         dtypes = (model_pred.dtype, reference.dtype, target.dtype)
         shape, target_shape, device = model_pred.shape, target.shape, model_pred.device
@@ -25,11 +25,11 @@ def check_tensors(model_pred: Tensor, reference: Tensor, target: Tensor, names: 
         if (FUSED_DTYPES.issuperset(dtypes) and fits and len(shape) > 1 and not shape[0] % 2
                 and (target_shape == shape or target_shape[0] * 2 == shape[0] and target_shape[1:] == shape[1:])
                 and 0 not in shape and device == reference.device and device == target.device):
-            return device.type, False
+            return False
     except (AttributeError, IndexError, TypeError):
         pass
     _explain(model_pred, reference, target, names)
-    return model_pred.device.type, True
+    return True
 
 
 def _explain(model_pred: Tensor, reference: Tensor, target: Tensor, names: Names) -> None:

@@ -31,27 +31,29 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
 
     For tensors on `device`; by default a CUDA GPU if there is one, else the CPU.
     """
-    device_type = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    return {name: _why_not(name, device_type) or "available" for name in BACKENDS}
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return {name: _why_not(name, device) or "available" for name in BACKENDS}
 
 
 @torch.compiler.assume_constant_result  # a graph that is being traced cannot load libraries
-def _why_not(backend: str, device_type: str) -> str | None:
+def _why_not(backend: str, device: torch.device) -> str | None:
     """None or why not. Not before it is asked for: importing triton takes a while, and asking for GPUs starts CUDA."""
-    return _find_out(backend, device_type)
+    return _find_out(backend, device)
 
 
-@cache
-def _find_out(backend: str, device_type: str) -> str | None:
+@cache  # by the device, not by its type: one machine may have GPUs of several kinds
+def _find_out(backend: str, device: torch.device) -> str | None:
     if backend == "reference":
         return None
     if backend == "native":
-        return native.why_not(device_type)
+        return native.why_not(device)
     try:
         from seppo_fast.ops import triton_kernel
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    return triton_kernel.why_not(device_type)
+    return triton_kernel.why_not(device)
 
 
 @overload
@@ -111,7 +113,7 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
         raise TypeError("seppo_loss wants the reference's predictions as ref_pred or their mean squared errors as ref_mse,"
                         f" got {'neither' if ref_mse is None else 'both'}")
     reference, names = (ref_pred, PREDICTIONS) if ref_mse is None else (ref_mse, ERRORS)
-    device_type, wide = check_tensors(model_pred, reference, target, names)
+    wide = check_tensors(model_pred, reference, target, names)
     if torch.compiler.is_compiling():  # once, and Dynamo warns of caches
         check_options(beta, flipper, reduction, grad_scale)
     else:
@@ -120,7 +122,7 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
         except TypeError as error:
             raise (TypeError("beta, flipper, reduction and grad_scale must be numbers and names, got something unhashable")
                    if "unhashable" in str(error) else error) from None
-    backend = _choose(backend, device_type)
+    backend = _choose(backend, model_pred.device)
     if wide:
         backend = "reference"
     if backend != "reference":
@@ -150,8 +152,8 @@ def per_sample_mse(pred: Tensor, target: Tensor, *, backend: str = "auto") -> Te
     count = len(pred) if isinstance(pred, Tensor) and pred.dim() else 0
     if count % 2 and isinstance(target, Tensor) and target.shape == pred.shape:  # backends know pairs
         pred, target = (torch.cat([x, x[-1:]]) for x in (pred, target))
-    device_type, wide = check_tensors(pred, pred, target, ("pred", "pred", "target"))
-    backend = _choose(backend, device_type)
+    wide = check_tensors(pred, pred, target, ("pred", "pred", "target"))
+    backend = _choose(backend, pred.device)
     nothing = torch.zeros(pred.shape[:1], device=pred.device)
     if wide or backend == "reference":
         return mean_squared_errors(pred, nothing, target)[0][:count]
@@ -184,14 +186,14 @@ class _FixedUpstream(torch.autograd.Function):
         return torch.full_like(upstream, ctx.grad_scale).where(loss.isfinite(), torch.nan), None
 
 
-def _choose(backend: str, device_type: str) -> str:
-    """The name of a backend that works for this type of device."""
+def _choose(backend: str, device: torch.device) -> str:
+    """The name of a backend that works on this device."""
     if backend == "auto":
-        return next(name for name in BACKENDS if _why_not(name, device_type) is None)
-    if backend in BACKENDS and _why_not(backend, device_type) is None:
+        return next(name for name in BACKENDS if _why_not(name, device) is None)
+    if backend in BACKENDS and _why_not(backend, device) is None:
         return backend
-    usable = ", ".join(name for name in BACKENDS if _why_not(name, device_type) is None)
+    usable = ", ".join(name for name in BACKENDS if _why_not(name, device) is None)
     if backend in BACKENDS:
-        raise ValueError(f"backend {backend!r} cannot run on {device_type} tensors here:"
-                         f" {_why_not(backend, device_type)}; use 'auto' or one of: {usable}")
+        raise ValueError(f"backend {backend!r} cannot run on {device.type} tensors here:"
+                         f" {_why_not(backend, device)}; use 'auto' or one of: {usable}")
     raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}; available: {usable}")

@@ -14,20 +14,20 @@ OLDEST_GPU = (8, 0)
 ABI = 4  # SEPPO_ABI of csrc/pair_loss.h: what the operators take, which nothing else compares
 
 
-@cache
-def why_not(device_type: str) -> str | None:
-    """None when the native backend works for tensors of this device type ("cpu", "cuda"), else the reason.
-
-    Loads the library on the first call. One that is there and cannot be loaded is also warned about, once.
-    """
-    library = LIBRARIES.get(device_type)
+def why_not(device: torch.device) -> str | None:
+    """None when the native backend works for tensors on this device, else the reason. Loads the library on the first call."""
+    library = LIBRARIES.get(device.type)
     if library is None:
-        return f"there is no native library for {device_type} tensors"
+        return f"there is no native library for {device.type} tensors"
     if not library.exists():
         return (f"{library.name} was not built: install seppo_fast from its source with a C++ compiler"
-                f"{' and nvcc' if device_type == 'cuda' else ''} at hand (pip install -v --no-build-isolation says what it lacks)")
-    if device_type == "cuda" and (lack := gpu_lacks()):
-        return lack
+                f"{' and nvcc' if device.type == 'cuda' else ''} at hand (pip install -v --no-build-isolation says what it lacks)")
+    return (gpu_lacks(device.index) if device.type == "cuda" else None) or _load(library)
+
+
+@cache
+def _load(library: Path) -> str | None:
+    """None when the library is loaded, else why it cannot be, which is also warned about, once."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     try:
@@ -42,12 +42,12 @@ def why_not(device_type: str) -> str | None:
     return reason
 
 
-def gpu_lacks() -> str | None:
-    """Why kernels for `OLDEST_GPU` and later cannot run on this process's GPU, or None."""
+def gpu_lacks(index: int | None) -> str | None:
+    """Why kernels for `OLDEST_GPU` and later cannot run on this GPU (None: the current one), or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     if not torch.cuda.is_available():
         return "there is no GPU"
-    if torch.cuda.get_device_capability() < OLDEST_GPU:
-        return f"it wants compute capability 8.0 or newer, this GPU has {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+    if (capability := torch.cuda.get_device_capability(index)) < OLDEST_GPU:
+        return f"it wants compute capability 8.0 or newer, this GPU has {'.'.join(map(str, capability))}"
     return None

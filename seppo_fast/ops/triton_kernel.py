@@ -101,10 +101,10 @@ def pair_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float
     return loss, stats, grad
 
 
-def why_not(device_type: str) -> str | None:
-    """None when this backend works for tensors of this device type, else the reason."""
+def why_not(device: torch.device) -> str | None:
+    """None when this backend works for tensors on this device, else the reason."""
     if triton.knobs.runtime.interpret:
         return None  # on any device, slowly: for tests
-    if device_type != "cuda":
-        return f"triton has no kernels for {device_type} tensors"
-    return gpu_lacks()
+    if device.type != "cuda":
+        return f"triton has no kernels for {device.type} tensors"
+    return gpu_lacks(device.index)

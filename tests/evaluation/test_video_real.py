@@ -1,11 +1,14 @@
 """The real clips: which frames and which square of them, and what is said of a clip that cannot be used."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from data.video_files import pictures, write_video
 
 from seppo_fast.errors import UserError
+from seppo_fast.evaluation.files import clip_file
 from seppo_fast.evaluation.video.real import read_clip
 
 
@@ -59,3 +62,12 @@ def test_a_clip_that_cannot_be_used_is_named(tmp_path):
         with pytest.raises(UserError, match=why) as caught:
             read_clip(tmp_path / name, 4, 16)
         assert str(tmp_path / name) in str(caught.value), name
+
+
+def test_a_clip_that_came_later_is_found(tmp_path):
+    """A run may evaluate for days in a folder that is still being filled."""
+    with pytest.raises(UserError, match="the real clip 'b'"):
+        clip_file(tmp_path, "b")
+    write_video(tmp_path / "b.webm", pictures(2, 16, 16))
+    os.utime(tmp_path, ns=(0, tmp_path.stat().st_mtime_ns + 1))  # not within one tick of the file system's clock
+    assert clip_file(tmp_path, "b") == tmp_path / "b.webm"

@@ -24,8 +24,8 @@ from seppo_fast.ops import native, seppo_loss
 AUTO, CLUSTERED, COOPERATIVE, IN_PASSES = range(4)  # enum Plan
 TICKETS = 1024  # kTickets
 
-runs = pytest.mark.skipif(native.why_not("cuda") is not None or not torch.cuda.is_available(),
-                          reason=f"no GPU, or: {native.why_not('cuda')}")
+runs = pytest.mark.skipif(native.why_not(torch.device("cuda")) is not None or not torch.cuda.is_available(),
+                          reason=f"no GPU, or: {native.why_not(torch.device('cuda'))}")
 
 
 def planned(inputs, plan=AUTO, blocks=0, flipper=0, wants_grad=True):
@@ -107,6 +107,19 @@ def test_no_plan_changes_a_bit(shape, dtype):
         pairs = len(inputs[0]) // 2
         alone = planned([x[[0, pairs]] for x in inputs])
         assert torch.equal(alone["grad"], first["grad"][[0, pairs]]) and torch.equal(alone["logits"], first["logits"][:1])
+
+
+@runs
+def test_every_kernel_after_the_other():
+    """Each with blocks of more shared memory than the 48 KB that a kernel has before it is allowed more, in one process."""
+    for dtype, form, how in itertools.product(DTYPES, (list, scored), ("own dtype", "other dtype", "not aligned")):
+        inputs = make((4, 2, 64, 64), dtype, "cuda")  # 2 groups, 64 KB
+        if how == "other dtype":
+            inputs = [inputs[0], *(x.to(torch.float16 if dtype is not torch.float16 else torch.float32) for x in inputs[1:])]
+        if how == "not aligned":
+            inputs = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs]
+        inputs = form(inputs)
+        assert_same_bits(planned(inputs, IN_PASSES), planned(inputs, CLUSTERED, 1))
 
 
 @runs

@@ -8,7 +8,7 @@ from torch import nn
 
 from seppo_fast.ops import fused, native, per_sample_mse, seppo_loss
 
-pytestmark = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+pytestmark = pytest.mark.skipif(native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu"))))
 
 
 def make(shape=(4, 4, 8, 8), dtype=torch.float32, seed=0):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from seppo_fast.ops import per_sample_mse, seppo_loss
+from seppo_fast.ops import available_backends, loss, native, per_sample_mse, seppo_loss
 
 
 def tensors(shape=(4, 3), device="cpu", **changes):
@@ -73,3 +73,20 @@ def test_messages(arguments, error, message):
 def test_messages_of_per_sample_mse(pred, target, error, message):
     with pytest.raises(error, match=message):
         per_sample_mse(pred, target)
+
+
+def test_every_gpu_is_looked_at_by_itself(monkeypatch):
+    """A machine may have an old one beside a new one; the first that was asked for does not speak for the others."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: ((7, 5), (8, 0))[1 if index is None else index])
+    monkeypatch.delitem(native.LIBRARIES, "cuda")
+    loss._find_out.cache_clear()
+    try:
+        old, new = available_backends("cuda:0"), available_backends("cuda:1")
+        assert old["triton"] == "it wants compute capability 8.0 or newer, this GPU has 7.5" and new["triton"] == "available"
+        assert available_backends("cuda") == new
+    finally:
+        loss._find_out.cache_clear()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from seppo_fast.ops import available_backends, native, per_sample_mse, seppo_loss
 
-pytestmark = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+pytestmark = pytest.mark.skipif(native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu"))))
 
 SHAPES = fused_parity.SHAPES | {"sd3": (4, 16, 32, 32), "piece": (2, 16385)}
 assert_within_twice = partial(fused_parity.assert_within_twice, backend="native")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from torch._inductor.codecache import FxGraphHashDetails
 
-from seppo_fast.models.engines import same_with_gradients
+from seppo_fast.models.engines import cudnn_attention, same_with_gradients
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.trainer import Trainer
@@ -78,6 +79,21 @@ def test_what_is_compared_is_made_by_engines_that_do_not_ask_for_gradients(
         assert set(seen[who]) <= {frozenset(same)}, who
     assert set(seen["sampler"]) == {frozenset(same if "seppo.model.compile" in changes else every)}
     assert torch.backends.cuda.cudnn_sdp_enabled(), "as it was before the run"
+
+
+def test_compiled_attention_of_the_other_setting_does_not_come_back_from_the_disk() -> None:
+    """The key of the compiler's cache: as without any setting where cuDNN is allowed, another where it is not."""
+    def key() -> str:
+        graph = torch.fx.symbolic_trace(lambda query: torch.nn.functional.scaled_dot_product_attention(query, query, query))
+        return FxGraphHashDetails(graph, [], {}, []).cache_key_tag
+
+    plain = key()
+    with same_with_gradients():
+        without = key()
+        with cudnn_attention(True):
+            assert key() == plain
+        assert key() == without != plain
+    assert key() == plain
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
