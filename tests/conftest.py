@@ -33,13 +33,10 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random tiny Stable Diffusion pipeline directory: 16x16 pixels, 8x8x4 latents.
+    """A random tiny Stable Diffusion pipeline directory: 16x16 pixels, 8x8x4 latents, a narrow UNet."""
+    from tiny import NARROW, tiny_sd  # seconds, which a test without a model need not wait for
 
-    Its UNet is the smallest that has all kinds of layers: in bf16 a CPU's time goes with the width (7 times less than of 32, 64).
-    """
-    from tiny import tiny_sd  # seconds, which a test without a model need not wait for
-
-    return tiny_sd(tmp_path_factory.mktemp("models") / "sd", block_out_channels=(8, 16), mid_block_type=None)
+    return tiny_sd(tmp_path_factory.mktemp("models") / "sd", **NARROW)
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +85,21 @@ def settings(sd: Path, demonstrations: Path, cache_dir: Path, tmp_path: Path) ->
         return deepcopy(raw)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """PyTorch's compiler makes its CPU kernels without optimisation and in this process: a third of the time.
+
+    What it compiles for and from is the same. Its probes of the processor, each a process that imports torch, are left out.
+    """
+    from torch._inductor import config
+
+    compiler = tmp_path_factory.mktemp("compiler") / "g++"  # by this name the compiler's kind is known
+    compiler.write_text(f'#!/bin/sh\nexec {config.cpp.cxx[-1]} "$@" -O0\n')  # the last -O is the one that counts
+    compiler.chmod(0o755)
+    with config.patch({"cpp.cxx": (str(compiler),), "cpp.vec_isa_ok": False, "compile_threads": 1}):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ or after it. SIGKILL goes to the whole group, as when a machine goes down; anyth
 
 import faulthandler
 import functools
+import gc
 import importlib
 import json
 import os
@@ -96,6 +97,8 @@ def serve() -> None:
 
     estimates.remember(Path(sys.argv[1]))
     assert deepspeed.ops.__compatible_ops__  # else every rank tries the compiler out
+    gc.collect()
+    gc.freeze()  # what the ranks share need not be searched by every collection of theirs, nor copied for it
     for line in sys.stdin:
         answers.write(json.dumps(run_job(json.loads(line))) + "\n")
         answers.flush()

@@ -22,6 +22,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 WORDS = ("a", "photo", "of", "the", "handwritten", "zero", "one", "two", "three", "red", "blue", "cat", "dog", "sky")
 PIXELS, LATENTS = 16, (4, 8, 8)
 CLIP_PIXELS, CLIP_WIDTH = 28, 24
+# A UNet that has all kinds of layers for little work: in bf16 a CPU takes a seventh of the default's time.
+NARROW = dict(block_out_channels=(8, 16), mid_block_type=None)
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 

@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 import threading
-from http.server import ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from hub_server import handler
 from tiny import tiny_adapter
 
@@ -22,36 +25,62 @@ SCRIPT = """
 import sys
 from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
-for name in sys.argv[1:]:
+for line in sys.stdin:
     try:
-        path, _, adapter = name.partition("+")
+        path, _, adapter = line.strip().partition("+")
         model = open_model(path, motion_adapter=adapter or None)
         model.load_vae("cpu")
         model.load_text("cpu")(["a cat"])
-        print("PATH", model.path)
+        print("ANSWER PATH", model.path, flush=True)
     except UserError as error:
-        print("REFUSED", error)
+        print("ANSWER REFUSED", " ".join(str(error).split()), flush=True)
 """
 
 
-def open_in_subprocess(endpoint, home, *names):
-    """A process of its own, because the hub's client reads its environment at import."""
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory) -> Iterator[tuple[int, Callable[[str], list[str]]]]:
+    """A port, and `ask(name)`: what a process says of a model's name, for which the hub is at that port.
+
+    A process of its own, because the hub's client reads its environment at import; one, because it imports for seconds.
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *names], capture_output=True, text=True, env=environment,
-                          timeout=120, cwd=home)
-    assert done.returncode == 0, done.stderr
-    return [line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("PATH", "REFUSED"))]
+    port, home = free_port(), tmp_path_factory.mktemp("hub")
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "PYTHONPATH": str(ROOT),
+                    "HF_HUB_DISABLE_XET": "1"}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=home,
+                          env=environment) as process:
+
+        def ask(name: str) -> list[str]:
+            process.stdin.write(name + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                if line.startswith("ANSWER "):
+                    return line.removesuffix("\n").split(" ", 2)[1:]
+            raise AssertionError(f"the process ended with {process.wait()}")
+
+        yield int(port), ask
+        process.stdin.close()
 
 
-def test_download_then_offline(own_sd, tmp_path):
+@contextmanager
+def serving(port: int, hub: type[BaseHTTPRequestHandler]) -> Iterator[None]:
+    """The hub is there."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), hub)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_then_offline(own_sd, opened):
+    port, ask = opened
     (own_sd / "unet/diffusion_pytorch_model.bin").write_bytes(b"not wanted")
     (own_sd / "v1-5-pruned.ckpt").write_bytes(b"not wanted")
     hub = handler(own_sd)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    (kind, first), (refused, message) = open_in_subprocess(endpoint, tmp_path, "tiny/sd", "tiny/other")
+    hub.protocol_version = "HTTP/1.0"  # no connection outlives the server, so that it is gone when it is shut down
+    with serving(port, hub):
+        (kind, first), (refused, message) = ask("tiny/sd"), ask("tiny/other")
     assert kind == "PATH", first
     assert refused == "REFUSED" and "tiny/other" in message and "spelling" in message
     assert "unet/diffusion_pytorch_model.safetensors" in hub.fetched
@@ -59,26 +88,21 @@ def test_download_then_offline(own_sd, tmp_path):
     for name in hub.fetched:
         assert (Path(first) / name).read_bytes() == (own_sd / name).read_bytes()
 
-    server.shutdown()
-    server.server_close()
-    again, (refused, message) = open_in_subprocess(endpoint, tmp_path, "tiny/sd", "tiny/never-seen")
+    again, (refused, message) = ask("tiny/sd"), ask("tiny/never-seen")
     assert again == ["PATH", first]
     assert refused == "REFUSED" and "tiny/never-seen" in message and "connect" in message
 
 
-def test_a_motion_adapter_from_the_hub(sd_folder, tmp_path):
+def test_a_motion_adapter_from_the_hub(sd_folder, opened, tmp_path):
+    port, ask = opened
     adapter = tiny_adapter(tmp_path / "adapter")
     (adapter / "mm_sd_v15.ckpt").write_bytes(b"not wanted")
     hub = handler(adapter, "tiny/motion")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    found = open_in_subprocess(endpoint, tmp_path, f"{sd_folder}+tiny/motion", f"{sd_folder}+tiny/no")
-    server.shutdown()
-    server.server_close()
-    assert found[0] == ["PATH", str(sd_folder)]
+    with serving(port, hub):
+        found, refused = ask(f"{sd_folder}+tiny/motion"), ask(f"{sd_folder}+tiny/no")
+    assert found == ["PATH", str(sd_folder)]
     assert set(hub.fetched) == {"config.json", "diffusion_pytorch_model.safetensors"}
-    assert found[1][0] == "REFUSED" and "seppo.model.motion_adapter 'tiny/no'" in found[1][1]
+    assert refused[0] == "REFUSED" and "seppo.model.motion_adapter 'tiny/no'" in refused[1]
 
 
 FILES = [

@@ -30,12 +30,12 @@ assert_within_twice = partial(fused_parity.assert_within_twice, backend="native"
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_fp64(shape, dtype, flipper):
+    """Every beta with every reduction, and each of these two with every upstream gradient."""
     for shared in (False, True):
         inputs = make(SHAPES[shape], dtype, shared=shared)
-        for beta, reduction in itertools.product((1.0, 2000.0, 5000.0), ("mean", "sum", "none")):
+        for (i, beta), (j, reduction) in itertools.product(enumerate((1.0, 2000.0, 5000.0)), enumerate(("mean", "sum", "none"))):
             each = torch.linspace(-1, 2, SHAPES[shape][0] // 2) if reduction == "none" else 0.37
-            for upstream in (1.0, 1 / 256, each):
-                assert_within_twice(inputs, upstream=upstream, beta=beta, flipper=flipper, reduction=reduction)
+            assert_within_twice(inputs, upstream=(1.0, 1 / 256, each)[(i + j) % 3], beta=beta, flipper=flipper, reduction=reduction)
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES, DTYPES)))

@@ -11,10 +11,17 @@ from typing import Any
 
 import pytest
 from forked import Forks, Strike
+from tiny import tiny_sd
 
 from seppo_fast.training import checkpoint
 
 LAST, BEFORE = "update_00000004", "update_00000003"
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wider than elsewhere: files of megabytes, which a limit can tell apart."""
+    return tiny_sd(tmp_path_factory.mktemp("models") / "wide")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from tiny import tiny_sd
 from tiny import unet as tiny_unet
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -112,6 +113,12 @@ ENGINES: dict[str, dict[str, Any]] = {
     "bf16 zero 2": BF16 | {"zero_optimization": {"stage": 2, "reduce_bucket_size": 200_000}},
     "bf16 zero 3": BF16 | {"zero_optimization": {"stage": 3, "reduce_bucket_size": 200_000}},
 }
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wider than elsewhere: beside its tensors, what is allocated for other things is little."""
+    return tiny_sd(tmp_path_factory.mktemp("models") / "wide")
 
 
 @pytest.fixture(scope="module")

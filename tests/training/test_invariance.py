@@ -80,7 +80,7 @@ def test_half_precision_trains_alike(name: str, on_two_ranks: dict[str, Path], s
     kinds = {str(value.dtype) for value in half.values()}
     assert kinds == ({"torch.bfloat16"} if name.startswith("bf16") else {"torch.float32"})
     assert apart(full, unet_of(sd)) > 1e-3
-    alike(full, half, 4e-3)
+    alike(full, half, 8e-3)
     for one, other in zip(rows(on_two_ranks["zero 0"]), rows(on_two_ranks[name]), strict=True):
         for column_name in ("model_mse_winner", "model_mse_loser", "ref_mse_winner", "ref_mse_loser"):
             assert one[column_name] == pytest.approx(other[column_name], rel=0.03), column_name
@@ -137,7 +137,7 @@ def is_tie(row: dict[str, Any]) -> None:
 
 
 def alike(one: Weights, other: Weights, tolerance: float) -> None:
-    """The distance between two models as vectors, relative to their length. An update moves this one by 1e-2."""
+    """The distance between two models as vectors, relative to their length. An update moves this one by 8e-3, four by 3e-2."""
     distance = sum((one[name].float() - other[name].float()).square().sum().item() for name in one) ** 0.5
     assert distance < tolerance * sum(value.float().square().sum().item() for value in one.values()) ** 0.5
 

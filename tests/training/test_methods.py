@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from outcomes import apart, column, identical, rows, unet_of, weights
-from tiny import tiny_sd
+from tiny import NARROW, tiny_sd
 
 from seppo_fast.config import Data
 from seppo_fast.data import build_cache, open_source
@@ -178,7 +178,7 @@ def test_solvers_make_different_losers(trained: Trained) -> None:
 
 def test_prediction_types_have_their_targets(trained: Trained, tmp_path: Path, sd: Path) -> None:
     """The same network, told to predict v, errs by another amount on the same noisy latents."""
-    velocity = trained(**{"seppo.model.path": str(tiny_sd(tmp_path / "v", "v_prediction"))})
+    velocity = trained(**{"seppo.model.path": str(tiny_sd(tmp_path / "v", "v_prediction", **NARROW))})
     assert identical(unet_of(sd), unet_of(tmp_path / "v"))
     assert rows(velocity)[0]["model_mse_winner"] != rows(trained())[0]["model_mse_winner"]
     assert "v_prediction" in (velocity / "final" / "scheduler" / "scheduler_config.json").read_text()

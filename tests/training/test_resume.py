@@ -49,8 +49,12 @@ KILLS = {
     "a past policy without its checkpoint": (Strike("seppo_fast.reference.pool:Pool.add", 1, after=True), None),
     "the export": (Strike("seppo_fast.models.export:flush_tree", 1), ".final.tmp/*"),
 }
-SOME = ("between two micro-batches of the second update", "a checkpoint without its marker", "sampling",
-        "a past policy without its checkpoint")
+# One rank goes through every place. The folder of two ranks looks otherwise where both write (a checkpoint) and where rank 0 alone
+# does; a half-done update differs by precision, ZeRO stage and window.
+OF_TWO = ("between two micro-batches", "a checkpoint with DeepSpeed's files alone", "a checkpoint without its marker",
+          "a checkpoint under its temporary name", "a past policy without its checkpoint", "the export")
+HALF_DONE = ("between two micro-batches of the second update", "sampling")
+TORN = ("between two micro-batches of the second update", "a checkpoint without its marker")
 
 
 @pytest.fixture
@@ -105,8 +109,8 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "ranks", "places"), [
-    ("fp32", 1, KILLS), ("fp32", 2, KILLS), ("bf16", 1, SOME), ("bf16 zero 2", 2, SOME), (WINDOW, 1, SOME), (WINDOW, 2, SOME),
-    ("zero 3", 2, SOME[:2]),
+    ("fp32", 1, KILLS), ("fp32", 2, OF_TWO), ("bf16", 1, TORN), ("bf16 zero 2", 2, TORN), (WINDOW, 1, HALF_DONE),
+    (WINDOW, 2, HALF_DONE), ("zero 3", 2, TORN[1:]),
 ], ids=lambda value: str(value) if isinstance(value, str | int) else "")
 def test_killed_at_every_turn_and_resumed(name: str, ranks: int, places: Iterable[str], forks: Forks, whole: Any,
                                           tree: Any) -> None:
@@ -136,7 +140,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize(("name", "ranks", "places"), [
-    (WINDOW, 1, tuple(PLACES)), ("bf16", 2, ("sampling", "in a window")), (WINDOW, 2, ("sampling", "in a window")),
+    (WINDOW, 1, tuple(PLACES)), ("bf16", 2, ("in a window",)), (WINDOW, 2, ("sampling",)),
 ], ids=lambda value: str(value) if isinstance(value, str | int) else "")
 def test_stopped_by_sigterm_and_resumed(name: str, ranks: int, places: tuple[str, ...], forks: Forks, whole: Any, tree: Any,
                                         tmp_path: Path) -> None:
@@ -219,8 +223,11 @@ def test_a_signal_from_outside(signum: int, status: int, forks: Forks, whole: An
     same(whole("bf16"), stopped)
 
 
-def test_ctrl_c_and_sigkill_with_the_launcher(forks: Forks, whole: Any, tree: Any, start: Any) -> None:
-    """The terminal signals the whole foreground group; the launcher then ends the ranks and exits with 1, its own choice."""
+def test_ctrl_c_with_the_launcher(forks: Forks, whole: Any, tree: Any, start: Any) -> None:
+    """The terminal signals the whole foreground group; the launcher then ends the ranks and exits with 1, its own choice.
+
+    Then SIGKILL, for which it makes no difference who started the group.
+    """
     stopped = tree("fp32", "stopped", 2)
     process = start(stopped, ranks=2)
     wait_for(lambda: rows(stopped) >= 1, process)
@@ -232,9 +239,8 @@ def test_ctrl_c_and_sigkill_with_the_launcher(forks: Forks, whole: Any, tree: An
     before = rows(stopped)
     assert before < 4, "it was not stopped, it was done"
 
-    process = start(stopped, "--resume", "auto", ranks=2)
-    wait_for(lambda: rows(stopped) > before, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    strike = Strike("seppo_fast.training.trainer:Trainer.report", 1, after=True)
+    killed = forks.run(stopped, "--resume", "auto", ranks=2, strike=strike)
+    assert killed.statuses == [-signal.SIGKILL] * 2 and rows(stopped) > before
     assert forks.run(stopped, "--resume", "auto", ranks=2).statuses == [0, 0]
     same(whole("fp32", 2), stopped)

@@ -19,7 +19,7 @@ from outcomes import apart, rows, weights
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_adapter, tiny_animatediff
+from tiny import tiny_adapter, tiny_animatediff, tiny_sd
 from torch import Tensor
 
 from seppo_fast.configfile import parse_config
@@ -319,11 +319,12 @@ def test_resumed_in_mid_epoch_it_ends_with_the_same_bytes(forks: Forks, video_se
     assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(broken)]
 
 
-def test_an_image_model_with_a_motion_adapter_trains(video_settings: Any, train: Callable[..., Path], sd: Path, tmp_path: Path,
+def test_an_image_model_with_a_motion_adapter_trains(video_settings: Any, train: Callable[..., Path], tmp_path: Path,
                                                      capsys: pytest.CaptureFixture) -> None:
     """The sampler's batch size is measured for videos, too."""
-    adapter = tiny_adapter(tmp_path / "adapter")
-    run = train(video_settings(**{"seppo.model.path": str(sd), "seppo.model.motion_adapter": str(adapter), "seppo.iterations": 1,
+    image = tiny_sd(tmp_path / "image", block_out_channels=(8, 16))
+    adapter = tiny_adapter(tmp_path / "adapter", block_out_channels=(8, 16))
+    run = train(video_settings(**{"seppo.model.path": str(image), "seppo.model.motion_adapter": str(adapter), "seppo.iterations": 1,
                                   "seppo.updates_per_iteration": 1, "seppo.model.channels_last": True,
                                   "seppo.sampler.batch_size": "auto"}))
     assert re.search(r"sampler: batches of [124]: ", capsys.readouterr().out)
