@@ -9,7 +9,7 @@ from PIL import Image, ImageCms
 from seppo_fast.data.rows import BadRow
 
 # ITU-T H.273, which PNG (cICP), AVIF and every video codec share. What is missing here, a screen for sRGB shows as it is.
-WIDE = {4: "BT.470 M", 8: "film", 9: "BT.2020", 10: "CIE XYZ", 11: "DCI-P3", 12: "Display P3", 22: "EBU 3213"}
+WIDE = {4: "BT.470 M", 8: "film", 9: "BT.2020", 10: "CIE XYZ", 11: "DCI-P3", 12: "Display P3"}
 CURVES = {8: "linear", 9: "logarithmic", 10: "logarithmic", 16: "PQ, as in HDR10", 17: "SMPTE 428", 18: "HLG"}
 SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # white, red, green, blue
 SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
@@ -25,13 +25,20 @@ def check_range(primaries: int | None, transfer: int | None) -> None:
 
 
 def check_signal(content: bytes, image: Image.Image) -> None:
-    """`check_range` for what Pillow passes over: a PNG's cICP, which goes before its profile, an AVIF's nclx, which goes after."""
+    """`check_range` for what Pillow passes over: a PNG's cICP, which goes before its profile, an AVIF's nclx, which goes after.
+
+    A JPEG 2000's profile, which it passes over, too, is put where those of other formats are.
+    """
     if image.format == "PNG":
         _, _, signal = content.partition(b"IDAT")[0].partition(b"cICP")
         check_range(*signal[:2].ljust(2, b"\0"))
     elif image.format == "AVIF" and "icc_profile" not in image.info:
         _, _, signal = content.partition(b"colrnclx")
         check_range(int.from_bytes(signal[:2]), int.from_bytes(signal[2:4]))
+    elif image.format == "JPEG2000":
+        _, _, box = content.partition(b"jp2c")[0].partition(b"colr")
+        if box[:1] == b"\2":  # after it two bytes, then a profile, which knows its length
+            image.info["icc_profile"] = box[3:]
 
 
 def to_srgb(image: Image.Image) -> Image.Image:

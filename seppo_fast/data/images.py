@@ -53,8 +53,9 @@ def check_single(image: Image.Image) -> None:
     else:
         several = image.n_frames
     if several > 1:
-        what = "pages" if image.format == "TIFF" else "frames"
-        raise BadRow(f"{image.format} of {several} {what}, of which a caption means one or all; keep that one, as a still image")
+        frame = "page" if image.format == "TIFF" else "frame"
+        raise BadRow(f"{image.format} of {several} {frame}s, and only a still image can be used; save as one the {frame} that the"
+                     " caption means")
     if image.format == "TIFF" and image.tag_v2.get(PAGE, 0) & REDUCED:
         raise BadRow("its first picture is the thumbnail of another one, which Pillow does not read; convert it to PNG")
 

@@ -32,6 +32,16 @@ def test_a_profile_is_converted(profile, stored_as, expected, kind):
     assert near(colour(stored(Image.new("RGB", (16, 16), stored_as), kind, icc_profile=profile, **options)), expected, 4)
 
 
+def test_a_profile_of_a_jpeg_2000_is_converted():
+    content = stored(Image.new("RGB", (16, 16), (200, 100, 100)), "JPEG2000")
+    header, colr = content.index(b"jp2h") - 4, content.index(b"colr") - 4
+    profile = rgb_profile(DISPLAY_P3, 2.2)
+    box = struct.pack(">I4s3B", 11 + len(profile), b"colr", 2, 0, 0) + profile
+    longer = struct.pack(">I", int.from_bytes(content[header:header + 4]) + len(box) - 15)
+    changed = content[:header] + longer + content[header + 4:colr] + box + content[colr + 15:]
+    assert near(colour(content), (200, 100, 100)) and near(colour(changed), (214, 94, 97), 4)
+
+
 def test_a_profile_is_converted_in_every_mode():
     p3, rgb, expected = rgb_profile(DISPLAY_P3, 2.2), (200, 100, 100), (214, 94, 97)
     palette = Image.new("RGB", (4, 4), rgb).convert("P", palette=Image.Palette.ADAPTIVE)
@@ -164,7 +174,7 @@ def several(kind: str, count: int, **options: object) -> bytes:
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF"])
 def test_of_an_animation_no_frame_is_taken(kind):
     what = "pages" if kind == "TIFF" else "frames"
-    with pytest.raises(BadRow, match=rf"^{kind} of 3 {what}, of which a caption means one or all"):
+    with pytest.raises(BadRow, match=rf"^{kind} of 3 {what}, and only a still image can be used"):
         load_rgb(several(kind, 3))
     assert load_rgb(several(kind, 1)).size == (16, 16)
 

@@ -1,5 +1,6 @@
 """Videos that parse as something else than they are: colours beyond SDR, transparency, several streams, edit lists, two fields."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from data.test_video_decode import LEVEL, clip_of, needs_dali, shown
 from data.test_video_probe import refused
 from data.video_files import VP9, pictures, video_settings, write_video
 
+from seppo_fast.data.framing import Framing
 from seppo_fast.data.video import dali, pyav
+from seppo_fast.data.video.clips import Clip
 from seppo_fast.data.video.decoder import Decoder
 from seppo_fast.data.video.probe import Facts, probe
 
@@ -225,18 +228,14 @@ def test_a_palette_may_be_transparent(tmp_path):
 
 
 def test_a_clip_whose_white_is_rounded_up_was_filled_in():
-    each = clip_facts_of_three_frames()
+    facts = Facts(3, 16, 16, (1, 1), 0, False, "h264", "yuv420p", (2, 1), (0, 0))
+    each = Clip("k", Path("a.mp4"), facts, [0, 1, 2], Framing(16, 16, 0, 0, False), 0, 16)
     white = torch.tensor(255 * float(torch.tensor(1 / 127.5)) - 1)  # one fused multiply-add, as on a GPU
     assert white > 1
     filled = torch.stack([white, torch.tensor(-1.0), white]).view(1, 3, 1, 1).expand(3, 3, 16, 16).clone()
     assert not dali.is_whole(filled, each)
     filled[:, 1] += LEVEL
     assert dali.is_whole(filled, each)
-
-
-def clip_facts_of_three_frames():
-    facts = Facts(3, 16, 16, (1, 1), 0, False, "h264", "yuv420p", (2, 1), (0, 0))
-    return dali.Clip("k", Path("a.mp4"), facts, [0, 1, 2], None, 0, 16)
 
 
 @needs_dali
@@ -272,6 +271,5 @@ def test_a_gpu_decodes_what_its_trial_says(codec, tmp_path):
     pipeline = dali.Dali(16, 2, 1, torch.device("cuda:0"))
     assert pipeline.refuses(each.facts) is None
     assert (pipeline.decode([each])[0] - pyav.decode(each)).abs().mean() <= 4 * LEVEL
-    past_the_end = [0, 3, 7, 8]
-    assert pipeline.decode([dali.Clip(each.key, each.file, each.facts, past_the_end, each.frame, 0, 16)]) == [None]
+    assert pipeline.decode([replace(each, indices=[0, 3, 7, 8])]) == [None]  # past the end
     assert "of 8192x8192 here" in dali.tried(torch.device("cuda:0"), "h264", "yuv420p", (8192, 8192))
