@@ -14,7 +14,7 @@ from typing import Any
 
 from seppo_fast.data.forms import LOOK_AT_QUOTES, header_of, why_no_json
 from seppo_fast.data.rows import BadRow, ImageLike, looks_embedded, printable
-from seppo_fast.data.splits import ALL, canonical, choose, split_of_folders
+from seppo_fast.data.splits import ALL, canonical, choose, split_named, split_of_folders
 from seppo_fast.errors import UserError
 from seppo_fast.strict import GivenTwice, parse_json, unlike_header
 
@@ -81,8 +81,10 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def folder_split(file: Path, root: Path, split: str) -> str | None:
-    """The split that the folders of a metadata file tell."""
-    return split_of_folders(file.parent.relative_to(root).parts, split)
+    """The split that the folders of a metadata file tell; `test.csv` is of the split test when that is wanted."""
+    told = split_of_folders(file.parent.relative_to(root).parts, split)
+    own = None if file.name in NAMES else split_named(file.name, split)
+    return told or (own if own == canonical(split) else None)
 
 
 def row_split(file: Path, record: dict | BadRow, root: Path, names: Sequence[str], split: str) -> str | None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from seppo_fast import config
 from seppo_fast.data import LatentCache, build_cache, open_source
+from seppo_fast.data.rows import Row, Skipped
+from seppo_fast.errors import UserError
 
 
 def pixels(seed: int, height: int = 16, width: int = 16) -> np.ndarray:
@@ -69,6 +72,19 @@ def settings(source: object, folder: Path, **more: object) -> config.Data:
     """`config.Data` for tiny images, with the cache in `folder`/cache."""
     return config.Data(**{"source": str(source), "resolution": 16, "flip": False, "cache_dir": str(folder / "cache"),
                           "encode_batch_size": 4, "workers": 2, **more})
+
+
+def rows_of(source: object, needs_loser: bool = False, seed: int = 0, **more: object) -> list[Row | Skipped]:
+    """All rows of a source."""
+    opened = open_source(settings(source, Path("unused"), **more), needs_loser, seed)
+    return [row for part in opened.parts for row in part.rows()]
+
+
+def refused(source: object, needs_loser: bool = False, **more: object) -> str:
+    """What is said about a source that cannot be opened or read."""
+    with pytest.raises(UserError) as caught:
+        rows_of(source, needs_loser, **more)
+    return str(caught.value)
 
 
 def cached(model: object, data: config.Data, folder: Path, needs_loser: bool = False, seed: int = 0,

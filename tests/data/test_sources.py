@@ -7,26 +7,15 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
-from data.data_files import image_bytes, pair, samples, settings, write_folder, write_parquet, write_tar
+from data.data_files import image_bytes, pair, refused, rows_of, samples, settings, write_folder, write_parquet, write_tar
 
 from seppo_fast.data.rows import Row, Skipped
 from seppo_fast.data.sources import open_source
 from seppo_fast.errors import UserError
 
 
-def rows_of(source: object, needs_loser: bool = False, seed: int = 0, **more: object) -> list[Row | Skipped]:
-    opened = open_source(settings(source, Path("unused"), **more), needs_loser, seed)
-    return [row for part in opened.parts for row in part.rows()]
-
-
 def keys(rows: list[Row | Skipped]) -> list[str]:
     return [row.key for row in rows]
-
-
-def refused(source: object, needs_loser: bool = False, **more: object) -> str:
-    with pytest.raises(UserError) as caught:
-        rows_of(source, needs_loser, **more)
-    return str(caught.value)
 
 
 def test_image_folder_comes_in_parts_of_256_that_start_anywhere(tmp_path):

@@ -83,6 +83,16 @@ def test_a_prompt_that_comes_again_is_left_out_and_named(tmp_path: Path) -> None
     ("p.json", '{"anime": ["a", null]}', "anime, number 2: None is no prompt"),
     ("p.parquet", "no parquet", "no readable parquet file"),
     ("p.docx", "x", "what kind of file is that"),
+    ("p.csv", "id,prompt\n1,a fox\n2,a fox, sitting\n", "line 3: 3 values where the header has 2 names; is a text with a comma"),
+    ("p.csv", "prompt\na fox, sitting\n", "line 2: 2 values where the header has 1 name;"),
+    ("p.csv", "id,prompt\n1\n", "line 2: 1 value where the header has 2 names; are some missing"),
+    ("p.tsv", "Prompt\tCategory\na\tb\tc\n", "line 2: 3 values where the header has 2 names"),
+    ("p.csv", "prompt,Prompt \na,b\n", "has the column prompt twice"),
+    ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "line 1: prompt is given twice"),
+    ("p.jsonl", '{"prompt": "a", "Prompt": "b"}', "line 1 has the column prompt twice"),
+    ("p.json", '{"anime": ["a"], "anime": ["b"]}', "anime is given twice"),
+    ("p.jsonl", "{'prompt': 'a'}", "looks like a Python dict"),
+    ("p.jsonl", '[\n{"prompt": "a"}\n]', "begins a JSON array over several lines"),
 ])
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
@@ -104,3 +114,11 @@ def test_other_encodings_missing_files_and_equal_names_are_refused(tmp_path: Pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no .json files in this folder"):
         texts(tmp_path / "empty")
+
+
+def test_spreadsheets_ways_are_read_rightly(tmp_path: Path) -> None:
+    assert texts(write(tmp_path / "a.csv", " Prompt ,Style\n\n   \na fox,\n")) == ["a fox"]
+    assert texts(write(tmp_path / "b.tsv", "Prompt\tNote\na fox\n")) == ["a fox"]
+    (tmp_path / "c.csv").write_text("prompt\na fox\n", encoding="utf-16")
+    (tmp_path / "d.csv").write_text("prompt\ra fox\rtwo\r", newline="")
+    assert texts(tmp_path / "c.csv") == ["a fox"] and texts(tmp_path / "d.csv") == ["a fox", "two"]
