@@ -56,7 +56,7 @@ def test_the_quickstarts_command(on_path: None, sd: Path, demonstrations: Path, 
 def test_the_a100_dry_run(forks: Forks, tmp_path: Path) -> None:
     result = forks.run("ds_a100.json", "--dry-run", "--set", f"seppo.output_dir={tmp_path / 'run'}")
     assert result.status == 0, result.output[-2000:]
-    for line in ("effective batch    2048 pairs = 1 a rank x", "beta 2000", "all weights", "at 512 pixels",
+    for line in ("effective batch    2048 pairs = 8 a rank x", "beta 2000", "all weights", "at 512 pixels",
                  "210 = 7 iterations x 30",
                  "5e-06 as it is, not scaled by the batch (AdamW, schedule constant, warm-up 0 updates)", "ddim, 50 steps",
                  "before you train: seppo.data.source is not set: --set seppo.data.source=PATH",
@@ -86,7 +86,7 @@ def test_the_a100_batch_on_eight_ranks() -> None:
     from seppo_fast.configfile import batch_plan, load_config
 
     batch = batch_plan(load_config("ds_a100.json").deepspeed, 8)
-    assert (batch.size, batch.micro, batch.accumulation) == (2048, 1, 256)
+    assert (batch.size, batch.micro, batch.accumulation) == (2048, 8, 32)
 
 
 def test_a_dry_run_with_model_and_data(settings: Callable[..., dict[str, Any]], forks: Forks, tmp_path: Path) -> None:

@@ -142,6 +142,10 @@ def empty_unet(directory: Directory) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_config(dict(directory.configs["unet"]))
 
 
+def empty_vae(directory: Directory) -> AutoencoderKL:
+    return AutoencoderKL.from_config(dict(directory.configs["vae"]))
+
+
 def load_vae(directory: Directory, device: torch.device | str) -> AutoencoderKL:
     """fp32 whatever the files hold: SDXL's VAE overflows in half precision."""
     return load_component(directory, "vae", AutoencoderKL, torch.float32).to(device).eval().requires_grad_(False)

@@ -11,7 +11,8 @@ from seppo_fast.models.sdxl import StableDiffusionXL
 
 SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "num_train_timesteps": 1000, "steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False}
-VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
+VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "layers_per_block": 2,
+       "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 
 # Keys that are not here have diffusers' defaults.
 SD15: dict[str, dict[str, Any]] = {

@@ -1,5 +1,6 @@
 """What a run costs before it runs: FLOPs and bytes, counted on the model's own graph without executing it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_p
 from seppo_fast.training.engine import precision
 from seppo_fast.training.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.training.live import inference, micro_batch
+from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Cost:
     score: int  # of scoring the sampler's batch ahead
     sampler: int  # of the sampler's batch at its peak; of one sample where the batch size is "auto"
     resting: int  # of the gradients' bytes, those that stay while the reference samples
+    grid: int  # the VAE and the decoding of one of a sample grid's samples; 0 where no grid is made
+    evaluation: int  # the VAE and the drawing or decoding of an evaluation's samples; 0 where nothing is evaluated
     graph: bool  # a CUDA graph keeps the sampler's bytes from everything else
     rests: bool  # reference and graph leave the device while the policy is trained
 
@@ -52,6 +56,9 @@ class Cost:
         ahead = self.sampler + self.score if self.graph else max(self.sampler, self.score)
         if ahead:
             phases["sampling"] = self.resting + ahead + (self.reference if self.rests else 0)
+        here = self.resting + ((self.reference + self.sampler * self.graph) if self.rests else 0)  # it comes back, and its graph
+        looks = {"sample grid": self.grid, "evaluation": self.evaluation}
+        phases |= {name: here + size for name, size in looks.items() if size}
         return {name: self.standing + size for name, size in phases.items()}
 
     @property
@@ -111,15 +118,22 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     training = meter.flops / batch.micro - (scoring if online else 0.0)
 
     samples = 1 if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
+    if not generated and not ours.evaluation.every:
+        samples = min(samples, ours.samples.per_prompt * (len(ours.samples.prompts) or GRID_PROMPTS))
+    draws = generated or ours.looks
+    graph = draws and ours.sampler.cuda_graph
     drawn = inputs(guided * samples)
     known = 4 * (evaluations + 1) * samples * one[0].numel()  # the sampling loop's outputs so far, in fp32
-    sampler = inference(lambda: model.denoise(unet, *drawn)).peak if generated else 0
+    sampler = inference(lambda: model.denoise(unet, *drawn)).peak if draws else 0
     scored = inputs(halves * samples)
     ahead = bool(ours.flipper) and not online
     score = inference(lambda: model.denoise(unet, *scored)).peak if ahead else 0
     activations = meter.peak - engine.bucket
     if autocast:  # computes in half the bytes, and keeps a cast copy of the weights for as long
         activations, sampler, score = ((size + weights) // 2 if size else 0 for size in (activations, sampler, score))
+
+    sampler += known if draws else 0
+    vae, decoding = vae_bytes(model, latent_shape(model, ours.data)) if ours.looks else (0, 0)
 
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
     shares = trains_a_part(unet)
@@ -130,9 +144,19 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
         reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.looks else 0,
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
-        update=engine.update, score=score, sampler=sampler + known if generated else 0, resting=engine.sampling,
-        graph=generated and ours.sampler.cuda_graph, rests=ours.scored_ahead and not shares,
+        update=engine.update, score=score, sampler=sampler, resting=engine.sampling, graph=graph,
+        grid=vae + decoding if ours.samples.every else 0,
+        evaluation=vae + max(decoding, 0 if graph else sampler) if ours.evaluation.every else 0,
+        rests=ours.scored_ahead and not shares,
     )
+
+
+def vae_bytes(model: Model, shape: Sequence[int]) -> tuple[int, int]:
+    """Of the VAE's weights, and of decoding one sample with latents of `shape`: grids and evaluations decode one by one."""
+    with torch.device("meta"):
+        vae = model.empty_vae()
+    decoding = inference(lambda: model.decode(vae, torch.empty(1, *shape, device="meta"))).peak
+    return sum(weight.nbytes for weight in vae.parameters()), decoding
 
 
 def _inputs(unet: UNet, shape: list[int], samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

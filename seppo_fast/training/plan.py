@@ -130,7 +130,8 @@ def _evaluation(asked: Evaluation) -> str:
     prompts = asked.prompts if isinstance(asked.prompts, str) else f"{len(asked.prompts)} prompts"
     ends = f"; ends after {asked.patience} without a better {asked.watched}" if asked.patience else ""
     keeps = f"; the checkpoint of the best {asked.watched} stays" if asked.keep_best else ""
-    return f"{', '.join(asked.scores)} of {prompts} every {asked.every} updates{ends}{keeps}; not in time and memory below"
+    apart = "not in time below, nor are the networks that score in memory"
+    return f"{', '.join(asked.scores)} of {prompts} every {asked.every} updates{ends}{keeps}; {apart}"
 
 
 def _memory(config: Config, cost: Cost) -> tuple[str, str]:
@@ -138,8 +139,8 @@ def _memory(config: Config, cost: Cost) -> tuple[str, str]:
     peaks = ", ".join(f"{name} {_gb(size)}" for name, size in cost.peaks.items())
     graph = f", and {_gb(cost.sampler)} stay with the sampler's CUDA graph" if cost.graph and not cost.rests else ""
     bucket = f", buckets {_gb(cost.bucket)}" if cost.bucket else ""
-    sampler = f", sampler {_gb(cost.sampler)}" if cost.sampling else ""
-    if config.seppo.sampler.batch_size == "auto" and cost.sampling:
+    sampler = f", sampler {_gb(cost.sampler)}" if cost.sampler else ""
+    if config.seppo.sampler.batch_size == "auto" and cost.sampler:
         sampler += " a sample, of which batch_size auto takes as many as pay and fit"
     rests = " while it samples" if cost.rests else ""
     parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{rests}, optimizer {_gb(cost.optimizer)}, gradients"

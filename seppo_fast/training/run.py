@@ -38,7 +38,7 @@ from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.plan import plan
 from seppo_fast.training.reporter import Reporter
-from seppo_fast.training.samples import Grids
+from seppo_fast.training.samples import PROMPTS, Grids
 from seppo_fast.training.trainer import Trainer
 from seppo_fast.training.validation import Validation, check_scores, open_validation, what_is_wanted
 
@@ -197,11 +197,11 @@ def open_pool(config: Config, folder: RunFolder, engine: DeepSpeedEngine, state:
 
 
 def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunFolder, ranks: Ranks) -> Grids | None:
-    """What sample grids need, on rank 0, or None when none are wanted. The prompts default to the data's first four."""
+    """What sample grids need, on rank 0, or None when none are wanted. The prompts default to the data's first ones."""
     ours = config.seppo
     if not ours.samples.every or ranks.rank != 0:
         return None
-    prompts = ours.samples.prompts or cache.prompts.captions(range(min(4, len(cache))))
+    prompts = ours.samples.prompts or cache.prompts.captions(range(min(PROMPTS, len(cache))))
     samples = ours.samples.model_copy(update={"prompts": prompts})
     embed = model.load_text(ranks.device)
     dtype = precision(config.deepspeed).dtype

@@ -14,6 +14,8 @@ from seppo_fast.models import Conditions, Model
 from seppo_fast.pictures import picture, save_clip
 from seppo_fast.seeds import normal
 
+PROMPTS = 4  # of the data, where none are given
+
 
 @dataclass(frozen=True)
 class Grids:

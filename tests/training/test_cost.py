@@ -1,5 +1,6 @@
 """The plan's FLOPs and bytes against what the real thing takes."""
 
+import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from tiny import tiny_sd
+from tiny import tiny_animatediff, tiny_sd
 from tiny import unet as tiny_unet
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -20,7 +21,7 @@ from seppo_fast.configfile import batch_plan, load_config, parse_config
 from seppo_fast.models import open_model
 from seppo_fast.models.known import known_model
 from seppo_fast.models.lora import add_lora
-from seppo_fast.training.cost import Cost, estimate
+from seppo_fast.training.cost import Cost, estimate, vae_bytes
 from seppo_fast.training.engine import precision, start_engine
 from seppo_fast.training.live import fused_attention, inference, micro_batch
 
@@ -96,6 +97,20 @@ def test_a_forward_is_what_the_cpu_allocates(dtype: torch.dtype) -> None:
     assert estimated == pytest.approx(allocated(really), rel=CLOSE)
 
 
+@pytest.mark.parametrize("video", [False, True])
+def test_decoding_is_what_the_cpu_allocates(video: bool, sd: Path, tmp_path: Path) -> None:
+    """With the VAE's weights: of an image, and of a clip's frames together."""
+    model = open_model(str(tiny_animatediff(tmp_path) if video else sd))
+    shape = (4, 8, 24, 24) if video else (4, 24, 24)
+
+    def really() -> None:
+        vae = copy.deepcopy(loaded)
+        kept.extend((vae, model.decode(vae, torch.zeros(1, *shape))))
+
+    loaded, kept = model.load_vae("cpu"), []
+    assert sum(vae_bytes(model, shape)) == pytest.approx(allocated(really), rel=CLOSE)
+
+
 def test_flops_are_those_of_pytorchs_counter() -> None:
     unet = network("meta", torch.float32)
     with FlopCounterMode(display=False) as counter, fused_attention():
@@ -155,7 +170,7 @@ def test_the_memory_of_a_run_is_what_the_cpu_allocates(engine: str, settings: Ca
 @pytest.fixture(scope="module")
 def planned() -> Callable[..., Cost]:
     def plan(world: int, *overrides: str) -> Cost:
-        config = load_config("ds_a100.json", overrides)
+        config = load_config("ds_a100.json", ["train_micro_batch_size_per_gpu=1", *overrides])
         return estimate(known_model(config.seppo.model.path), config, batch_plan(config.deepspeed, world), 50)
 
     return plan
@@ -181,6 +196,7 @@ def test_a_reference_that_rests_is_there_for_sampling_alone(planned: Callable[..
     for phase in ("micro-batch", "optimizer"):
         assert stays.peaks[phase] - rests.peaks[phase] == stays.reference == 2 * 859_520_964
     assert rests.peaks["sampling"] == stays.peaks["sampling"]
+    assert rests.peaks["sample grid"] == stays.peaks["sample grid"] + stays.sampler, "the graph is in the one, beside the other"
     assert rests.reserved == rests.memory < stays.reserved, "its graph goes with it"
     assert stays.peaks["sampling"] > stays.standing + stays.sampler + stays.score > stays.standing + stays.sampler, "scores, too"
 
@@ -196,9 +212,38 @@ def test_the_published_shapes() -> None:
     assert known_model("someone/something-else") is None
 
 
-def test_channels_last_is_in_the_plan(planned: Callable[..., Cost]) -> None:
+@pytest.fixture
+def small(settings: Callable[..., dict[str, Any]], sd: Path) -> Callable[..., Cost]:
+    def plan(**changes: Any) -> Cost:
+        config = parse_config(settings(**changes))
+        return estimate(open_model(str(sd)), config, batch_plan(config.deepspeed, 1), 3)
+
+    return plan
+
+
+def test_channels_last_is_in_the_plan(small: Callable[..., Cost]) -> None:
     """Where a resnet's shortcut convolves what its norm keeps, both layouts of it are kept for backward."""
-    contiguous, last = (planned(1, "train_micro_batch_size_per_gpu=1", f"seppo.model.channels_last={value}")
-                        for value in ("false", "true"))
-    assert contiguous.activations < last.activations < 1.1 * contiguous.activations
+    contiguous, last = (small(**{"seppo.model.channels_last": value}) for value in (False, True))
+    assert contiguous.activations < last.activations < 1.2 * contiguous.activations
     assert contiguous.forward == last.forward
+
+
+def test_grids_and_evaluations_are_in_the_plan(small: Callable[..., Cost]) -> None:
+    """One sample in the VAE's fp32, beside what stays between updates; sampling for them counts without losers, too."""
+    evaluation = {"seppo.evaluation.every": 1, "seppo.evaluation.prompts": ["a cat"]}
+    grids = {"seppo.samples.every": 1, "seppo.samples.prompts": []}
+    both, looks, none = small(**evaluation, **grids), small(**grids), small(**{"seppo.samples.every": 0})
+    assert "sample grid" not in none.peaks and set(both.peaks) - set(looks.peaks) == {"evaluation"}
+    assert both.peaks["evaluation"] == both.peaks["sample grid"] == looks.standing + looks.resting + looks.grid
+    plain = small(**evaluation, **grids, **{"seppo.sampler.cuda_graph": False, "seppo.sampler.batch_size": 64})
+    assert plain.evaluation > plain.grid == both.grid, "its network draws beside the VAE"
+    sft = {"seppo.method": "sft", "seppo.sampler.batch_size": 64}
+    fixed, blind = small(**grids, **sft), small(**sft, **{"seppo.samples.every": 0})
+    assert 0 < fixed.sampler < plain.sampler and fixed.sampling == blind.sampler == 0
+    assert "sampling" in fixed.peaks and "sampling" not in blind.peaks
+
+
+def test_the_recipe_for_24_gb() -> None:
+    config = load_config("ds_24gb.json")
+    cost = estimate(known_model(config.seppo.model.path), config, batch_plan(config.deepspeed, 1), config.seppo.sampler.steps)
+    assert cost.memory < cost.reserved < 16e9, "of 25.8e9, for the driver, workspaces and the allocator need some"

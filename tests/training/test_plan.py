@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_animatediff
 from torch import Tensor, nn
 
+import seppo_fast
 from seppo_fast.configfile import Config, batch_plan, load_config, parse_config
 from seppo_fast.training.dry_run import dry_run
 from seppo_fast.training.engine import start_engine
 from seppo_fast.training.plan import advice
 
+CONFIGS = Path(seppo_fast.__file__).parent / "configs"
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}
 
 
@@ -25,17 +28,33 @@ def test_the_shipped_settings_need_no_advice() -> None:
     assert told(load_config("ds_a100.json"), 8) == ""
 
 
+DRY_RUN_AS_COMMANDS = {"ds_a100", "ds_a100_video"}  # in test_command.py
+
+
+@pytest.mark.parametrize("name", sorted({file.stem for file in CONFIGS.glob("*.json")} - DRY_RUN_AS_COMMANDS))
+def test_the_shipped_configurations_pass_their_dry_run(name: str, sd: Path, tmp_path: Path) -> None:
+    """The quickstarts' with models of their kind: theirs are made by the quickstart."""
+    overrides = [f"seppo.output_dir={tmp_path / 'run'}", "seppo.data.source=null"]
+    if name == "quickstart":
+        overrides.append(f"seppo.model.path={sd}")
+    if name == "quickstart_video":
+        overrides += [f"seppo.model.path={tiny_animatediff(tmp_path / 'base')}", "seppo.data.video.frames=8"]
+    printed = dry_run(load_config(f"{name}.json", overrides), 1)
+    assert "memory a rank" in printed and printed.endswith("dry run: nothing was trained or written")
+
+
 @pytest.mark.parametrize(("override", "expected"), [
-    ("zero_optimization.stage=2", "reduces the gradients between the ranks in each of the 256 micro-batches"),
+    ("zero_optimization.stage=2", "reduces the gradients between the ranks in each of the 32 micro-batches"),
     ("communication_data_type=null", '"communication_data_type": "fp32"'),
-    ("data_types={}", "gradients of 256 micro-batches are summed in bfloat16"),
+    ("data_types={}", "gradients of 32 micro-batches are summed in bfloat16"),
     ("bf16.immediate_grad_update=false", "bf16.immediate_grad_update true saves that copy"),
     ("optimizer.params.fused=false", "optimizer.params.fused true saves memory"),
 ])
 def test_advice(override: str, expected: str) -> None:
     config = load_config("ds_a100.json", [override])
     assert expected in told(config, 8)
-    assert expected not in told(load_config("ds_a100.json", [override, "train_batch_size=1", "zero_optimization.stage=3",
+    assert expected not in told(load_config("ds_a100.json", [override, "train_batch_size=1", "train_micro_batch_size_per_gpu=1",
+                                                             "zero_optimization.stage=3",
                                                              'zero_optimization.offload_optimizer={"device": "cpu"}']), 1)
 
 
