@@ -47,7 +47,8 @@ def test_base64_text_is_an_image(tmp_path):
     text = base64.b64encode(image_bytes()).decode()
     uri = "data:image/png;base64," + text
     lines = "\n".join(text[i:i + 76] for i in range(0, len(text), 76))
-    file = write_parquet(tmp_path / "p.parquet", [{"image": value, "text": "x"} for value in (text, uri, lines, "QUJD" * 100, "data:,")])
+    values = (text, uri, lines, "QUJD" * 100, "data:,")
+    file = write_parquet(tmp_path / "p.parquet", [{"image": value, "text": "x"} for value in values])
     *good, cut, none = rows_of(file)
     assert [row.image for row in good] == [image_bytes()] * 3
     assert "text that looks like base64 (400 characters), but no image" in cut.reason and "a data: URI" in none.reason

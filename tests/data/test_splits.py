@@ -13,8 +13,10 @@ from seppo_fast.data.splits import splits_of
 
 TRAIN_AND_TEST = [
     ("train.parquet", "test.parquet"), ("default/train/0000.parquet", "default/test/0000.parquet"),
-    ("train-00000-of-00002.parquet", "test-00000-of-00001.parquet"), ("data/train-00000-of-00001-ab.parquet", "data/test-00000-of-00001-ab.parquet"),
-    ("training/0.parquet", "evaluation/0.parquet"), ("my_train_set/a.parquet", "my_val_set/a.parquet"), ("Train/0.parquet", "TEST/0.parquet"),
+    ("train-00000-of-00002.parquet", "test-00000-of-00001.parquet"),
+    ("data/train-00000-of-00001-ab.parquet", "data/test-00000-of-00001-ab.parquet"),
+    ("training/0.parquet", "evaluation/0.parquet"), ("my_train_set/a.parquet", "my_val_set/a.parquet"),
+    ("Train/0.parquet", "TEST/0.parquet"),
     ("train/data-00000-of-00002.parquet", "test/data-00000-of-00002.parquet"), ("a/train.1.parquet", "a/dev.1.parquet"),
 ]
 
@@ -59,8 +61,10 @@ def test_one_split_alone_and_none_at_all(tmp_path):
 def test_tars(tmp_path):
     write_tar(tmp_path / "train-0.tar", samples(2))
     write_tar(tmp_path / "val-0.tar", samples(1, first=5))
-    assert [row.prompt for row in rows_of(tmp_path)] == ["caption 0", "caption 1"] == [row.prompt for row in rows_of(tmp_path / "*.tar")]
-    assert [row.prompt for row in rows_of(tmp_path, split="val")] == ["caption 5"] == [row.prompt for row in rows_of(tmp_path / "val-*.tar")]
+    for source in (tmp_path, tmp_path / "*.tar"):
+        assert [row.prompt for row in rows_of(source)] == ["caption 0", "caption 1"]
+        assert [row.prompt for row in rows_of(source, split="val")] == ["caption 5"]
+    assert [row.prompt for row in rows_of(tmp_path / "val-*.tar")] == ["caption 5"]
     assert len(rows_of(tmp_path / "{train,val}-0.tar")) == 3  # named one by one
     assert "it has the splits: train, validation" in refused(tmp_path, split="test")
 

@@ -41,7 +41,8 @@ def test_a_samples_files_that_are_no_neighbours(tmp_path):
 @pytest.mark.parametrize("kind", ["tar", "tar.gz"])
 @pytest.mark.parametrize("padding", [0, 512, 10240 * 3])
 def test_joined_tars_are_read_to_the_end(tmp_path, kind, padding):
-    parts = [write_tar(tmp_path / f"{i}.{kind}", samples(3, first=3 * i), "w:gz" if "gz" in kind else "w").read_bytes() for i in range(3)]
+    mode = "w:gz" if "gz" in kind else "w"
+    parts = [write_tar(tmp_path / f"{i}.{kind}", samples(3, first=3 * i), mode).read_bytes() for i in range(3)]
     zeros = bytes(padding) if kind == "tar" else gzip.compress(bytes(padding)) if padding else b""
     (tmp_path / f"all.{kind}").write_bytes(zeros.join(parts) + zeros)
     rows = rows_of(tmp_path / f"all.{kind}")
@@ -76,7 +77,8 @@ def test_other_compressions_by_content(tmp_path, mode):
 
 def test_one_sample_in_two_ways_to_write_an_accent(tmp_path):
     image, text = (unicodedata.normalize(form, "b\u00e4r") for form in ("NFC", "NFD"))
-    assert [row.prompt for row in rows_of(write_tar(tmp_path / "a.tar", [(f"{image}.png", image_bytes()), (f"{text}.txt", b"x")]))] == ["x"]
+    file = write_tar(tmp_path / "a.tar", [(f"{image}.png", image_bytes()), (f"{text}.txt", b"x")])
+    assert [row.prompt for row in rows_of(file)] == ["x"]
 
 
 def test_tars_in_several_folders_may_move_together(tmp_path):
