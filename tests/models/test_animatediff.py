@@ -9,6 +9,7 @@ from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter, UNetMot
 from diffusers.models.attention_processor import Attention
 from tiny import tiny_adapter
 
+from seppo_fast.compiler import transformer_blocks
 from seppo_fast.config import Lora, Model
 from seppo_fast.errors import UserError
 from seppo_fast.models import AnimateDiff, open_model
@@ -214,10 +215,16 @@ def test_the_attention_layers_that_are_measured_are_the_networks_own(model):
     assert {layer.tokens for layer in found} > {FRAMES, 64}
 
 
-def test_compiled_blocks_compute_the_same(model):
-    unet = model.load_unet(torch.float32)
+def test_compiled_blocks_compute_the_same(model, quick_compiler):
+    """Of one level, whose blocks, of pictures and of motion, have one width: fewer kernels to compile."""
+    torch.manual_seed(0)
+    unet = UNetMotionModel(
+        sample_size=8, block_out_channels=(32,), norm_num_groups=8, cross_attention_dim=32, num_attention_heads=4,
+        layers_per_block=1, down_block_types=("DownBlockMotion",), up_block_types=("UpBlockMotion",),
+        motion_num_attention_heads=4, motion_max_seq_length=8).eval()
     before, graphs = predict(model, unet), torch._dynamo.utils.counters["stats"]["unique_graphs"]
     prepare_unets([unet], Model(path="x", compile="regional"), (FRAMES, 8, 8), torch.float32, CPU)
+    assert all(block._compiled_call_impl is not None for block in transformer_blocks(unet))
     torch.testing.assert_close(predict(model, unet), before, rtol=1e-3, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
 

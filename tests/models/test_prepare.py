@@ -6,6 +6,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XF
 from diffusers.utils import is_xformers_available
 from tiny import unet
 
+from seppo_fast.compiler import transformer_blocks
 from seppo_fast.config import Model
 from seppo_fast.errors import UserError
 from seppo_fast.models import attention
@@ -81,18 +82,24 @@ def test_xformers_agrees(dtype):
     assert "measured: xformers " in said[0]
 
 
-def test_compiled_blocks_train_as_before():
+def test_compiled_blocks_train_as_before(quick_compiler):
+    """In the shapes in which compilation is tried first, so that it is compiled once."""
     torch.manual_seed(0)
     net = unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # the middle block is left to compile
-    call(net).square().mean().backward()
-    gradients = [p.grad.clone() for p in net.parameters()]
-    net.zero_grad()
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    prepare_unets([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU)
-    call(net).square().mean().backward()
+    latents, prompt = torch.randn(1, 4, 4, 8), torch.randn(1, 8, 32)  # 2 x 4 places in the middle
+
+    def gradients():
+        net.zero_grad()
+        net(latents, torch.tensor([3]), encoder_hidden_states=prompt).sample.square().mean().backward()
+        return [parameter.grad.clone() for parameter in net.parameters()]
+
+    plain, before = gradients(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    prepare_unets([net], Model(path="x", compile="regional"), (4, 8), torch.float32, CPU)
+    assert all(block._compiled_call_impl is not None for block in transformer_blocks(net))
+    compiled = gradients()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
-    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+    for gradient, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_compiler_that_fails_leaves_the_plain_network():

@@ -70,7 +70,7 @@ def values_by_command(models: dict[str, Path], clip: Path, out: Path, ranks: Any
 
 
 def test_the_values_are_the_commands(trained: Any, keys: Any, sd: Path, clip: Path, ranks: Any, tmp_path: Path) -> None:
-    run = trained(**keys(every=2, per_prompt=2))
+    run = trained(**keys(every=2, per_prompt=2), **{"optimizer.params.lr": 3e-3})  # so that the scores move
     values = scored(run)
     assert list(values) == [0, 2, 4]
     assert [row["eval_samples"] for row in rows(run) if "loss" not in row] == [6, 6, 6]
