@@ -183,6 +183,17 @@ def test_other_data_are_refused(finished: dict[str, Any], forks: Forks, demonstr
     refused(forks, finished, "was trained on other data", "restore seppo.data.source")
 
 
+def test_moved_and_touched_data_are_the_same(finished: dict[str, Any], forks: Forks, demonstrations: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(demonstrations, tmp_path / "moved", copy_function=shutil.copyfile))
+    os.utime(moved / "0.png", (0, 0))
+    raw = json.loads(json.dumps(finished))
+    raw["seppo"]["data"] |= {"source": str(moved), "cache_dir": str(tmp_path / "another cache")}  # where content alone can tell
+    result = forks.run(raw, "--resume", "auto")
+    assert result.status == 0, result.output[-2000:]
+    (moved / "1.png").write_bytes((moved / "0.png").read_bytes())
+    refused(forks, raw, "was trained on other data")
+
+
 def test_an_earlier_checkpoint_can_be_chosen_and_the_later_one_is_set_aside(finished: dict[str, Any], forks: Forks) -> None:
     run = folder(finished)
     whole = final_bytes(run)
