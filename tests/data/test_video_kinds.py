@@ -17,9 +17,10 @@ from seppo_fast.data.video import dali, pyav
 from seppo_fast.data.video.clips import Clip
 from seppo_fast.data.video.decoder import Decoder
 from seppo_fast.data.video.probe import Facts, probe
+from seppo_fast.data.video.trial import X265
 
 CPU = torch.device("cpu")
-SILENT = {"preset": "ultrafast", "x265-params": "log-level=none"}
+SILENT = {"preset": "ultrafast", "x265-params": X265}
 
 
 @pytest.mark.parametrize(("name", "codec", "form", "signal", "reason"), [

@@ -11,8 +11,9 @@ from seppo_fast.data.video.clips import Clip, clip
 from seppo_fast.data.video.probe import Facts, need_av, probe
 
 ENCODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9", "h264": "libx264", "hevc": "libx265", "av1": "libsvtav1"}
+X265 = "log-level=none:pools=none:frame-threads=1:bframes=0"  # with threads of its own it loses a frame's time under load
 OPTIONS = {"libvpx": {"deadline": "realtime", "cpu-used": "8"}, "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
-           "libx264": {"preset": "ultrafast"}, "libx265": {"preset": "ultrafast", "x265-params": "log-level=none"},
+           "libx264": {"preset": "ultrafast"}, "libx265": {"preset": "ultrafast", "x265-params": X265},
            "libsvtav1": {"preset": "12"}}
 FRAMES = 2
 USUAL, LEAST, MOST = 256, 144, 4096  # a decoder that takes one size between the latter two takes all
