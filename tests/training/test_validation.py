@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from forked import Forks, Strike
 from outcomes import column, identical, rows, weights
 from PIL import Image
-from tiny import tiny_clip
+from tiny import tiny_clip, tiny_sd
 
 from seppo_fast.configfile import parse_config
 from seppo_fast.errors import UserError
@@ -69,12 +69,13 @@ def values_by_command(models: dict[str, Path], clip: Path, out: Path, ranks: Any
     return [row["mean"] for row in result["table"]]
 
 
-def test_the_values_are_the_commands(trained: Any, keys: Any, sd: Path, clip: Path, ranks: Any, tmp_path: Path) -> None:
-    run = trained(**keys(every=2, per_prompt=2), **{"optimizer.params.lr": 3e-3})  # so that the scores move
+def test_the_values_are_the_commands(trained: Any, keys: Any, clip: Path, ranks: Any, tmp_path: Path) -> None:
+    base = tiny_sd(tmp_path / "base")  # a wider network than elsewhere: its scores move further
+    run = trained(**keys(every=2, per_prompt=2), **{"seppo.model.path": str(base)})
     values = scored(run)
     assert list(values) == [0, 2, 4]
     assert [row["eval_samples"] for row in rows(run) if "loss" not in row] == [6, 6, 6]
-    by_command = values_by_command({"base": sd, "tuned": run / "final"}, clip, tmp_path / "out", ranks)
+    by_command = values_by_command({"base": base, "tuned": run / "final"}, clip, tmp_path / "out", ranks)
     assert [values[0], values[4]] == pytest.approx(by_command, rel=ROUNDING)
     assert abs(values[4] - values[0]) > 50 * ROUNDING and len(set(values.values())) == 3
     samples = run / "evaluation" / "samples"
