@@ -125,7 +125,9 @@ def test_twenty_policies_cost_the_model_no_more_than_one(tmp_path):
 
     def alive():
         gc.collect()
-        return sum(t.nbytes for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+        # The compiler keeps some that have no bytes, with sides that are symbols, for the tests that ran before in this process.
+        return sum(t.nbytes for t in tensors if all(type(side) is int for side in t.shape))
 
     pool.add(0, weights(network(0)), write=True)
     pool.load_into(0, reference)
