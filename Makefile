@@ -15,7 +15,7 @@ quickstart-video: $(READY)
 	$(BIN)/python -m seppo_fast.quickstart.video --out runs/quickstart_video
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=10
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
