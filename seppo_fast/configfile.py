@@ -96,9 +96,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 
 def batch_plan(deepspeed: Mapping[str, Any], world: int) -> Batch:
     """The effective batch on `world` ranks, from any two of DeepSpeed's three batch keys."""
-    size, micro, accumulation = (
-        deepspeed.get(key) for key in BATCH_KEYS
-    )
+    size, micro, accumulation = (deepspeed.get(key) for key in BATCH_KEYS)
     if size is None:
         micro = micro or 1
         accumulation = accumulation or 1

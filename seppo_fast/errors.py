@@ -1,6 +1,7 @@
 """Messages for the person who runs the program: what stops it, and what it goes on without."""
 
 import warnings
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -16,3 +17,9 @@ def warn_fallback(key: str, error: Exception) -> None:
     """One warning that the run goes on without what `key` asks for, and why."""
     warnings.warn(f"{key} does not work here, and the run goes on without it ({reason(error)}); set it to \"none\" or false to be"
                   " rid of this warning", RuntimeWarning, stacklevel=3)
+
+
+def few(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,7 +14,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from seppo_fast.errors import UserError
+from seppo_fast.errors import UserError, few
 from seppo_fast.models import Model, StableDiffusionXL
 from seppo_fast.models.files import check_tensors
 
@@ -47,7 +47,7 @@ class Adapter:
         placed = sum(".lora_" in name for name, _ in module.named_parameters())
         if placed != len(own):
             raise UserError(f"{self.file} has {len(own)} LoRA tensors for the {part}, where this model's layers of these names have"
-                            f" {placed}: it is another model's LoRA, or a part of one (it begins with {named(list(own))})")
+                            f" {placed}: it is another model's LoRA, or a part of one (it begins with {few(own)})")
 
 
 def read_adapter(file: Path, model: Model) -> Adapter:
@@ -57,9 +57,9 @@ def read_adapter(file: Path, model: Model) -> Adapter:
     unet = FrozenDict({"layers_per_block": 2} | model.directory.configs["unet"])
     raw, metadata = content_of(file)
     if scales := [name for name in raw if "dora_scale" in name or "magnitude_vector" in name]:
-        raise UserError(f"{file} is a DoRA ({named(scales)}), whose scales diffusers leaves out; merge it into its model instead")
+        raise UserError(f"{file} is a DoRA ({few(scales)}), whose scales diffusers leaves out; merge it into its model instead")
     if metadata and (alphas := [name for name in raw if name.endswith(".alpha")]):
-        raise UserError(f"{file} says its alphas twice, in tensors ({named(alphas)}) and in metadata; remove one of them")
+        raise UserError(f"{file} says its alphas twice, in tensors ({few(alphas)}) and in metadata; remove one of them")
     raw = scaled(file, raw)
     try:
         with quiet_diffusers():
@@ -68,7 +68,7 @@ def read_adapter(file: Path, model: Model) -> Adapter:
         raise UserError(f"{file} is no LoRA that diffusers reads: {str(error).strip().splitlines()[0]}") from error
     parts = ("unet", *(part for part in TEXT_ENCODERS if part in model.directory.configs))
     if strangers := [name for name in tensors if name.split(".")[0] not in parts or not any(kind in name for kind in LORA)]:
-        raise UserError(f"{file} has tensors that are no LoRA of this model's {', '.join(parts)}: {named(strangers)}")
+        raise UserError(f"{file} has tensors that are no LoRA of this model's {', '.join(parts)}: {few(strangers)}")
     if not any(name.startswith("unet.") for name in tensors):
         raise UserError(f"{file} has no weights for a UNet (unet.*)")
     return Adapter(file, tensors, metadata)
@@ -94,13 +94,8 @@ def scaled(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not name.endswith(".alpha"):
             found[name] = value.float() * (alphas.pop(layer) / value.shape[1]) if layer in alphas else value
     if alphas:
-        raise UserError(f"{file} has alphas of layers that it has no LoRA for: {named(list(alphas))}")
+        raise UserError(f"{file} has alphas of layers that it has no LoRA for: {few(alphas)}")
     return found
-
-
-def named(names: list[str]) -> str:
-    """The first of them, and how many more there are."""
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager

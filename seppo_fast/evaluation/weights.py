@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
-from seppo_fast.errors import UserError
+from seppo_fast.errors import UserError, few
 from seppo_fast.models.files import REFETCH, check_pickle, check_tensors
 from seppo_fast.models.hub import one_set, small_files
 
@@ -73,8 +73,7 @@ def check_fit(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, An
         "missing": sorted(expected.keys() - found.keys()), "unknown": sorted(found.keys() - expected.keys()),
         "of another shape": [f"{name} {has} for {wants}" for name, (has, wants) in shapes.items() if has != wants],
     }
-    told = [f"{kind}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            for kind, names in faults.items() if names]
+    told = [f"{kind}: {few(names)}" for kind, names in faults.items() if names]
     if told:
         raise UserError(f"{path} does not hold the weights of {what} ({'; '.join(told)}). "
                         "It is another model's file, or not the one published.")

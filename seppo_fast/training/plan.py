@@ -50,7 +50,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
                 + (f", {ours.data.video.frames} frames ({ours.data.video.choice})" if video else "")
                 + (f", {rows} demonstrations" if rows is not None else ""),
-        "captions": _captions(model, source),
+        **({"captions": longer} if (longer := _captions(model, source)) else {}),
         "latent cache": STREAMED if streamed else _cache(config, row_bytes, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
                            f" rank{'s' * (batch.world > 1)}",
@@ -60,8 +60,6 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "checkpoints": f"every {ours.checkpoint.every or ours.updates_per_iteration} updates, the last"
                        f" {ours.checkpoint.keep_last} kept",
     }
-    if not lines["captions"]:
-        del lines["captions"]
     if ours.evaluation.every:
         lines["evaluation"] = _evaluation(ours.evaluation)
     if samples:
