@@ -90,6 +90,8 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import deepspeed.ops
+    import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (takes PyTorch's compiler with it: seconds in each rank)
     import estimates
 
     import seppo_fast.train  # noqa: F401

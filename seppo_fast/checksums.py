@@ -1,0 +1,40 @@
+"""Checksums of files: XXH3 with 128 bits, which reads faster than disks do, against damage and not against an enemy."""
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+CHUNK = 1 << 20
+
+
+class Hashing:
+    """A binary stream to write to; `hexdigest` is the checksum of all that was written, `size` its length in bytes."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._hash, self.size = stream, xxhash.xxh3_128(), 0
+
+    def write(self, data: Any) -> int:
+        """Write the whole of `data`, any buffer, and count it in."""
+        self._stream.write(data)
+        self._hash.update(data)
+        written = memoryview(data).nbytes
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        """Flush the stream below."""
+        self._stream.flush()
+
+    def hexdigest(self) -> str:
+        """32 hexadecimal digits."""
+        return self._hash.hexdigest()
+
+
+def checksum(path: Path) -> str:
+    """A file's checksum, 32 hexadecimal digits; `OSError` where it cannot be read."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
