@@ -24,7 +24,8 @@ def main() -> None:
         os.sched_setaffinity(0, {given.core})
 
     from seppo_fast.configfile import parse_config
-    from seppo_fast.ranks import StopSignals, join, quiet_libraries
+    from seppo_fast.ranks import join, quiet_libraries
+    from seppo_fast.signals import StopSignals
     from seppo_fast.training.run import run
     from seppo_fast.training.trainer import Trainer
 

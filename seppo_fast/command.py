@@ -2,31 +2,34 @@
 
 import os
 import sys
-import traceback
 from collections.abc import Callable
 
 from seppo_fast.errors import UserError
-from seppo_fast.ranks import FirstFailure, Stop, leave, quiet_libraries
+from seppo_fast.failure import FirstFailure, explained
+from seppo_fast.signals import Stop, StopSignals
 
 
-def carried_out(work: Callable[[], None], kept: str = "") -> int:
+def carried_out(work: Callable[[StopSignals], None], kept: str = "") -> int:
     """Do `work`, which joins the ranks. Exit status: 0, 2 for bad input, 1 anything else, 128 + the signal's number when stopped.
 
     `kept` is what the person is told of a stop beside the signal's name. Only the first rank to fail speaks.
     """
-    quiet_libraries()
-    failure = FirstFailure()
+    signals, failure = StopSignals(), FirstFailure()
     try:
-        work()
+        from seppo_fast.ranks import leave, quiet_libraries
+
+        quiet_libraries()
+        work(signals)
         leave()
+        failure.close()
         return 0
     except Stop as stop:
         status, words = 128 + stop.signum, f"stopped by {stop}{kept}"
     except UserError as error:
         status, words = 2, f"seppo_fast: {error}"
-    except Exception:
-        status, words = 1, f"seppo_fast: rank {os.environ.get('RANK', 0)} failed\n{traceback.format_exc()}"
-    if failure.is_ours():
-        print(words, file=sys.stderr, flush=True)
+    except Exception as error:
+        status, words = 1, f"seppo_fast: {explained(error)}"
+    failure.say(words)
+    failure.close()
     sys.stdout.flush()
     os._exit(status)  # see train.py

@@ -57,17 +57,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     from seppo_fast.command import carried_out
 
-    return carried_out(lambda: run(arguments), "; what is drawn is kept, and the same command goes on from there")
+    return carried_out(lambda signals: run(arguments), "; what is drawn is kept, and the same command goes on from there")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the tables."""
-    from seppo_fast.ranks import StopSignals, join
-
-    StopSignals()
     from seppo_fast.evaluation.arguments import wanted_of
     from seppo_fast.evaluation.run import evaluate
     from seppo_fast.evaluation.table import markdown
+    from seppo_fast.ranks import join
 
     ranks = join()
     say = print if ranks.rank == 0 else lambda line: None

@@ -8,6 +8,10 @@ phases of an update, the operators that took longest and what could be turned on
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from seppo_fast.signals import StopSignals
 
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # see train.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -31,20 +35,20 @@ def main() -> int:
     arguments = parse_arguments()
     from seppo_fast.command import carried_out
 
-    return carried_out(lambda: run(arguments))
+    return carried_out(lambda signals: run(arguments, signals))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, signals: "StopSignals") -> None:
     """Profile, and print what was found."""
     from seppo_fast.configfile import load_config
     from seppo_fast.errors import UserError
-    from seppo_fast.ranks import StopSignals, join
+    from seppo_fast.ranks import join
     from seppo_fast.training.profiled import profile
 
     if arguments.updates < 1:
         raise UserError(f"--updates {arguments.updates}: at least one update has to be measured")
     config = load_config(arguments.config, arguments.overrides)
-    signals, ranks = StopSignals(), join()
+    ranks = join()
     text = profile(config, ranks, signals, arguments.updates, arguments.rows)
     if ranks.rank == 0:
         print(text, flush=True)

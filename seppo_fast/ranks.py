@@ -2,22 +2,22 @@
 
 import logging
 import os
-import signal
-import tempfile
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
+
+from seppo_fast.errors import UserError
+from seppo_fast.rendezvous import Launch, launched, meet, patience, within
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,42 @@ class Ranks:
         self.largest(0)
 
 
-def join() -> Ranks:
-    """Join the ranks that the launcher started, or be the only one when there was no launcher."""
-    alone = "RANK" not in os.environ
-    if alone:  # DeepSpeed looks for MPI unless it finds all of these
+def join(seconds: float | None = None) -> Ranks:
+    """Join the ranks that the launcher started, or be the only one when there was no launcher; who waits so long gives up."""
+    launch = launched()
+    if launch is None:
+        # DeepSpeed looks for MPI unless it finds all of these; a store in this process, so that there is no port to fight for
+        launch, store = Launch(0, 1, 0, 1, "127.0.0.1", 0), dist.HashStore()
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT="0")
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    if alone:  # a store in this process, so that there is no port to fight for
-        backend = get_accelerator().communication_backend_name()
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        store = meet(launch, seconds or patience())
     # DeepSpeed's own collectives for CPUs leave 69 MB a rank in /dev/shm behind, run after run, are compiled for a minute the
     # first time, and spin for ever when another rank dies: gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available() and launch.local_rank >= torch.cuda.device_count():
+        raise UserError(f"LOCAL_RANK {launch.local_rank}: this machine shows {torch.cuda.device_count()} GPUs; start as many ranks"
+                        " on it (--num_gpus, --nproc_per_node)")
+    get_accelerator().set_device(launch.local_rank)
+    control = within(seconds or patience(), lambda: connect(launch, store),
+                     lambda: f"rank {launch.rank} met all others at {launch.address}, but could not connect with each of them: one"
+                             " ended at once (see what it printed), or a firewall is between the machines")
     deepspeed.init_distributed(verbose=False)
     device = torch.device(get_accelerator().current_device_name())
+    return Ranks(launch.rank, launch.world, launch.local_world, device, control)
+
+
+def connect(launch: Launch, store: dist.Store) -> dist.ProcessGroup:
+    """Connect the ranks that have met in `store`, and return the control group."""
+    accelerator = get_accelerator()
+    accelerator.set_device(launch.local_rank)  # each thread has its own
+    store.set_timeout(default_pg_timeout)
+    # As DeepSpeed does it, which takes a group that is there; its timeout is for each collective.
+    device = accelerator.device(launch.local_rank) if launch.world > 1 and accelerator.device_name() == "cuda" else None
+    dist.init_process_group(accelerator.communication_backend_name(), store=store, rank=launch.rank, world_size=launch.world,
+                            timeout=default_pg_timeout, device_id=device)
     # Caching, checkpoints and reference windows may keep one rank away from the others for long.
-    control = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_world, device, control)
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
 
 def leave() -> None:
@@ -93,70 +110,3 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
-
-
-class Stop(BaseException):
-    """The run was asked to stop by a signal; raised where a checkpoint can be written, which `checkpoint` then names.
-
-    Like KeyboardInterrupt no `Exception`, so that nobody who skips bad images skips it.
-    """
-
-    checkpoint: Path | None = None
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-class StopSignals:
-    """SIGTERM and SIGINT. Once `deferred`, the first is remembered and all ranks raise `Stop` at the same place."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.deferred = False  # before training there is nothing to save, and no reason to wait
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._remember)
-
-    def check(self, ranks: Ranks) -> None:
-        """Raise `Stop` if any rank was signalled; every rank must call."""
-        signum = ranks.largest(self.received)
-        if signum:
-            raise Stop(signum)
-
-    def _remember(self, signum: int, _frame: object) -> None:
-        if not self.deferred:
-            raise Stop(signum)
-        if not self.received and int(os.environ.get("RANK", 0)) == 0:
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\n{signal.Signals(signum).name}: stopping after this micro-batch, with a checkpoint\n".encode())
-        self.received = self.received or signum
-
-
-class FirstFailure:
-    """Lets one process a machine print why the run failed: when a rank dies, the others die of broken connections."""
-
-    def __init__(self) -> None:
-        self._alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        if not self._alone:
-            try:
-                started = psutil.Process(os.getppid()).create_time()  # because process ids come back
-            except psutil.Error:  # the first process of a container has no parent
-                started = psutil.boot_time()
-            launch = f"{os.getuid()}-{os.getppid()}-{started}-{os.environ.get('MASTER_PORT')}"
-            self._claim = Path(tempfile.gettempdir()) / f"seppo-fast-failure-{launch}"
-
-    def is_ours(self) -> bool:
-        """Whether this process is the first to fail."""
-        if self._alone:
-            return True
-        try:
-            self._claim.touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
-
-
-def lost_contact(error: Exception) -> bool:
-    """Whether an error says only that another rank is gone."""
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)

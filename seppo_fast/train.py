@@ -2,10 +2,12 @@
 
 import argparse
 import os
-import signal
 import sys
-import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from seppo_fast.signals import Stop, StopSignals
 
 # Run by path, Python puts this file's folder first, where our `data` and `models` would pass for top-level packages.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -32,61 +34,71 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit status: 0 done or stopped by SIGTERM, 130 stopped by SIGINT, 2 bad input, 1 anything else."""
+    """Exit status: 0 done or stopped by SIGTERM, 143 if that was before the ranks had joined, 130 stopped by SIGINT, 2 bad input,
+    1 anything else.
+    """
     arguments = parse_arguments()
-    from seppo_fast.configfile import load_config
-    from seppo_fast.disk import NO_ROOM
     from seppo_fast.errors import UserError
-    from seppo_fast.ranks import FirstFailure, Stop, StopSignals, join, leave, lost_contact, quiet_libraries
+    from seppo_fast.failure import FirstFailure, explained, lost_contact
+    from seppo_fast.signals import Stop, StopSignals
 
-    quiet_libraries()
-    failure = FirstFailure()
-    rank = int(os.environ.get("RANK", 0))
-    status = 1
+    signals, failure = StopSignals(), FirstFailure()
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            from seppo_fast.training.dry_run import dry_run
-
-            if rank == 0:
-                print(dry_run(config, int(os.environ.get("WORLD_SIZE", 1)), arguments.rates), flush=True)
-            return 0
-        signals = StopSignals()
-        ranks = join()
-        from seppo_fast.training.run import run
-
-        final = run(config, arguments.resume, ranks, signals)
-        if rank == 0:
-            print(f"done: the trained model is in {final}", flush=True)
-        leave()
+        work(arguments, signals)
+        failure.close()
         return 0
     except Stop as stop:
-        status = 130 if stop.signum == signal.SIGINT else 0
-        if stop.checkpoint:
-            if rank == 0:
-                print(f"stopped by {stop}; checkpoint: {stop.checkpoint}. Go on with --resume auto", file=sys.stderr, flush=True)
+        status, words = signals.status(stop.signum), stopped(stop, arguments.dry_run)
+        if stop.together and stop.checkpoint:
+            if os.environ["RANK"] == "0":
+                print(words, file=sys.stderr, flush=True)
+            failure.close()
             return status
         # A rank alone may be here: the launcher ends the others with SIGTERM when one of them fails.
-        if failure.is_ours():
-            print(f"stopped by {stop} before training began; what is cached is kept", file=sys.stderr, flush=True)
     except UserError as error:
-        status = 2
-        if failure.is_ours():
-            print(f"seppo_fast: {error}", file=sys.stderr, flush=True)
+        status, words = 2, f"seppo_fast: {error}"
     except Exception as error:
-        if failure.is_ours():
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
-                cause = f"no room left on the disk ({error}); free some and go on with --resume auto"
-            elif lost_contact(error):
-                cause = (f"rank {rank} lost another rank, which was killed (out of memory?) or stopped on another machine,"
-                         f" where the cause is printed: {str(error).split('. ')[0]}. Go on with --resume auto")
-            else:
-                cause = f"rank {rank} failed\n{traceback.format_exc()}"
-            print(f"seppo_fast: {cause}", file=sys.stderr, flush=True)
+        status, words = 1, f"seppo_fast: {explained(error)}"
+        if signals.received and lost_contact(error):  # the other rank was signalled, too, and did not have to wait
+            status = signals.status(signals.received)
+    failure.say(words)
+    failure.close()
     # Ordinary exit would wait for the other ranks in destructors of the process group; they are told by our absence.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def work(arguments: argparse.Namespace, signals: "StopSignals") -> None:
+    """Train, or print the plan."""
+    from seppo_fast.configfile import load_config
+    from seppo_fast.ranks import join, leave, quiet_libraries
+    from seppo_fast.rendezvous import launched
+
+    quiet_libraries()
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from seppo_fast.training.dry_run import dry_run
+
+        launch = launched()
+        if launch is None or launch.rank == 0:
+            print(dry_run(config, launch.world if launch else 1, arguments.rates), flush=True)
+        return
+    ranks = join()
+    signals.joined = True
+    from seppo_fast.training.run import run
+
+    final = run(config, arguments.resume, ranks, signals)
+    if ranks.rank == 0:
+        print(f"done: the trained model is in {final}", flush=True)
+    leave()
+
+
+def stopped(stop: "Stop", dry: bool) -> str:
+    """What is told of a stop by a signal."""
+    if stop.checkpoint:
+        return f"stopped by {stop}{stop.while_doing}; checkpoint: {stop.checkpoint}. Go on with --resume auto"
+    return f"stopped by {stop}" if dry else f"stopped by {stop} before training began; what is cached is kept"
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def train(ranks: Any) -> Any:
     """`train(raw, resume=None)` runs a configuration in this process and returns its run folder."""
     from seppo_fast.configfile import parse_config
-    from seppo_fast.ranks import StopSignals
+    from seppo_fast.signals import StopSignals
     from seppo_fast.training.run import run
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}

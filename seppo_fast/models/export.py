@@ -147,9 +147,16 @@ def replacing(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        put_back(folder, temporary, old)
         raise UserError(f"cannot write {folder}: {error}. Nothing there was changed; put this right (is the disk "
                         "full?) and resume the run.") from error
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        put_back(folder, temporary, old)
         raise
+
+
+def put_back(folder: Path, temporary: Path, old: Path) -> None:
+    """What was there before `replacing`."""
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+    shutil.rmtree(temporary, ignore_errors=True)

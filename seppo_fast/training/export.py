@@ -1,6 +1,8 @@
 """The end of a run: the trained model as a diffusers directory, or as a LoRA that diffusers loads."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.models import Model
 from seppo_fast.models.export import save_pipeline
+from seppo_fast.signals import Stop
 from seppo_fast.training import checkpoint
 from seppo_fast.training.card import model_card
 from seppo_fast.training.engine import policy_weights
@@ -18,16 +21,32 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     """Write `final/`, and `best/` with keep_best. The last checkpoint stays for continuing."""
     ours, state, final = config.seppo, trainer.state, trainer.folder / "final"
     weights = policy_weights(trainer.engine)
-    if trainer.ranks.rank == 0:
-        card = model_card(config, batch, rows, state.update, state.skipped, model.video)
-        save_pipeline(model, weights, final, ours.model.lora, card)
-        if trainer.gets_no_better() and state.update < ours.updates:
-            print(f"stopped early: the last {state.not_better} evaluations brought no better {ours.evaluation.watched} than"
-                  f" {state.best} after {state.best_update} updates (seppo.evaluation.patience)", flush=True)
-        if ours.evaluation.keep_best:
-            export_best(model, config, batch, trainer, rows)
+    with stops_at_once(trainer):
+        if trainer.ranks.rank == 0:
+            card = model_card(config, batch, rows, state.update, state.skipped, model.video)
+            save_pipeline(model, weights, final, ours.model.lora, card)
+            if trainer.gets_no_better() and state.update < ours.updates:
+                print(f"stopped early: the last {state.not_better} evaluations brought no better {ours.evaluation.watched} than"
+                      f" {state.best} after {state.best_update} updates (seppo.evaluation.patience)", flush=True)
+            if ours.evaluation.keep_best:
+                export_best(model, config, batch, trainer, rows)
     trainer.ranks.barrier()
     return final
+
+
+@contextmanager
+def stops_at_once(trainer: Trainer) -> Iterator[None]:
+    """Here rank 0 works alone, and a signal stops it at once: the last checkpoint has all of the training."""
+    trainer.signals.deferred = trainer.ranks.rank != 0
+    try:
+        trainer.check_signals()
+        yield
+    except Stop as stop:
+        stop.checkpoint = checkpoint.complete(trainer.folder / "checkpoints")[-1]
+        stop.while_doing = " while final/ was written"
+        raise
+    finally:
+        trainer.signals.deferred = True
 
 
 def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: int) -> None:

@@ -3,13 +3,18 @@
 import json
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from seppo_fast.configfile import Config
 from seppo_fast.errors import UserError
+from seppo_fast.lock import Busy, locked
 from seppo_fast.ranks import Ranks
 from seppo_fast.training import checkpoint
+
+LOCK = "run.lock"
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,31 @@ def open_folder(config: Config, resume: str | None, ranks: Ranks) -> RunFolder:
         raise UserError(f"{identity} is damaged, so the run in {path} cannot be told from others: choose another"
                         " seppo.output_dir") from None
     return RunFolder(path, run_id, _start(path, resume, quiet=ranks.rank != 0))
+
+
+@contextmanager
+def alone_in(path: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other runs out of the run folder; rank 0 does it for all. A folder made here in which nothing was written is removed."""
+    if ranks.rank != 0:
+        yield
+        return
+    with ExitStack() as after:
+        try:
+            for folder in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+                folder.mkdir(exist_ok=True)
+                after.callback(_remove_empty, folder)
+            after.enter_context(locked(path / LOCK))
+        except Busy as other:
+            raise UserError(f"{path} (seppo.output_dir) is in use by another run: {other}. Wait for its end, stop it, or choose"
+                            " another seppo.output_dir") from None
+        except OSError as error:
+            raise UserError(f"seppo.output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _prepare(path: Path, identity: Path, resume: str | None) -> None:

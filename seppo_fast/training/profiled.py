@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan, parse_config
 from seppo_fast.errors import UserError
-from seppo_fast.ranks import Ranks, StopSignals
+from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import even
+from seppo_fast.signals import StopSignals
 from seppo_fast.training.engine import Step
 from seppo_fast.training.objective import Noised, Objective
 from seppo_fast.training.profile_report import (

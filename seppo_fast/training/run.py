@@ -23,16 +23,17 @@ from seppo_fast.models import Model, open_model
 from seppo_fast.models.engines import same_with_gradients
 from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
-from seppo_fast.ranks import Ranks, StopSignals
+from seppo_fast.ranks import Ranks
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, solver_table
+from seppo_fast.signals import StopSignals
 from seppo_fast.training import checkpoint
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine, unsupported
 from seppo_fast.training.export import export
-from seppo_fast.training.folder import RunFolder, open_folder
+from seppo_fast.training.folder import RunFolder, alone_in, open_folder
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
@@ -45,7 +46,13 @@ from seppo_fast.training.validation import Validation, check_scores, open_valida
 
 def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         make_trainer: Callable[..., Trainer] = Trainer) -> Path:
-    """Train from `config` and return the folder of the trained model; every rank calls."""
+    """Train from `config`, alone in its run folder, and return the folder of the trained model; every rank calls."""
+    with alone_in(Path(config.seppo.output_dir), ranks):
+        return trained(config, resume, ranks, signals, make_trainer)
+
+
+def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals, make_trainer: Callable[..., Trainer]) -> Path:
+    """The folder of the trained model."""
     ours = config.seppo
     batch = batch_plan(config.deepspeed, ranks.world)
     check_engine_config(config, batch)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch
 from seppo_fast.errors import UserError
-from seppo_fast.ranks import Ranks, Stop, StopSignals
+from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks, even
 from seppo_fast.reference.pool import Pool, pick
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.seeds import generator
+from seppo_fast.signals import Stop, StopSignals
 from seppo_fast.training import checkpoint
 from seppo_fast.training.ahead import ahead
 from seppo_fast.training.checkpoint import State
@@ -71,6 +72,7 @@ class Trainer:
                     self.ask_reference(k, update)  # line 3
                     done = self.update_policy(update)  # line 4
                     self.finish_update(k, *done)
+            self.save()  # unless it is there: what the export cannot finish needs no second training
         except Stop as stop:
             stop.checkpoint = self.save()
             raise

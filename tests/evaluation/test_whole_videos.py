@@ -19,8 +19,8 @@ SHAPE = ("--frames", 9, "--resolution", 32, "--batch-size", 1)
 
 
 def command(arguments: list[str], ranks: Any) -> None:
-    """All of the command but its ends: this process has joined, and its signals are pytest's."""
-    with patch("seppo_fast.ranks.join", lambda: ranks), patch("seppo_fast.ranks.StopSignals"):
+    """All of the command but its ends: this process has joined."""
+    with patch("seppo_fast.ranks.join", lambda: ranks):
         evaluate.run(evaluate.parse_arguments(arguments))
 
 

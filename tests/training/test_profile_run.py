@@ -10,7 +10,7 @@ from forked import Forks
 
 from seppo_fast.configfile import batch_plan, parse_config
 from seppo_fast.errors import UserError
-from seppo_fast.ranks import StopSignals
+from seppo_fast.signals import StopSignals
 from seppo_fast.training.profile_report import PHASES, advice
 from seppo_fast.training.profiled import Clock, profile
 

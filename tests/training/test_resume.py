@@ -159,6 +159,22 @@ def test_stopped_by_sigterm_and_resumed(name: str, ranks: int, places: tuple[str
         same(whole(name, ranks), stopped)
 
 
+@pytest.mark.parametrize(("signum", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_stopped_while_the_trained_model_is_written(signum: int, ranks: int, forks: Forks, whole: Any, tree: Any) -> None:
+    stopped = tree("fp32", "stopped", ranks, **{"seppo.checkpoint.every": 3})  # not at the last update's turn
+    folder = Path(stopped["seppo"]["output_dir"])
+    result = forks.run(stopped, ranks=ranks, strike=Strike("seppo_fast.models.export:flush_tree", 1, signum))
+    assert result.status == (130 if signum == signal.SIGINT else 0), result.output[-2000:]
+    name = signal.Signals(signum).name
+    (named,) = re.findall(rf"^stopped by {name} while final/ was written; checkpoint: (\S+)\. Go on with --resume auto$",
+                          result.output, re.M)
+    assert named == str(folder / "checkpoints" / "update_00000004") and checkpoint.missing(Path(named)) is None
+    assert "done" not in result.output and "Traceback" not in result.output and "seppo_fast:" not in result.output
+    assert [file.name for file in folder.glob("*final*")] == []
+    assert forks.run(stopped, "--resume", "auto", ranks=ranks).statuses == [0] * ranks
+    same(whole("fp32", ranks), stopped)
+
+
 def test_unused_reference_samples_are_in_the_checkpoint(forks: Forks, tree: Any, tmp_path: Path) -> None:
     raw = tree(WINDOW, "run")
     result = forks.run(raw, strike=Strike("seppo_fast.training.trainer:Trainer.report", 1, signal.SIGTERM))

@@ -1,0 +1,118 @@
+"""Why a command failed, said once: when a rank dies, the others die of broken connections."""
+
+import errno
+import fcntl
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+
+from seppo_fast.disk import NO_ROOM
+from seppo_fast.lock import close, flocked, remove
+
+LATE = 10  # seconds between the first and the last start of one launch's ranks on a machine
+
+
+class FirstFailure:
+    """Lets one process of a launch on a machine speak. To be made as early as possible, and closed at the end.
+
+    A file in the temporary folder has a line for each rank that came, and one for each that failed. All of them hold a shared lock
+    on it: who gets it alone is the first of a new launch, or the last to leave, who removes it.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return
+        try:
+            self._path = Path(tempfile.gettempdir()) / f"seppo-fast-{_launch()}"
+            self._descriptor = self._enter()
+        except OSError:  # no such folder, or somebody else's file: better said twice than never
+            self._descriptor = None
+
+    def say(self, words: str) -> None:
+        """Print `words` on stderr, unless another rank was faster."""
+        if self._is_first():
+            print(words, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave; the last one removes the file, once all ranks have come."""
+        if self._descriptor is None:
+            return
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            last = self._all_came()
+        except OSError:
+            last = False
+        remove(self._path, self._descriptor) if last else close(self._descriptor)
+        self._descriptor = None
+
+    def _enter(self) -> int:
+        try:
+            descriptor = flocked(self._path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._descriptor = descriptor
+            about = os.fstat(descriptor)
+            if self._all_came() or time.time() - about.st_mtime > LATE:
+                os.ftruncate(descriptor, 0)  # of an earlier launch, which was killed
+        except BlockingIOError:
+            descriptor = flocked(self._path, fcntl.LOCK_SH)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        os.write(descriptor, b"came\n")
+        return descriptor
+
+    def _is_first(self) -> bool:
+        if self._descriptor is None:
+            return True
+        mine = f"failed {os.getpid()}"
+        os.write(self._descriptor, f"{mine}\n".encode())  # appended as a whole, so that all read the same order
+        return next(line for line in self._lines() if line.startswith("failed")) == mine
+
+    def _all_came(self) -> bool:
+        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+        return str(self._lines().count("came")) == local
+
+    def _lines(self) -> list[str]:
+        return os.pread(self._descriptor, 1 << 20, 0).decode(errors="replace").splitlines()
+
+
+def _launch() -> str:
+    """What the ranks of one launch on a machine have in common."""
+    try:
+        started = psutil.Process(os.getppid()).create_time()  # because process ids come back
+    except psutil.Error:  # the first process of a container has no parent
+        started = psutil.boot_time()
+    names = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    environment = [os.environ.get(name, "") for name in names]
+    return "-".join(map(str, (os.getuid(), os.getppid(), started, *environment))).replace("/", "_")[:200]
+
+
+def explained(error: Exception) -> str:
+    """Why the run failed, for the person who started it; a traceback only where nothing better is known."""
+    rank = os.environ.get("RANK", 0)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return f"no room left on the disk ({error}); free some and go on with --resume auto"
+    if no_threads(error):
+        return (f"rank {rank} could not start a thread or process ({error}): there are too many (ulimit -u, or a container's limit"
+                " of processes). Raise the limit, or lower seppo.data.workers and OMP_NUM_THREADS")
+    if lost_contact(error):
+        return (f"rank {rank} lost another rank, which was killed (out of memory?) or stopped on another machine,"
+                f" where the cause is printed: {str(error).split('. ')[0]}. Go on with --resume auto")
+    return f"rank {rank} failed\n{traceback.format_exc()}"
+
+
+def no_threads(error: Exception) -> bool:
+    """Whether an error says that the system starts no more threads or processes."""
+    words = ("can't start new thread", os.strerror(errno.EAGAIN))  # Python's, and the system's own
+    return isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
+
+
+def lost_contact(error: Exception) -> bool:
+    """Whether an error says only that another rank is gone."""
+    from torch import distributed as dist
+
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)

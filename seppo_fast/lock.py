@@ -1,0 +1,169 @@
+"""Locks on files: one process at a time, by the kernel's `flock`, which is gone when the process is."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without flock answer
+_held: set[int] = set()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock, as its file says; `started` tells a process from a later one with the same number."""
+
+    host: str
+    pid: int
+    started: float
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+    def is_gone(self) -> bool:
+        """Whether the process has ended, as far as this machine can tell."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) > 5  # the clock may be set meanwhile
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
+
+
+class Busy(Exception):
+    """Another process holds the lock; `owner` is None where its file does not say which."""
+
+    def __init__(self, path: Path, owner: Owner | None) -> None:
+        super().__init__(str(owner) if owner else f"a process that {path} does not name")
+        self.owner = owner
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock `path` during the block; `Busy` when another process does. Without flock, the file itself is the lock."""
+    try:
+        descriptor = flocked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Busy(path, _owner(path)) from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        with _linked(path):
+            yield
+        return
+    try:
+        with suppress(OSError):  # a full disk: the lock holds, and who holds it is not said
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, _myself())
+        yield
+    finally:
+        remove(path, descriptor)
+
+
+def flocked(path: Path, operation: int) -> int:
+    """A descriptor of `path`, made if need be, with this flock on it. Forked children do not keep it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, operation)
+            if _is_at(path, descriptor):  # its holder may have removed it in between
+                _held.add(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def remove(path: Path, descriptor: int) -> None:
+    """Give the lock back and remove its file, unless another one is there by now."""
+    if _is_at(path, descriptor):
+        path.unlink(missing_ok=True)
+    close(descriptor)
+
+
+def close(descriptor: int) -> None:
+    """Give the lock back; the file stays."""
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _forget() -> None:
+    """In a forked child: its copies of the descriptors would keep the locks after their owner's death."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _myself() -> bytes:
+    since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+    owner = Owner(socket.gethostname(), os.getpid(), psutil.Process().create_time(), since)
+    return (json.dumps(asdict(owner)) + "\n").encode()
+
+
+def _owner(path: Path) -> Owner | None:
+    """Who the file says holds it; it is empty for a moment after it was made."""
+    for _ in range(10):
+        try:
+            return Owner(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            time.sleep(0.02)
+    return None
+
+
+@contextmanager
+def _linked(path: Path) -> Iterator[None]:
+    """The lock where there is no flock: who makes the file holds it; one whose process is gone from this machine is taken."""
+    temporary, myself = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"), _myself()
+    temporary.write_bytes(myself)
+    try:
+        while True:
+            try:
+                os.link(temporary, path)
+                break
+            except FileExistsError:
+                owner = _owner(path)
+                if owner is not None and not owner.is_gone():  # it appears with its content, so an empty one is nobody's
+                    raise Busy(path, owner) from None
+                _take_away(path, owner)
+    finally:
+        temporary.unlink()
+    try:
+        yield
+    finally:
+        if path.exists() and path.read_bytes() == myself:
+            path.unlink()
+
+
+def _take_away(path: Path, gone: Owner | None) -> None:
+    """Remove the lock of a process that is gone, but not that of somebody who was faster in doing so."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    if _owner(aside) != gone:
+        os.link(aside, path)
+    aside.unlink()

@@ -1,0 +1,55 @@
+"""SIGTERM and SIGINT, from the first moment of a command on: this module imports nothing that takes time."""
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from seppo_fast.ranks import Ranks
+
+
+class Stop(BaseException):
+    """The run was asked to stop by a signal; raised where a checkpoint can be written, which `checkpoint` then names.
+
+    Like KeyboardInterrupt no `Exception`, so that nobody who skips bad images skips it. `together`: all ranks raise it at once.
+    """
+
+    checkpoint: Path | None = None
+    while_doing: str = ""
+
+    def __init__(self, signum: int, together: bool = False) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+        self.together = together
+
+
+class StopSignals:
+    """SIGTERM and SIGINT: the first one counts. Once `deferred`, it is remembered and all ranks raise `Stop` at the same place."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.deferred = False  # before training there is nothing to save, and no reason to wait
+        self.joined = False
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._remember)
+
+    def check(self, ranks: "Ranks") -> None:
+        """Raise `Stop` if any rank was signalled; every rank must call."""
+        signum = ranks.largest(self.received)
+        if signum:
+            raise Stop(signum, together=True)
+
+    def status(self, signum: int) -> int:
+        """The exit status of a run that a signal stopped; never 0 before the ranks have joined: a launcher would go on waiting."""
+        return 0 if self.joined and signum == signal.SIGTERM else 128 + signum
+
+    def _remember(self, signum: int, _frame: object) -> None:
+        if self.received:  # a second one, of the launcher or of an impatient person, must not break what the first one began
+            return
+        self.received = signum
+        if not self.deferred:
+            raise Stop(signum)
+        if os.environ.get("RANK", "0") == "0":
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, f"\n{signal.Signals(signum).name}: stopping after this micro-batch, with a checkpoint\n".encode())
