@@ -52,14 +52,18 @@ class Busy(Exception):
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock `path` during the block; `Busy` when another process does. Without flock, the file itself is the lock."""
+def locked(path: Path, without_flock: bool = True) -> Iterator[None]:
+    """Hold the lock `path` during the block; `Busy` when another process does.
+
+    Where there is no flock, the file itself is the lock, which another machine's death leaves behind; or, where it is not to be had
+    `without_flock`, that is an `OSError` of UNSUPPORTED.
+    """
     try:
         descriptor = flocked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Busy(path, _owner(path)) from None
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in UNSUPPORTED or not without_flock:
             raise
         with _linked(path):
             yield

@@ -40,6 +40,11 @@ class StopSignals:
         if signum:
             raise Stop(signum, together=True)
 
+    def check_alone(self) -> None:
+        """Raise `Stop` if this rank was signalled."""
+        if self.received:
+            raise Stop(self.received)
+
     def status(self, signum: int) -> int:
         """The exit status of a run that a signal stopped; never 0 before the ranks have joined: a launcher would go on waiting."""
         return 0 if self.joined and signum == signal.SIGTERM else 128 + signum

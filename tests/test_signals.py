@@ -63,8 +63,8 @@ def test_no_status_is_0_before_the_ranks_have_joined(signals: StopSignals) -> No
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_program_is_loaded(signum: int) -> None:
-    done = subprocess.run([sys.executable, "-c", DURING_IMPORT.format(signum=int(signum))], cwd=ROOT, text=True, capture_output=True,
-                          timeout=60)
+    program = DURING_IMPORT.format(signum=int(signum))
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 128 + signum, done.stderr
     assert done.stderr == f"stopped by {signum.name} before training began; what is cached is kept\n"
 

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -189,7 +190,8 @@ class Trainer:
         if self.settings.samples.every:
             with self.policy_in_reference(here=self.grids is not None):
                 if self.grids is not None:
-                    self.grids.write(self.state.update, self.sampler.draw)
+                    with suppress(Stop):  # it draws alone: all ranks stop together, at the next check
+                        self.grids.write(self.state.update, partial(self.sampler.draw, before_step=self.signals.check_alone))
 
     def evaluate(self) -> None:
         """Scores of the present policy at their turn, unless they are known; what a stop interrupts, a resumed run begins with."""

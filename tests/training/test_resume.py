@@ -175,6 +175,17 @@ def test_stopped_while_the_trained_model_is_written(signum: int, ranks: int, for
     same(whole("fp32", ranks), stopped)
 
 
+def test_a_signal_does_not_wait_for_a_grid(forks: Forks, whole: Any, tree: Any) -> None:
+    stopped = tree("fp32", "stopped", 2, **{"seppo.samples.every": 4})
+    samples = Path(stopped["seppo"]["output_dir"]) / "samples"
+    result = forks.run(stopped, ranks=2, strike=Strike("seppo_fast.training.samples:Grids.write", 1, signal.SIGTERM))
+    assert result.statuses == [0, 0] and result.output.count("stopped by SIGTERM; checkpoint: ") == 1, result.output[-2000:]
+    assert not list(samples.glob("*.png"))
+    assert forks.run(stopped, "--resume", "auto", ranks=2).statuses == [0, 0]
+    assert [file.name for file in sorted(samples.iterdir())] == ["update_00000000.png", "update_00000004.png"]
+    same(whole("fp32", 2), stopped)
+
+
 def test_unused_reference_samples_are_in_the_checkpoint(forks: Forks, tree: Any, tmp_path: Path) -> None:
     raw = tree(WINDOW, "run")
     result = forks.run(raw, strike=Strike("seppo_fast.training.trainer:Trainer.report", 1, signal.SIGTERM))
