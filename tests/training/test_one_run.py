@@ -19,7 +19,8 @@ def test_a_second_run_is_refused_by_the_name_of_the_first(forks: Forks, settings
             assert result.status == 2 and result.statuses[1] != 0, result.output
             (line,) = [line for line in result.output.splitlines() if line.startswith("seppo_fast: ")]
             assert line.startswith(f"seppo_fast: {folder} (seppo.output_dir) is in use by another run: process {os.getpid()} on ")
-            assert line.endswith("Wait for its end, stop it, or choose another seppo.output_dir") and "Traceback" not in result.output
+            assert line.endswith("Wait for its end, stop it, or choose another seppo.output_dir")
+            assert "Traceback" not in result.output
         assert [file.name for file in folder.iterdir()] == [LOCK]
 
 
