@@ -37,9 +37,9 @@ def holder(tmp_path: Path) -> tuple[subprocess.Popen, int]:
                                stdout=subprocess.PIPE)
     child = int(process.stdout.readline())
     yield process, child
+    os.kill(child, signal.SIGKILL)
     process.kill()
     process.communicate()
-    os.kill(child, signal.SIGKILL)
 
 
 def test_the_second_is_told_who_holds_it_and_takes_it_after_a_kill_though_a_child_lives(

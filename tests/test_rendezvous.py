@@ -16,18 +16,18 @@ from seppo_fast.rendezvous import Launch, launched, meet, within
 
 
 class Rank:
-    """A forked process that meets the others; `words` is what became of it."""
+    """A forked process that meets the others, and stays; `words` is what became of it."""
 
     def __init__(self, work: Callable[[], str]) -> None:
         self.output, theirs = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                os.write(theirs, work().encode())
+                words = work()
             except BaseException as error:
-                os.write(theirs, f"{type(error).__name__}: {error}".encode())
-            finally:
-                os._exit(0)
+                words = f"{type(error).__name__}: {error}"
+            os.write(theirs, words.encode())
+            signal.pause()  # rank 0 holds the store of the others
         os.close(theirs)
 
     def words(self) -> str:
