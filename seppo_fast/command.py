@@ -14,7 +14,7 @@ def carried_out(work: Callable[[StopSignals], None], kept: str = "") -> int:
 
     `kept` is what the person is told of a stop beside the signal's name. Only the first rank to fail speaks.
     """
-    signals, failure = StopSignals(), FirstFailure()
+    failure, signals = FirstFailure(), StopSignals()
     try:
         from seppo_fast.ranks import leave, quiet_libraries
 
@@ -24,11 +24,11 @@ def carried_out(work: Callable[[StopSignals], None], kept: str = "") -> int:
         failure.close()
         return 0
     except Stop as stop:
-        status, words = 128 + stop.signum, f"stopped by {stop}{kept}"
+        status, words = 128 + stop.signum, f"stopped by {stop}{kept and '; '}{kept}"
     except UserError as error:
         status, words = 2, f"seppo_fast: {error}"
     except Exception as error:
-        status, words = 1, f"seppo_fast: {explained(error)}"
+        status, words = 1, f"seppo_fast: {explained(error, then=kept)}"
     failure.say(words)
     failure.close()
     sys.stdout.flush()

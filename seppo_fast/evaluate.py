@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     from seppo_fast.command import carried_out
 
-    return carried_out(lambda signals: run(arguments), "; what is drawn is kept, and the same command goes on from there")
+    return carried_out(lambda signals: run(arguments), "what is drawn is kept, and the same command goes on from there")
 
 
 def run(arguments: argparse.Namespace) -> None:

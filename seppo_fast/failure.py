@@ -90,17 +90,17 @@ def _launch() -> str:
     return "-".join(map(str, (os.getuid(), os.getppid(), started, *environment))).replace("/", "_")[:200]
 
 
-def explained(error: Exception) -> str:
-    """Why the run failed, for the person who started it; a traceback only where nothing better is known."""
+def explained(error: Exception, then: str = "") -> str:
+    """Why the command failed, for the person who started it, and how to go on; a traceback where nothing better is known."""
     rank = os.environ.get("RANK", 0)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return f"no room left on the disk ({error}); free some and go on with --resume auto"
+        return f"no room left on the disk ({error}); free some; {then}"
     if no_threads(error):
         return (f"rank {rank} could not start a thread or process ({error}): there are too many (ulimit -u, or a container's limit"
-                " of processes). Raise the limit, or lower seppo.data.workers and OMP_NUM_THREADS")
+                f" of processes). Raise the limit, or lower seppo.data.workers and OMP_NUM_THREADS; {then}")
     if lost_contact(error):
         return (f"rank {rank} lost another rank, which was killed (out of memory?) or stopped on another machine,"
-                f" where the cause is printed: {str(error).split('. ')[0]}. Go on with --resume auto")
+                f" where the cause is printed: {str(error).split('. ')[0]}; {then}")
     return f"rank {rank} failed\n{traceback.format_exc()}"
 
 

@@ -42,7 +42,7 @@ def main() -> int:
     from seppo_fast.failure import FirstFailure, explained, lost_contact
     from seppo_fast.signals import Stop, StopSignals
 
-    signals, failure = StopSignals(), FirstFailure()
+    failure, signals = FirstFailure(), StopSignals()
     try:
         work(arguments, signals)
         failure.close()
@@ -58,7 +58,7 @@ def main() -> int:
     except UserError as error:
         status, words = 2, f"seppo_fast: {error}"
     except Exception as error:
-        status, words = 1, f"seppo_fast: {explained(error)}"
+        status, words = 1, f"seppo_fast: {explained(error, then='go on with --resume auto')}"
         if signals.received and lost_contact(error):  # the other rank was signalled, too, and did not have to wait
             status = signals.status(signals.received)
     failure.say(words)
