@@ -90,8 +90,8 @@ def _launch() -> str:
     return "-".join(map(str, (os.getuid(), os.getppid(), started, *environment))).replace("/", "_")[:200]
 
 
-def explained(error: Exception, then: str = "") -> str:
-    """Why the command failed, for the person who started it, and how to go on; a traceback where nothing better is known."""
+def explained(error: Exception, then: str = "start again") -> str:
+    """Why the command failed, and what to do `then`; with a traceback where nothing better is known."""
     rank = os.environ.get("RANK", 0)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"no room left on the disk ({error}); free some; {then}"
