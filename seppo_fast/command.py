@@ -28,7 +28,7 @@ def carried_out(work: Callable[[StopSignals], None], kept: str = "") -> int:
     except UserError as error:
         status, words = 2, f"seppo_fast: {error}"
     except Exception as error:
-        status, words = 1, f"seppo_fast: {explained(error, kept or "start again")}"
+        status, words = 1, f"seppo_fast: {explained(error, kept or 'start again')}"
     failure.say(words)
     failure.close()
     sys.stdout.flush()
