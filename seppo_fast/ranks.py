@@ -67,8 +67,8 @@ def join(seconds: float | None = None) -> Ranks:
         launch, store = Launch(0, 1, 0, 1, "127.0.0.1", 0), dist.HashStore()
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT="0")
-    else:
-        store = meet(launch, seconds or patience())
+    else:  # or they have met before, for another evaluation
+        store = None if dist.is_initialized() else meet(launch, seconds or patience())
     # DeepSpeed's own collectives for CPUs leave 69 MB a rank in /dev/shm behind, run after run, are compiled for a minute the
     # first time, and spin for ever when another rank dies: gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -84,15 +84,16 @@ def join(seconds: float | None = None) -> Ranks:
     return Ranks(launch.rank, launch.world, launch.local_world, device, control)
 
 
-def connect(launch: Launch, store: dist.Store) -> dist.ProcessGroup:
-    """Connect the ranks that have met in `store`, and return the control group."""
+def connect(launch: Launch, store: dist.Store | None) -> dist.ProcessGroup:
+    """Connect the ranks that have met in `store`, or are connected, and return the control group."""
     accelerator = get_accelerator()
     accelerator.set_device(launch.local_rank)  # each thread has its own
-    store.set_timeout(default_pg_timeout)
-    # As DeepSpeed does it, which takes a group that is there; its timeout is for each collective.
-    device = accelerator.device(launch.local_rank) if launch.world > 1 and accelerator.device_name() == "cuda" else None
-    dist.init_process_group(accelerator.communication_backend_name(), store=store, rank=launch.rank, world_size=launch.world,
-                            timeout=default_pg_timeout, device_id=device)
+    if store is not None:
+        store.set_timeout(default_pg_timeout)
+        # As DeepSpeed does it, which takes a group that is there; its timeout is for each collective.
+        device = accelerator.device(launch.local_rank) if launch.world > 1 and accelerator.device_name() == "cuda" else None
+        dist.init_process_group(accelerator.communication_backend_name(), store=store, rank=launch.rank, world_size=launch.world,
+                                timeout=default_pg_timeout, device_id=device)
     # Caching, checkpoints and reference windows may keep one rank away from the others for long.
     return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
