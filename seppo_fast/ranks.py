@@ -59,8 +59,8 @@ class Ranks:
         self.largest(0)
 
 
-def join(seconds: float | None = None) -> Ranks:
-    """Join the ranks that the launcher started, or be the only one when there was no launcher; who waits so long gives up."""
+def join() -> Ranks:
+    """Join the ranks that the launcher started, or be the only one when there was no launcher."""
     launch = launched()
     if launch is None:
         # DeepSpeed looks for MPI unless it finds all of these; a store in this process, so that there is no port to fight for
@@ -68,7 +68,7 @@ def join(seconds: float | None = None) -> Ranks:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT="0")
     else:  # or they have met before, for another evaluation
-        store = None if dist.is_initialized() else meet(launch, seconds or patience())
+        store = None if dist.is_initialized() else meet(launch, patience())
     # DeepSpeed's own collectives for CPUs leave 69 MB a rank in /dev/shm behind, run after run, are compiled for a minute the
     # first time, and spin for ever when another rank dies: gloo does the same.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -76,7 +76,7 @@ def join(seconds: float | None = None) -> Ranks:
         raise UserError(f"LOCAL_RANK {launch.local_rank}: this machine shows {torch.cuda.device_count()} GPUs; start as many ranks"
                         " on it (--num_gpus, --nproc_per_node)")
     get_accelerator().set_device(launch.local_rank)
-    control = within(seconds or patience(), lambda: connect(launch, store),
+    control = within(patience(), lambda: connect(launch, store),
                      lambda: f"rank {launch.rank} met all others at {launch.address}, but could not connect with each of them: one"
                              " ended at once (see what it printed), or a firewall is between the machines")
     deepspeed.init_distributed(verbose=False)
