@@ -181,6 +181,34 @@ def test_an_output_folder_that_cannot_be_written(settings: Callable[..., dict[st
     words(forks.run(settings(**{"seppo.output_dir": str(tmp_path / "file" / "run")})), "seppo.output_dir", "cannot be written")
 
 
+def test_a_second_run_is_refused_by_the_name_of_the_first(settings: Callable[..., dict[str, Any]], forks: Forks,
+                                                           tmp_path: Path) -> None:
+    from seppo_fast.lock import locked
+    from seppo_fast.training.folder import LOCK
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with locked(folder / LOCK):
+        for arguments in ((), ("--resume", "auto")):
+            result = forks.run(settings(), *arguments, ranks=2)
+            assert result.status == 2 and result.statuses[1] != 0, result.output
+            words(result, f"{folder} (seppo.output_dir) is in use by another run: process {os.getpid()} on ",
+                  "Wait for its end, stop it, or choose another seppo.output_dir")
+        assert [file.name for file in folder.iterdir()] == [LOCK]
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(settings: Callable[..., dict[str, Any]], forks: Forks, tmp_path: Path) -> None:
+    result = forks.run(settings(**{"seppo.model.path": "/nowhere", "seppo.output_dir": str(tmp_path / "new" / "run")}))
+    assert result.status == 2 and not (tmp_path / "new").exists()
+
+
+def test_sigterm_before_the_ranks_have_joined(settings: Callable[..., dict[str, Any]], forks: Forks, tmp_path: Path) -> None:
+    result = forks.run(settings(), strike=Strike("seppo_fast.ranks:meet", 1, signal.SIGTERM))
+    assert result.status == 143, result.output
+    assert result.output.splitlines()[-1] == "stopped by SIGTERM before training began; what is cached is kept"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("place", ["seppo_fast.data.cache:encoded", "seppo_fast.reference.sampler:Sampler.draw",
                                    "seppo_fast.training.objective:Objective.__call__", "seppo_fast.training.checkpoint:save_file"])
 def test_one_rank_killed_ends_the_other_with_a_word(place: str, settings: Callable[..., dict[str, Any]], forks: Forks,

@@ -43,10 +43,12 @@ class Rank:
 @pytest.fixture
 def start() -> Iterator[Callable[..., Rank]]:
     """`start(rank, world, port, seconds)`: a rank that says "met" and the store's common word, and stays until the end."""
+    store = None
     with ExitStack() as ends:
 
         def begin(rank: int, world: int, port: int, seconds: float = 20) -> Rank:
             def work() -> str:
+                nonlocal store  # it is rank 0's, and must outlive the function
                 store = meet(Launch(rank, world, rank, world, "127.0.0.1", port), seconds)
                 store.set(f"{rank}", "here")
                 return "met " + b" ".join(store.get(f"{other}") for other in range(world)).decode()

@@ -4,11 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from forked import Forks, Strike
 
 from seppo_fast.signals import Stop, StopSignals
 
@@ -67,10 +65,3 @@ def test_a_signal_while_the_program_is_loaded(signum: int) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert done.returncode == 128 + signum, done.stderr
     assert done.stderr == f"stopped by {signum.name} before training began; what is cached is kept\n"
-
-
-def test_sigterm_before_the_ranks_have_joined(forks: Forks, settings: object, tmp_path: Path) -> None:
-    result = forks.run(settings(), strike=Strike("seppo_fast.ranks:meet", 1, signal.SIGTERM))
-    assert result.status == 143, result.output
-    assert result.output.splitlines()[-1] == "stopped by SIGTERM before training began; what is cached is kept"
-    assert not (tmp_path / "run").exists()
