@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import psutil
 from seppo_fast.disk import NO_ROOM
 from seppo_fast.lock import close, flocked, remove
 
+PREFIX = f"seppo-fast-{os.getuid()}-"
 LATE = 10  # seconds between the first and the last start of one launch's ranks on a machine
 
 
@@ -29,7 +31,9 @@ class FirstFailure:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return
         try:
-            self._path = Path(tempfile.gettempdir()) / f"seppo-fast-{_launch()}"
+            folder = Path(tempfile.gettempdir())
+            _clear(folder)
+            self._path = folder / f"{PREFIX}{_launch()}"
             self._descriptor = self._enter()
         except OSError:  # no such folder, or somebody else's file: better said twice than never
             self._descriptor = None
@@ -87,7 +91,15 @@ def _launch() -> str:
         started = psutil.boot_time()
     names = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     environment = [os.environ.get(name, "") for name in names]
-    return "-".join(map(str, (os.getuid(), os.getppid(), started, *environment))).replace("/", "_")[:200]
+    return "-".join(map(str, (os.getppid(), started, *environment))).replace("/", "_")[:200]
+
+
+def _clear(folder: Path) -> None:
+    """Remove what launches left that were killed, or whose ranks had no parent in common."""
+    for left in folder.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > LATE:
+                remove(left, flocked(left, fcntl.LOCK_EX | fcntl.LOCK_NB))
 
 
 def explained(error: Exception, then: str = "start again") -> str:

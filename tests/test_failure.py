@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, unranked
+
+from seppo_fast.failure import PREFIX
 
 FAIL = "from seppo_fast.failure import FirstFailure; f = FirstFailure(); {}; f.say('why'); f.close()"
 
@@ -41,6 +44,14 @@ def test_after_a_launch_that_was_killed_the_next_one_speaks(tmp_path: Path) -> N
 
 def test_a_rank_that_comes_when_the_first_has_left_is_silent(tmp_path: Path) -> None:
     assert shell('RANK=0 RUN "$FAIL"; RANK=1 RUN "$FAIL"; true', tmp_path, **RANKS).split() == ["why"]
+
+
+def test_what_others_left_is_removed(tmp_path: Path) -> None:
+    for name, age in (("old", 1000), ("new", 0)):
+        (tmp_path / f"{PREFIX}{name}").write_text("failed 1\n")
+        os.utime(tmp_path / f"{PREFIX}{name}", (time.time() - age,) * 2)
+    assert shell('RANK=0 RUN "$FAIL" & RANK=1 RUN "$FAIL" & wait', tmp_path, **RANKS).split() == ["why"]
+    assert [file.name for file in tmp_path.iterdir()] == [f"{PREFIX}new"]
 
 
 def test_without_a_place_for_the_file_everybody_speaks(tmp_path: Path) -> None:
