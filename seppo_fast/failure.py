@@ -72,8 +72,9 @@ class FirstFailure:
         if self._descriptor is None:
             return True
         mine = f"failed {os.getpid()}"
-        os.write(self._descriptor, f"{mine}\n".encode())  # appended as a whole, so that all read the same order
-        return next(line for line in self._lines() if line.startswith("failed")) == mine
+        with suppress(OSError):  # a full disk
+            os.write(self._descriptor, f"{mine}\n".encode())  # appended as a whole, so that all read the same order
+        return next((line for line in self._lines() if line.startswith("failed")), mine) == mine
 
     def _all_came(self) -> bool:
         local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
