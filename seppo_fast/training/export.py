@@ -34,21 +34,6 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     return final
 
 
-@contextmanager
-def stops_at_once(trainer: Trainer) -> Iterator[None]:
-    """Here rank 0 works alone, and a signal stops it at once: the last checkpoint has all of the training."""
-    trainer.signals.deferred = trainer.ranks.rank != 0
-    try:
-        trainer.check_signals()
-        yield
-    except Stop as stop:
-        stop.checkpoint = checkpoint.complete(trainer.folder / "checkpoints")[-1]
-        stop.while_doing = " while final/ was written"
-        raise
-    finally:
-        trainer.signals.deferred = True
-
-
 def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: int) -> None:
     """`best/` of the best policy's checkpoint; or a line that says why there is none."""
     ours, state, best = config.seppo, trainer.state, trainer.folder / "best"
@@ -64,3 +49,18 @@ def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, ro
     card = model_card(config, batch, rows, state.best_update, state.skipped, model.video)
     save_pipeline(model, load_file(kept[0] / "policy.safetensors"), best, ours.model.lora, card)
     print(f"{best}: the best {value}", flush=True)
+
+
+@contextmanager
+def stops_at_once(trainer: Trainer) -> Iterator[None]:
+    """Here rank 0 works alone, and a signal stops it at once: the last checkpoint has all of the training."""
+    trainer.signals.deferred = trainer.ranks.rank != 0
+    try:
+        trainer.check_signals()
+        yield
+    except Stop as stop:
+        stop.checkpoint = checkpoint.complete(trainer.folder / "checkpoints")[-1]
+        stop.while_doing = " while final/ was written"
+        raise
+    finally:
+        trainer.signals.deferred = True
