@@ -151,11 +151,11 @@ def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, dict[st
     file = path / f"rank_{ranks.rank}.safetensors"
     try:
         tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
+        torch.set_rng_state(tensors["rng_cpu"])
+        if "rng_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng_cuda"])
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{file} cannot be read ({reason(error)}); {deepspeed_files.INSTEAD}") from error
-    torch.set_rng_state(tensors["rng_cpu"])
-    if "rng_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng_cuda"])
     slots = tensors["slots"].tolist() if "slots" in tensors else []
     made = {name.removeprefix("made."): tensor for name, tensor in tensors.items() if name.startswith("made.")}
     return {slot: {name: tensor[i] for name, tensor in made.items()} for i, slot in enumerate(slots)}
@@ -249,7 +249,10 @@ def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> Sta
     if state.world != world:
         raise UserError(f"{path} was written by {state.world} rank{'s' * (state.world > 1)} and this run has {world}: resume with"
                         f" {state.world} (DeepSpeed's shards are per rank)")
-    then = parse_config(state.config).as_dict()  # with the defaults of keys that came later
+    try:
+        then = parse_config(state.config).as_dict()  # with the defaults of keys that came later
+    except UserError as error:
+        raise UserError(f"{path} was written by another version of this program: in its state.json, {error}") from None
     differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(then, config)
                  if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)]
     if differing:

@@ -37,6 +37,10 @@ def save(engine: DeepSpeedEngine, folder: Path) -> dict[str, Written]:
 
 def load(engine: DeepSpeedEngine, folder: Path) -> None:
     """Have DeepSpeed read what `save` wrote; `UserError` where it cannot, or something else is in its place."""
+    known = listed(folder)
+    for file in (folder / TAG).glob("*.pt"):  # DeepSpeed takes all that match, and merges them
+        if file.relative_to(folder).as_posix() not in known:
+            raise UserError(f"{file} was put there after the checkpoint was written: remove it")
     try:
         with _files(engine, folder), _plain_name(folder) as path:
             loaded, _ = engine.load_checkpoint(path, tag=TAG, load_module_strict=False)
@@ -80,8 +84,6 @@ class _Files(CheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file of this checkpoint; code that a pickle holds is not run."""
         name = self._name(path)
-        if name not in listed(self.folder):
-            raise UserError(f"{self.folder / name} was put there after the checkpoint was written: remove it")
         try:
             with torch.serialization.safe_globals([*KEPT]):
                 return torch.load(path, map_location=map_location, weights_only=True)

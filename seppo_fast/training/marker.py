@@ -67,13 +67,16 @@ def listed(folder: Path) -> dict[str, Written]:
     except OSError as error:
         raise ValueError(f"its {MARKER} cannot be read ({error.strerror})") from None
     try:
-        return {name: Written(size=size) for name, size in _FIRST.validate_json(content).items()}
-    except ValidationError:
-        pass
-    try:
         return _Marker.model_validate_json(content).files
     except ValidationError as error:
-        raise ValueError(f"its {MARKER} cannot be read ({first_problem(error)})") from None
+        problem = first_problem(error)
+    try:
+        sizes = _FIRST.validate_json(content)
+    except ValidationError:
+        sizes = {"format": 0}
+    if "format" in sizes:
+        raise ValueError(f"its {MARKER} cannot be read ({problem})")
+    return {name: Written(size=size) for name, size in sizes.items()}
 
 
 def first_problem(error: ValidationError) -> str:
@@ -104,7 +107,10 @@ def damaged(folder: Path, rank: int = 0, world: int = 1) -> str | None:
 
     A core sums some 5 GB a second and more, so that this takes as long as the disk needs; what is loaded next is then in memory.
     """
-    files = listed(folder)
+    try:
+        files = listed(folder)
+    except ValueError as error:
+        return str(error)
     for name in sorted(files, key=lambda name: (-files[name].size, name))[rank::world]:
         if lack := differs(folder, name, files[name]):
             return lack
