@@ -41,7 +41,7 @@ def complete_or_not(target: Path) -> Iterator[Path]:
 
 def follow_umask(files: Iterable[Path]) -> None:
     """Give files the permissions that a new one gets in their folder: safetensors makes its own with 0600."""
-    for file in files:
+    for file in [*files]:
         probe = file.with_name(TEMPORARY + file.name)  # reading the umask would change it for other threads meanwhile
         probe.touch()
         usual = stat.S_IMODE(probe.stat().st_mode)

@@ -154,11 +154,11 @@ def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, dict[st
         torch.set_rng_state(tensors["rng_cpu"])
         if "rng_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng_cuda"])
-    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        slots = tensors["slots"].tolist() if "slots" in tensors else []
+        made = {name.removeprefix("made."): tensor for name, tensor in tensors.items() if name.startswith("made.")}
+        return {slot: {name: tensor[i] for name, tensor in made.items()} for i, slot in enumerate(slots)}
+    except (OSError, SafetensorError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(f"{file} cannot be read ({reason(error)}); {deepspeed_files.INSTEAD}") from error
-    slots = tensors["slots"].tolist() if "slots" in tensors else []
-    made = {name.removeprefix("made."): tensor for name, tensor in tensors.items() if name.startswith("made.")}
-    return {slot: {name: tensor[i] for name, tensor in made.items()} for i, slot in enumerate(slots)}
 
 
 def complete(folder: Path) -> list[Path]:
@@ -183,7 +183,12 @@ def torn(folder: Path) -> list[tuple[Path, str]]:
 
 def _named(folder: Path) -> list[Path]:
     """What has a checkpoint's name, oldest first; a person's copy beside it has another."""
-    return sorted(path for path in folder.glob("update_*") if re.fullmatch(r"update_\d{8,}(_\d{8,})?", path.name))
+    try:
+        return sorted(path for path in folder.iterdir() if re.fullmatch(r"update_\d{8,}(_\d{8,})?", path.name))
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # not "none": a run would begin anew, and its pool with it
+        raise UserError(f"{folder} cannot be read ({error.strerror})") from None
 
 
 def flaw(path: Path, ranks: Ranks) -> str | None:

@@ -87,6 +87,8 @@ class _Files(CheckpointEngine):
         try:
             with torch.serialization.safe_globals([*KEPT]):
                 return torch.load(path, map_location=map_location, weights_only=True)
+        except OSError:
+            raise
         except Exception as error:  # the unpickler's own, EOFError, RuntimeError, KeyError, ...: damage has many faces
             raise UserError(f"{self.folder / name} is damaged, or holds more than tensors, numbers and text: code that it may hold"
                             f" was not run; {INSTEAD}") from error

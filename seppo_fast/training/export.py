@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from torch import Tensor
+
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.errors import UserError
 from seppo_fast.models import Model
@@ -29,18 +31,23 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     return final
 
 
+def first_whole(checkpoints: list[Path]) -> dict[str, Tensor] | None:
+    """The weights of the first checkpoint whose weights are as they were written; those that are not are named."""
+    for path in checkpoints:
+        try:
+            return checkpoint.policy_of(path)
+        except UserError as error:
+            print(f"seppo.evaluation.keep_best: {error}", flush=True)
+    return None
+
+
 def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: int) -> None:
     """`best/` of the best policy's checkpoint; or a line that says why there is none."""
     ours, state, best = config.seppo, trainer.state, trainer.folder / "best"
     kept = checkpoint.of_update(trainer.folder / "checkpoints", state.best_update)
     value = f"{ours.evaluation.watched} {state.best}, of the policy after {state.best_update} updates"
-    weights = None
-    for path in kept:
-        try:
-            weights = checkpoint.policy_of(path)
-        except UserError as error:
-            print(f"seppo.evaluation.keep_best: {error}", flush=True)
-    if state.best_update is None or state.best_update == 0 or weights is None:
+    weights = first_whole(kept) if state.best_update else None
+    if weights is None:
         shutil.rmtree(best, ignore_errors=True)  # of an earlier end of this run
         why = ("no evaluation gave a value" if state.best_update is None else
                f"none is better than the model that training began with ({value})" if state.best_update == 0 else

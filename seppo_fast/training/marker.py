@@ -109,7 +109,7 @@ def damaged(folder: Path, rank: int = 0, world: int = 1) -> str | None:
     """
     try:
         files = listed(folder)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return str(error)
     for name in sorted(files, key=lambda name: (-files[name].size, name))[rank::world]:
         if lack := differs(folder, name, files[name]):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from seppo_fast.checksums import checksum
+from seppo_fast.errors import UserError
 from seppo_fast.training.checkpoint import State, complete, policy_of, read_state
 from seppo_fast.training.marker import MARKER, Written, damaged, declare, missing
 
@@ -88,6 +89,13 @@ def test_a_copy_beside_is_no_checkpoint_of_the_run(whole: Path) -> None:
     assert complete(whole.parent) == []
 
 
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> None:
+    assert complete(tmp_path / "checkpoints") == []
+    (tmp_path / "checkpoints").write_text("a file is in the way")
+    with pytest.raises(UserError, match=r"checkpoints cannot be read \(Not a directory\)"):
+        complete(tmp_path / "checkpoints")
+
+
 STATE = {"run_id": "a", "world": 1, "data": None, "config": {}}
 
 
@@ -115,5 +123,5 @@ def test_a_damaged_policy_is_not_taken_for_the_best_one(whole: Path) -> None:
     declare(whole, {})
     assert policy_of(whole)["w"].tolist() == [1.0] * 4
     flip(whole / "policy.safetensors", -1)
-    with pytest.raises(Exception, match=r"policy.safetensors cannot be read: policy.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"policy.safetensors cannot be read: policy.safetensors is damaged"):
         policy_of(whole)
