@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from seppo_fast import meta
+
 
 class Meter(TorchDispatchMode):
     """Counts the bytes of the storages born under it until they die, `now` and `peak`, and `flops`.
@@ -24,7 +26,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = {id(tensor.untyped_storage()) for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)}
-        result = func(*args, **(kwargs or {}))
+        result = meta.call(func, args, kwargs or {})
         if count := flop_registry.get(func.overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_iter(result):

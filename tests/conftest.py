@@ -4,6 +4,7 @@
 `train_on_ranks` runs several configurations one after the other on two ranks that are forked once.
 """
 
+import gc
 import json
 import os
 import signal
@@ -29,6 +30,15 @@ def one_thread() -> None:
     """Tiny tensors gain nothing from threads, and sums in another order would not repeat to the byte."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """DeepSpeed, caches and every run of ours collect garbage again and again: what is there already need not be searched."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from seppo_fast.config import Lora
-from seppo_fast.disk import flush_tree
+from seppo_fast.disk import flush_tree, follow_umask
 from seppo_fast.errors import UserError
 from seppo_fast.models import Model
 from seppo_fast.models.animatediff import AnimateDiff, motion_adapter
@@ -140,6 +140,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        follow_umask(temporary.rglob("*.safetensors"))
         flush_tree(temporary)
         if folder.exists():  # a folder that is not empty cannot be replaced by a rename
             shutil.rmtree(old, ignore_errors=True)

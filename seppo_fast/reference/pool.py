@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from seppo_fast.disk import flush
+from seppo_fast.checksums import checksum
+from seppo_fast.disk import flush, follow_umask
 from seppo_fast.errors import UserError
 from seppo_fast.seeds import generator
 
@@ -47,13 +48,15 @@ class Pool:
     One rank writes, and all ranks read the same folder: put a barrier between an `add` and the next `load_into`.
     `host_memory_bytes` is this process's share, pinned where there is a GPU (PyTorch rounds each pinned tensor up to a power of
     two, about a fifth more for SD-1.5). No device memory is held. `last_swap` is what
-    the last `load_into` cost.
+    the last `load_into` cost. `checksums` are the files', by name: `add` puts in what it writes, and what is read is compared with
+    them, where there is one.
     """
 
     last_swap: Swap | None = None
 
-    def __init__(self, folder: Path, dtype: torch.dtype, host_memory_bytes: int) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, host_memory_bytes: int, checksums: dict[str, str] | None = None) -> None:
         self.folder, self.dtype, self.host_memory_bytes = Path(folder), dtype, host_memory_bytes
+        self.checksums = {} if checksums is None else checksums
         self._host: OrderedDict[int, Weights] = OrderedDict()  # least recently used first
         self._reader = ThreadPoolExecutor(1, "pool")
         self._coming: tuple[int, Future[Weights]] | None = None  # what `prefetch` is reading
@@ -82,11 +85,11 @@ class Pool:
             self._keep(index, coming[1].result())
         if index in self._host:
             self._host.move_to_end(index)
-            _check(self._path(index), {name: tuple(w.shape) for name, w in self._host[index].items()}, parameters)
+            _check(self.path(index), {name: tuple(w.shape) for name, w in self._host[index].items()}, parameters)
             size = _copy(iter(self._host[index].items()), parameters)
         else:
             with self._opened(index) as file:
-                _check(self._path(index), {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, parameters)
+                _check(self.path(index), {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, parameters)
                 size = _copy(((name, file.get_tensor(name)) for name in file.keys()), parameters)
         self.last_swap = Swap(size, time.perf_counter() - start)
 
@@ -95,7 +98,7 @@ class Pool:
 
         Until then it may be one policy more than `host_memory_bytes` allows. A fault in the file shows in `load_into`.
         """
-        path = self._path(index)
+        path = self.path(index)
         if index in self._host or self._coming is not None and self._coming[0] == index or not path.exists():
             return
         if path.stat().st_size <= self.host_memory_bytes:
@@ -110,18 +113,34 @@ class Pool:
         while sum(map(_size, self._host.values())) > self.host_memory_bytes:
             self._host.popitem(last=False)
 
+    def flaw(self, index: int) -> str | None:
+        """Why policy `index` cannot be loaded from its file, or None; where its checksum is known, all of it is read."""
+        try:
+            with self._as_written(index):
+                return None
+        except (SafetensorError, OSError) as error:
+            return str(error)
+
+    @contextmanager
+    def _as_written(self, index: int) -> Iterator[Any]:
+        path = self.path(index)
+        if path.name in self.checksums and checksum(path) != self.checksums[path.name]:
+            raise OSError("its checksum is not the one of what was written")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+
     @contextmanager
     def _opened(self, index: int) -> Iterator[Any]:
-        path = self._path(index)
+        path = self.path(index)
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
+            with self._as_written(index) as file:
                 yield file
         except FileNotFoundError as error:
             raise UserError(f"{path}: past policy {index} is not there (the pool has {self.indices()}); resume from a"
                             " checkpoint, or start anew in another output_dir") from error
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); it is torn or not a safetensors file: remove it and"
-                            " resume from the checkpoint before it") from error
+            raise UserError(f"{path}: cannot be read ({error}); it is damaged, torn or not a safetensors file: go on with"
+                            " --resume auto, which looks for a checkpoint that can make it again") from error
 
     def indices(self) -> list[int]:
         """Indices of the policies that `load_into` can load, ascending."""
@@ -136,12 +155,14 @@ class Pool:
             return
         for index in self._on_disk():
             if index > last:
-                self._path(index).unlink(missing_ok=True)
+                self.path(index).unlink(missing_ok=True)
+                self.checksums.pop(self.path(index).name, None)
         for pattern in ("policy_*.safetensors.tmp", ".tmp*"):  # ours, and the name that safetensors itself writes under
             for torn in self.folder.glob(pattern):
                 torn.unlink(missing_ok=True)
 
-    def _path(self, index: int) -> Path:
+    def path(self, index: int) -> Path:
+        """Where policy `index` is kept."""
         return self.folder / f"policy_{index:05d}.safetensors"
 
     def _on_disk(self) -> list[int]:
@@ -150,14 +171,17 @@ class Pool:
 
     def _write(self, index: int, weights: Weights) -> None:
         """A complete file under its own name, or none: a killed process leaves a `.tmp` at most."""
-        path = self._path(index)
+        path = self.path(index)
         temporary = path.with_name(path.name + ".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # One key of metadata only: safetensors writes several in no fixed order, and the bytes must repeat.
             save_file(weights, temporary, metadata={"format": "pt"})
+            follow_umask([temporary])
             flush(temporary)
+            written = checksum(temporary)
             os.replace(temporary, path)
+            self.checksums[path.name] = written
             flush(self.folder)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):

@@ -1,35 +1,40 @@
 """Checkpoints: complete or ignored. DeepSpeed's files, the policy as safetensors, the rest as JSON, then a marker.
 
     checkpoints/update_00000030/
-        deepspeed/             DeepSpeed's shards: weights, optimizer, schedule (pickles: read only if this run wrote them)
+        deepspeed/             DeepSpeed's shards: weights, optimizer, schedule (pickles, of which only tensors are read)
         policy.safetensors     the trainable weights, for people and other programs
         rank_0.safetensors     what the reference made and is not used yet, random states; one file a rank
         state.json             how far the run was, of which configuration and data
-        complete.json          every file and its size, written last
+        complete.json          every file with its size and checksum, written last
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from safetensors import SafetensorError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from seppo_fast.checksums import checksum
 from seppo_fast.configfile import parse_config
-from seppo_fast.disk import flush, flush_tree
-from seppo_fast.errors import UserError
+from seppo_fast.disk import flush, flush_tree, follow_umask
+from seppo_fast.errors import UserError, reason
 from seppo_fast.ranks import Ranks
+from seppo_fast.training import deepspeed_files
 from seppo_fast.training.engine import policy_weights
+from seppo_fast.training.marker import MARKER, Written, damaged, declare, differs, first_problem, listed, missing
 from seppo_fast.training.pairs import Made
 
-MARKER = "complete.json"
+POLICY = "policy.safetensors"
 
 # Keys that may change between a run and its resumption: they decide where and how often, never what is learned (`check_data` sees
 # that a moved source is the same).
@@ -64,6 +69,9 @@ class State:
     best_update: int | None = None
     not_better: int = 0
     content: str | None = None  # of the data, whatever the times of their files
+    pool: dict[str, str] = field(default_factory=dict)  # checksums of the past policies' files, by name
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def judge(self, value: float | None, better: str) -> None:
         """Count an evaluation of the present policy; None, where the score has no value, is not better than anything."""
@@ -96,18 +104,19 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, made: Made, ranks:
     ranks.barrier()
     weights = policy_weights(engine, keep=ranks.rank == 0)
     with _clear_errors(final):
-        engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
-        save_file(_rank_tensors(made), temporary / f"rank_{ranks.rank}.safetensors")
+        written = deepspeed_files.save(engine, temporary)
+        own = temporary / f"rank_{ranks.rank}.safetensors"
+        save_file(_rank_tensors(made), own)
+        written[own.name] = Written(size=own.stat().st_size, xxh3_128=checksum(own))
         if ranks.rank == 0:
-            save_file(weights, temporary / "policy.safetensors")
+            save_file(weights, temporary / POLICY)
             (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
-    ranks.barrier()
+    everyones = ranks.objects(written)
     if ranks.rank == 0:
         with _clear_errors(final):
+            follow_umask(temporary.glob("*.safetensors"))
             flush_tree(temporary)
-            files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
-            sizes = {str(file.relative_to(temporary)): file.stat().st_size for file in files}
-            (temporary / MARKER).write_text(json.dumps(sizes, indent=1))
+            declare(temporary, {name: file for each in everyones for name, file in each.items()})
             flush(temporary / MARKER)
             flush(temporary)
             temporary.rename(final)
@@ -137,49 +146,81 @@ def _clear_errors(final: Path) -> Iterator[None]:
 
 
 def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, dict[str, Tensor]]:
-    """Restore engine and random states; returns what the reference made that is not used yet. Check `state_of` first."""
-    loaded, _ = engine.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
-    if loaded is None:
-        raise UserError(f"{path}: DeepSpeed found nothing to load in it; remove it and resume from the one before")
-    tensors = load_file(path / f"rank_{ranks.rank}.safetensors")
-    torch.set_rng_state(tensors["rng_cpu"])
-    if "rng_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng_cuda"])
-    slots = tensors["slots"].tolist() if "slots" in tensors else []
-    made = {name.removeprefix("made."): tensor for name, tensor in tensors.items() if name.startswith("made.")}
-    return {slot: {name: tensor[i] for name, tensor in made.items()} for i, slot in enumerate(slots)}
+    """Restore engine and random states; returns what the reference made that is not used yet. Check `flaw` and `state_of` first."""
+    deepspeed_files.load(engine, path)
+    file = path / f"rank_{ranks.rank}.safetensors"
+    try:
+        tensors = load_file(file)
+        torch.set_rng_state(tensors["rng_cpu"])
+        if "rng_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng_cuda"])
+        slots = tensors["slots"].tolist() if "slots" in tensors else []
+        made = {name.removeprefix("made."): tensor for name, tensor in tensors.items() if name.startswith("made.")}
+        return {slot: {name: tensor[i] for name, tensor in made.items()} for i, slot in enumerate(slots)}
+    except (OSError, SafetensorError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        raise UserError(f"{file} cannot be read ({reason(error)}); {deepspeed_files.INSTEAD}") from error
 
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return [path for path in sorted(folder.glob("update_*")) if missing(path) is None]
+    return [path for path in _named(folder) if missing(path) is None]
 
 
 def of_update(folder: Path, update: int | None) -> list[Path]:
     """The complete checkpoints of the policy after this many updates: there may be one of a stop in the next one's middle, too."""
-    return [] if update is None else [path for path in complete(folder) if path.name.split("_")[1] == f"{update:08d}"]
+    return [] if update is None else [path for path in complete(folder) if update_of(path) == update]
+
+
+def update_of(path: Path) -> int:
+    """The updates that the policy of a checkpoint has had, by its name."""
+    return int(path.name.split("_")[1])
 
 
 def torn(folder: Path) -> list[tuple[Path, str]]:
     """Checkpoints that are not complete, with what they lack."""
-    return [(path, lack) for path in sorted(folder.glob("update_*")) if (lack := missing(path)) is not None]
+    return [(path, lack) for path in _named(folder) if (lack := missing(path)) is not None]
 
 
-def missing(path: Path) -> str | None:
-    """What a checkpoint lacks, or None when it is complete."""
+def _named(folder: Path) -> list[Path]:
+    """What has a checkpoint's name, oldest first; a person's copy beside it has another."""
     try:
-        sizes = json.loads((path / MARKER).read_text())
+        return sorted(path for path in folder.iterdir() if re.fullmatch(r"update_\d{8,}(_\d{8,})?", path.name))
     except FileNotFoundError:
-        return f"it has no {MARKER}"
-    except (OSError, ValueError):
-        return f"its {MARKER} cannot be read"
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        return []
+    except OSError as error:  # not "none": a run would begin anew, and its pool with it
+        raise UserError(f"{folder} cannot be read ({error.strerror})") from None
+
+
+def flaw(path: Path, ranks: Ranks) -> str | None:
+    """What is not as it was written in a complete checkpoint, or None; every rank must call, and all get the same answer."""
+    return next(filter(None, ranks.objects(damaged(path, ranks.rank, ranks.world) or _unreadable(path, ranks.rank))), None)
+
+
+def _unreadable(path: Path, rank: int) -> str | None:
+    """What checkpoints without checksums can be found damaged by, before anything is loaded."""
+    own = path / f"rank_{rank}.safetensors"
+    try:
+        read_state(path)
+        if own.exists():  # else another number of ranks wrote it
+            with safe_open(own, framework="pt"):
+                pass
+    except (OSError, SafetensorError) as error:
+        return f"{own.name} cannot be read ({reason(error)})"
+    except ValueError as error:
+        return str(error)
     return None
+
+
+def policy_of(path: Path) -> dict[str, Tensor]:
+    """The trained weights of a complete checkpoint as they were written, or a `UserError`."""
+    file = path / POLICY
+    try:
+        lack = differs(path, POLICY, listed(path)[POLICY])
+        if lack is None:
+            return load_file(file)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        lack = reason(error)
+    raise UserError(f"{file} cannot be read: {lack}")
 
 
 def set_aside_later(path: Path) -> None:
@@ -191,16 +232,32 @@ def set_aside_later(path: Path) -> None:
         print(f"set aside the later checkpoint {later.name} as {aside}: remove it when it is not needed", flush=True)
 
 
+def read_state(path: Path) -> State:
+    """What state.json says; `ValueError` says what is wrong with it."""
+    try:
+        return TypeAdapter(State).validate_json((path / "state.json").read_bytes(), strict=True)
+    except OSError as error:
+        raise ValueError(f"its state.json cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        raise ValueError(f"its state.json cannot be read ({first_problem(error)})") from None
+
+
 def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> State:
     """A checkpoint's state, after making sure that this run wrote it, with this configuration and world size."""
-    state = State(**json.loads((path / "state.json").read_text()))
+    try:
+        state = read_state(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; {deepspeed_files.INSTEAD}") from None
     if state.run_id != run_id:
-        raise UserError(f"{path} was written by another run; checkpoints hold pickles, so only this run's own are read."
-                        " Resume with the output_dir of the run that wrote it")
+        raise UserError(f"{path} was written by another run, whose past policies are not in this run's pool. Resume with the"
+                        " output_dir of the run that wrote it")
     if state.world != world:
         raise UserError(f"{path} was written by {state.world} rank{'s' * (state.world > 1)} and this run has {world}: resume with"
                         f" {state.world} (DeepSpeed's shards are per rank)")
-    then = parse_config(state.config).as_dict()  # with the defaults of keys that came later
+    try:
+        then = parse_config(state.config).as_dict()  # with the defaults of keys that came later
+    except UserError as error:
+        raise UserError(f"{path} was written by another version of this program: in its state.json, {error}") from None
     differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(then, config)
                  if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)]
     if differing:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import load_file
+from torch import Tensor
 
 from seppo_fast.configfile import Batch, Config
+from seppo_fast.errors import UserError
 from seppo_fast.models import Model
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.signals import Stop
@@ -34,20 +35,31 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     return final
 
 
+def first_whole(checkpoints: list[Path]) -> dict[str, Tensor] | None:
+    """The weights of the first checkpoint whose weights are as they were written; those that are not are named."""
+    for path in checkpoints:
+        try:
+            return checkpoint.policy_of(path)
+        except UserError as error:
+            print(f"seppo.evaluation.keep_best: {error}", flush=True)
+    return None
+
+
 def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: int) -> None:
     """`best/` of the best policy's checkpoint; or a line that says why there is none."""
     ours, state, best = config.seppo, trainer.state, trainer.folder / "best"
     kept = checkpoint.of_update(trainer.folder / "checkpoints", state.best_update)
     value = f"{ours.evaluation.watched} {state.best}, of the policy after {state.best_update} updates"
-    if state.best_update is None or state.best_update == 0 or not kept:
+    weights = first_whole(kept) if state.best_update else None
+    if weights is None:
         shutil.rmtree(best, ignore_errors=True)  # of an earlier end of this run
         why = ("no evaluation gave a value" if state.best_update is None else
                f"none is better than the model that training began with ({value})" if state.best_update == 0 else
-               f"the checkpoint of the best one is not there ({value})")
+               f"the checkpoint of the best one is not there, or is damaged ({value})")
         print(f"{best} is not written: {why}", flush=True)
         return
     card = model_card(config, batch, rows, state.best_update, state.skipped, model.video)
-    save_pipeline(model, load_file(kept[0] / "policy.safetensors"), best, ours.model.lora, card)
+    save_pipeline(model, weights, best, ours.model.lora, card)
     print(f"{best}: the best {value}", flush=True)
 
 

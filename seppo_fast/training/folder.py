@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seppo_fast.configfile import Config
+from seppo_fast.disk import TEMPORARY, complete_or_not
 from seppo_fast.errors import UserError
 from seppo_fast.lock import Busy, locked
 from seppo_fast.ranks import Ranks
@@ -35,12 +36,14 @@ def open_folder(config: Config, resume: str | None, ranks: Ranks) -> RunFolder:
     ranks.barrier()
     try:
         run_id = json.loads(identity.read_text())["run_id"]
+        if not isinstance(run_id, str):
+            raise TypeError("not a text")
     except OSError as error:
         raise UserError(f"{identity}: {error.strerror}; every rank needs the same folder as seppo.output_dir") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{identity} is damaged, so the run in {path} cannot be told from others: choose another"
                         " seppo.output_dir") from None
-    return RunFolder(path, run_id, _start(path, resume, quiet=ranks.rank != 0))
+    return RunFolder(path, run_id, _start(path, resume, ranks))
 
 
 @contextmanager
@@ -83,31 +86,50 @@ def _prepare(path: Path, identity: Path, resume: str | None) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not identity.exists():
-            temporary = identity.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"run_id": uuid.uuid4().hex}) + "\n")
-            temporary.replace(identity)
+            with complete_or_not(identity) as temporary:
+                temporary.write_text(json.dumps({"run_id": uuid.uuid4().hex}) + "\n")
     except OSError as error:
         raise UserError(f"seppo.output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
     for leftover in [path / ".final.tmp", path / ".best.tmp", *(path / "checkpoints").glob(".update_*.tmp")]:
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in [*path.glob(f"{TEMPORARY}*"), *(path / "samples").glob(f"{TEMPORARY}*")]:
+        leftover.unlink(missing_ok=True)
 
 
-def _start(path: Path, resume: str | None, quiet: bool) -> Path | None:
+def _start(path: Path, resume: str | None, ranks: Ranks) -> Path | None:
     if resume is None:
         return None
     folder = path / "checkpoints"
-    good = checkpoint.complete(folder)
-    if resume == "auto":
-        if (path / "final").exists() and not good:
-            raise UserError(f"{path} holds a finished run (final/) but no complete checkpoint to go on from: choose another"
-                            " seppo.output_dir to train anew")
-        for name, lack in [] if quiet else checkpoint.torn(folder):
-            print(f"ignored the checkpoint {name}: {lack}", flush=True)
-        if not quiet:
-            print(f"resuming from {good[-1]}" if good else f"{path} has no complete checkpoint: starting at update 0", flush=True)
-        return good[-1] if good else None
-    chosen = Path(resume)
-    lack = checkpoint.missing(chosen) if chosen.is_dir() else "there is no such folder"
+    # Rank 0 looks, and all ranks take what it sees: file systems may lag on another machine.
+    good, unusable = ranks.objects((checkpoint.complete(folder), checkpoint.torn(folder)) if ranks.rank == 0 else None)[0]
+    if resume != "auto":
+        return _chosen(Path(resume), good, ranks)
+    taken = None
+    for newest in reversed(good):
+        lack = checkpoint.flaw(newest, ranks)
+        if lack is None:
+            taken = newest
+            break
+        unusable.append((newest, lack))
+    lines = [f"the checkpoint {name}: {lack}" for name, lack in unusable]
+    if taken is None and lines:
+        raise UserError(f"none of the checkpoints in {folder} is whole: restore one, or remove them all to begin at update 0.\n  "
+                        + "\n  ".join(lines))
+    if taken is None and (path / "final").exists():
+        raise UserError(f"{path} holds a finished run (final/) but no complete checkpoint to go on from: choose another"
+                        " seppo.output_dir to train anew")
+    if ranks.rank == 0:
+        lines = [f"ignored {line}" for line in lines]
+        lines.append(f"resuming from {taken}" if taken else f"{path} has no complete checkpoint: starting at update 0")
+        print("\n".join(lines), flush=True)
+    return taken
+
+
+def _chosen(path: Path, good: list[Path], ranks: Ranks) -> Path:
+    """The checkpoint that `--resume` names, which must be whole."""
+    lack = ranks.objects((checkpoint.missing(path) if path.is_dir() else "there is no such folder") if ranks.rank == 0 else None)[0]
+    lack = lack or checkpoint.flaw(path, ranks)
     if lack:
-        raise UserError(f"--resume {resume}: {lack}; complete checkpoints: {', '.join(map(str, good)) or 'none'}")
-    return chosen
+        others = ", ".join(str(other) for other in good if other != path)
+        raise UserError(f"--resume {path}: {lack}; complete checkpoints: {others or 'none'}")
+    return path

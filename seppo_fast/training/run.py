@@ -17,6 +17,7 @@ from seppo_fast.configfile import Batch, Config, batch_plan, parse_config
 from seppo_fast.data.cache import build_cache, give_back_memory
 from seppo_fast.data.latents import LatentCache
 from seppo_fast.data.sources import Source, open_source
+from seppo_fast.disk import complete_or_not
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.models import Model, open_model
@@ -37,6 +38,7 @@ from seppo_fast.training.folder import RunFolder, alone_in, open_folder
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
+from seppo_fast.training.past import check_past
 from seppo_fast.training.plan import plan
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import PROMPTS, Grids
@@ -66,6 +68,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         print(plan(config, batch, cost, model, source), flush=True)
     folder = open_folder(config, resume, ranks)
     state = starting_state(folder, config, ranks)
+    if folder.resume_from:
+        check_past(config, folder.path, state, ranks)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].losers == "data",
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
                         progress=ranks.rank == 0, output_dir=folder.path)
@@ -146,7 +150,8 @@ def begin(folder: RunFolder, state: State, cache: LatentCache, ranks: Ranks) -> 
         if folder.resume_from:
             checkpoint.set_aside_later(folder.resume_from)
         keep_rows(folder.path / "metrics.jsonl", state.update, -1 if state.evaluated is None else state.evaluated)
-        (folder.path / "config.json").write_text(json.dumps(state.config, indent=2) + "\n")
+        with complete_or_not(folder.path / "config.json") as temporary:
+            temporary.write_text(json.dumps(state.config, indent=2) + "\n")
 
 
 def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
@@ -189,17 +194,12 @@ def open_pool(config: Config, folder: RunFolder, engine: DeepSpeedEngine, state:
     ours = config.seppo
     if not METHODS[ours.method].references:
         return None
-    pool = Pool(folder.path / "pool", pool_dtype(config), int(ours.pool.host_memory_gb * 1e9 / ranks.local_world))
-    iterations_done = state.update // ours.updates_per_iteration
+    pool = Pool(folder.path / "pool", pool_dtype(config), int(ours.pool.host_memory_gb * 1e9 / ranks.local_world), state.pool)
     if ranks.rank == 0:
-        pool.truncate(iterations_done if folder.resume_from else -1)
+        pool.truncate(state.update // ours.updates_per_iteration if folder.resume_from else -1)
     if folder.resume_from is None:
         pool.add(0, policy_weights(engine), write=ranks.rank == 0)
-    ranks.barrier()
-    lost = sorted(set(range(iterations_done + 1)) - set(pool.indices()))
-    if lost:
-        raise UserError(f"{pool.folder} lacks past policies {lost}, which the checkpoint needs: restore them, or start anew in"
-                        " another seppo.output_dir")
+    pool.checksums.update(ranks.objects(pool.checksums)[0])  # rank 0 wrote
     return pool
 
 

@@ -10,11 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from seppo_fast.config import Samples
+from seppo_fast.disk import complete_or_not
 from seppo_fast.models import Conditions, Model
 from seppo_fast.pictures import picture, save_clip
 from seppo_fast.seeds import normal
 
 PROMPTS = 4  # of the data, where none are given
+STILL, MOVING = ".png", ".webp"
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,31 @@ class Grids:
         images = [self.model.decode(vae, latent).cpu() for latent in latents.split(1)]  # pixels are large beside a trainer
         vae.to("cpu")  # the memory is the training's
         self.folder.mkdir(parents=True, exist_ok=True)
-        return save_sheet(torch.cat(images), self.settings.per_prompt, self.folder / f"update_{update:08d}")
+        return save_sheet(torch.cat(images), self.settings.per_prompt, self.folder / name(update))
+
+    def drawn(self, update: int) -> bool:
+        """Whether there is a grid of this update."""
+        return any((self.folder / name(update)).with_suffix(suffix).exists() for suffix in (STILL, MOVING))
 
     @cached_property
     def _vae(self) -> torch.nn.Module:
         return self.model.load_vae("cpu")
 
 
+def name(update: int) -> str:
+    """A grid's file name, without its suffix."""
+    return f"update_{update:08d}"
+
+
 def save_sheet(samples: Tensor, columns: int, path: Path) -> Path:
     """`(N, 3, H, W)` as a PNG, `(N, F, 3, H, W)` as an animated WebP that loops; returns the file, `path` with its suffix."""
-    if samples.dim() == 4:
-        path = path.with_suffix(".png")
-        tile(samples, columns).save(path)
-        return path
-    path = path.with_suffix(".webp")
-    save_clip([tile(frame, columns) for frame in samples.unbind(1)], path)
+    moves = samples.dim() == 5
+    path = path.with_suffix(MOVING if moves else STILL)
+    with complete_or_not(path) as temporary:
+        if moves:
+            save_clip([tile(frame, columns) for frame in samples.unbind(1)], temporary)
+        else:
+            tile(samples, columns).save(temporary)
     return path
 
 

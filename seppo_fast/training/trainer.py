@@ -61,7 +61,7 @@ class Trainer:
         self.signals.deferred = True
         self.rest_reference()
         try:
-            if self.state.update == 0:
+            if self.lacks_grid():
                 self.draw_grid()
             self.evaluate()
             for k in range(self.iteration_of(self.state.update), self.settings.iterations + 1):  # line 1
@@ -165,7 +165,7 @@ class Trainer:
         if end_of_iteration and self.pool is not None:
             self.pool.add(k, policy_weights(self.engine), write=self.ranks.rank == 0)
             self.state.unmoved = True
-            self.ranks.barrier()
+            self.pool.checksums.update(self.ranks.objects(self.pool.checksums)[0])  # rank 0 wrote
         self.evaluate()
         every = self.settings.checkpoint.every
         is_best = self.settings.evaluation.keep_best and self.state.best_update == self.state.update
@@ -192,6 +192,13 @@ class Trainer:
                 if self.grids is not None:
                     with suppress(Stop):  # it draws alone: all ranks stop together, at the next check
                         self.grids.write(self.state.update, partial(self.sampler.draw, before_step=self.signals.check_alone))
+
+    def lacks_grid(self) -> bool:
+        """Whether it is this update's turn for a grid and there is none: the run is new, or was cut off before it was drawn."""
+        every, update = self.settings.samples.every, self.state.update
+        if not every or update % every:
+            return False
+        return bool(self.ranks.largest(self.grids is not None and (update == 0 or not self.grids.drawn(update))))
 
     def evaluate(self) -> None:
         """Scores of the present policy at their turn, unless they are known; what a stop interrupts, a resumed run begins with."""

@@ -1,8 +1,7 @@
 """Runs in this process, made once a module for each different configuration."""
 
-import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ def trained(settings: Callable[..., dict[str, Any]], train: Callable[..., Path],
         return finished[key]
 
     return once
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """DeepSpeed and every run of ours collect garbage again and again: what is there already need not be searched."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,9 @@ import pytest
 from forked import Forks, Strike
 from tiny import tiny_sd
 
+from seppo_fast.checksums import checksum
 from seppo_fast.training import checkpoint
+from seppo_fast.training.marker import declare
 
 LAST, BEFORE = "update_00000004", "update_00000003"
 
@@ -69,12 +71,23 @@ def contents(run: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for name in names for file in run.glob(name) if file.is_file()}
 
 
+def declare_as_before(path: Path) -> None:
+    """Give a checkpoint a marker of the first format, sizes alone."""
+    marker = path / "complete.json"
+    marker.unlink()
+    files = [file for file in path.rglob("*") if file.is_file()]
+    marker.write_text(json.dumps({str(file.relative_to(path)): file.stat().st_size for file in files}))
+
+
 def test_what_a_checkpoint_holds_is_what_its_marker_says(finished: dict[str, Any]) -> None:
     kept = sorted(path.name for path in (folder(finished) / "checkpoints").iterdir())
     assert kept == [BEFORE, LAST], "keep_last is 2"
     path = folder(finished) / "checkpoints" / LAST
     files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
-    sizes = json.loads((path / "complete.json").read_text())
+    marker = json.loads((path / "complete.json").read_text())
+    sizes = {name: file["size"] for name, file in marker["files"].items()}
+    assert marker["format"] == 2 and {name: file["xxh3_128"] for name, file in marker["files"].items()} == {
+        name: checksum(path / name) for name in sizes}
     assert files.keys() - sizes.keys() == {"complete.json"} and sizes.items() <= files.items()
     assert {"policy.safetensors", "rank_0.safetensors", "state.json"} <= sizes.keys()
 
@@ -145,10 +158,11 @@ def test_keys_that_do_not_decide_what_is_learned_may_change(finished: dict[str, 
 
 def test_a_checkpoint_from_before_a_key_existed_is_of_its_default(finished: dict[str, Any], forks: Forks) -> None:
     path = folder(finished) / "checkpoints" / LAST
-    state, sizes = (json.loads((path / name).read_text()) for name in ("state.json", "complete.json"))
+    state = json.loads((path / "state.json").read_text())
     del state["config"]["seppo"]["reference_score"], state["config"]["seppo"]["sampler"]["compile"]
+    del state["pool"]
     (path / "state.json").write_text(json.dumps(state))
-    (path / "complete.json").write_text(json.dumps(sizes | {"state.json": (path / "state.json").stat().st_size}))
+    declare_as_before(path)
     finished["seppo"]["reference_score"] = "rollout"
     refused(forks, finished, "seppo.reference_score: 'online' there, 'rollout' now")
     del finished["seppo"]["reference_score"]
@@ -160,7 +174,7 @@ def test_a_checkpoint_of_another_run_is_refused(finished: dict[str, Any], settin
     other = settings(**{"seppo.output_dir": str(tmp_path / "other"), "seppo.checkpoint.every": 1})
     assert forks.run(other, strike=Strike("seppo_fast.training.trainer:Trainer.report", 1, signal.SIGTERM)).status == 0
     foreign = folder(finished) / "checkpoints" / LAST
-    refused(forks, other, f"{foreign} was written by another run", "pickles", resume=str(foreign))
+    refused(forks, other, f"{foreign} was written by another run", "past policies", resume=str(foreign))
     shutil.copytree(foreign, tmp_path / "other" / "checkpoints" / LAST)
     refused(forks, other, "was written by another run")
     empty = settings(**{"seppo.output_dir": str(tmp_path / "empty"), "seppo.checkpoint.every": 1})
@@ -177,8 +191,7 @@ def test_other_data_are_refused(finished: dict[str, Any], forks: Forks, demonstr
     state = folder(finished) / "checkpoints" / LAST / "state.json"
     # The path may stay while its content changes: the same path, as the checkpoint knows it.
     state.write_text(state.read_text().replace(str(demonstrations), str(changed)))
-    marker = state.with_name("complete.json")
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"state.json": state.stat().st_size}))
+    declare(state.parent, {})
     finished["seppo"]["data"]["source"] = str(changed)
     refused(forks, finished, "was trained on other data", "restore seppo.data.source")
 
@@ -231,8 +244,7 @@ def test_a_past_policy_that_is_missing_or_torn(finished: dict[str, Any], forks: 
     finished["seppo"]["reference"] = "initial"
     for path in (folder(finished) / "checkpoints").glob("*/state.json"):
         path.write_text(path.read_text().replace('"reference": "uniform"', '"reference": "initial"'))
-        marker = path.with_name("complete.json")
-        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"state.json": path.stat().st_size}))
+        declare(path.parent, {})
     result = forks.run(finished, "--resume", "auto")
     assert result.status == 2 and f"{pool / 'policy_00000.safetensors'}: cannot be read" in result.output
     assert "Traceback" not in result.output

@@ -131,6 +131,19 @@ def test_killed_at_every_turn_and_resumed(name: str, ranks: int, places: Iterabl
     assert not list(Path(broken["seppo"]["output_dir"]).rglob("*.tmp")), "resuming leaves nothing of the crashes behind"
 
 
+def test_both_ranks_pass_over_a_checkpoint_that_one_finds_damaged(forks: Forks, whole: Any, tree: Any) -> None:
+    raw = tree("fp32", "damaged", 2)
+    run = Path(shutil.copytree(whole("fp32", 2)["seppo"]["output_dir"], raw["seppo"]["output_dir"]))
+    shutil.rmtree(run / "final")
+    file = run / "checkpoints" / "update_00000004" / "rank_1.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    result = forks.run(raw, "--resume", "auto", ranks=2)
+    assert result.statuses == [0, 0], result.output[-2000:]
+    assert result.output.count(f"ignored the checkpoint {file.parent}: rank_1.safetensors is damaged") == 1
+    assert result.output.count(f"resuming from {file.parent.with_name('update_00000003')}") == 1
+    same(whole("fp32", 2), raw)
+
+
 PLACES = {
     "sampling": Strike("seppo_fast.reference.sampler:Sampler.draw", 3, signal.SIGTERM),  # in update 1, of 0..3
     "in a window": Strike("seppo_fast.training.objective:Objective.__call__", 3, signal.SIGTERM),
@@ -236,15 +249,20 @@ def rows(raw: dict[str, Any]) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_from_outside(signum: int, status: int, forks: Forks, whole: Any, tree: Any, start: Any) -> None:
+def test_a_signal_from_outside(forks: Forks, whole: Any, tree: Any, start: Any) -> None:
+    """SIGTERM to the process that a person or a scheduler sees; SIGINT then is the same but for its status."""
     stopped = tree("bf16", "stopped")
     process = start(stopped)
     wait_for(lambda: rows(stopped) >= 1, process)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors[-2000:]
-    (named,) = re.findall(rf"^stopped by {signal.Signals(signum).name}; checkpoint: (\S+)\.", errors, re.M)
+    assert process.returncode == 0, errors[-2000:]
+    (named,) = re.findall(r"^stopped by SIGTERM; checkpoint: (\S+)\.", errors, re.M)
+    assert checkpoint.missing(Path(named)) is None
+    strike = Strike("seppo_fast.training.objective:Objective.__call__", 1, signal.SIGINT)
+    result = forks.run(stopped, "--resume", "auto", strike=strike)
+    assert result.status == 130, result.output[-2000:]
+    (named,) = re.findall(r"^stopped by SIGINT; checkpoint: (\S+)\.", result.output, re.M)
     assert checkpoint.missing(Path(named)) is None
     assert forks.run(stopped, "--resume", "auto").status == 0
     same(whole("bf16"), stopped)
