@@ -17,7 +17,9 @@ from PIL import Image
 from seppo_fast.data.fingerprint import digest
 from seppo_fast.data.latents import row_shard
 from seppo_fast.data.rows import BadRow, ImageLike, Part, Row, Skipped, Source, open_regular, read_bytes
-from seppo_fast.data.shards import read_stamp, write_json
+from seppo_fast.data.shards import write_json
+from seppo_fast.data.stamps import read_stamp
+from seppo_fast.strict import parse_json
 
 ABOUT, SAME = "fingerprint.json", "same_as.json"
 AHEAD = 256  # rows that wait for a thread
@@ -115,26 +117,33 @@ def same_content(about: dict[str, Any], source: Source, folder: Path, workers: i
 
 def finished(other: Path, about: dict[str, Any], parts: int) -> list[dict[str, Any]] | None:
     """What was declared about each part of a cache that is made as `about` says; None when it is not finished or another."""
-    try:
-        if timeless(json.loads(other.read_bytes())) != timeless(about):
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+    said = read_about(other)
+    if said is None or timeless(said) != timeless(about):
         return None
     stamps = [read_stamp(row_shard(other.parent, part)) for part in range(parts)]
     return stamps if all(stamp and "content" in stamp for stamp in stamps) else None
 
 
+def read_about(file: Path) -> dict[str, Any] | None:
+    """What a cache says that it is made of; None where it says nothing that can be read."""
+    try:
+        about = parse_json(file.read_bytes())
+        return about if isinstance(about["demonstrations"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def settle(folder: Path, about: dict[str, Any], source: Source, workers: int, rank: int, patience: float,
            barrier: Callable[[], None], say: Callable[[str], None]) -> Path:
     """The folder of this cache: `folder`, or another that rank 0 found to hold the same content."""
-    if rank == 0 and not (folder / ABOUT).exists():
+    if rank == 0 and read_about(folder / ABOUT) != about:
         other = same_content(about, source, folder, workers, say)
         if other is not None:
             write_json(folder / SAME, {"folder": other.name})
         write_json(folder / ABOUT, about)
     barrier()
     give_up = time.monotonic() + patience
-    while not (folder / ABOUT).exists() and time.monotonic() < give_up:
+    while read_about(folder / ABOUT) != about and time.monotonic() < give_up:
         time.sleep(0.2)
     try:
         other = folder.parent / json.loads((folder / SAME).read_bytes())["folder"]

@@ -1,0 +1,100 @@
+"""A cache that is not what was written: found by checksums, made anew, never trained on."""
+
+import json
+import os
+import re
+
+import pytest
+from data.data_files import cached, contents, settings, write_folder
+
+from seppo_fast.data.shards import write_json
+from seppo_fast.data.stamps import CHECKSUM, SEAL, read_stamp
+from seppo_fast.errors import UserError
+
+KINDS = ("latents", "prompts")
+
+
+@pytest.fixture
+def whole(model, tmp_path):
+    """(settings, folder, content) of a finished cache with three parts."""
+    data = settings(write_folder(tmp_path / "d", 600, images=4), tmp_path)
+    folder = cached(model, data, tmp_path).folder
+    return data, folder, contents(folder)
+
+
+def flip(content: bytes) -> bytes:
+    return content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damage", [flip, lambda content: bytes(len(content))])
+def test_a_damaged_shard_is_made_anew_and_said(model, whole, tmp_path, capsys, kind, damage):
+    data, folder, before = whole
+    arrow = folder / kind / "00000.arrow"
+    times = arrow.stat()
+    arrow.write_bytes(damage(before[f"{kind}/00000.arrow"]))
+    os.utime(arrow, ns=(times.st_atime_ns, times.st_mtime_ns))
+    others = {file: file.stat().st_mtime_ns for file in folder.rglob("*.arrow") if file != arrow}
+    cached(model, data, tmp_path)
+    assert contents(folder) == before and f"{arrow} is not what was written there" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in others} == others
+    cached(model, data, tmp_path)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [f"{kind}/00000.json" for kind in KINDS] + ["fingerprint.json"])
+def test_a_damaged_stamp_does_not_count(model, whole, tmp_path, name):
+    data, folder, before = whole
+    stamp = json.loads(before[name])
+    torn = [b"null", b"[]", b"12", b'"a"', b"", bytes(len(before[name])), b"\xff\xfe", b"[" * 100_000, before[name][:-20],
+            before[name].replace(b"1", b"2", 1), json.dumps({"bytes": stamp.get("bytes")}).encode(), b'{"demonstrations": []}']
+    for content in torn:
+        (folder / name).write_bytes(content)
+        if name != "fingerprint.json":
+            assert read_stamp((folder / name).with_suffix(".arrow")) is None
+    cached(model, data, tmp_path)
+    assert contents(folder) == before
+    if name == "fingerprint.json":
+        for content in torn:
+            (folder / name).write_bytes(content)
+            cached(model, data, tmp_path)
+            assert (folder / name).read_bytes() == before[name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_of_an_older_program_counts_where_it_can_be_opened(model, whole, tmp_path, capsys, kind):
+    data, folder, before = whole
+    stamp, arrow = folder / kind / "00000.json", folder / kind / "00000.arrow"
+    write_json(stamp, {name: value for name, value in json.loads(stamp.read_bytes()).items() if name not in (CHECKSUM, SEAL)})
+    old, changed = stamp.read_bytes(), arrow.stat().st_mtime_ns
+    cached(model, data, tmp_path)
+    assert stamp.read_bytes() == old and arrow.stat().st_mtime_ns == changed
+    arrow.write_bytes(bytes(len(before[f"{kind}/00000.arrow"])))
+    cached(model, data, tmp_path)
+    assert contents(folder) == before and "is not what was written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gone", ["cut off", "removed"])
+def test_a_cache_that_shrinks_while_it_is_read_is_a_message(model, whole, tmp_path, kind, gone):
+    data, folder, _ = whole
+    cache = cached(model, data, tmp_path)
+    arrow = folder / kind / "00000.arrow"
+    if gone == "cut off":
+        os.truncate(arrow, 600)  # touching what was there would end the process: SIGBUS
+    else:
+        arrow.unlink()
+    with pytest.raises(UserError, match=f"{re.escape(str(arrow))} was cut off or removed while this run reads it.*--resume auto"):
+        cache.rows([599, 0]) if kind == "latents" else cache.embeddings([1])
+    if kind == "latents":
+        assert cache.rows([599]).captions == ["caption 4"]  # of another file
+
+
+def test_each_rank_looks_at_its_share(model, whole, tmp_path, capsys):
+    data, folder, before = whole
+    for number in range(3):
+        (folder / "latents" / f"{number:05}.arrow").write_bytes(flip(before[f"latents/{number:05}.arrow"]))
+    cached(model, data, tmp_path, rank=1, world=2)
+    said = capsys.readouterr().out
+    assert "00001.arrow" in said and "00000.arrow" not in said and "00002.arrow" not in said
+    assert contents(folder)["latents/00001.arrow"] == before["latents/00001.arrow"]
