@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from seppo_fast import config
 from seppo_fast.checksums import Hashing
-from seppo_fast.data.content import ABOUT, Content, content_of, settle
+from seppo_fast.data.content import Content, content_of, settle
 from seppo_fast.data.encode import decoded, encoded
 from seppo_fast.data.fingerprint import cache_folder, digest, made_of, of_files_alone
 from seppo_fast.data.latents import (
@@ -33,7 +33,7 @@ from seppo_fast.data.latents import (
 )
 from seppo_fast.data.progress import Progress
 from seppo_fast.data.rows import Part, Skipped, Source
-from seppo_fast.data.shards import Shard, remove_stale, replacing, write_json
+from seppo_fast.data.shards import Shard, remove_stale, replacing
 from seppo_fast.data.skips import check_skipped, most_skippable, stop_early, tell_truncated
 from seppo_fast.data.stamps import declare, read_stamp, unusable
 from seppo_fast.data.video.decoder import Decoder
@@ -74,18 +74,15 @@ def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, nee
     Every rank calls it with the same arguments; `barrier` must wait for all. Rank 0 writes `output_dir/skipped.jsonl`.
     """
     streaming = streams(source, data, model.video)
-    about = made_of(source, model, data, seed, needs_loser, streaming)
+    names, written = source.identity()
+    about = made_of(source, names, model, data, seed, needs_loser, streaming)
     fingerprint = digest(about)
     kept = of_files_alone(about) if streaming else about
     folder, holds = cache_folder(data, digest(kept)), "clips" if streaming else "latents"
     show = progress and rank == 0
     say = partial(print, flush=True) if show else lambda line: None
     patience = FILE_SYSTEM_LAG if world > 1 else 0
-    if streaming:  # what is known of clips holds their files' times
-        if not (folder / ABOUT).exists():
-            write_json(folder / ABOUT, kept)
-    else:
-        folder = settle(folder, kept, source, data.workers, rank, patience, barrier, say)
+    folder = settle(folder, kept, source, holds, written, data.workers, rank, patience, barrier, say)
     remove_stale(folder)
     job = Job(source, model, data, seed, needs_loser, Path(output_dir), folder, holds, prod(about["shape"]), device, say)
     write_parts(job, range(rank, len(source.parts), world), show)

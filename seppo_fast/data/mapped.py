@@ -47,5 +47,5 @@ class Mapped:
                 whole = False
             if not whole:
                 raise UserError(f"{self.arrows[file]} was cut off or removed while this run reads it; leave"
-                                " seppo.data.cache_dir alone while a run goes on. --resume auto makes the file anew and goes on from"
-                                " the last checkpoint")
+                                " seppo.data.cache_dir alone meanwhile. --resume auto makes it anew and goes on from the last"
+                                " checkpoint")

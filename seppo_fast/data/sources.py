@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from seppo_fast import config
+from seppo_fast.data.files import readable, user_path, walk
 from seppo_fast.data.imagefolder import open_imagefolder
 from seppo_fast.data.metadata import NAMES
 from seppo_fast.data.rows import Part, Row, Skipped, Source
@@ -28,7 +29,12 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
     """
     if not data.source:
         raise UserError(SOURCE_NOT_SET)
-    path = Path(data.source).expanduser()
+    with readable():
+        return opened(user_path(data.source), data, needs_loser, seed, video)
+
+
+def opened(path: Path, data: config.Data, needs_loser: bool, seed: int, video: bool | None) -> Source:
+    """`open_source` of a path, whose file system's errors are still to be made messages of."""
     clips = video_metadata(path, data) if data.format in ("auto", "imagefolder", "video") else None
     if clips and video is False:
         raise UserError(f"seppo.data.source={data.source!r} has videos, and the model makes images: set seppo.model.path to an"
@@ -58,7 +64,7 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
 
 def is_hub_dataset(data: config.Data) -> bool:
     """Whether opening `data.source` would download a dataset."""
-    path = Path(data.source).expanduser()
+    path = user_path(data.source)
     missing = bool(HUB_ID.fullmatch(data.source)) and not path.exists()
     return missing and (detect(path, data) if data.format == "auto" else data.format) == "datasets"
 
@@ -82,13 +88,15 @@ def detect(path: Path, data: config.Data) -> str:
                         " and metadata as .jsonl or .csv")
     if not path.exists():
         return "webdataset" if PATTERN.search(str(path)) and path.name.endswith(SUFFIXES) else "datasets"
+    if not path.is_dir():
+        raise UserError(f"seppo.data.source={data.source!r} is neither a regular file nor a folder")
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return "datasets"
     if any((place / name).is_file() for place in (path, path / data.split) for name in NAMES):
         return "imagefolder"
     # Metadata in sub-folders comes after tables and tars, because looking for it walks all folders.
     for suffixes, kind in (((".parquet",), "pickapic"), (SUFFIXES, "webdataset"), (NAMES, "imagefolder")):
-        if any(file.name.endswith(suffixes) for file in path.rglob("*")):
+        if any(name.endswith(suffixes) for _, names in walk(path) for name in names):
             return kind
     inside = sorted(file.name for file in path.iterdir())
     listed = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
