@@ -21,6 +21,7 @@ from seppo_fast import config
 from seppo_fast.checksums import Hashing
 from seppo_fast.data.content import Content, content_of, settle
 from seppo_fast.data.encode import decoded, encoded
+from seppo_fast.data.files import readable
 from seppo_fast.data.fingerprint import cache_folder, digest, made_of, of_files_alone
 from seppo_fast.data.latents import (
     PROMPTS_PER_SHARD,
@@ -66,6 +67,7 @@ class Job:
     say: Callable[[str], None]
 
 
+@readable()
 def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, needs_loser: bool, output_dir: Path,
                 rank: int = 0, world: int = 1, device: str | torch.device = "cpu",
                 barrier: Callable[[], None] = lambda: None, progress: bool = True) -> LatentCache | ClipStream:
@@ -82,7 +84,7 @@ def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, nee
     show = progress and rank == 0
     say = partial(print, flush=True) if show else lambda line: None
     patience = FILE_SYSTEM_LAG if world > 1 else 0
-    folder = settle(folder, kept, source, holds, written, data.workers, rank, patience, barrier, say)
+    folder = settle(folder, kept, source, holds, list(written), data.workers, rank, patience, barrier, say)
     remove_stale(folder)
     job = Job(source, model, data, seed, needs_loser, Path(output_dir), folder, holds, prod(about["shape"]), device, say)
     write_parts(job, range(rank, len(source.parts), world), show)

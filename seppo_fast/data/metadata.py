@@ -236,7 +236,7 @@ def identity(spans: Sequence[Span], layout: Layout) -> Identity:
         found = list(pool.map(digest, spans))
     for part, _ in found:
         whole.update(part)
-    return Identity(whole.hexdigest(), [written for _, written in found])
+    return Identity(whole.hexdigest(), tuple(written for _, written in found))
 
 
 def stamp_of(file: Path) -> list[int] | str:

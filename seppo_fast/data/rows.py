@@ -65,7 +65,7 @@ class Identity(NamedTuple):
     """
 
     names: str
-    written: list[str]
+    written: tuple[str, ...]
 
 
 @dataclass(frozen=True)

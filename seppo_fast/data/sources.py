@@ -22,6 +22,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PATTERN = re.compile(r"[*?{\[]")
 
 
+@readable()
 def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | None = False) -> Source:
     """`data.source` as a list of parts. Reads file lists, footers and metadata files, never an image or a video.
 
@@ -29,12 +30,9 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
     """
     if not data.source:
         raise UserError(SOURCE_NOT_SET)
-    with readable():
-        return opened(user_path(data.source), data, needs_loser, seed, video)
-
-
-def opened(path: Path, data: config.Data, needs_loser: bool, seed: int, video: bool | None) -> Source:
-    """`open_source` of a path, whose file system's errors are still to be made messages of."""
+    path = user_path(data.source)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"seppo.data.source={data.source!r} is neither a regular file nor a folder")
     clips = video_metadata(path, data) if data.format in ("auto", "imagefolder", "video") else None
     if clips and video is False:
         raise UserError(f"seppo.data.source={data.source!r} has videos, and the model makes images: set seppo.model.path to an"
@@ -88,8 +86,6 @@ def detect(path: Path, data: config.Data) -> str:
                         " and metadata as .jsonl or .csv")
     if not path.exists():
         return "webdataset" if PATTERN.search(str(path)) and path.name.endswith(SUFFIXES) else "datasets"
-    if not path.is_dir():
-        raise UserError(f"seppo.data.source={data.source!r} is neither a regular file nor a folder")
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return "datasets"
     if any((place / name).is_file() for place in (path, path / data.split) for name in NAMES):

@@ -66,7 +66,7 @@ def footer(file: Path) -> pq.FileMetaData:
     """A parquet file's metadata; `UserError` when the file is not whole."""
     check_readable(file)
     try:
-        return pq.read_metadata(file)
+        return pq.read_metadata(file.absolute())  # Arrow would take `a:b/c` for a URI
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is not a readable parquet file ({error}); is its download complete?") from error
 
@@ -77,7 +77,7 @@ def parquet_rows(file: Path, name: str, group: int, first: int, columns: Columns
     check_readable(file)
     try:
         # Without buffer_size and pre_buffer, Arrow reads a row group's whole column: gigabytes of images.
-        with pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False) as parquet:
+        with pq.ParquetFile(file.absolute(), buffer_size=BUFFER, pre_buffer=False) as parquet:
             wanted = columns.needed()
             for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False):
                 for record in batch.to_pylist():
@@ -90,7 +90,7 @@ def parquet_rows(file: Path, name: str, group: int, first: int, columns: Columns
 def stamps(files: Sequence[Path], root: Path, parts: Iterable[Sequence[Path]]) -> Identity:
     """Of these files, of which each part has some."""
     seen = [[os.path.relpath(file, root) if root.is_dir() else file.name, stamp_of(file)] for file in files]
-    return Identity(digest_of(seen), [digest_of([written_at(file) for file in part]) for part in parts])
+    return Identity(digest_of(seen), tuple(digest_of([written_at(file) for file in part]) for part in parts))
 
 
 def open_dataset_folder(folder: Path, data: config.Data, needs_loser: bool, seed: int) -> Source:
@@ -154,7 +154,7 @@ def dataset_source(name: str, dataset: datasets.Dataset, files: Sequence[Path], 
     spans = [(first, min(first + ROWS_PER_PART, len(dataset))) for first in range(0, len(dataset), ROWS_PER_PART)]
     parts = [Part(f"{Path(name).name}:{first}", end - first, lambda a=first, b=end: rows(a, b)) for first, end in spans]
     # Which rows are in which file is not looked for: of a hub dataset there are none, another's are written together.
-    stamp, written = stamps(files, folder, [files] * len(parts)) if folder else ("", [""] * len(parts))
+    stamp, written = stamps(files, folder, [files] * len(parts)) if folder else ("", ("",) * len(parts))
     identity = Identity(f"{dataset._fingerprint}:{len(dataset)}:{stamp}", written)
     return Source(name, "datasets", columns.named(), parts, lambda: identity)
 

@@ -161,7 +161,7 @@ class Blocks:
         self.last = self.stream.read(size)
         self.count += len(self.last)
         if self.count > UNPACKED and self.count > TIMES * self.raw.tell():
-            raise UserError(f"{self.file} unpacks to more than {TIMES} times its size, which images and captions do not; take it out of"
+            raise UserError(f"{self.file} unpacks to more than {TIMES} times its size, which images do not; take it out of"
                             " seppo.data.source, or unpack it (gunzip)")
         return self.last
 

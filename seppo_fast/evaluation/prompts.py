@@ -173,7 +173,7 @@ def parquet_rows(path: Path) -> Iterator[Line]:
     """Pick-a-Pic's validation set has a row a pair of images, and so each prompt several times: it counts once."""
     check_readable(path)
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path.absolute())  # Arrow would take `a:b/c` for a URI
         check_columns(map(simple, file.schema_arrow.names), str(path))
         wanted = [name for name in file.schema_arrow.names if simple(name) in (*COLUMNS, *GROUP_COLUMNS, *CLIP_COLUMNS)]
         if not wanted:

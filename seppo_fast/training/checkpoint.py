@@ -268,8 +268,9 @@ def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> Sta
 
 
 def check_data(path: Path, state: State, data: str, content: str | None) -> None:
-    """Make sure that the checkpoint was trained on what the cache holds: by its fingerprint `data`, or else by its `content`."""
-    if state.data != data and (content is None or state.content != content):
+    """Make sure that the checkpoint was trained on what the cache holds: by its `content`, else by its fingerprint `data`."""
+    same = state.data == data if None in (content, state.content) else state.content == content
+    if not same:
         raise UserError(f"{path} was trained on other data or another model's latents (cache {state.data}, now {data}):"
                         " restore seppo.data.source and seppo.model.path, or use another output_dir")
 

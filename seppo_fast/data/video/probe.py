@@ -31,7 +31,7 @@ class Facts:
 
     `pixel` is a pixel's width over its height, as a fraction; `colours` FFmpeg's (matrix, range); `stamp` size and time of change.
     `stream` is the film's number in the file, `alone` whether no other stream has pictures, `cut` whether an edit list leaves out
-    frames, `alpha` whether it may be transparent.
+    frames, `alpha` whether it may be transparent. `written` and `content` are its ctime and its digest, or None.
     """
 
     frames: int
@@ -48,6 +48,8 @@ class Facts:
     alone: bool = True
     cut: bool = False
     alpha: bool = False
+    written: int | None = None
+    content: str | None = None
 
     @staticmethod
     def of(values: dict[str, Any]) -> "Facts":
