@@ -99,9 +99,8 @@ def as_image(value: Any, folder: Path | None, outside: bool = False) -> ImageLik
 
 def fetched(name: object, outside: bool) -> Path:
     """A file that `datasets` fetched from the hub; `BadRow` for any other, unless `outside` is allowed."""
-    place = os.path.normpath(name) if isinstance(name, str) else name
-    folder = next((folder for folder in FETCHED if isinstance(place, str) and Path(place).is_relative_to(folder)), None)
-    return inside(FETCHED[0], name, outside=outside or folder is not None)
+    ours = isinstance(name, str) and any(Path(os.path.normpath(name)).is_relative_to(folder) for folder in FETCHED)
+    return inside(FETCHED[0], name, outside=outside or ours)
 
 
 def pick(wanted: str | None, known: Sequence[str], available: Sequence[str], what: str, where: str) -> str:

@@ -1,7 +1,7 @@
 """Arrow files, memory-mapped, as one table whose rows are asked for by number."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +40,16 @@ class Mapped:
 
     def check(self, files: Sequence[int]) -> None:
         """`UserError` where one of these files is shorter than it was, or gone."""
-        for file in files:
-            try:
-                whole = os.stat(self.arrows[file]).st_size >= self.sizes[file]
-            except OSError:
-                whole = False
-            if not whole:
-                raise UserError(f"{self.arrows[file]} was cut off or removed while this run reads it; leave"
-                                " seppo.data.cache_dir alone meanwhile. --resume auto makes it anew and goes on from the last"
-                                " checkpoint")
+        check_whole(((self.arrows[file], self.sizes[file]) for file in files), "leave seppo.data.cache_dir alone meanwhile."
+                    " --resume auto makes it anew and goes on from the last checkpoint")
+
+
+def check_whole(files: Iterable[tuple[Path, int]], advice: str) -> None:
+    """`UserError` where one of these memory-mapped files is shorter than its size then, or gone."""
+    for file, size in files:
+        try:
+            whole = os.stat(file).st_size >= size
+        except OSError:
+            whole = False
+        if not whole:
+            raise UserError(f"{file} was cut off or removed while this run reads it; {advice}")

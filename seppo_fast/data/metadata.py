@@ -226,9 +226,9 @@ def identity(spans: Sequence[Span], layout: Layout) -> Identity:
     def digest(span: Span) -> tuple[bytes, str]:
         seen, written = hashlib.sha256(), []
         for key, record, file in named(span, layout):
-            stamp = stamp_of(file) if isinstance(file, Path) else "unusable"
+            stamp, when = times_of(file) if isinstance(file, Path) else ("unusable", None)
             seen.update(json.dumps([key, record, stamp], sort_keys=True, default=str).encode())
-            written.append(written_at(file) if isinstance(file, Path) else None)
+            written.append(when)
         return seen.digest(), digest_of(written)
 
     whole = hashlib.sha256()
@@ -239,21 +239,23 @@ def identity(spans: Sequence[Span], layout: Layout) -> Identity:
     return Identity(whole.hexdigest(), tuple(written for _, written in found))
 
 
-def stamp_of(file: Path) -> list[int] | str:
-    """Size and time of change (ns), or "missing"."""
+def times_of(file: Path) -> tuple[list[int] | str, int | None]:
+    """The file's `stamp_of` and `written_at`."""
     try:
         status = os.stat(file)
     except OSError:
-        return "missing"
-    return [status.st_size, status.st_mtime_ns]
+        return "missing", None
+    return [status.st_size, status.st_mtime_ns], status.st_ctime_ns
+
+
+def stamp_of(file: Path) -> list[int] | str:
+    """Size and time of change (ns), or "missing"."""
+    return times_of(file)[0]
 
 
 def written_at(file: Path) -> int | None:
     """When anything of the file changed last (ctime, ns), which no program can set; None for one that is missing."""
-    try:
-        return os.stat(file).st_ctime_ns
-    except OSError:
-        return None
+    return times_of(file)[1]
 
 
 def digest_of(seen: Any) -> str:

@@ -36,7 +36,7 @@ def clear_errors(folder: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"cannot write to {folder} ({error.strerror}); choose a folder of yours"
                             " (seppo.data.cache_dir, seppo.output_dir)") from error
-        if error.errno in (errno.ENOENT, errno.ESTALE):
+        if error.errno in (errno.ENOENT, errno.ESTALE) and not folder.exists():
             raise UserError(f"{folder} was removed while this run wrote to it; start again, what is missing is made") from error
         raise
 

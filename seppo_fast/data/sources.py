@@ -60,6 +60,7 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
     return open_parquet(path, data, needs_loser, seed)
 
 
+@readable()
 def is_hub_dataset(data: config.Data) -> bool:
     """Whether opening `data.source` would download a dataset."""
     path = user_path(data.source)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, IMAGES, PAIR, Columns, pick, refuse_pairs
 from seppo_fast.data.files import check_readable, files_under
+from seppo_fast.data.mapped import check_whole
 from seppo_fast.data.metadata import digest_of, stamp_of, written_at
 from seppo_fast.data.rows import Identity, Part, Row, Skipped, Source
 from seppo_fast.data.splits import ALL, TRAIN, check_file, files_of_split
@@ -147,8 +148,12 @@ def dataset_source(name: str, dataset: datasets.Dataset, files: Sequence[Path], 
             # We decode: a bad image is one row, not an exception for the whole batch.
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
 
+    opened = [(file, file.stat().st_size) for file in files or map(Path, (entry["filename"] for entry in dataset.cache_files))]
+
     def rows(first: int, end: int) -> Iterator[Row | Skipped]:
         for row in range(first, end):
+            if (row - first) % ROWS_AT_ONCE == 0:
+                check_whole(opened, "restore it and start again, what is cached stays valid")
             yield columns.row(f"{Path(name).name}:{row}", dataset[row])
 
     spans = [(first, min(first + ROWS_PER_PART, len(dataset))) for first in range(0, len(dataset), ROWS_PER_PART)]

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet
 from pyarrow import ArrowException
 
-from seppo_fast.data.files import check_readable, open_data, user_path
+from seppo_fast.data.files import check_readable, open_data, readable, user_path
 from seppo_fast.data.forms import LOOK_AT_QUOTES, why_no_json
 from seppo_fast.errors import UserError
 from seppo_fast.models import Model
@@ -43,6 +43,7 @@ class Line:
     clip: str | None = None
 
 
+@readable()
 def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[str], None] = print, flag: str = "--prompts"
                  ) -> list[Prompt]:
     """The prompts of all sets, `FILE` or `NAME=FILE`, at most `limit` of each; one that comes again is left out, which is said."""

@@ -3,10 +3,14 @@
 import json
 import os
 import re
+import shutil
+from dataclasses import replace
 
+import datasets
 import pytest
-from data.data_files import cached, contents, settings, write_folder
+from data.data_files import cached, contents, image_bytes, settings, write_folder
 
+from seppo_fast.data import build_cache, open_source
 from seppo_fast.data.shards import write_json
 from seppo_fast.data.stamps import CHECKSUM, SEAL, read_stamp
 from seppo_fast.errors import UserError
@@ -98,3 +102,29 @@ def test_each_rank_looks_at_its_share(model, whole, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "00001.arrow" in said and "00000.arrow" not in said and "00002.arrow" not in said
     assert contents(folder)["latents/00001.arrow"] == before["latents/00001.arrow"]
+
+
+def test_a_cache_that_is_removed_while_it_is_made_is_a_message(model, tmp_path):
+    data = settings(write_folder(tmp_path / "d", 300), tmp_path)
+    source = open_source(data, False, 0)
+
+    def rows():
+        for number, row in enumerate(source.parts[1].rows()):
+            if number == 20:
+                shutil.rmtree(tmp_path / "cache")
+            yield row
+
+    removing = replace(source, parts=[source.parts[0], replace(source.parts[1], rows=rows)])
+    with pytest.raises(UserError, match=r"cache/\w+/latents was removed while this run wrote to it; start again"):
+        build_cache(removing, model, data, seed=0, needs_loser=False, output_dir=tmp_path / "run", progress=False)
+    assert len(cached(model, data, tmp_path)) == 300
+
+
+def test_a_dataset_that_shrinks_while_it_is_read_is_a_message(tmp_path):
+    pairs = {"image": [image_bytes(i) for i in range(200)], "text": ["x"] * 200}
+    datasets.Dataset.from_dict(pairs).save_to_disk(str(tmp_path / "d"))
+    rows = open_source(settings(tmp_path / "d", tmp_path), False, 0).parts[0].rows()
+    next(rows)
+    os.truncate(tmp_path / "d" / "data-00000-of-00001.arrow", 5000)
+    with pytest.raises(UserError, match="00001.arrow was cut off or removed while this run reads it; restore it"):
+        list(rows)
