@@ -2,13 +2,16 @@
 
 import os
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.table import ConcatenationTable
 
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, IMAGES, PAIR, Columns, pick, refuse_pairs
@@ -148,12 +151,13 @@ def dataset_source(name: str, dataset: datasets.Dataset, files: Sequence[Path], 
             # We decode: a bad image is one row, not an exception for the whole batch.
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
 
-    opened = [(file, file.stat().st_size) for file in files or map(Path, (entry["filename"] for entry in dataset.cache_files))]
+    opened = [(file, file.stat().st_size) for file in files or (Path(entry["filename"]) for entry in dataset.cache_files)]
+    ends = file_ends(dataset)
 
     def rows(first: int, end: int) -> Iterator[Row | Skipped]:
         for row in range(first, end):
-            if (row - first) % ROWS_AT_ONCE == 0:
-                check_whole(opened, "restore it and start again, what is cached stays valid")
+            place = bisect_right(ends, row)
+            check_whole(opened[place:place + 1], "restore it and start again, what is cached stays valid")
             yield columns.row(f"{Path(name).name}:{row}", dataset[row])
 
     spans = [(first, min(first + ROWS_PER_PART, len(dataset))) for first in range(0, len(dataset), ROWS_PER_PART)]
@@ -162,6 +166,12 @@ def dataset_source(name: str, dataset: datasets.Dataset, files: Sequence[Path], 
     stamp, written = stamps(files, folder, [files] * len(parts)) if folder else ("", ("",) * len(parts))
     identity = Identity(f"{dataset._fingerprint}:{len(dataset)}:{stamp}", written)
     return Source(name, "datasets", columns.named(), parts, lambda: identity)
+
+
+def file_ends(dataset: datasets.Dataset) -> list[int]:
+    """After which row each of its files ends."""
+    tables = [blocks[0] for blocks in dataset.data.blocks] if isinstance(dataset.data, ConcatenationTable) else [dataset.data]
+    return list(accumulate(map(len, tables)))
 
 
 def choose_columns(where: str, names: list[str], images: Any, data: config.Data, needs_loser: bool, seed: int,
