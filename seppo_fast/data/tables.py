@@ -112,10 +112,8 @@ def open_dataset_folder(folder: Path, data: config.Data, needs_loser: bool, seed
     elif data.split not in (TRAIN, ALL, str(loaded.split)):
         raise UserError(f"seppo.data.split={data.split!r}: {folder} is one dataset without splits, which counts as 'train'")
     names = [os.path.relpath(entry["filename"], place) for entry in loaded.cache_files]
-    outside = [name for name in names if name.split(os.sep)[0] == ".."]
-    if outside and not data.allow_outside:
-        raise UserError(f"{folder} names the file {os.path.normpath(folder / outside[0])} outside it; put it there, or set"
-                        " seppo.data.allow_outside")
+    if any(name.split(os.sep)[0] == ".." for name in names):
+        raise UserError(f"{folder} is of tables outside it, by the names in its state.json; put them there")
     return dataset_source(str(folder), loaded, [folder / name for name in names], data, needs_loser, seed, folder)
 
 

@@ -218,8 +218,7 @@ def test_a_dataset_whose_tables_lie_elsewhere(tmp_path):
     state = json.loads((tmp_path / "d" / "state.json").read_text())
     for name in ("../x.arrow", str(tmp_path / "x.arrow")):
         (tmp_path / "d" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
-        assert "names the file" in (said := refused(tmp_path / "d")) and "outside it" in said
-    assert len(rows_of(tmp_path / "d", allow_outside=True)) == 1
+        assert "tables outside it" in refused(tmp_path / "d")
 
 
 def test_pairs_keep_to_their_folder(tmp_path):
