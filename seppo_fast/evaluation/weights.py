@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
 from seppo_fast.errors import UserError, few
-from seppo_fast.models.files import REFETCH, check_pickle, check_tensors
+from seppo_fast.models.files import REFETCH, check_pickle, check_tensors, load_pickle
 from seppo_fast.models.hub import one_set, small_files
 
 TOKENIZER = "tokenizer"  # this part of a score is a repository without its weights
@@ -54,13 +53,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """What a safetensors file or a pickled dictionary of tensors holds, on the CPU; no code in a pickle is run."""
     safetensors = path.suffix == ".safetensors"
     check_tensors(path) if safetensors else check_pickle(path)
-    try:
-        content = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # the unpickler's own, EOFError, RuntimeError, KeyError, ...: damage has many faces
-        raise UserError(f"{path} is damaged, or a pickle of more than tensors, which would run code and is not loaded. "
-                        f"{REFETCH}, or give it as safetensors.") from error
+    content = load_file(path) if safetensors else load_pickle(path, "cpu")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__} and not tensors by name. {REFETCH}.")
     return content

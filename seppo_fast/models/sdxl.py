@@ -55,6 +55,10 @@ class StableDiffusionXL:
         """The network without weights, made under the caller's device."""
         return common.empty_unet(self.directory)
 
+    def empty_vae(self) -> AutoencoderKL:
+        """The VAE without weights, made under the caller's device."""
+        return common.empty_vae(self.directory)
+
     def load_vae(self, device: torch.device | str) -> AutoencoderKL:
         """The VAE in fp32, for inference."""
         return common.load_vae(self.directory, device)
