@@ -13,6 +13,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.evaluation.adapters import read_adapter
 from seppo_fast.models import Called, Conditions, Model, UNet, open_model
 from seppo_fast.models.files import read_json
+from seppo_fast.models.trial import run_unet
 
 FLAGS = Called(path="the model", variant="--variant", motion_adapter="--motion-adapter", frames="--frames")
 LORA = "pytorch_lora_weights.safetensors"
@@ -67,6 +68,8 @@ def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: s
                 pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames, called=FLAGS)
             if lora is not None:
                 read_adapter(lora, model)  # what is wrong with it is said before anything is drawn
+            else:
+                run_unet(model)
         except UserError as error:
             raise UserError(f"--models {argument}: {error}") from error
         found.append(Candidate(name, path, model, lora))

@@ -8,7 +8,7 @@ from seppo_fast.models.common import Conditions, UNet, alphas_cumprod
 from seppo_fast.models.directory import is_hub_id, locate, read_adapter, read_directory
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sdxl import StableDiffusionXL
-from seppo_fast.models.trial import try_networks
+from seppo_fast.models.trial import make_networks
 
 __all__ = ["AnimateDiff", "Called", "Conditions", "Model", "StableDiffusion", "StableDiffusionXL", "UNet", "alphas_cumprod",
            "is_hub_id", "open_model"]
@@ -24,7 +24,7 @@ def open_model(path: str, *, revision: str | None = None, variant: str | None = 
     must have positions for. `called` is what messages call all these.
     """
     model = _open(path, revision, variant, motion_adapter, frames, called)
-    try_networks(model)
+    make_networks(model)
     return model
 
 

@@ -57,8 +57,8 @@ def check_noise(config: dict[str, Any], file: Path) -> None:
         raise UserError(f"{file}: no noise schedule can be made of it ({reason(error)}). {ADVICE}.") from error
     falls = bool((alphas.diff() <= 0).all())
     if not (alphas.isfinite().all() and falls and 0 < alphas[0] < 1 and alphas[-1] >= 0):
-        raise UserError(f"{file}: its betas (beta_start {config.get('beta_start')}, beta_end {config.get('beta_end')}, trained_betas)"
-                        f" make no noise schedule; each must lie between 0 and 1. {ADVICE}.")
+        raise UserError(f"{file}: its betas (beta_start {config.get('beta_start')}, beta_end {config.get('beta_end')},"
+                        f" trained_betas) make no noise schedule; each must lie between 0 and 1. {ADVICE}.")
     if len(alphas) != (steps := config.get("num_train_timesteps", 1000)):
         raise UserError(f"{file}: trained_betas has {len(alphas)} values, and num_train_timesteps is {steps}. {ADVICE}.")
 
@@ -191,8 +191,8 @@ def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> None
     loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", 49408)
     place = directory.path / tokenizer
     if not isinstance(loaded.model_max_length, int) or loaded.model_max_length < 3:
-        raise UserError(f"{place}: its model_max_length is {loaded.model_max_length!r}, where the number of tokens of a prompt, 77, is"
-                        f" expected. {ADVICE}.")
+        raise UserError(f"{place}: its model_max_length is {loaded.model_max_length!r}, where the number of tokens of a prompt, 77,"
+                        f" is expected. {ADVICE}.")
     largest = max(loaded.get_vocab().values(), default=-1)
     if largest >= embedded:
         word = next(token for token, number in loaded.get_vocab().items() if number == largest)

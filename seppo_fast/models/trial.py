@@ -1,7 +1,9 @@
 """The networks that a model's configurations describe, made without weights and run once on the meta device."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +18,45 @@ from seppo_fast.models.files import shapes
 from seppo_fast.models.values import ADVICE
 
 TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+_made: dict[str, dict[str, tuple[int, ...]]] = {}  # shapes of weights, by what their networks were made of: making these takes a while
+
+
+def make_networks(model: Any) -> None:
+    """Refuse configurations of which no network can be made, or one whose weights have other shapes than the files'."""
+    directory: Directory = model.directory
+    if not directory.weights:  # a model whose shape alone is known
+        return
+    adapter = getattr(model, "adapter", None)
+    for part in model.text_encoders:
+        config = directory.configs[part]
+        encoder = partial(lambda kind, config: kind(CLIPTextConfig.from_dict(config)), TEXT[part], config)
+        check_shapes(directory, part, made(directory, part, encoder, config))
+    check_shapes(directory, "vae", made(directory, "vae", partial(common.empty_vae, directory), directory.configs["vae"]))
+    unet = made(directory, "unet", model.empty_unet, [directory.configs["unet"], adapter and adapter.configs])
+    check_shapes(directory, "unet", unet)
+    if adapter is not None:
+        check_shapes(adapter, HERE, unet)
+
+
+def made(directory: Directory, part: str, make: Callable[[], nn.Module], configs: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes, by name, of the weights of the network that `make` gives, which depend on `configs` alone."""
+    key = json.dumps([part, configs, directory.index.get("_class_name")], sort_keys=True, default=str)
+    if key not in _made:
+        with explained(directory, part), torch.device("meta"):
+            _made[key] = {name.removeprefix("text_model."): tuple(value.shape) for name, value in make().state_dict().items()}
+    return _made[key]
 
 
 @torch.no_grad()
-def try_networks(model: Any) -> None:
-    """Refuse configurations of which no network can be made, whose network cannot be run, or has not the weights' shapes."""
-    directory: Directory = model.directory
-    with torch.device("meta"):
-        for part in model.text_encoders:
-            with explained(directory, part):
-                encoder = TEXT[part](CLIPTextConfig.from_dict(directory.configs[part]))
-                encoder(torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.long), output_hidden_states=True)
-            check_shapes(directory, part, encoder)
-        with explained(directory, "vae"):
-            vae = common.empty_vae(directory)
-            side = 8
-            pixels = torch.zeros(1, 3, side * model.vae_scale_factor, side * model.vae_scale_factor)
-            latents = vae.encode(pixels).latent_dist.mean
-            expect(latents, (1, model.latent_channels, side, side))
-            expect(vae.decode(latents).sample, pixels.shape)
-        check_shapes(directory, "vae", vae)
-        with explained(directory, "unet"):
-            unet = model.empty_unet()
-            side = 2 ** len(unet.down_blocks)
-            noise = torch.zeros(1, model.latent_channels, *(2,) * model.video, side, side)
-            expect(model.denoise(unet, noise, torch.zeros(1, dtype=torch.long), blank_conditions(directory)), noise.shape)
-        check_shapes(directory, "unet", unet)
-        if getattr(model, "adapter", None) is not None:
-            check_shapes(model.adapter, HERE, unet)
+def run_unet(model: Any) -> None:
+    """Refuse a UNet that cannot be run on latents and conditions of the other configurations' sizes: one call, without weights."""
+    with explained(model.directory, "unet"), torch.device("meta"):
+        unet = model.empty_unet()
+        side = 2 ** len(unet.down_blocks)
+        noise = torch.zeros(1, model.latent_channels, *(2,) * model.video, side, side)
+        found = model.denoise(unet, noise, torch.zeros(1, dtype=torch.long), blank_conditions(model.directory))
+        if found.shape != noise.shape:
+            raise ValueError(f"it gives {tuple(found.shape)} for latents {tuple(noise.shape)}")
 
 
 def blank_conditions(directory: Directory) -> dict[str, Tensor]:
@@ -53,18 +66,15 @@ def blank_conditions(directory: Directory) -> dict[str, Tensor]:
     return conditions | ({"pooled": torch.zeros(1, encoders[1].get("projection_dim", 512))} if len(encoders) > 1 else {})
 
 
-def check_shapes(directory: Directory, part: str, module: nn.Module) -> None:
+def check_shapes(directory: Directory, part: str, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse weights of other shapes than the network has; those that are renamed when they are loaded are seen to then."""
     weights = directory.weights[part]
-    if not weights.safetensors:
-        return
-    expected = {name.removeprefix("text_model."): tuple(value.shape) for name, value in module.state_dict().items()}
     for file in (file for file in weights.files if file.suffix == ".safetensors"):
         for name, found in shapes(file).items():
             wanted = expected.get(name.removeprefix("text_model."), found)
             if found != wanted:
-                raise UserError(f"{file}: {name} has the shape {found}, and {config_file(directory, part)} makes it {wanted}: one"
-                                " of the two files is damaged, or another model's.")
+                raise UserError(f"cannot load {file}: {name} has the shape {found}, and {config_file(directory, part)} makes it"
+                                f" {wanted}: one of the two files is damaged, or another model's.")
 
 
 def config_file(directory: Directory, part: str) -> Path:
@@ -81,8 +91,3 @@ def explained(directory: Directory, part: str) -> Iterator[None]:
     except Exception as error:  # its values are the only input
         raise UserError(f"{config_file(directory, part)}: the network that it describes does not work ({reason(error)[:200]})."
                         f" {ADVICE}.") from error
-
-
-def expect(found: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(found.shape) != tuple(shape):
-        raise ValueError(f"it gives {tuple(found.shape)} where {tuple(shape)} is expected")

@@ -90,8 +90,8 @@ def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int, c
                         f" ({reason(error)}); choose another solver or number of steps") from error
     if timesteps.min() < 0 or timesteps.max() > trained - 1:
         raise UserError(f"sampler: solver {solver!r} of {steps} steps asks for timestep {float(timesteps.max()):g}"
-                        f" where the model was trained on 0 to {trained - 1}: is steps_offset, or another key of its scheduler config,"
-                        " wrong?")
+                        f" where the model was trained on 0 to {trained - 1}: is steps_offset, or another key of its scheduler"
+                        " config, wrong?")
     if not (inputs.isfinite().all() and outputs.isfinite().all()):
         raise UserError(f"sampler: solver {solver!r} divides by zero on the model's noise schedule at {steps} steps (an"
                         " epsilon model with rescale_betas_zero_snr?); choose another solver or number of steps")
