@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from seppo_fast.config import Positive, Seppo
 from seppo_fast.errors import UserError
 from seppo_fast.opening import read_object
-from seppo_fast.strict import GivenTwice, parse_json
+from seppo_fast.strict import parse_json
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -119,10 +119,10 @@ def _set(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected key.path=value, e.g. seppo.sampler.steps=20")
     try:
         value = parse_json(text)
-    except GivenTwice as error:
-        raise UserError(f"--set {override}: {error}") from None
     except json.JSONDecodeError:
         value = text
+    except ValueError as error:  # a key given twice, brackets without end, a number of thousands of digits
+        raise UserError(f"--set {override[:200]}: {error}") from None
     *parents, last = path.split(".")
     node = raw
     for depth, key in enumerate(parents):

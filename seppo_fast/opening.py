@@ -75,6 +75,13 @@ def unreadable(path: Path, error: OSError, advice: str = "") -> UserError:
     return UserError(f"{path} cannot be read: {error.strerror or error}.{after}")
 
 
+def in_words(error: Exception) -> str | None:
+    """What a person can do about an error that a path causes, wherever it was raised; None for any other."""
+    if not isinstance(error, PermissionError | NotRegular) or error.filename is None:
+        return None
+    return str(unreadable(Path(os.fsdecode(error.filename)), error))
+
+
 def permission(path: Path) -> str:
     """Whose file or folder keeps this process from `path`, and what its owner can do."""
     for place in [*reversed(path.absolute().parents), path]:

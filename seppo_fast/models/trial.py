@@ -18,7 +18,7 @@ from seppo_fast.models.files import shapes
 from seppo_fast.models.values import ADVICE
 
 TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-_made: dict[str, dict[str, tuple[int, ...]]] = {}  # shapes of weights, by what their networks were made of: making these takes a while
+_made: dict[str, dict[str, tuple[int, ...]]] = {}  # of weights, by what their networks were made of: it takes a while
 
 
 def make_networks(model: Any) -> None:
