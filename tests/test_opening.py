@@ -28,13 +28,15 @@ def unusable(folder: Path) -> dict[str, tuple[Path, str]]:
     paths["link"].symlink_to(folder / "nothing")
     with paths["large"].open("wb") as file:
         file.truncate(1 << 30)
-    for name, content in (("latin", "Ä".encode("latin-1")), ("bomb", b"[" * 100_000), ("list", b"[1]"), ("twice", b'{"a": 1, "a": 2}')):
+    for name, content in (("latin", "Ä".encode("latin-1")), ("bomb", b"[" * 100_000), ("list", b"[1]"),
+                          ("twice", b'{"a": 1, "a": 2}')):
         paths[name].write_bytes(content)
     return {"fifo": (paths["fifo"], "it is a named pipe, and no regular file"), "socket": (paths["socket"], "it is a socket"),
             "folder": (paths["folder"], "it is a folder"), "link": (paths["link"], f"a link to {folder / 'nothing'}, which is not"),
             "large": (paths["large"], f"has {1 << 30} bytes, where a text of at most {MOST_TEXT}"),
             "latin": (paths["latin"], "is no UTF-8 text (byte 0)"), "bomb": (paths["bomb"], "nested too deeply"),
-            "list": (paths["list"], "expected a JSON object at the top level, got list"), "twice": (paths["twice"], "a is given twice"),
+            "list": (paths["list"], "expected a JSON object at the top level, got list"),
+            "twice": (paths["twice"], "a is given twice"),
             "device": (Path("/dev/zero"), "it is a device"), "missing": (folder / "missing", "is missing. Fetch it."),
             "long": (folder / ("x" * 300), "File name too long")}
 

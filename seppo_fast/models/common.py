@@ -20,6 +20,7 @@ from seppo_fast.models.values import ADVICE, check_values
 Conditions = dict[str, Tensor]
 Adapt = Callable[[str, nn.Module], None]  # puts adapters on a component of this name
 UNet = UNet2DConditionModel | UNetMotionModel
+TOKENS = 77  # of a prompt, in all published models
 PREDICTIONS = ("epsilon", "v_prediction")
 SCHEDULE_KEYS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type",
                  "num_train_timesteps"}
@@ -36,10 +37,10 @@ def check_schedule(directory: Directory) -> None:
     if not ({"beta_start", "trained_betas"} & config.keys()):
         raise UserError(f"{file}: {config.get('_class_name')} has no beta schedule (beta_start, beta_end); "
                         "only DDPM-like noise schedules can be trained.")
-    check_values(file, config, DDPMScheduler)
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise UserError(f"{file}: prediction_type is {prediction!r}; it must be {' or '.join(PREDICTIONS)}.")
+    check_values(file, config, DDPMScheduler)
     if config.get("use_flow_sigmas"):
         raise UserError(f"{file}: use_flow_sigmas is set, which makes a flow of a schedule with betas; remove it.")
     check_noise(config, file)
@@ -184,10 +185,10 @@ def load_tokenizer(directory: Directory, component: str) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(directory.path / component, local_files_only=True)
 
 
-def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> None:
-    """Refuse a tokenizer whose tokens the text encoder does not have, or that cannot pad: it comes from another model."""
+def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> int:
+    """How many tokens of a prompt are seen. Refuses a tokenizer that does not fit the encoder: it comes from another model."""
     if not directory.weights:  # a model whose shape alone is known
-        return
+        return TOKENS
     loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", 49408)
     place = directory.path / tokenizer
     if not isinstance(loaded.model_max_length, int) or loaded.model_max_length < 3:
@@ -200,6 +201,12 @@ def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> None
                         f" 0 to {embedded - 1}. Tokenizer and text encoder come from different models.")
     if loaded.pad_token_id is None:
         raise UserError(f"{place}: it has no pad_token to fill prompts up with; take the published model's tokenizer.")
+    end = directory.configs[encoder].get("eos_token_id", 49407)
+    # Where the pooled embedding is read; 2 is what the published models have, and stands for the token of the largest number.
+    if encoder == "text_encoder_2" and end not in (2, loaded.eos_token_id):
+        raise UserError(f"{place}: its token for a prompt's end has the number {loaded.eos_token_id}, and {encoder}'s"
+                        f" eos_token_id is {end}. Tokenizer and text encoder come from different models.")
+    return most_tokens(loaded, directory.configs[encoder].get("max_position_embeddings", TOKENS))
 
 
 def token_ids(tokenizer: CLIPTokenizer, text_config: Any, prompts: list[str]) -> dict[str, Tensor]:

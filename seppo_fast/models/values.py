@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from seppo_fast.errors import UserError
 
 NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+NEEDED = ("layer_norm_eps", "projection_dim", "eos_token_id")  # though they are declared as optional
 FROM_ZERO = ("downsample_padding", "steps_offset")
 MOST, MOST_LAYERS = 1_000_000, 200
 ADVICE = "Take the published model's file"
@@ -26,8 +27,10 @@ def _lacking(name: str, value: Any, parameter: inspect.Parameter) -> str:
     """What is expected in place of a value, in words; "" where it is right, or nobody can tell."""
     alone, listed = _kinds(parameter.annotation)
     # null is how published models have some switches that are off
-    if value is None and (NoneType in alone or bool in alone and not parameter.default):
+    if value is None and (NoneType in alone and name not in NEEDED or bool in alone and not parameter.default):
         return ""
+    if name == "eos_token_id":  # declared for generation, where there may be several
+        listed = set()
     kinds = [kind for kind in NOUNS if kind in (listed if isinstance(value, list) else alone)]
     known = [kind for kind in NOUNS if kind in alone | listed]
     if not known:

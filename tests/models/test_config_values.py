@@ -19,22 +19,28 @@ from seppo_fast.reference.solver import solver_table
 HUGE = 10**12
 VALUES = {
     "vae/config.json": {
-        "scaling_factor": (0, -1, "0.18215", None, [], math.nan, math.inf, 1e308, True), "block_out_channels": ("16", 3, [], [None], [0]),
+        "scaling_factor": (0, -1, "0.18215", None, [], math.nan, math.inf, 1e308, True),
+        "block_out_channels": ("16", 3, [], [None], [0]),
         "layers_per_block": (-1, HUGE, 0.5), "act_fn": ("x", 0), "norm_num_groups": (0, 5), "latent_channels": ("4", 0),
         "down_block_types": (["DownEncoderBlock2D", "x"], [0]), "force_upcast": ("false",), "use_quant_conv": (None, "no"),
     },
     "unet/config.json": {
-        "block_out_channels": ("32", 0, [32, -1], [32], [[]]), "attention_head_dim": (0, -1, "8", HUGE, 3), "norm_eps": (0, -1, 1e308, "x"),
-        "layers_per_block": (0, -1, HUGE, "2"), "transformer_layers_per_block": (HUGE, -1, None), "flip_sin_to_cos": (None, "true"),
-        "freq_shift": (16, -1), "mid_block_scale_factor": (0, -1, math.nan), "cross_attention_dim": ("x", {}, 0), "dropout": (1, -1),
+        "block_out_channels": ("32", 0, [32, -1], [32], [[]]), "attention_head_dim": (0, -1, "8", HUGE, 3),
+        "norm_eps": (0, -1, 1e308, "x"),
+        "layers_per_block": (0, -1, HUGE, "2"), "transformer_layers_per_block": (HUGE, -1, None),
+        "flip_sin_to_cos": (None, "true"),
+        "freq_shift": (16, -1), "mid_block_scale_factor": (0, -1, math.nan), "cross_attention_dim": ("x", {}, 0),
+        "dropout": (1, -1),
         "sample_size": (0, "8"), "mid_block_type": ("x", 1), "num_attention_heads": (4,), "conv_in_kernel": (HUGE, 0),
     },
     "text_encoder/config.json": {
         "hidden_size": ("x", 0), "num_hidden_layers": (HUGE, 0, "2"), "num_attention_heads": (0, 3), "hidden_act": ("x", []),
-        "layer_norm_eps": (-1, "x", 0), "max_position_embeddings": (0, None, HUGE), "vocab_size": (HUGE, -1, "552"),
+        "layer_norm_eps": (-1, "x", 0, None), "eos_token_id": (None, [0]), "projection_dim": (None, "x"),
+        "max_position_embeddings": (0, None, HUGE), "vocab_size": (HUGE, -1, "552"),
     },
     "scheduler/scheduler_config.json": {
-        "beta_start": ("x", 0, -1, 1e308, None, [], 2), "beta_end": ("0.012", 0, 3, math.nan), "num_train_timesteps": (0, HUGE, "1000", 0.5),
+        "beta_start": ("x", 0, -1, 1e308, None, [], 2), "beta_end": ("0.012", 0, 3, math.nan),
+        "num_train_timesteps": (0, HUGE, "1000", 0.5),
         "beta_schedule": ("x", 0), "trained_betas": (0.5, [], [0.5], ["x"]), "steps_offset": ("x", HUGE, -1),
         "timestep_spacing": ("x", 0), "set_alpha_to_one": ("no",), "_class_name": (0, [], "UNet2DModel"),
     },
@@ -89,7 +95,7 @@ def test_keys_given_twice(own_sd):
 def test_values_that_published_models_have(own_sd):
     """Switches that are null, a scheduler's -Infinity, whole numbers for others, keys that nobody reads."""
     for name, values in (("unet/config.json", {"upcast_attention": None, "mid_block_scale_factor": 1, "dropout": 0, "x": [None]}),
-                         ("scheduler/scheduler_config.json", {"lambda_min_clipped": -math.inf, "trained_betas": None, "clip_sample": False,
+                         ("scheduler/scheduler_config.json", {"lambda_min_clipped": -math.inf, "trained_betas": None,
                                                               "solver_type": "midpoint", "algorithm_type": "dpmsolver++"})):
         file = own_sd / name
         file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -108,7 +114,7 @@ def test_weights_that_the_configuration_has_no_place_for(own_sd):
     file = own_sd / "unet/config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"mid_block_type": None}))
-    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors has \d+ weights that its config\.json has no place for"):
+    with pytest.raises(UserError, match=r"_model\.safetensors has \d+ weights that its config\.json has no place for"):
         open_model(str(own_sd)).load_unet(torch.float32)
 
 
@@ -126,6 +132,17 @@ def test_sdxl_knows_what_decoding_a_grid_takes(sdxl_folder):
 
     weights, decoding = vae_bytes(open_model(str(sdxl_folder)), (4, 8, 8))
     assert weights > 0 and decoding > 0
+
+
+def test_text_encoders_of_sdxl_that_differ(own_sdxl):
+    file = own_sdxl / "tokenizer_2/tokenizer_config.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"model_max_length": 40}))
+    with pytest.raises(UserError, match=r"prompts of different lengths \(77 and 40 tokens\)"):
+        open_model(str(own_sdxl))
+    file.write_text(json.dumps(whole | {"eos_token": "x"}))
+    with pytest.raises(UserError, match=r"tokenizer_2: its token for a prompt's end has the number \d+, and text_encoder_2's"):
+        open_model(str(own_sdxl))
 
 
 def test_wide_models_are_not_taken_for_narrow_ones(tmp_path, own_sd):
