@@ -18,6 +18,11 @@ class NotRegular(OSError):
     """A path is a folder, a named pipe or a device, for which one could wait for ever."""
 
 
+def expanded(path: str) -> Path:
+    """A path with ~ in it as it is meant, or as it stands where no such user, or no home, is known: folders may be called so."""
+    return Path(os.path.expanduser(path))
+
+
 def open_regular(path: Path) -> BinaryIO:
     """The opened file; `OSError` where it cannot be, `NotRegular` where it is something else than a file."""
     _check_regular(path, os.stat(path))  # before it is opened, which some devices take for a request

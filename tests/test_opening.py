@@ -11,7 +11,7 @@ import pytest
 
 from seppo_fast.configfile import load_config
 from seppo_fast.errors import UserError
-from seppo_fast.opening import MOST_TEXT, in_words, open_regular, read_object, read_text
+from seppo_fast.opening import MOST_TEXT, expanded, in_words, open_regular, read_object, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 STRANGER = 54321  # a user without a name, as in containers
@@ -19,7 +19,7 @@ STRANGER = 54321  # a user without a name, as in containers
 
 def unusable(folder: Path) -> dict[str, tuple[Path, str]]:
     """Paths of all kinds, and what is said about each."""
-    paths = {name: folder / name for name in ("fifo", "socket", "folder", "link", "large", "latin", "bomb", "list", "twice")}
+    paths = {name: folder / name for name in "fifo socket folder link large latin bomb list twice".split()}
     os.mkfifo(paths["fifo"])
     server = socket.socket(socket.AF_UNIX)
     server.bind(str(paths["socket"]))
@@ -98,6 +98,12 @@ def test_files_of_another_user(tmp_path: Path) -> None:
     whose = f"belongs to root (0) and has mode %s, and this runs as user {STRANGER}; its owner can `chmod %s` it"
     assert first == f"{closed} cannot be read: permission denied: {closed} {whose % ('0600', 'a+r')}." == third
     assert second == f"{locked} cannot be read: permission denied: {locked.parent} {whose % ('0700', 'a+rx')}."
+
+
+def test_a_home_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert expanded("~no-such-user/model") == Path("~no-such-user/model")
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert expanded("~/model") == Path("/somewhere/model")
 
 
 def test_other_errors_are_left_to_others() -> None:

@@ -14,6 +14,7 @@ from seppo_fast.evaluation.adapters import read_adapter
 from seppo_fast.models import Called, Conditions, Model, UNet, open_model
 from seppo_fast.models.files import read_json
 from seppo_fast.models.trial import run_unet
+from seppo_fast.opening import expanded
 
 FLAGS = Called(path="the model", variant="--variant", motion_adapter="--motion-adapter", frames="--frames")
 LORA = "pytorch_lora_weights.safetensors"
@@ -96,7 +97,7 @@ def parts_of(path: str) -> tuple[str | None, Path | None]:
 
 def lora_file(path: str) -> Path | None:
     """The LoRA weights that a folder or file is; None when it is something else."""
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_dir() and (place / LORA).is_file() and not (place / "model_index.json").exists():
         return place / LORA
     return place if place.is_file() and place.suffix == ".safetensors" else None
@@ -104,6 +105,6 @@ def lora_file(path: str) -> Path | None:
 
 def motion_adapter_for(pipeline: str, motion_adapter: str | None) -> str | None:
     """The adapter, unless the pipeline is AnimateDiff's and has its own."""
-    index = Path(pipeline).expanduser() / "model_index.json"
+    index = expanded(pipeline) / "model_index.json"
     own = index.is_file() and read_json(index).get("_class_name") == "AnimateDiffPipeline"
     return None if own else motion_adapter

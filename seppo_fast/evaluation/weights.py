@@ -11,6 +11,7 @@ from torch import Tensor
 from seppo_fast.errors import UserError, few
 from seppo_fast.models.files import REFETCH, check_pickle, check_tensors, load_pickle
 from seppo_fast.models.hub import one_set, small_files
+from seppo_fast.opening import expanded
 
 TOKENIZER = "tokenizer"  # this part of a score is a repository without its weights
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")  # a tokenizer has one of them
@@ -79,14 +80,14 @@ def _shape(tensor: Any) -> str:
 def _part(score: Wanting, part: str, given: Mapping[str, str]) -> Path:
     usual, *_ = flags(score, part)
     path = _path(score, part, given)
-    return _local(score, part, usual, Path(path).expanduser()) if path else _hub(score, part, usual)
+    return _local(score, part, usual, expanded(path)) if path else _hub(score, part, usual)
 
 
 def _path(score: Wanting, part: str, given: Mapping[str, str]) -> str | None:
     """The user's path of a part, if there is one."""
     path = next((given[flag] for flag in flags(score, part) if flag in given), None)
     if path is None and part == TOKENIZER and (folder := _path(score, "model", given)):
-        return folder if any((Path(folder).expanduser() / name).is_file() for name in VOCABULARIES) else None
+        return folder if any((expanded(folder) / name).is_file() for name in VOCABULARIES) else None
     return path
 
 

@@ -13,6 +13,7 @@ from seppo_fast.models.called import KEYS, Called
 from seppo_fast.models.files import REFETCH, Weights, check_folder, check_not_empty, find_weights, read_json
 from seppo_fast.models.hub import download
 from seppo_fast.models.values import check_values
+from seppo_fast.opening import expanded
 
 # pipeline class -> component -> the classes it may have (empty: whichever)
 FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -56,7 +57,7 @@ def is_hub_id(path: str) -> bool:
 
 def locate(path: str, revision: str | None, variant: str | None, key: str = "path", called: Called = KEYS) -> Path:
     """The local directory that the setting `key` names by `path`: itself, or the snapshot of a hub id."""
-    local, named = Path(path).expanduser(), f"{getattr(called, key)} {path!r}"
+    local, named = expanded(path), f"{getattr(called, key)} {path!r}"
     kind, maker = (("diffusers pipeline", "StableDiffusionPipeline") if key == "path" else ("MotionAdapter", "MotionAdapter"))
     if local.is_dir():
         return local
