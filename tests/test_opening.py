@@ -32,7 +32,8 @@ def unusable(folder: Path) -> dict[str, tuple[Path, str]]:
                           ("twice", b'{"a": 1, "a": 2}')):
         paths[name].write_bytes(content)
     return {"fifo": (paths["fifo"], "it is a named pipe, and no regular file"), "socket": (paths["socket"], "it is a socket"),
-            "folder": (paths["folder"], "it is a folder"), "link": (paths["link"], f"a link to {folder / 'nothing'}, which is not"),
+            "folder": (paths["folder"], "it is a folder"),
+            "link": (paths["link"], f"a link to {folder / 'nothing'}, which is not"),
             "large": (paths["large"], f"has {1 << 30} bytes, where a text of at most {MOST_TEXT}"),
             "latin": (paths["latin"], "is no UTF-8 text (byte 0)"), "bomb": (paths["bomb"], "nested too deeply"),
             "list": (paths["list"], "expected a JSON object at the top level, got list"),

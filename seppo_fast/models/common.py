@@ -56,8 +56,7 @@ def check_noise(config: dict[str, Any], file: Path) -> None:
         alphas = alphas_cumprod(config)
     except Exception as error:  # the configuration is the only input
         raise UserError(f"{file}: no noise schedule can be made of it ({reason(error)}). {ADVICE}.") from error
-    falls = bool((alphas.diff() <= 0).all())
-    if not (alphas.isfinite().all() and falls and 0 < alphas[0] < 1 and alphas[-1] >= 0):
+    if not (alphas.isfinite().all() and (alphas.diff() < 0).all() and 0 < alphas[0] < 1 and alphas[-1] >= 0):
         raise UserError(f"{file}: its betas (beta_start {config.get('beta_start')}, beta_end {config.get('beta_end')},"
                         f" trained_betas) make no noise schedule; each must lie between 0 and 1. {ADVICE}.")
     if len(alphas) != (steps := config.get("num_train_timesteps", 1000)):

@@ -1,5 +1,6 @@
 """A diffusers pipeline directory, read and checked before any weight is loaded."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def locate(path: str, revision: str | None, variant: str | None, key: str = "pat
 
 def read_directory(path: Path, variant: str | None, called: Called = KEYS) -> Directory:
     """Read the configurations and check that all the files that training needs are there and whole."""
-    if not (path / "model_index.json").is_file():
+    if not os.path.lexists(path / "model_index.json"):
         one = (path / "config.json").is_file()
         hint = " It looks like one component of a pipeline: give its parent." if one else ""
         raise UserError(f"{path} has no model_index.json, so it is no diffusers pipeline directory.{hint}")
@@ -84,9 +85,9 @@ def read_directory(path: Path, variant: str | None, called: Called = KEYS) -> Di
     for component, allowed in family.items():
         folder = path / component
         value = index.get(component)
-        name = value[1] if isinstance(value, list) else value
+        name = value[1] if isinstance(value, list) else None
         if name is None or allowed and name not in allowed:
-            raise UserError(f"{path / 'model_index.json'}: {component} is {name!r}, where "
+            raise UserError(f"{path / 'model_index.json'}: {component} is {value!r}, where "
                             f"{' or '.join(allowed) or 'one'} is needed.")
         if not folder.is_dir():
             raise UserError(f"{folder} is missing, though model_index.json lists it. Fetch the whole model again.")
