@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.monitor.csv_monitor import csvMonitor
 from diffusers import DDPMScheduler
 from torch import nn
 
@@ -28,7 +29,7 @@ from seppo_fast.ranks import Ranks, StopSignals
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, solver_table
-from seppo_fast.training import checkpoint
+from seppo_fast.training import checkpoint, csv_files
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine, unsupported
@@ -84,6 +85,8 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
     with same_with_gradients() if objective.compiled else nullcontext():
         sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
     made = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
+    if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
+        continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
     trainer = make_trainer(
         settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs, reference=reference,
         pool=open_pool(config, folder, engine, state, ranks), sampler=sampler,
@@ -142,9 +145,19 @@ def begin(folder: RunFolder, state: State, cache: LatentCache, ranks: Ranks) -> 
     if ranks.rank == 0:
         if folder.resume_from:
             checkpoint.set_aside_later(folder.resume_from)
-        keep_rows(folder.path / "metrics.jsonl", state.update, -1 if state.evaluated is None else state.evaluated)
+        rows = folder.path / "metrics.jsonl"
+        if bad := keep_rows(rows, state.update, -1 if state.evaluated is None else state.evaluated):
+            print(f"{rows}: removed what were no rows of this run (line {', '.join(map(str, bad))})", flush=True)
         with complete_or_not(folder.path / "config.json") as temporary:
             temporary.write_text(json.dumps(state.config, indent=2) + "\n")
+
+
+def continue_csv(monitor: csvMonitor, state: State, samples: int, resumed: bool) -> None:
+    """Have DeepSpeed's CSV files begin, or go on, as metrics.jsonl does."""
+    if resumed:
+        csv_files.go_on(monitor, state.update, -1 if state.evaluated is None else state.evaluated, samples)
+    elif aside := csv_files.set_aside(monitor):
+        print(f"csv_monitor: {monitor.log_dir} held the files of another run, which are renamed ({aside[0].name} ...)", flush=True)
 
 
 def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
