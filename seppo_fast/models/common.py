@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from seppo_fast.errors import UserError
 from seppo_fast.models.directory import Directory
+from seppo_fast.models.finite import check_finite
 
 Conditions = dict[str, Tensor]
 Adapt = Callable[[str, nn.Module], None]  # puts adapters on a component of this name
@@ -131,6 +132,7 @@ def load_component(directory: Directory, component: str, kind: type[nn.Module], 
     if missing:  # the libraries only warn, and leave these at random or on the meta device
         raise UserError(f"{directory.path / component / weights.entry} lacks {len(missing)} weights that its "
                         f"config.json calls for, e.g. {', '.join(missing[:3])}. Fetch the model again.")
+    check_finite(directory.path / component / weights.entry, module.named_parameters(), "Fetch the model again, or take another.")
     return module
 
 

@@ -20,8 +20,13 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     ours, state, final = config.seppo, trainer.state, trainer.folder / "final"
     weights = policy_weights(trainer.engine)
     if trainer.ranks.rank == 0:
-        card = model_card(config, batch, rows, state.update, state.skipped, model.video)
+        card = model_card(config, batch, rows, state.update, state.skipped, model.video, state.started_from)
         save_pipeline(model, weights, final, ours.model.lora, card)
+        if state.diverged:
+            good = checkpoint.last_sound(trainer.folder / "checkpoints", state)
+            print(f"{final} may be of a policy that training destroyed: in the last update the error on the winners was out of its"
+                  f" range. The newest checkpoint from before: {good or 'none'}"
+                  + (f"; {checkpoint.anew(good)}" if good else ""), flush=True)
         if trainer.gets_no_better() and state.update < ours.updates:
             print(f"stopped early: the last {state.not_better} evaluations brought no better {ours.evaluation.watched} than"
                   f" {state.best} after {state.best_update} updates (seppo.evaluation.patience)", flush=True)
@@ -54,6 +59,6 @@ def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, ro
                f"the checkpoint of the best one is not there, or is damaged ({value})")
         print(f"{best} is not written: {why}", flush=True)
         return
-    card = model_card(config, batch, rows, state.best_update, state.skipped, model.video)
+    card = model_card(config, batch, rows, state.best_update, state.skipped, model.video, state.started_from)
     save_pipeline(model, weights, best, ours.model.lora, card)
     print(f"{best}: the best {value}", flush=True)

@@ -29,7 +29,7 @@ from seppo_fast.ranks import Ranks, StopSignals
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, solver_table
-from seppo_fast.training import checkpoint, csv_files
+from seppo_fast.training import checkpoint, csv_files, start
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine, unsupported
@@ -64,6 +64,9 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
     state = starting_state(folder, config, ranks)
     if folder.resume_from:
         check_past(config, folder.path, state, ranks)
+    started = {}
+    if ours.model.start_from and folder.resume_from is None:
+        started, state.started_from = start.read(ours.model.start_from, model, ours.model, ours.seed)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].losers == "data",
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
                         progress=ranks.rank == 0, output_dir=folder.path)
@@ -72,6 +75,9 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         print(f"{len(cache)} demonstrations are usable", flush=True)
 
     policy, reference = load_policies(model, config, cache.shape[1:], ranks)
+    if started:
+        start.put_into(policy, started)
+        del started
     engine = start_engine(policy, config, batch)
     shares = trains_a_part(engine.module)
     if reference is not None and shares:
