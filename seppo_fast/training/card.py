@@ -52,8 +52,8 @@ METHOD_TEXT = {
 }
 
 
-def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: int, video: bool, started: str | None = None
-               ) -> str:
+def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: int, video: bool,
+               started: str | None = None) -> str:
     """README.md of the trained model."""
     settings = config.as_dict()
     for private in ("output_dir", "pool", "samples", "evaluation", "checkpoint"):  # where and how often: not how it was trained
@@ -69,7 +69,8 @@ def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: i
         rows=rows, source=ours.data.source, choose=f"choose: {ours.data.choose}", resolution=ours.data.resolution,
         frames=f", {clips.frames} frames a clip ({clips.choice})" if video else "",
         method_text=METHOD_TEXT[ours.method].format(reference=ours.reference, flipper=ours.flipper), updates=updates,
-        started=f"Training began with the policy of `{started}`.\n\n" if started else "", batch=batch.size, skipped=skipped, settings=json.dumps(settings, indent=1),
+        started=f"Training began with the policy of `{started}`.\n\n" if started else "",
+        batch=batch.size, skipped=skipped, settings=json.dumps(settings, indent=1),
         versions="\n".join(f"- {package} {version(package)}" for package in PACKAGES),
     )
 

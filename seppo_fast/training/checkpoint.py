@@ -74,7 +74,7 @@ class State:
     not_better: int = 0
     content: str | None = None  # of the data, whatever the times of their files
     pool: dict[str, str] = field(default_factory=dict)  # checksums of the past policies' files, by name
-    sound: int = 0
+    sound: int | None = None  # of a state that an earlier version wrote it is not known
     errors: list[float] = field(default_factory=list)
     started_from: str | None = None  # seppo.model.start_from's file and its checksum
 
@@ -99,7 +99,7 @@ class State:
     @property
     def diverged(self) -> bool:
         """Whether the last update's error was out of its range."""
-        return self.sound < self.update - 1
+        return self.sound is not None and self.sound < self.update - 1
 
     def compare_anew(self) -> None:
         """From the next evaluation on: what was measured otherwise is not compared with."""
@@ -156,7 +156,8 @@ def remove_old(folder: Path, state: State, keep_last: int, keep_best: bool, also
 
 def last_sound(folder: Path, state: State) -> Path | None:
     """The newest complete checkpoint of a policy whose error on the winners was in its range."""
-    return next((path for path in reversed(complete(folder)) if int(path.name.split("_")[1]) <= state.sound), None)
+    good = [path for path in complete(folder) if state.sound is None or update_of(path) <= state.sound]
+    return good[-1] if good else None
 
 
 @contextmanager
