@@ -105,6 +105,7 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
     try:
         with same_with_gradients():
             trainer.train()
+        trainer.remove_old_checkpoints()
     finally:
         trainer.reporter.close()
         cache.close()

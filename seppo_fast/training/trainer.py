@@ -73,13 +73,11 @@ class Trainer:
                 self.take_reference(k)  # line 2
                 for update in range(self.state.update, k * self.settings.updates_per_iteration):
                     if self.gets_no_better():
-                        break
+                        return
                     self.pairs.prefetch(self.slots(update))  # videos: decoded while the reference samples
                     self.ask_reference(k, update)  # line 3
                     done = self.update_policy(update)  # line 4
                     self.finish_update(k, *done)
-            if not self.state.diverged:
-                self.remove_old_checkpoints()
         except Stop as stop:
             stop.checkpoint = self.save()
             raise
@@ -281,12 +279,14 @@ class Trainer:
                               f" checkpoint from before: {good or 'none yet'}")
 
     def remove_old_checkpoints(self) -> None:
-        """Down to `keep_last` and the best one."""
+        """Down to `keep_last`, the best one, and the last sound one where the error on the winners is out of its range."""
         self.unproven = None
         if self.ranks.rank == 0:
             with self.timed("checkpoints"):
-                checkpoint.remove_old(self.folder / "checkpoints", self.state, self.settings.checkpoint.keep_last,
-                                      self.settings.evaluation.keep_best)
+                folder = self.folder / "checkpoints"
+                sound = checkpoint.last_sound(folder, self.state) if self.state.diverged else None
+                checkpoint.remove_old(folder, self.state, self.settings.checkpoint.keep_last,
+                                      self.settings.evaluation.keep_best, sound)
 
     def give_up_if_lost(self) -> None:
         """Stop when too many updates in a row were skipped because loss or gradients were not finite."""
