@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from seppo_fast.errors import UserError, few, reason
 from seppo_fast.models.directory import Directory
+from seppo_fast.models.finite import check_finite
 from seppo_fast.models.values import ADVICE, check_values
 
 Conditions = dict[str, Tensor]
@@ -155,6 +156,7 @@ def load_component(directory: Directory, component: str, kind: type[nn.Module], 
     if unexpected:
         raise UserError(f"{directory.path / component / weights.entry} has {len(unexpected)} weights that its config.json has no"
                         f" place for, e.g. {few(unexpected)}. {ADVICE}.")
+    check_finite(directory.path / component / weights.entry, module.named_parameters(), "Fetch the model again, or take another.")
     return module
 
 

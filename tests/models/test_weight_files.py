@@ -40,7 +40,7 @@ def test_headers_that_lie(tmp_path, lie):
 
 
 def test_names_given_twice(tmp_path):
-    header = '{"a": %s, "a": %s}' % (json.dumps(entry(0, 8)), json.dumps(entry(8, 16)))
+    header = f'{{"a": {json.dumps(entry(0, 8))}, "a": {json.dumps(entry(8, 16))}}}'
     with pytest.raises(UserError, match="a is given twice"):
         check_tensors(written(tmp_path / "model.safetensors", None, header=header))
 
