@@ -146,9 +146,7 @@ def json_record(line: str) -> dict | BadRow | None:
 def csv_records(lines: Iterator[str], header: list[str], file: Path, place: list[int]) -> Iterator[dict | BadRow | None]:
     """Records of a CSV whose header is known. The reader takes no line before it needs it, so offsets stay exact."""
     reader = csv.reader(lines, strict=True)  # without it, a quote left open swallows the rest of the file
-    if place[0] == 0:
-        next(reader, None)
-        yield None
+    at_header = place[0] == 0
     while True:
         try:
             values = next(reader)
@@ -156,7 +154,10 @@ def csv_records(lines: Iterator[str], header: list[str], file: Path, place: list
             return
         except csv.Error as error:
             raise UserError(f"{file}, line {place[1] - 1}: {error}; {LOOK_AT_QUOTES}") from error
-        if len(values) < 2 and not "".join(values).strip():
+        if at_header:
+            at_header = False
+            yield None
+        elif len(values) < 2 and not "".join(values).strip():
             yield None
         elif len(values) != len(header):
             yield BadRow(unlike_header(len(values), len(header)))

@@ -53,7 +53,9 @@ def is_damaged(arrow: Path) -> bool:
         if stamp is None or CHECKSUM in stamp:
             return stamp is None or checksum(arrow) != stamp[CHECKSUM]
         with pa.memory_map(str(arrow)) as file:
-            return pa.ipc.open_stream(file).read_all().num_rows != stamp["rows"]
+            table = pa.ipc.open_stream(file).read_all()
+            table.validate(full=True)
+            return table.num_rows != stamp["rows"]
     except (OSError, pa.ArrowException):
         return True
 

@@ -26,6 +26,7 @@ from seppo_fast.strict import check_columns
 ROWS_PER_PART = 256
 ROWS_AT_ONCE = 16  # encoded images held in memory while reading
 BUFFER = 1 << 20
+ADVICE = "restore it and start again, what is cached stays valid"
 
 
 def open_parquet(path: Path, data: config.Data, needs_loser: bool, seed: int) -> Source:
@@ -70,8 +71,10 @@ def footer(file: Path) -> pq.FileMetaData:
     """A parquet file's metadata; `UserError` when the file is not whole."""
     check_readable(file)
     try:
-        return pq.read_metadata(file.absolute())  # Arrow would take `a:b/c` for a URI
-    except (pa.ArrowException, OSError) as error:
+        found = pq.read_metadata(file.absolute())  # Arrow would take `a:b/c` for a URI
+        found.schema.to_arrow_schema()
+        return found
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a readable parquet file ({error}); is its download complete?") from error
 
 
@@ -84,11 +87,19 @@ def parquet_rows(file: Path, name: str, group: int, first: int, columns: Columns
         with pq.ParquetFile(file.absolute(), buffer_size=BUFFER, pre_buffer=False) as parquet:
             wanted = columns.needed()
             for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False):
-                for record in batch.to_pylist():
+                for record in in_bytes(batch, columns.caption).to_pylist():
                     yield columns.row(f"{name}:{row}", record)
                     row += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read from row {row} on ({error}); is its download complete?") from error
+
+
+def in_bytes(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
+    """Some rows with a column of texts as bytes: one that is no UTF-8 is one bad row, not an exception for all."""
+    column = batch.column(name)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return batch
+    return batch.set_column(batch.schema.get_field_index(name), name, column.cast(pa.large_binary()))
 
 
 def stamps(files: Sequence[Path], root: Path, parts: Iterable[Sequence[Path]]) -> Identity:
@@ -150,12 +161,17 @@ def dataset_source(name: str, dataset: datasets.Dataset, files: Sequence[Path], 
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
 
     opened = [(file, file.stat().st_size) for file in files or (Path(entry["filename"]) for entry in dataset.cache_files)]
-    ends = file_ends(dataset)
+    ends, table = file_ends(dataset), dataset.data.table
 
     def rows(first: int, end: int) -> Iterator[Row | Skipped]:
+        check_whole(opened[bisect_right(ends, first):bisect_right(ends, end - 1) + 1], ADVICE)
+        try:  # Arrow trusts what it maps, and would read wherever a damaged offset points
+            table.slice(first, end - first).select(columns.needed()).validate(full=True)
+        except pa.ArrowException as error:
+            raise UserError(f"{name} is damaged in its rows {first} to {end - 1} ({error}); is its download complete?") from error
         for row in range(first, end):
             place = bisect_right(ends, row)
-            check_whole(opened[place:place + 1], "restore it and start again, what is cached stays valid")
+            check_whole(opened[place:place + 1], ADVICE)
             yield columns.row(f"{Path(name).name}:{row}", dataset[row])
 
     spans = [(first, min(first + ROWS_PER_PART, len(dataset))) for first in range(0, len(dataset), ROWS_PER_PART)]

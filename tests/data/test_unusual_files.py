@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data.data_files import image_bytes, pair, refused, rows_of, write_folder, write_parquet, write_tar
 from data.video_files import pictures, video_settings, write_video
@@ -225,3 +227,27 @@ def test_pairs_keep_to_their_folder(tmp_path):
     write_parquet(tmp_path / "p.parquet", [pair(0, 1.0) | {"jpg_0": "/etc/passwd", "jpg_1": "1.png"}])
     (row,) = rows_of(tmp_path / "p.parquet")
     assert "outside the data folder" in row.reason
+
+
+def test_a_caption_that_is_no_utf8_is_one_bad_row(tmp_path):
+    texts = pa.array([b"good", b"\xff\xfe", b"good"]).view(pa.string())
+    pq.write_table(pa.table({"image": [image_bytes(i) for i in range(3)], "text": texts}), tmp_path / "p.parquet")
+    assert [row.reason if isinstance(row, Skipped) else row.prompt for row in rows_of(tmp_path / "p.parquet")] == [
+        "good", "the caption is not valid UTF-8", "good"]
+
+
+def test_a_damaged_dataset_is_a_message(tmp_path):
+    datasets.Dataset.from_dict({"image": [image_bytes(i) for i in range(3)], "text": ["aaaaaaaa", "bbbbbbbb", "x"]}).save_to_disk(
+        str(tmp_path / "d"))
+    file = tmp_path / "d" / "data-00000-of-00001.arrow"
+    whole = file.read_bytes()
+    offsets = b"".join(number.to_bytes(4, "little") for number in (0, 8, 16, 17))
+    for old, new in ((b"bbbbbbbb", b"\xff" * 8), (offsets, offsets[:8] + b"\xff\xff\xff\x7f" + offsets[12:])):
+        assert old in whole
+        file.write_bytes(whole.replace(old, new))
+        assert "is damaged in its rows 0 to 2" in refused(tmp_path / "d")
+
+
+def test_a_csv_whose_header_is_broken_is_a_message(tmp_path):
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,te\rxt\n0.png,x\n")
+    assert "metadata.csv, line 1: new-line character" in refused(tmp_path)
