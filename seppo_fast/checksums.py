@@ -26,6 +26,11 @@ class Hashing:
         """Flush the stream below."""
         self._stream.flush()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the stream below is closed; Arrow asks."""
+        return self._stream.closed
+
     def hexdigest(self) -> str:
         """32 hexadecimal digits."""
         return self._hash.hexdigest()

@@ -68,7 +68,8 @@ class Data(Section):
     """Demonstrations and how they become latents. `max_skipped` is the share of unusable rows that stops the run.
 
     `video` is for video models. `cache_latents` false: clips are decoded and encoded while the policy is trained; "auto": where
-    their frames are drawn anew in each epoch. Images are always cached.
+    their frames are drawn anew in each epoch. Images are always cached. `allow_outside`: rows may name files by absolute paths and
+    ".." that lead out of the source's folder; otherwise such rows are skipped.
     """
 
     source: Name | None = None
@@ -88,6 +89,7 @@ class Data(Section):
     encode_batch_size: Positive = 8
     workers: Positive = 4
     max_skipped: Share = 0.05
+    allow_outside: bool = False
 
 
 class Sampler(Section):

@@ -18,8 +18,10 @@ import torch
 from tqdm import tqdm
 
 from seppo_fast import config
-from seppo_fast.data.content import ABOUT, Content, content_of, settle
+from seppo_fast.checksums import Hashing
+from seppo_fast.data.content import Content, content_of, settle
 from seppo_fast.data.encode import decoded, encoded
+from seppo_fast.data.files import readable
 from seppo_fast.data.fingerprint import cache_folder, digest, made_of, of_files_alone
 from seppo_fast.data.latents import (
     PROMPTS_PER_SHARD,
@@ -32,8 +34,9 @@ from seppo_fast.data.latents import (
 )
 from seppo_fast.data.progress import Progress
 from seppo_fast.data.rows import Part, Skipped, Source
-from seppo_fast.data.shards import Shard, declare, read_stamp, remove_stale, replacing, write_json
+from seppo_fast.data.shards import Shard, remove_stale, replacing
 from seppo_fast.data.skips import check_skipped, most_skippable, stop_early, tell_truncated
+from seppo_fast.data.stamps import declare, read_stamp, unusable
 from seppo_fast.data.video.decoder import Decoder
 from seppo_fast.data.video.reading import decoded_clips, described
 from seppo_fast.data.video.source import streams
@@ -64,6 +67,7 @@ class Job:
     say: Callable[[str], None]
 
 
+@readable()
 def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, needs_loser: bool, output_dir: Path,
                 rank: int = 0, world: int = 1, device: str | torch.device = "cpu",
                 barrier: Callable[[], None] = lambda: None, progress: bool = True) -> LatentCache | ClipStream:
@@ -72,18 +76,15 @@ def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, nee
     Every rank calls it with the same arguments; `barrier` must wait for all. Rank 0 writes `output_dir/skipped.jsonl`.
     """
     streaming = streams(source, data, model.video)
-    about = made_of(source, model, data, seed, needs_loser, streaming)
+    names, written = source.identity()
+    about = made_of(source, names, model, data, seed, needs_loser, streaming)
     fingerprint = digest(about)
     kept = of_files_alone(about) if streaming else about
     folder, holds = cache_folder(data, digest(kept)), "clips" if streaming else "latents"
     show = progress and rank == 0
     say = partial(print, flush=True) if show else lambda line: None
     patience = FILE_SYSTEM_LAG if world > 1 else 0
-    if streaming:  # what is known of clips holds their files' times
-        if not (folder / ABOUT).exists():
-            write_json(folder / ABOUT, kept)
-    else:
-        folder = settle(folder, kept, source, data.workers, rank, patience, barrier, say)
+    folder = settle(folder, kept, source, holds, list(written), data.workers, rank, patience, barrier, say)
     remove_stale(folder)
     job = Job(source, model, data, seed, needs_loser, Path(output_dir), folder, holds, prod(about["shape"]), device, say)
     write_parts(job, range(rank, len(source.parts), world), show)
@@ -110,17 +111,18 @@ def give_back_memory() -> None:
 
 
 def write_parts(job: Job, mine: range, show: bool) -> None:
-    """Encodes, or probes, those of my parts that are not finished yet."""
-    todo = [part for part in mine if read_stamp(row_shard(job.folder, part, job.holds)) is None]
+    """Encodes, or probes, those of my parts that are not finished yet, or damaged."""
+    todo = unusable({part: row_shard(job.folder, part, job.holds) for part in mine}, job.data.workers, show)
     if not todo:
         return
     bad: list[Skipped] = []
     unit = "clip" if job.model.video else "image"
     doing = f"encoding {unit}s" if job.holds == "latents" else "reading videos"
-    with (Progress(job.source, todo, show, doing, unit) as bar, ThreadPoolExecutor(job.data.workers) as threads,
+    with (Progress(job.source, list(todo), show, doing, unit) as bar, ThreadPoolExecutor(job.data.workers) as threads,
           reader(job, threads) as read):
         for part in todo:
-            done = read_stamp(row_shard(job.folder, part, job.holds)) is not None  # another job was here meanwhile
+            # Another job was here meanwhile?
+            done = not todo[part] and read_stamp(row_shard(job.folder, part, job.holds)) is not None
             content = Content()
             bar.finished(part, 0 if done else write_part(job, part, read(job.source.parts[part], content), content, bar, bad))
     give_back_memory()
@@ -158,7 +160,8 @@ def write_part(job: Job, part: int, batches: Batches, content: Content, bar: Pro
     read, ties, before = 0, 0, len(bad)
     latents = [] if job.holds == "clips" else ["mean", "std", *(["loser_mean", "loser_std"] if job.needs_loser else [])]
     texts = ["caption", "key", *(["clip"] if job.holds == "clips" else [])]
-    with replacing(arrow) as stream:
+    with replacing(arrow) as file:
+        stream = Hashing(file)
         shard = Shard(stream, dict.fromkeys(latents, job.latent_size), texts, job.data.cache_dtype)
         for columns, unusable, count in batches:
             if columns:
@@ -170,14 +173,14 @@ def write_part(job: Job, part: int, batches: Batches, content: Content, bar: Pro
             if len(bad) > most:
                 stop_early(bad, job.source.name, job.output_dir, job.data.max_skipped)
         shard.finish()
-    declare(arrow, {"part": job.source.parts[part].name, "read": read, "rows": shard.rows, "ties": ties,
-                    "skipped": [[row.key, row.reason] for row in bad[before:]], "content": content.digests()})
+    declare(arrow, stream, {"part": job.source.parts[part].name, "read": read, "rows": shard.rows, "ties": ties,
+                            "skipped": [[row.key, row.reason] for row in bad[before:]], "content": content.digests()})
     return read
 
 
 def encode_prompts(job: Job, texts: pa.Array, mine: range, show: bool) -> None:
     """Encodes the distinct prompts of those of my shards that are not finished yet."""
-    todo = [number for number in mine if read_stamp(prompt_shard(job.folder, number)) is None]
+    todo = unusable({number: prompt_shard(job.folder, number) for number in mine}, job.data.workers, show)
     if not todo:
         return
     shards = {number: texts.slice(number * PROMPTS_PER_SHARD, PROMPTS_PER_SHARD) for number in todo}
@@ -199,7 +202,8 @@ def encode_prompt_shard(job: Job, number: int, prompts: list[str], embed: Callab
     """Writes one shard of embeddings, and declares it with what is known `about` its prompts."""
     dtype = getattr(torch, job.data.cache_dtype)
     arrow, shard, shapes = prompt_shard(job.folder, number), None, {}
-    with replacing(arrow) as stream:
+    with replacing(arrow) as file:
+        stream = Hashing(file)
         for start in range(0, len(prompts), TEXTS_AT_ONCE):
             batch = prompts[start:start + TEXTS_AT_ONCE]
             conditions = {name: values.cpu().to(dtype) for name, values in embed(batch).items()}
@@ -210,7 +214,7 @@ def encode_prompt_shard(job: Job, number: int, prompts: list[str], embed: Callab
                 shard = Shard(stream, lengths, ["text"], job.data.cache_dtype)
             shard.add(conditions | {"text": batch})
         shard.finish()
-    declare(arrow, {"rows": shard.rows, "shapes": shapes} | about)
+    declare(arrow, stream, {"rows": shard.rows, "shapes": shapes} | about)
 
 
 def refuse_overflow(conditions: Conditions, prompts: list[str], dtype: str) -> None:

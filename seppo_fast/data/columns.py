@@ -1,11 +1,14 @@
 """Columns of a table (parquet, `datasets`) to rows: which are image and caption, and which image of a pair wins."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from seppo_fast.data.rows import BadRow, ImageLike, Row, Skipped, Tie, checked_caption, embedded, inside, printable
@@ -16,6 +19,7 @@ IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "file_name")
 CAPTIONS = ("text", "caption", "prompt")
 MOST_LISTED = 30  # columns in a message
 PAIR = ("jpg_0", "jpg_1", "label_0")
+FETCHED = (Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE))
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Columns:
     seed: int = 0
     folder: Path | None = None
     has_label: bool = False
+    outside: bool = False
 
     def named(self) -> dict[str, str]:
         """What goes into the cache's fingerprint."""
@@ -46,7 +51,7 @@ class Columns:
             if self.image is None:
                 winner, loser = self.pair(key, record)
             else:
-                winner, loser = as_image(record.get(self.image), self.folder), None
+                winner, loser = as_image(record.get(self.image), self.folder, self.outside), None
             return Row(key, checked_caption(record.get(self.caption)), winner, loser)
         except BadRow as bad:
             return Skipped(key, str(bad), isinstance(bad, Tie))
@@ -64,12 +69,15 @@ class Columns:
         if self.choose == "random":
             first_wins = bool(torch.rand((), generator=generator(self.seed, "choose", key)) < 0.5)
         names = ("jpg_0", "jpg_1") if first_wins else ("jpg_1", "jpg_0")
-        winner = as_image(record[names[0]], self.folder)
-        return winner, as_image(record[names[1]], self.folder) if self.needs_loser else None
+        winner = as_image(record[names[0]], self.folder, self.outside)
+        return winner, as_image(record[names[1]], self.folder, self.outside) if self.needs_loser else None
 
 
-def as_image(value: Any, folder: Path | None) -> ImageLike:
-    """What a table may hold: bytes, `datasets`' {"bytes", "path"}, a PIL image, base64 text, or a file name under `folder`."""
+def as_image(value: Any, folder: Path | None, outside: bool = False) -> ImageLike:
+    """What a table may hold: bytes, `datasets`' {"bytes", "path"}, a PIL image, base64 text, or a file name under `folder`.
+
+    Without a folder, of a hub dataset, files are those that were fetched.
+    """
     if value is None:
         raise BadRow("no image")
     if isinstance(value, bytes | bytearray | memoryview):
@@ -80,15 +88,19 @@ def as_image(value: Any, folder: Path | None) -> ImageLike:
         if value.get("bytes") is not None:
             return value["bytes"]
         if value.get("path"):
-            path = Path(value["path"])
-            # `datasets` itself stores absolute paths to images outside its directory.
-            return path if path.is_absolute() or folder is None else inside(folder, value["path"])
+            return fetched(value["path"], outside) if folder is None else inside(folder, value["path"], outside=outside)
         raise BadRow("no image")
     if (content := embedded(value)) is not None:
         return content
     if isinstance(value, str) and folder is not None:
-        return inside(folder, value)
+        return inside(folder, value, outside=outside)
     raise BadRow(f"the image is {type(value).__name__}, not an image, bytes or a file name")
+
+
+def fetched(name: object, outside: bool) -> Path:
+    """A file that `datasets` fetched from the hub; `BadRow` for any other, unless `outside` is allowed."""
+    ours = isinstance(name, str) and any(Path(os.path.normpath(name)).is_relative_to(folder) for folder in FETCHED)
+    return inside(FETCHED[0], name, outside=outside or ours)
 
 
 def pick(wanted: str | None, known: Sequence[str], available: Sequence[str], what: str, where: str) -> str:

@@ -1,7 +1,7 @@
 """What demonstrations are, whatever the times of their files: digests of rows and files, kept with the cache.
 
-Files whose names, sizes and times are as before are trusted. Where they are not, a finished cache of the same content is found by
-reading the files once, so that a `touch`, a copy or an unpacked archive costs no new encoding.
+Files whose names, sizes and times (mtime and ctime) are as before are trusted. Where they are not, the files are read once and
+compared with finished caches, so that a `touch`, a copy or an unpacked archive costs no new encoding.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from PIL import Image
 from seppo_fast.data.fingerprint import digest
 from seppo_fast.data.latents import row_shard
 from seppo_fast.data.rows import BadRow, ImageLike, Part, Row, Skipped, Source, open_regular, read_bytes
-from seppo_fast.data.shards import read_stamp, write_json
+from seppo_fast.data.shards import clear_errors, write_json
+from seppo_fast.data.stamps import read_stamp
+from seppo_fast.errors import UserError
+from seppo_fast.strict import parse_json
 
 ABOUT, SAME = "fingerprint.json", "same_as.json"
 AHEAD = 256  # rows that wait for a thread
@@ -97,8 +101,8 @@ def timeless(about: dict[str, Any]) -> dict[str, Any]:
 
 def same_content(about: dict[str, Any], source: Source, folder: Path, workers: int, say: Callable[[str], None]) -> Path | None:
     """The folder of a finished cache beside `folder` that holds just this content."""
-    for other in sorted(folder.parent.glob(f"*/{ABOUT}")):
-        stamps = finished(other, about, len(source.parts)) if other.parent != folder else None
+    for other in sorted(file.parent for file in folder.parent.glob(f"*/{ABOUT}")):
+        stamps = finished(other, about, len(source.parts)) if other != folder else None
         if stamps is None:
             continue
         say(f"{source.name}: names or times of files are not those of an earlier cache; comparing the content")
@@ -109,35 +113,92 @@ def same_content(about: dict[str, Any], source: Source, folder: Path, workers: i
                     digests_of(part, threads, files=False)["texts"] != stamp["content"]["texts"] for part, stamp in pairs):
                 continue
             if all(digests_of(part, threads) == stamp["content"] for part, stamp in pairs):
-                return other.parent
+                return other
     return None
 
 
-def finished(other: Path, about: dict[str, Any], parts: int) -> list[dict[str, Any]] | None:
+def finished(folder: Path, about: dict[str, Any], parts: int) -> list[dict[str, Any]] | None:
     """What was declared about each part of a cache that is made as `about` says; None when it is not finished or another."""
-    try:
-        if timeless(json.loads(other.read_bytes())) != timeless(about):
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+    said, _ = read_about(folder)
+    if said is None or timeless(said) != timeless(about):
         return None
-    stamps = [read_stamp(row_shard(other.parent, part)) for part in range(parts)]
+    stamps = [read_stamp(row_shard(folder, part)) for part in range(parts)]
     return stamps if all(stamp and "content" in stamp for stamp in stamps) else None
 
 
-def settle(folder: Path, about: dict[str, Any], source: Source, workers: int, rank: int, patience: float,
-           barrier: Callable[[], None], say: Callable[[str], None]) -> Path:
-    """The folder of this cache: `folder`, or another that rank 0 found to hold the same content."""
-    if rank == 0 and not (folder / ABOUT).exists():
-        other = same_content(about, source, folder, workers, say)
-        if other is not None:
-            write_json(folder / SAME, {"folder": other.name})
-        write_json(folder / ABOUT, about)
+def read_about(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """What a cache is made of, and when its parts' files had been written; (None, []) where nothing that can be read says so."""
+    try:
+        about = parse_json((folder / ABOUT).read_bytes())
+        written = about.pop("written", [])
+        return (about, written) if isinstance(about["demonstrations"], dict) and isinstance(written, list) else (None, [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, []
+
+
+def settle(folder: Path, about: dict[str, Any], source: Source, holds: str, written: list[str], workers: int, rank: int,
+           patience: float, barrier: Callable[[], None], say: Callable[[str], None]) -> Path:
+    """The folder of this cache: `folder`, or another that rank 0 found to hold the same content.
+
+    What is known of clips, not their latents, holds their files' times, and is made anew for other times.
+    """
+    if rank == 0:
+        before, compared = read_about(folder)
+        if before != about and holds == "latents":
+            other = same_content(about, source, folder, workers, say)
+            if other is not None:
+                write_json(folder / SAME, {"folder": other.name, "content": contents_of(finished(other, about, len(source.parts)))})
+                compared = written
+        if compared != written:
+            compare_again(folder, about, source, holds, compared, written, workers, say)
+        if (before, compared) != (about, written):
+            remember(folder, about, written, must=before != about)
     barrier()
     give_up = time.monotonic() + patience
-    while not (folder / ABOUT).exists() and time.monotonic() < give_up:
+    while read_about(folder)[0] != about and time.monotonic() < give_up:
         time.sleep(0.2)
+    return same_as(folder, about, len(source.parts)) or folder
+
+
+def contents_of(stamps: Sequence[dict[str, Any]] | None) -> str | None:
+    """A digest of all parts' content; None of an unfinished cache."""
+    return None if stamps is None else digest({"content": [stamp["content"] for stamp in stamps]})
+
+
+def same_as(folder: Path, about: dict[str, Any], parts: int) -> Path | None:
+    """The other cache that was found to hold the content of this one, if it still does."""
     try:
-        other = folder.parent / json.loads((folder / SAME).read_bytes())["folder"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return folder
-    return other if finished(other / ABOUT, about, len(source.parts)) is not None else folder
+        said = parse_json((folder / SAME).read_bytes())
+        other = folder.parent / said["folder"]
+        stamps = finished(other, about, parts)
+        # An older program did not say which content.
+        return other if stamps and said.get("content") in (None, contents_of(stamps)) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def compare_again(folder: Path, about: dict[str, Any], source: Source, holds: str, compared: list[str], written: list[str],
+                  workers: int, say: Callable[[str], None]) -> None:
+    """Of parts with files that were written to since they were last compared, the content decides what is encoded anew."""
+    place = same_as(folder, about, len(source.parts)) or folder
+    stamps = {part: read_stamp(row_shard(place, part, holds)) for part, when in enumerate(written)
+              if compared[part:part + 1] != [when]}
+    known = {part: stamp["content"] for part, stamp in stamps.items() if stamp and "content" in stamp}
+    if not known:
+        return
+    say(f"{source.name}: files were written to since they were encoded, though names, sizes and times are as before; comparing the"
+        " content")
+    with ThreadPoolExecutor(workers) as threads:
+        changed = [part for part, content in known.items() if digests_of(source.parts[part], threads) != content]
+    if not changed:
+        return
+    say(f"{source.name}: the content of files is another; of {len(source.parts)} parts {len(changed)} are encoded anew")
+    with clear_errors(place):
+        for file in [folder / SAME] if place != folder else [row_shard(place, part, holds) for part in changed]:
+            file.with_suffix(".json").unlink()
+
+
+def remember(folder: Path, about: dict[str, Any], written: list[str], must: bool) -> None:
+    """Writes what a cache is made of; one that others made and we may only read is compared again at the next start."""
+    with nullcontext() if must else suppress(UserError):
+        write_json(folder / ABOUT, about | {"written": written})

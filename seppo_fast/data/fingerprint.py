@@ -3,25 +3,28 @@
 import hashlib
 import json
 import os
+import pwd
 from pathlib import Path
 from typing import Any
 
 from seppo_fast import config
+from seppo_fast.data.files import user_path
 from seppo_fast.data.rows import Source
 from seppo_fast.errors import UserError
 
 FORMAT = 2  # raise it when the cache's layout or the preprocessing changes
 
 
-def made_of(source: Source, model: Any, data: config.Data, seed: int, needs_loser: bool, streams: bool) -> dict[str, Any]:
-    """What rows are made of: demonstrations, the VAE's and text encoders' files, preprocessing."""
+def made_of(source: Source, names: str, model: Any, data: config.Data, seed: int, needs_loser: bool, streams: bool
+            ) -> dict[str, Any]:
+    """What rows are made of: demonstrations (`names` of `source.identity()`), the VAE's and text encoders' files, preprocessing."""
     files = {name_of(file, model.path): sha256(file) for file in model.fingerprint_files()}
     drawn = streams or data.crop == "random" or data.flip or data.choose == "random"
     frames = {"frames": data.video.frames, "choice": data.video.choice, "stride": data.video.stride, "streams": streams}
     return {
         "format": FORMAT,
         "demonstrations": {"kind": source.kind, "columns": source.columns, "parts": len(source.parts),
-                           "identity": source.identity()},
+                           "identity": names, **({"outside": True} if data.allow_outside else {})},
         "model": {"name": model.name, "files": files},
         "preprocessing": {"resolution": data.resolution, "crop": data.crop, "flip": data.flip, "choose": data.choose,
                           "seed": seed if drawn else None, **({"video": frames} if model.video else {})},
@@ -58,8 +61,17 @@ def cache_folder(data: config.Data, fingerprint: str) -> Path:
 def cache_root(data: config.Data) -> Path:
     """`data.cache_dir`, or `$XDG_CACHE_HOME/seppo_fast`, or `~/.cache/seppo_fast`."""
     if data.cache_dir:
-        return Path(data.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seppo_fast"
+        return user_path(data.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "seppo_fast"
+
+
+def home() -> Path:
+    """The home folder; `UserError` where the environment names none, nor the system one for this user."""
+    try:
+        return Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        raise UserError(f"user {os.getuid()} has no home folder here (HOME is not set) for what is encoded: set"
+                        " seppo.data.cache_dir") from None
 
 
 def name_of(file: Path, root: Path) -> str:

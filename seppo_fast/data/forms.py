@@ -1,9 +1,11 @@
 """Metadata files that are not what their name says: which form they have instead, and how to make them right."""
 
 import csv
+import io
 import re
 from pathlib import Path
 
+from seppo_fast.data.files import open_data
 from seppo_fast.errors import UserError
 from seppo_fast.strict import check_columns, parse_json
 
@@ -17,7 +19,7 @@ LONE_CR = re.compile(rb"\r(?!\n)[^\n]")
 
 def header_of(file: Path) -> list[str] | None:
     """The names in a CSV's first line, None for a .jsonl; `UserError` when the file as a whole has another form."""
-    with open(file, "rb") as stream:
+    with open_data(file) as stream:
         head = stream.read(HEAD)
     if head.startswith(WIDE) or b"\0" in head[:256]:
         raise UserError(f"{file} is UTF-16, UTF-32 or no text at all; save it as UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)")
@@ -31,7 +33,7 @@ def header_of(file: Path) -> list[str] | None:
 
 def csv_header(file: Path) -> list[str]:
     """The names in a CSV's first line, without space around them."""
-    with open(file, encoding="utf-8-sig", newline="", errors="surrogateescape") as stream:
+    with io.TextIOWrapper(open_data(file), encoding="utf-8-sig", newline="", errors="surrogateescape") as stream:
         try:
             names = [name.strip() for name in next(csv.reader(stream, strict=True), [])]
         except csv.Error as error:

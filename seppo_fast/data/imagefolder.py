@@ -23,7 +23,8 @@ def open_imagefolder(folder: Path, data: config.Data, needs_loser: bool, only: P
         raise UserError(f"{where} has no rows; it wants one per image: a file_name and a text")
     image = pick(data.image_column, FILES, found.columns, "image", where)
     layout = Layout(folder, pick(data.caption_column, CAPTIONS, found.columns, "caption", where), found.headers,
-                    lambda file, record: embedded(record.get(image)) or inside(file.parent, record.get(image)),
+                    lambda file, record: embedded(record.get(image)) or inside(file.parent, record.get(image),
+                                                                                   outside=data.allow_outside),
                     names, data.split, found.splits)
     parts = [Part(f"{span.file.relative_to(folder)}:{span.line}", count, lambda span=span: rows(span, layout))
              for span, count in found.spans]

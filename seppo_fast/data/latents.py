@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
-from datasets.table import MemoryMappedTable, concat_tables
 from torch import Tensor
 
-from seppo_fast.data.shards import as_numpy, read_stamp
+from seppo_fast.data.mapped import Mapped
+from seppo_fast.data.shards import as_numpy
+from seppo_fast.data.stamps import read_stamp
 from seppo_fast.errors import UserError
 from seppo_fast.models import Conditions
 
@@ -38,7 +38,7 @@ class CachedRows:
 class Images:
     """The image shards as one dataset, what was declared about each, and the distinct prompts."""
 
-    dataset: Dataset
+    dataset: Mapped
     stamps: list[dict[str, Any]]
     prompts: "Prompts"
 
@@ -62,7 +62,7 @@ class PromptCache:
         arrows = [prompt_shard(folder, number) for number in range(prompt_shards(prompts))]
         self.stamps = stamps_of(arrows, patience)
         self.shapes: dict[str, list[int]] = self.stamps[0]["shapes"]
-        self.texts = joined(arrows)
+        self.texts = Mapped(arrows)
 
     def __call__(self, prompts: Sequence[int]) -> Conditions:
         """The conditions of some prompts, fp32, (B, ...) each."""
@@ -130,7 +130,7 @@ def open_images(folder: Path, parts: int, patience: float = 0, holds: str = "lat
     arrows = [row_shard(folder, part, holds) for part in range(parts)]
     stamps = stamps_of(arrows, patience)
     filled = [arrow for arrow, stamp in zip(arrows, stamps, strict=True) if stamp["rows"]]
-    dataset = joined(filled or arrows[:1])
+    dataset = Mapped(filled or arrows[:1])
     return Images(dataset, stamps, distinct_prompts(dataset))
 
 
@@ -149,16 +149,9 @@ def stamps_of(arrows: list[Path], patience: float) -> list[dict[str, Any]]:
     return stamps
 
 
-def joined(arrows: list[Path]) -> Dataset:
-    """Arrow files, memory-mapped, as one dataset that answers with Arrow tables."""
-    # Not concatenate_datasets(Dataset.from_file(...)): that pickles each one for a fingerprint, 3 ms times thousands.
-    table = concat_tables([MemoryMappedTable.from_file(str(arrow)) for arrow in arrows])
-    return Dataset(table, fingerprint=arrows[0].parent.name).with_format("arrow")
-
-
-def distinct_prompts(images: Dataset) -> Prompts:
+def distinct_prompts(images: Mapped) -> Prompts:
     """Numbers the captions. Reads the caption column alone; memory grows by the distinct texts and 4 bytes a row."""
-    captions = images.data.column("caption")
+    captions = images.column("caption")
     encoded = pa.chunked_array([pa.array([""], pa.string()), *captions.chunks]).dictionary_encode()
     numbers = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
     return Prompts(encoded.chunk(0).dictionary, numbers[1:].astype(np.int32))

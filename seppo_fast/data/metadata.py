@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from seppo_fast.data.files import open_data, walk
 from seppo_fast.data.forms import LOOK_AT_QUOTES, header_of, why_no_json
-from seppo_fast.data.rows import BadRow, ImageLike, looks_embedded, printable
+from seppo_fast.data.rows import BadRow, Identity, ImageLike, looks_embedded, printable
 from seppo_fast.data.splits import ALL, canonical, choose, split_named, split_of_folders
 from seppo_fast.errors import UserError
 from seppo_fast.strict import GivenTwice, parse_json, unlike_header
@@ -21,6 +23,7 @@ from seppo_fast.strict import GivenTwice, parse_json, unlike_header
 NAMES = ("metadata.jsonl", "metadata.csv")
 ANY = ""  # of a row that names no file: it is bad in every split
 ROWS_PER_PART = 256
+LONGEST_LINE = 1 << 28  # bytes, some of them of images as text
 STAT_THREADS = 16  # on network file systems a stat is a round trip
 
 
@@ -63,21 +66,20 @@ class Scanned:
 
 def metadata_files(folder: Path, what: str = "image") -> list[Path]:
     """All metadata files, sorted."""
-    files = list(walk(folder))
+    files = list(metadata_in(folder))
     if not files:
         raise UserError(f"no metadata.jsonl or metadata.csv in {folder}; it needs one, with a row per {what}: file_name"
                         " and text")
     return files
 
 
-def walk(folder: Path) -> Iterator[Path]:
+def metadata_in(folder: Path) -> Iterator[Path]:
     """The metadata files under a folder, from the top, without more looking than is asked for."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
+    for place, names in walk(folder):
         here = [name for name in NAMES if name in names]
         if len(here) > 1:
             raise UserError(f"{place} has both metadata.jsonl and metadata.csv; keep one of them")
-        yield from (Path(place) / name for name in here)
+        yield from (place / name for name in here)
 
 
 def folder_split(file: Path, root: Path, split: str) -> str | None:
@@ -103,12 +105,14 @@ def row_split(file: Path, record: dict | BadRow, root: Path, names: Sequence[str
 
 def records(span: Span, header: list[str] | None) -> Iterator[tuple[int, int, Any]]:
     """(byte offset, line, record) from the span's offset to the file's end; a record is a dict or a `BadRow`."""
-    with open(span.file, "rb") as stream:
+    with open_data(span.file) as stream:
         stream.seek(span.offset)
         place = [span.offset, span.line]
 
         def lines() -> Iterator[str]:
-            for raw in stream:
+            for raw in iter(partial(stream.readline, LONGEST_LINE), b""):
+                if len(raw) == LONGEST_LINE:
+                    raise UserError(f"{span.file}: line {place[1]} is longer than {LONGEST_LINE:,} bytes; is it text at all?")
                 place[0] += len(raw)
                 place[1] += 1
                 # File names may be any bytes; captions are checked later.
@@ -217,26 +221,43 @@ def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, ImageLike | B
             yield key, record, bad
 
 
-def identity(spans: Sequence[Span], layout: Layout) -> str:
-    """A digest of the metadata files' content and of every named file's size and time of change."""
-    def digest(span: Span) -> bytes:
-        seen = hashlib.sha256()
+def identity(spans: Sequence[Span], layout: Layout) -> Identity:
+    """Of the metadata files' content and of every named file."""
+    def digest(span: Span) -> tuple[bytes, str]:
+        seen, written = hashlib.sha256(), []
         for key, record, file in named(span, layout):
-            stamp = stamp_of(file) if isinstance(file, Path) else "unusable"
+            stamp, when = times_of(file) if isinstance(file, Path) else ("unusable", None)
             seen.update(json.dumps([key, record, stamp], sort_keys=True, default=str).encode())
-        return seen.digest()
+            written.append(when)
+        return seen.digest(), digest_of(written)
 
     whole = hashlib.sha256()
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        for part in pool.map(digest, spans):
-            whole.update(part)
-    return whole.hexdigest()
+        found = list(pool.map(digest, spans))
+    for part, _ in found:
+        whole.update(part)
+    return Identity(whole.hexdigest(), tuple(written for _, written in found))
+
+
+def times_of(file: Path) -> tuple[list[int] | str, int | None]:
+    """The file's `stamp_of` and `written_at`."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return "missing", None
+    return [status.st_size, status.st_mtime_ns], status.st_ctime_ns
 
 
 def stamp_of(file: Path) -> list[int] | str:
     """Size and time of change (ns), or "missing"."""
-    try:
-        status = os.stat(file)
-    except OSError:
-        return "missing"
-    return [status.st_size, status.st_mtime_ns]
+    return times_of(file)[0]
+
+
+def written_at(file: Path) -> int | None:
+    """When anything of the file changed last (ctime, ns), which no program can set; None for one that is missing."""
+    return times_of(file)[1]
+
+
+def digest_of(seen: Any) -> str:
+    """The digest of what JSON can hold."""
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
@@ -22,6 +22,7 @@ LONGEST_SHOWN = 120  # characters of a file's name in a message
 LONGEST_NAME = 255  # bytes between two slashes, on about every file system
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 SHORTEST_BASE64, SHOWN_BASE64 = 64, 24  # characters; no image file is smaller
+LARGEST_IMAGE = 1 << 30  # bytes of an image file
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,20 @@ class Part:
     rows: Callable[[], Iterator[Row | Skipped]]
 
 
+class Identity(NamedTuple):
+    """`names`: a digest of the files' names, sizes and times of change (mtime), which whoever puts other content there may keep.
+
+    `written`, of each part: a digest of the times (ctime) that the operating system sets itself, at every write, copy and rename.
+    They say that content should be compared. Inodes would add nothing, and are others at each mount of some network file systems.
+    """
+
+    names: str
+    written: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Source:
-    """Demonstrations in a fixed order. `identity()` changes when the files do (names, sizes, times of change).
+    """Demonstrations in a fixed order. `identity()` changes when the files do.
 
     `root` is the folder that holds the videos.
     """
@@ -67,7 +79,7 @@ class Source:
     kind: str
     columns: dict[str, str]
     parts: Sequence[Part]
-    identity: Callable[[], str]
+    identity: Callable[[], Identity]
     root: Path | None = None
 
     @property
@@ -113,14 +125,20 @@ def short(name: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN // 2]}...{text[-LONGEST_SHOWN // 4:]}"
 
 
-def inside(folder: Path, name: object, what: str = "image") -> Path:
-    """`folder/name`, with its accents as the disk has them; `BadRow` when the name is missing or would lead out of the folder."""
+def inside(folder: Path, name: object, what: str = "image", outside: bool = False) -> Path:
+    """`folder/name`, with its accents as the disk has them; `BadRow` when the name is missing or leads out of the folder.
+
+    `outside` (`data.allow_outside`) lets it lead out. Links are not looked at: who may make one there may put the file there.
+    """
     if name is not None and not isinstance(name, str):
         raise BadRow(f"the {what} file name is {type(name).__name__}, not text")
     if name is None or not name.strip():
         raise BadRow(f"no {what} file name")
-    if PurePosixPath(name).is_absolute() or os.path.normpath(name).split(os.sep)[0] == ".." or "\0" in name:
-        raise BadRow(f"the {what} {short(name)!r} is outside the data folder; use paths relative to it")
+    if "\0" in name:
+        raise BadRow(f"the {what} file name {short(name)!r} has a zero byte")
+    if not outside and (PurePosixPath(name).is_absolute() or os.path.normpath(name).split(os.sep)[0] == ".."):
+        raise BadRow(f"the {what} {short(name)!r} is outside the data folder; use paths relative to it, or set"
+                     " seppo.data.allow_outside")
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -177,12 +195,19 @@ def read_bytes(path: Path) -> bytes:
     """The file's content; `BadRow` when there is none, `UserError` when the disk or network fails."""
     try:
         with open_regular(path) as stream:
+            check_size(os.fstat(stream.fileno()).st_size)
             return stream.read()
     except OSError as error:
         if bad := unusable_file(path, error):
             raise bad from None
         raise UserError(f"reading {path} failed: {error.strerror or error}. That is the disk or network rather than the"
                         " image; start again when it is settled, what is cached stays valid") from error
+
+
+def check_size(size: int) -> None:
+    """`BadRow` for what cannot be an image, and would fill the memory."""
+    if size > LARGEST_IMAGE:
+        raise BadRow(f"a file of {size:,} bytes; images of up to {LARGEST_IMAGE:,} bytes are read")
 
 
 def open_image(image: ImageLike | BadRow) -> Image.Image:

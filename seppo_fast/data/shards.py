@@ -16,6 +16,7 @@ from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
+from seppo_fast.checksums import Hashing
 from seppo_fast.disk import NO_ROOM
 from seppo_fast.errors import UserError
 
@@ -35,6 +36,8 @@ def clear_errors(folder: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"cannot write to {folder} ({error.strerror}); choose a folder of yours"
                             " (seppo.data.cache_dir, seppo.output_dir)") from error
+        if error.errno in (errno.ENOENT, errno.ESTALE) and not folder.exists():
+            raise UserError(f"{folder} was removed while this run wrote to it; start again, what is missing is made") from error
         raise
 
 
@@ -79,7 +82,7 @@ def remove_stale(folder: Path) -> None:
 class Shard:
     """Columns of fixed-length number lists and of strings, written in record batches of `rows_at_once`."""
 
-    def __init__(self, stream: BinaryIO, lists: dict[str, int], strings: list[str], dtype: str, rows_at_once: int = 64):
+    def __init__(self, stream: BinaryIO | Hashing, lists: dict[str, int], strings: list[str], dtype: str, rows_at_once: int = 64):
         self.features = Features({name: List(Value(dtype), length=length) for name, length in lists.items()}
                                  | {name: Value("string") for name in strings})
         self.writer = ArrowWriter(features=self.features, stream=stream)
@@ -119,17 +122,3 @@ def as_numpy(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of `as_array`: (rows, *shape) fp32."""
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.astype(np.float32).reshape(-1, *shape)
-
-
-def read_stamp(arrow: Path) -> dict[str, Any] | None:
-    """What the JSON beside a finished Arrow file says; None when either is missing or torn."""
-    try:
-        stamp = json.loads(arrow.with_suffix(".json").read_bytes())
-        return stamp if stamp["bytes"] == arrow.stat().st_size else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def declare(arrow: Path, stamp: dict[str, Any]) -> None:
-    """Marks an Arrow file (already in its place) as finished."""
-    write_json(arrow.with_suffix(".json"), stamp | {"bytes": arrow.stat().st_size})

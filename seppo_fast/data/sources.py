@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from seppo_fast import config
+from seppo_fast.data.files import readable, user_path, walk
 from seppo_fast.data.imagefolder import open_imagefolder
 from seppo_fast.data.metadata import NAMES
 from seppo_fast.data.rows import Part, Row, Skipped, Source
@@ -21,6 +22,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PATTERN = re.compile(r"[*?{\[]")
 
 
+@readable()
 def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | None = False) -> Source:
     """`data.source` as a list of parts. Reads file lists, footers and metadata files, never an image or a video.
 
@@ -28,7 +30,9 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
     """
     if not data.source:
         raise UserError(SOURCE_NOT_SET)
-    path = Path(data.source).expanduser()
+    path = user_path(data.source)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"seppo.data.source={data.source!r} is neither a regular file nor a folder")
     clips = video_metadata(path, data) if data.format in ("auto", "imagefolder", "video") else None
     if clips and video is False:
         raise UserError(f"seppo.data.source={data.source!r} has videos, and the model makes images: set seppo.model.path to an"
@@ -56,9 +60,10 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
     return open_parquet(path, data, needs_loser, seed)
 
 
+@readable()
 def is_hub_dataset(data: config.Data) -> bool:
     """Whether opening `data.source` would download a dataset."""
-    path = Path(data.source).expanduser()
+    path = user_path(data.source)
     missing = bool(HUB_ID.fullmatch(data.source)) and not path.exists()
     return missing and (detect(path, data) if data.format == "auto" else data.format) == "datasets"
 
@@ -88,7 +93,7 @@ def detect(path: Path, data: config.Data) -> str:
         return "imagefolder"
     # Metadata in sub-folders comes after tables and tars, because looking for it walks all folders.
     for suffixes, kind in (((".parquet",), "pickapic"), (SUFFIXES, "webdataset"), (NAMES, "imagefolder")):
-        if any(file.name.endswith(suffixes) for file in path.rglob("*")):
+        if any(name.endswith(suffixes) for _, names in walk(path) for name in names):
             return kind
     inside = sorted(file.name for file in path.iterdir())
     listed = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")

@@ -1,19 +1,24 @@
 """Tables with images in them: Pick-a-Pic and other parquet files, `datasets` directories, hub datasets."""
 
-import hashlib
-import json
-from collections.abc import Iterator
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.table import ConcatenationTable
 
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, IMAGES, PAIR, Columns, pick, refuse_pairs
-from seppo_fast.data.metadata import stamp_of
-from seppo_fast.data.rows import Part, Row, Skipped, Source
+from seppo_fast.data.files import check_readable, files_under
+from seppo_fast.data.mapped import check_whole
+from seppo_fast.data.metadata import digest_of, stamp_of, written_at
+from seppo_fast.data.rows import Identity, Part, Row, Skipped, Source
 from seppo_fast.data.splits import ALL, TRAIN, check_file, files_of_split
 from seppo_fast.errors import UserError
 from seppo_fast.strict import check_columns
@@ -37,24 +42,25 @@ def open_parquet(path: Path, data: config.Data, needs_loser: bool, seed: int) ->
         if missing:
             raise UserError(f"{file} has no column {', '.join(missing)}, which {files[0]} has; all files must have the"
                             " same columns")
-    parts = []
+    parts, places = [], []
     for file, meta in footers.items():
         name = str(file.relative_to(path)) if path.is_dir() else file.name
         first = 0
         for group in range(meta.num_row_groups):
             count = meta.row_group(group).num_rows
             if count:
+                places.append([file])
                 parts.append(Part(f"{name}:{first}", count,
                                   lambda f=file, n=name, g=group, r=first: parquet_rows(f, n, g, r, columns)))
             first += count
     if not parts:
         raise UserError(f"{path} has no rows")
-    return Source(str(path), "parquet", columns.named(), parts, lambda: stamps(files, path))
+    return Source(str(path), "parquet", columns.named(), parts, lambda: stamps(files, path, places))
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
     """The parquet files of the split under a folder, sorted."""
-    files = sorted(folder.rglob("*.parquet"))
+    files = files_under(folder, ".parquet")
     if not files:
         raise UserError(f"{folder} has no .parquet files")
     return files_of_split(files, folder, split)
@@ -62,8 +68,9 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
 
 def footer(file: Path) -> pq.FileMetaData:
     """A parquet file's metadata; `UserError` when the file is not whole."""
+    check_readable(file)
     try:
-        return pq.read_metadata(file)
+        return pq.read_metadata(file.absolute())  # Arrow would take `a:b/c` for a URI
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is not a readable parquet file ({error}); is its download complete?") from error
 
@@ -71,9 +78,10 @@ def footer(file: Path) -> pq.FileMetaData:
 def parquet_rows(file: Path, name: str, group: int, first: int, columns: Columns) -> Iterator[Row | Skipped]:
     """The rows of one row group, read a few at a time; the key is the file and the row in it (from 0)."""
     row = first
+    check_readable(file)
     try:
         # Without buffer_size and pre_buffer, Arrow reads a row group's whole column: gigabytes of images.
-        with pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False) as parquet:
+        with pq.ParquetFile(file.absolute(), buffer_size=BUFFER, pre_buffer=False) as parquet:
             wanted = columns.needed()
             for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False):
                 for record in batch.to_pylist():
@@ -83,16 +91,17 @@ def parquet_rows(file: Path, name: str, group: int, first: int, columns: Columns
         raise UserError(f"{file} cannot be read from row {row} on ({error}); is its download complete?") from error
 
 
-def stamps(files: list[Path], root: Path) -> str:
-    """A digest of names, sizes and times of change."""
-    seen = [[str(file.relative_to(root)) if root.is_dir() else file.name, stamp_of(file)] for file in files]
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+def stamps(files: Sequence[Path], root: Path, parts: Iterable[Sequence[Path]]) -> Identity:
+    """Of these files, of which each part has some."""
+    seen = [[os.path.relpath(file, root) if root.is_dir() else file.name, stamp_of(file)] for file in files]
+    return Identity(digest_of(seen), tuple(digest_of([written_at(file) for file in part]) for part in parts))
 
 
 def open_dataset_folder(folder: Path, data: config.Data, needs_loser: bool, seed: int) -> Source:
     """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    files_under(folder, (".arrow", ".json"))
     try:
-        loaded = datasets.load_from_disk(str(folder))
+        loaded, place = from_disk(folder)
     except Exception as error:  # pyarrow, JSON, missing files: whatever is wrong, the folder is not whole
         raise UserError(f"{folder} looks like a datasets directory but cannot be opened ({error}); is it"
                         " complete?") from error
@@ -102,8 +111,18 @@ def open_dataset_folder(folder: Path, data: config.Data, needs_loser: bool, seed
         loaded = loaded[data.split] if data.split in loaded else datasets.concatenate_datasets(list(loaded.values()))
     elif data.split not in (TRAIN, ALL, str(loaded.split)):
         raise UserError(f"seppo.data.split={data.split!r}: {folder} is one dataset without splits, which counts as 'train'")
-    files = [Path(entry["filename"]) for entry in loaded.cache_files]
-    return dataset_source(str(folder), loaded, stamps(files, folder), data, needs_loser, seed, folder)
+    names = [os.path.relpath(entry["filename"], place) for entry in loaded.cache_files]
+    if any(name.split(os.sep)[0] == ".." for name in names):
+        raise UserError(f"{folder} is of tables outside it, by the names in its state.json; put them there")
+    return dataset_source(str(folder), loaded, [folder / name for name in names], data, needs_loser, seed, folder)
+
+
+def from_disk(folder: Path) -> tuple[datasets.Dataset | datasets.DatasetDict, str]:
+    """What `datasets` finds in the folder, memory-mapped, and the path by which it did: the folder's own may look like a URL."""
+    with tempfile.TemporaryDirectory(prefix="seppo_fast_") as place:
+        link = os.path.join(place, "data")
+        os.symlink(folder.absolute(), link)
+        return datasets.load_from_disk(link), link
 
 
 def open_hub_dataset(name: str, data: config.Data, needs_loser: bool, seed: int) -> Source:
@@ -114,15 +133,14 @@ def open_hub_dataset(name: str, data: config.Data, needs_loser: bool, seed: int)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"seppo.data.source={name!r}: there is no such file or folder here, and as a hub dataset (split"
                         f" {data.split!r}) it cannot be loaded: {reason}") from error
-    return dataset_source(name, loaded, "", data, needs_loser, seed, None)
+    return dataset_source(name, loaded, [], data, needs_loser, seed, None)
 
 
-def dataset_source(name: str, dataset: datasets.Dataset, stamp: str, data: config.Data, needs_loser: bool, seed: int,
-                   folder: Path | None) -> Source:
+def dataset_source(name: str, dataset: datasets.Dataset, files: Sequence[Path], data: config.Data, needs_loser: bool,
+                   seed: int, folder: Path | None) -> Source:
     """An opened (memory-mapped) dataset in parts of 256 rows."""
     if not len(dataset):
         raise UserError(f"{name} has no rows")
-    identity = f"{dataset._fingerprint}:{len(dataset)}:{stamp}"
     kinds = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     columns = choose_columns(name, dataset.column_names, kinds, data, needs_loser, seed, folder)
     dataset = dataset.with_format(None).select_columns(columns.needed())
@@ -131,13 +149,27 @@ def dataset_source(name: str, dataset: datasets.Dataset, stamp: str, data: confi
             # We decode: a bad image is one row, not an exception for the whole batch.
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
 
+    opened = [(file, file.stat().st_size) for file in files or (Path(entry["filename"]) for entry in dataset.cache_files)]
+    ends = file_ends(dataset)
+
     def rows(first: int, end: int) -> Iterator[Row | Skipped]:
         for row in range(first, end):
+            place = bisect_right(ends, row)
+            check_whole(opened[place:place + 1], "restore it and start again, what is cached stays valid")
             yield columns.row(f"{Path(name).name}:{row}", dataset[row])
 
     spans = [(first, min(first + ROWS_PER_PART, len(dataset))) for first in range(0, len(dataset), ROWS_PER_PART)]
     parts = [Part(f"{Path(name).name}:{first}", end - first, lambda a=first, b=end: rows(a, b)) for first, end in spans]
+    # Which rows are in which file is not looked for: of a hub dataset there are none, another's are written together.
+    stamp, written = stamps(files, folder, [files] * len(parts)) if folder else ("", ("",) * len(parts))
+    identity = Identity(f"{dataset._fingerprint}:{len(dataset)}:{stamp}", written)
     return Source(name, "datasets", columns.named(), parts, lambda: identity)
+
+
+def file_ends(dataset: datasets.Dataset) -> list[int]:
+    """After which row each of its files ends."""
+    tables = [blocks[0] for blocks in dataset.data.blocks] if isinstance(dataset.data, ConcatenationTable) else [dataset.data]
+    return list(accumulate(map(len, tables)))
 
 
 def choose_columns(where: str, names: list[str], images: Any, data: config.Data, needs_loser: bool, seed: int,
@@ -148,7 +180,8 @@ def choose_columns(where: str, names: list[str], images: Any, data: config.Data,
         if needs_loser and data.choose == "random":
             raise UserError("seppo.data.choose='random' does not go with method 'dpo', whose winner is the preferred"
                             " image; set seppo.data.choose to 'winner'")
-        return Columns(None, caption, needs_loser, data.choose, seed, folder, "has_label" in names)
+        return Columns(None, caption, needs_loser, data.choose, seed, folder, "has_label" in names,
+                       data.allow_outside)
     image = pick(data.image_column, (*images, *IMAGES), names, "image", where)
     refuse_pairs(f"{where} (column {image!r})", needs_loser, data.choose)
-    return Columns(image, caption, folder=folder)
+    return Columns(image, caption, folder=folder, outside=data.allow_outside)

@@ -17,7 +17,8 @@ import braceexpand
 
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, pick, refuse_pairs
-from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, checked_caption, printable
+from seppo_fast.data.files import check_readable, files_under, open_data, user_path
+from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, check_size, checked_caption, printable
 from seppo_fast.data.splits import ALL, TRAIN, check_file, files_of_split, splits_of
 from seppo_fast.data.tables import stamps
 from seppo_fast.errors import UserError
@@ -29,6 +30,7 @@ TEXTS = ("txt", "caption", "text")
 LOOK_AT = 16  # samples that tell which files there are; the very first may be the one bad row
 DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
 COMPRESSED: dict[bytes, Callable[..., BinaryIO]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+UNPACKED, TIMES = 1 << 28, 100  # bytes that a tar may unpack to, and how many times its size
 NEIGHBOURS = "a sample's files must be neighbours in the tar (tar --sort=name), and its name must be its own"
 
 
@@ -66,27 +68,41 @@ def open_tars(source: str, data: config.Data, needs_loser: bool) -> Source:
 
     parts = [Part(file.name, None, lambda file=file: rows(file)) for file in files]
     columns = {"image": data.image_column or "+".join(IMAGES), "caption": f"{caption}.{key}" if key else caption}
-    return Source(source, "webdataset", columns, parts, lambda: stamps(files, root))
+    return Source(source, "webdataset", columns, parts, lambda: stamps(files, root, [[file] for file in files]))
 
 
 def tar_files(source: str, split: str) -> list[Path]:
-    """The tars that a path or pattern means, absolute; order as the pattern says, sorted for folders and globs."""
-    path = Path(source).expanduser()
+    """The tars that a path or pattern means, absolute; order as the pattern says, sorted for folders and globs.
+
+    Of a pattern, only what follows the folders that are there by its letters is one.
+    """
+    path = user_path(source)
     if path.is_file():
         check_file(path, split)
         return [path.absolute()]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        files = files_under(path, SUFFIXES)
         if not files:
             raise UserError(f"{source} has no .tar files")
         return [file.absolute() for file in files_of_split(files, path, split)]
-    files = []
-    for name in braceexpand.braceexpand(str(path)):
-        found = [Path(each).absolute() for each in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
-        if not found or not found[0].is_file():
-            raise UserError(f"seppo.data.source={source!r}: there is no {name}")
+    files, folder = [], next(parent for parent in path.parents if parent.is_dir())
+    for name in alternatives(str(path.relative_to(folder))):
+        literal = not glob.has_magic(name) or (folder / name).exists()
+        found = [(folder / each).absolute() for each in ([name] if literal else sorted(glob.glob(name, root_dir=folder)))]
+        if not found or not found[0].exists():
+            raise UserError(f"seppo.data.source={source!r}: there is no {folder / name}")
+        for file in found:
+            check_readable(file)
         files += matching(found, split)
     return files
+
+
+def alternatives(pattern: str) -> Iterator[str]:
+    """The names that a pattern with braces means."""
+    try:
+        yield from braceexpand.braceexpand(pattern)
+    except braceexpand.UnbalancedBracesError:
+        yield pattern
 
 
 def matching(files: list[Path], split: str) -> list[Path]:
@@ -104,8 +120,8 @@ def samples(file: Path) -> Iterator[tuple[str, dict[str, bytes] | BadRow]]:
     stem, sample = "", {}
     seen: set[int] = set()  # hashes: a set of names would grow with their length
     try:
-        with opener(file)(file, "rb") as stream:
-            for name, extension, content in members(stream):
+        with open_data(file) as raw, unpacked(raw) as stream:
+            for name, extension, size, content in members(Blocks(file, raw, stream)):
                 if name != stem:
                     if sample:
                         yield stem, sample
@@ -115,7 +131,11 @@ def samples(file: Path) -> Iterator[tuple[str, dict[str, bytes] | BadRow]]:
                 if isinstance(sample, dict) and extension in sample:
                     sample = BadRow(f"it has two .{extension} files (of whatever case); which one is meant?")
                 if isinstance(sample, dict):
-                    sample[extension] = content.read() if content else b""
+                    try:
+                        check_size(size)
+                        sample[extension] = content.read() if content else b""
+                    except BadRow as bad:
+                        sample = BadRow(f"its .{extension} is {bad}")
     except DAMAGE as error:
         after = f" after sample {printable(stem)!r}" if stem else ""
         raise UserError(f"{file} is no tar, damaged, or cut off{after} ({error}); fetch it again or take it out of"
@@ -124,28 +144,34 @@ def samples(file: Path) -> Iterator[tuple[str, dict[str, bytes] | BadRow]]:
         yield stem, sample
 
 
-def opener(file: Path) -> Callable[..., BinaryIO]:
-    """What opens a tar, by its first bytes: it may be compressed."""
-    with open(file, "rb") as stream:
-        head = stream.read(6)
-    return next((form for magic, form in COMPRESSED.items() if head.startswith(magic)), open)
+def unpacked(raw: BinaryIO) -> BinaryIO:
+    """A tar's content, by its first bytes: it may be compressed."""
+    head = raw.peek(6)
+    form = next((form for magic, form in COMPRESSED.items() if head.startswith(magic)), None)
+    return form(raw, "rb") if form else raw
 
 
 class Blocks:
-    """A stream that remembers what was read last."""
+    """A stream that remembers what was read last, and stops where a small file (`raw`) unpacks to one without end."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.last = stream, b""
+    def __init__(self, file: Path, raw: BinaryIO, stream: BinaryIO) -> None:
+        self.file, self.raw, self.stream, self.last, self.count = file, raw, stream, b"", 0
 
     def read(self, size: int) -> bytes:
         self.last = self.stream.read(size)
+        self.count += len(self.last)
+        if self.count > UNPACKED and self.count > TIMES * self.raw.tell():
+            raise UserError(f"{self.file} unpacks to more than {TIMES} times its size, which images do not; take it out of"
+                            " seppo.data.source, or unpack it (gunzip)")
         return self.last
 
+    def peek(self, size: int) -> bytes:
+        return self.stream.peek(size)
 
-def members(stream: BinaryIO) -> Iterator[tuple[str, str, IO[bytes] | None]]:
-    """(path up to the first dot of its name, extension, content to read) of each file in a tar, or in several joined."""
+
+def members(blocks: Blocks) -> Iterator[tuple[str, str, int, IO[bytes] | None]]:
+    """(path up to the first dot of its name, extension, size, content to read) of each file in a tar, or in several joined."""
     while True:
-        blocks = Blocks(stream)
         # Block by block, so that nothing after the archive's end is read along with it.
         with tarfile.open(fileobj=blocks, mode="r|", bufsize=tarfile.BLOCKSIZE) as archive:
             for member in archive:
@@ -153,15 +179,15 @@ def members(stream: BinaryIO) -> Iterator[tuple[str, str, IO[bytes] | None]]:
                 path = PurePosixPath(unicodedata.normalize("NFC", member.name))
                 name, _, extension = path.name.partition(".")
                 if member.isfile() and name and extension:
-                    yield str(path.parent / name), extension.lower(), archive.extractfile(member)
+                    yield str(path.parent / name), extension.lower(), member.size, archive.extractfile(member)
             # tarfile takes a broken header for the end; the real end is a block of zeros, or the file's.
             if blocks.last.strip(b"\0"):
                 raise tarfile.ReadError(f"no file header at byte {archive.offset}")
-        while (head := stream.peek(1)) and not head.strip(b"\0"):
-            stream.read(len(head))
+        while (head := blocks.peek(1)) and not head.strip(b"\0"):
+            blocks.read(len(head))
         if not head:
             return
-        stream.read(len(head) - len(head.lstrip(b"\0")))  # `cat a.tar b.tar`
+        blocks.read(len(head) - len(head.lstrip(b"\0")))  # `cat a.tar b.tar`
 
 
 def caption_field(sample: dict[str, bytes], wanted: str | None, where: str) -> tuple[str, str | None]:

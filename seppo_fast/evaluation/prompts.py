@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet
 from pyarrow import ArrowException
 
+from seppo_fast.data.files import check_readable, open_data, readable, user_path
 from seppo_fast.data.forms import LOOK_AT_QUOTES, why_no_json
 from seppo_fast.errors import UserError
 from seppo_fast.models import Model
@@ -42,6 +43,7 @@ class Line:
     clip: str | None = None
 
 
+@readable()
 def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[str], None] = print, flag: str = "--prompts"
                  ) -> list[Prompt]:
     """The prompts of all sets, `FILE` or `NAME=FILE`, at most `limit` of each; one that comes again is left out, which is said."""
@@ -74,7 +76,7 @@ def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[
 def named_file(argument: str, flag: str) -> tuple[str, Path]:
     """`NAME=FILE`, or `FILE` by the name of its stem."""
     name, equals, rest = argument.partition("=")
-    path = Path(argument if not equals or Path(argument).exists() else rest).expanduser()
+    path = user_path(argument if not equals or Path(argument).exists() else rest)
     if not path.exists():
         raise UserError(f"{flag} {argument}: {path} does not exist")
     return (name, path) if equals and not Path(argument).exists() else (path.stem, path)
@@ -170,8 +172,9 @@ def listed(path: Path, prompts: Sequence[Any], group: str | None) -> Iterator[Li
 
 def parquet_rows(path: Path) -> Iterator[Line]:
     """Pick-a-Pic's validation set has a row a pair of images, and so each prompt several times: it counts once."""
+    check_readable(path)
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path.absolute())  # Arrow would take `a:b/c` for a URI
         check_columns(map(simple, file.schema_arrow.names), str(path))
         wanted = [name for name in file.schema_arrow.names if simple(name) in (*COLUMNS, *GROUP_COLUMNS, *CLIP_COLUMNS)]
         if not wanted:
@@ -221,9 +224,9 @@ def no_column(where: str, columns: Sequence[str]) -> UserError:
 def content(path: Path) -> str:
     """The file's text, with line ends as "\n"; what is neither UTF-8 nor marked as UTF-16 is refused."""
     try:
-        with open(path, "rb") as stream:
-            wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        return path.read_text(encoding="utf-16" if wide else "utf-8-sig")
+        with open_data(path) as stream:
+            wide = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            return io.TextIOWrapper(stream, encoding="utf-16" if wide else "utf-8-sig").read()
     except UnicodeError as error:
         place = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
         raise UserError(f"{path}: not a UTF-8 text file{place}; save it as UTF-8") from error

@@ -41,7 +41,8 @@ POLICY = "policy.safetensors"
 FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.evaluation", "seppo.checkpoint", "seppo.max_nonfinite",
              "seppo.pool.host_memory_gb", "seppo.data.source", "seppo.data.cache_dir", "seppo.data.workers",
              "seppo.data.encode_batch_size",
-             "seppo.data.max_skipped", "seppo.data.video.folder", "seppo.sampler.batch_size", "seppo.sampler.window",
+             "seppo.data.max_skipped", "seppo.data.allow_outside",
+             "seppo.data.video.folder", "seppo.sampler.batch_size", "seppo.sampler.window",
              "seppo.sampler.cuda_graph", "seppo.sampler.compile", "seppo.sampler.fuse_projections",
              "seppo.model.gradient_checkpointing", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler",
              "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "log_level")
@@ -267,8 +268,9 @@ def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> Sta
 
 
 def check_data(path: Path, state: State, data: str, content: str | None) -> None:
-    """Make sure that the checkpoint was trained on what the cache holds: by its fingerprint `data`, or else by its `content`."""
-    if state.data != data and (content is None or state.content != content):
+    """Make sure that the checkpoint was trained on what the cache holds: by its `content`, else by its fingerprint `data`."""
+    same = state.data == data if None in (content, state.content) else state.content == content
+    if not same:
         raise UserError(f"{path} was trained on other data or another model's latents (cache {state.data}, now {data}):"
                         " restore seppo.data.source and seppo.model.path, or use another output_dir")
 

@@ -8,6 +8,7 @@ import pytest
 from data.data_files import cached, image_bytes, refused, rows_of, settings
 from data.video_files import video_settings
 
+from seppo_fast.data import metadata
 from seppo_fast.data.rows import Row, Skipped
 from seppo_fast.data.sources import open_source
 from seppo_fast.errors import UserError
@@ -117,3 +118,22 @@ def test_other_csvs_beside_do_no_harm(tmp_path):
     (tmp_path / "notes.csv").write_text("a,a\n", encoding="utf-16")
     (tmp_path / "folder.csv").mkdir()
     assert len(rows_of(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("line", [b"12", b"{}", b"null", b'"a"', b"[]", b"\xff\xfe", b"\0\0\0", b"1e999", b"[" * 5000, b"1" * 5000,
+                                  b'{"file_name": {}, "text": "a"}', b'{"file_name": "0.png", "text": {"a": 1}}'])
+def test_a_line_that_is_no_row_is_a_skipped_row(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_bytes(b"\n".join([GOOD.encode() * 9, line, GOOD.encode()]))
+    rows = rows_of(tmp_path)
+    assert [isinstance(row, Skipped) for row in rows] == 9 * [False] + [True, False] and rows[9].key == "metadata.jsonl:11"
+    (tmp_path / "metadata.jsonl").write_bytes(line + b"\n")
+    try:
+        assert all(isinstance(row, Skipped) for row in rows_of(tmp_path))
+    except UserError as error:
+        assert str(tmp_path) in str(error)
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(metadata, "LONGEST_LINE", 1000)
+    (tmp_path / "metadata.jsonl").write_text(GOOD * 40 + '{"file_name": "' + "x" * 2000 + '"}\n')
+    assert "metadata.jsonl: line 41 is longer than 1,000 bytes" in refused(tmp_path)

@@ -1,12 +1,16 @@
 """Tars whose samples are not what they seem: two images of one name, files that are no neighbours, tars joined."""
 
+import bz2
 import gzip
+import lzma
+import tarfile
 import unicodedata
 
 import pytest
 from data.data_files import image_bytes, refused, rows_of, samples, write_tar
 
-from seppo_fast.data.rows import Row, Skipped
+from seppo_fast.data import tars
+from seppo_fast.data.rows import BadRow, Row, Skipped, read_bytes
 
 TEXT = ("0.txt", b"first")
 
@@ -87,3 +91,43 @@ def test_tars_in_several_folders_may_move_together(tmp_path):
             write_tar(tmp_path / folder / name / "0.tar", samples(1))
     here, there = ([row.key for row in rows_of(tmp_path / folder)] for folder in ("here", "there"))
     assert here == there == ["a/0.tar:0000", "b/0.tar:0000"]
+
+
+OPENERS = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+
+
+@pytest.mark.parametrize("packed", OPENERS)
+@pytest.mark.parametrize("where", ["image", "header", "end"])
+def test_a_tar_that_unpacks_without_end_is_refused_early(tmp_path, monkeypatch, packed, where):
+    monkeypatch.setattr(tars, "UNPACKED", 1 << 20)
+    zeros = bytes(12 << 20)
+    whole = write_tar(tmp_path / "whole.tar", samples(2)).read_bytes()
+    entry = tarfile.TarInfo("9.png")
+    entry.size = len(zeros)
+    if where == "header":
+        entry.type = tarfile.XHDTYPE
+    bomb = (b"" if where == "end" else whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512) + entry.tobuf()) + zeros
+    with OPENERS[packed](tmp_path / "a.tar.gz", "wb") as stream:
+        stream.write(whole + zeros if where == "end" else bomb)
+    assert "unpacks to more than 100 times its size" in refused(tmp_path / "a.tar.gz")
+
+
+def test_what_unpacks_to_much_because_it_is_much_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "UNPACKED", 1 << 10)
+    assert len(rows_of(write_tar(tmp_path / "a.tar.gz", samples(5), "w:gz"))) == 5
+
+
+def test_an_image_that_would_fill_the_memory_is_skipped(tmp_path):
+    header = bytearray(tarfile.TarInfo("9.png").tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[483:495] = tarfile.itn(1 << 42, 12, tarfile.GNU_FORMAT)  # bytes of the file, none of which are in the tar
+    header[148:156] = b"%06o\0 " % sum(header[:148] + b" " * 8 + header[156:])
+    whole = write_tar(tmp_path / "a.tar", samples(2)).read_bytes()
+    body = whole.rstrip(b"\0")
+    (tmp_path / "a.tar").write_bytes(body + bytes(-len(body) % 512) + bytes(header) + bytes(1024))
+    *good, bad = rows_of(tmp_path / "a.tar")
+    assert len(good) == 2 and "its .png is a file of 4,398,046,511,104 bytes; images of up to" in bad.reason
+    with open(tmp_path / "big.png", "wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(BadRow, match="a file of 4,398,046,511,104 bytes"):
+        read_bytes(tmp_path / "big.png")

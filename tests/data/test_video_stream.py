@@ -1,6 +1,7 @@
 """Clips as the trainer gets them: streamed by (row, epoch) alone, or cached; what cannot be used is listed."""
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -185,6 +186,29 @@ def test_a_video_that_goes_missing_later_stops_the_run_by_name(video_model, tmp_
         stream.rows([1], [0])
     assert stream.rows([0], [1]).mean.isfinite().all()
     stream.close()
+
+
+def test_a_video_replaced_under_its_name_size_and_time_is_noticed_and_a_touched_one_goes_on(video_model, tmp_path):
+    one, two = (write_video(tmp_path / f"{name}.mov", pictures(6, seed=seed)).read_bytes() for name, seed in (("a", 0), ("b", 1)))
+    one, two = (each + bytes(max(len(one), len(two)) - len(each)) for each in (one, two))  # of one size
+    file = tmp_path / "a.mov"
+    file.write_bytes(one)
+    data = streaming(write_csv(tmp_path / "clips.csv", [("a", "x", 1)]), tmp_path)
+    first = built(video_model, data, tmp_path)
+    before = first.rows([0], [0]).mean
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    for touched in ((1, 1), times):
+        os.utime(file, ns=touched)
+        assert torch.equal(first.rows([0], [0]).mean, before)
+    file.write_bytes(two)
+    os.utime(file, ns=times)
+    with pytest.raises(UserError, match="a.mov was deleted or changed"):
+        first.rows([0], [0])
+    first.close()
+    again = built(video_model, data, tmp_path)
+    assert again.fingerprint == first.fingerprint and again.content != first.content
+    assert not torch.equal(again.rows([0], [0]).mean, before)
+    again.close()
 
 
 def test_the_vae_never_has_more_pictures_than_the_key_says(video_model, clips, tmp_path, monkeypatch):

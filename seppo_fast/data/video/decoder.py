@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from seppo_fast import config
-from seppo_fast.data.metadata import stamp_of
+from seppo_fast.data.content import sha256_of
+from seppo_fast.data.metadata import stamp_of, written_at
 from seppo_fast.data.video import dali, pyav
 from seppo_fast.data.video.clips import Clip
 from seppo_fast.data.video.probe import need_av
@@ -29,13 +30,14 @@ class Decoder:
         self.dali = dali.Dali(data.resolution, data.workers, data.workers, device) if installed else None
         # Files that are damaged for DALI alone. By file, not by kind: what a clip becomes must not depend on those before it.
         self.refused: set[Path] = set()
+        self.same: dict[Path, int | None] = {}  # files whose content is as it was, by when they were written
         self.threads = ThreadPoolExecutor(data.workers, thread_name_prefix="pyav")
 
     def __call__(self, clips: Sequence[Clip]) -> list[Tensor | UserError]:
         """The frames of each clip, (F, 3, R, R) fp32 in [-1, 1] on the CPU, or what is wrong with it."""
         results: dict[int, Tensor | UserError | Future] = {}
         for place, clip in enumerate(clips):
-            changed = check_stamp(clip)
+            changed = self.changed(clip)
             if changed is not None:
                 results[place] = changed
             elif (why := self.not_by_dali(clip)) is not None:
@@ -46,6 +48,19 @@ class Decoder:
         for place, pixels in zip(left, self.by_dali([clips[place] for place in left]), strict=True):
             results[place] = pixels if pixels is not None else self.threads.submit(by_pyav, clips[place])
         return [found.result() if isinstance(found := results[place], Future) else found for place in range(len(clips))]
+
+    def changed(self, clip: Clip) -> UserError | None:
+        """What is wrong when the file is not the one that was probed; where its times leave a doubt, the content decides."""
+        facts, written = clip.facts, written_at(clip.file)
+        if written is not None and written == self.same.get(clip.file):
+            return None
+        if tuple(stamp_of(clip.file)) == facts.stamp and facts.written in (None, written):
+            return None
+        if facts.content is not None and sha256_of(clip.file) == facts.content:
+            self.same[clip.file] = written
+            return None
+        return UserError(f"{clip.key}: {clip.file} was deleted or changed since it was looked at; another video in its place would"
+                         " make another run of this one. Restore it, or start anew in another seppo.output_dir")
 
     def by_dali(self, clips: Sequence[Clip]) -> list[Tensor | None]:
         """DALI's share; a file that it gives back undone is not tried again."""
@@ -73,14 +88,6 @@ class Decoder:
     def close(self) -> None:
         """Ends the threads."""
         self.threads.shutdown(cancel_futures=True)
-
-
-def check_stamp(clip: Clip) -> UserError | None:
-    """What is wrong when the file is not the one that was probed."""
-    if tuple(stamp_of(clip.file)) == clip.facts.stamp:
-        return None
-    return UserError(f"{clip.key}: {clip.file} was deleted or changed since it was looked at; another video in its place would make"
-                     " another run of this one. Restore it, or start anew in another seppo.output_dir")
 
 
 def by_pyav(clip: Clip) -> Tensor | UserError:

@@ -31,7 +31,7 @@ class Facts:
 
     `pixel` is a pixel's width over its height, as a fraction; `colours` FFmpeg's (matrix, range); `stamp` size and time of change.
     `stream` is the film's number in the file, `alone` whether no other stream has pictures, `cut` whether an edit list leaves out
-    frames, `alpha` whether it may be transparent.
+    frames, `alpha` whether it may be transparent. `written` and `content` are its ctime and its digest, or None.
     """
 
     frames: int
@@ -48,6 +48,8 @@ class Facts:
     alone: bool = True
     cut: bool = False
     alpha: bool = False
+    written: int | None = None
+    content: str | None = None
 
     @staticmethod
     def of(values: dict[str, Any]) -> "Facts":
@@ -74,7 +76,7 @@ def probe(file: Path) -> Facts:
     av = need_av()
     stamp = checked_stamp(file)
     try:
-        with av.open(str(file), options={"err_detect": "explode"}, metadata_errors="replace") as container:
+        with av.open(url_of(file), options={"err_detect": "explode"}, metadata_errors="replace") as container:
             names = container.format.name
             if CONTAINERS[file.suffix.lower()] not in names.split(","):
                 raise BadRow(f"its name says {file.suffix}, its content is {names}")
@@ -89,6 +91,11 @@ def probe(file: Path) -> Facts:
             raise UserError(UNREADABLE.format(file, error.strerror)) from error
         reason = getattr(error, "strerror", None) or error
         raise BadRow(f"unreadable, truncated or damaged video: {printable(str(reason))}") from None
+
+
+def url_of(file: Path) -> str:
+    """A file as FFmpeg is told of it: `pipe:x/a.mp4` alone would be a protocol."""
+    return f"file:{file}"
 
 
 def checked_stamp(file: Path) -> tuple[int, int]:

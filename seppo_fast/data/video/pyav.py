@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from seppo_fast.data.framing import Framing
 from seppo_fast.data.images import on_white
 from seppo_fast.data.video.clips import Clip, turned
-from seppo_fast.data.video.probe import decoded, decoder_of, need_av
+from seppo_fast.data.video.probe import decoded, decoder_of, need_av, url_of
 
 # swscale's plain conversion, to the bit that of DALI; its fast paths, PyAV's default, are off by up to 73 levels at coloured edges.
 EXACT = "flags=bilinear+full_chroma_int+accurate_rnd"
@@ -22,7 +22,7 @@ def decode(clip: Clip) -> Tensor:
     """The clip's frames, (F, 3, R, R) fp32 in [-1, 1]; read from the file's beginning to the last frame that is wanted."""
     av = need_av()
     wanted, squares = set(clip.indices), {}
-    with av.open(str(clip.file), metadata_errors="replace") as container:
+    with av.open(url_of(clip.file), metadata_errors="replace") as container:
         stream = container.streams[clip.facts.stream]
         graph = None
         for index, frame in enumerate(decoded(container, stream, decoder_of(av, stream))):

@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seppo_fast import config
 from seppo_fast.data.content import Content, sha256_of
+from seppo_fast.data.metadata import written_at
 from seppo_fast.data.rows import BadRow, Part, Row, Skipped
 from seppo_fast.data.video.clips import Clip, clip
 from seppo_fast.data.video.decoder import Decoder
@@ -38,12 +39,13 @@ def probed_row(row: Row | Skipped, data: config.Data, seed: int, content: Conten
     if isinstance(row, Skipped):
         content.add(row)
         return row
+    written, digest = written_at(row.image), sha256_of(row.image)
+    content.add(row, [digest])
     try:
-        return row, clip(row.key, row.image, probe(row.image), row.time_lapse, data, seed, 0)
+        facts = replace(probe(row.image), written=written, content=digest)  # the operating system still has what was read just now
+        return row, clip(row.key, row.image, facts, row.time_lapse, data, seed, 0)
     except BadRow as bad:
         return Skipped(row.key, str(bad))
-    finally:
-        content.add(row, [sha256_of(row.image)])  # the operating system still has what was decoded just now
 
 
 def described(part: Part, root: Path, data: config.Data, seed: int, threads: Executor, content: Content,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, pick
+from seppo_fast.data.files import open_data, user_path
 from seppo_fast.data.forms import header_of
-from seppo_fast.data.metadata import Layout, Span, identity, metadata_files, named, records, scan_all, walk
+from seppo_fast.data.metadata import Layout, Span, identity, metadata_files, metadata_in, named, records, scan_all
 from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, checked_caption, inside, short
 from seppo_fast.data.splits import files_of_split
 from seppo_fast.data.video.frames import is_fixed
@@ -30,7 +31,7 @@ def video_metadata(path: Path, data: config.Data) -> list[Path] | None:
         return [path] if path.suffix.lower() in (".csv", ".jsonl") and names_videos(path) else None
     if not path.is_dir():
         return None
-    first = next(walk(path), None)
+    first = next(metadata_in(path), None)
     if first is not None:
         return metadata_files(path, "video") if names_videos(first) else None
     files = [file for file in sorted(path.glob("*.csv")) if has_ids(file)]
@@ -45,9 +46,9 @@ def video_metadata(path: Path, data: config.Data) -> list[Path] | None:
 
 def has_ids(file: Path) -> bool:
     """Whether a CSV has video ids; others may be what they want."""
-    if not file.is_file():
+    if file.is_dir():
         return False
-    with open(file, "rb") as stream:
+    with open_data(file) as stream:
         line = stream.readline(LONGEST_HEADER)
     return ID.encode() in line.replace(b"\0", b"") and ID in header_of(file)
 
@@ -78,12 +79,12 @@ def open_videos(path: Path, files: Sequence[Path], data: config.Data, needs_lose
     if ID in columns:
         places, column = videos_folders(base, files[0], data), ID
         root = next(iter(places))
-        locate = partial(by_id, places)
+        locate = partial(by_id, places, data.allow_outside)
     else:
         column = pick(None, FILES, columns, "video", where)
-        folder = Path(data.video.folder).expanduser() if data.video.folder else None
+        folder = user_path(data.video.folder) if data.video.folder else None
         root = folder or base
-        locate = partial(by_name, folder, column)
+        locate = partial(by_name, folder, column, data.allow_outside)
     caption = pick(data.caption_column, ("name", *CAPTIONS) if ID in columns else CAPTIONS, columns, "caption", where)
     layout = Layout(base, caption, found.headers, locate, names, data.split, found.splits)
     named_columns = {"video": column, "caption": caption} | ({"time_lapse": TIME_LAPSE} if TIME_LAPSE in columns else {})
@@ -95,7 +96,7 @@ def open_videos(path: Path, files: Sequence[Path], data: config.Data, needs_lose
 def videos_folders(base: Path, file: Path, data: config.Data) -> dict[Path, dict[str, str]]:
     """`data.video.folder`, else the CSV's own folder and the `videos` folder there; with the `listing` of each."""
     if data.video.folder:
-        folder = Path(data.video.folder).expanduser()
+        folder = user_path(data.video.folder)
         if not folder.is_dir():
             raise UserError(f"seppo.data.video.folder={data.video.folder!r}: no such folder")
         return {folder: listing(folder)}
@@ -118,18 +119,18 @@ def plain(name: str) -> str:
     return stem + dot + suffix.lower()
 
 
-def by_id(places: dict[Path, dict[str, str]], file: Path, record: dict) -> Path:
+def by_id(places: dict[Path, dict[str, str]], outside: bool, file: Path, record: dict) -> Path:
     """The video of a `videoid`: the first that is there."""
     video = str(record.get(ID) if record.get(ID) is not None else "").strip()
     if not video:
         raise BadRow(f"no {ID}")
-    return found_video(places, video)
+    return found_video(places, video, outside)
 
 
-def found_video(places: dict[Path, dict[str, str]], video: str) -> Path:
+def found_video(places: dict[Path, dict[str, str]], video: str, outside: bool = False) -> Path:
     """The file of this id or name, in the first of the folders that has it; `places` are folders with the `listing` of each."""
     for folder, names in places.items():
-        path = inside(folder, video, "video")
+        path = inside(folder, video, "video", outside)
         for name in (video, *(video + suffix for suffix in SUFFIXES)):
             if not name.lower().endswith(SUFFIXES):
                 continue
@@ -139,14 +140,14 @@ def found_video(places: dict[Path, dict[str, str]], video: str) -> Path:
             if "/" in name:
                 stem, _, suffix = name.rpartition(".")
                 for other in (name, f"{stem}.{suffix.upper()}", f"{stem}.{suffix.lower()}"):
-                    if os.path.isfile(found := inside(folder, other, "video")):
+                    if os.path.isfile(found := inside(folder, other, "video", outside)):
                         return found
     raise BadRow(f"no such video file: {short(path)} with {', '.join(SUFFIXES)}")
 
 
-def by_name(folder: Path | None, column: str, file: Path, record: dict) -> Path:
+def by_name(folder: Path | None, column: str, outside: bool, file: Path, record: dict) -> Path:
     """The video that a `file_name` names, beside its metadata file or in `data.video.folder`."""
-    return inside(folder or file.parent, record.get(column), "video")
+    return inside(folder or file.parent, record.get(column), "video", outside)
 
 
 def rows(span: Span, layout: Layout, has_time_lapse: bool) -> Iterator[Row | Skipped]:

@@ -1,0 +1,77 @@
+"""Files of demonstrations: where they are, and that each is a regular file which can be read."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from seppo_fast.data.rows import BadRow, open_regular
+from seppo_fast.errors import UserError
+
+
+def user_path(name: str) -> Path:
+    """The path that a person means: "~" is a home folder, unless a file or folder is called just so."""
+    path = Path(name)
+    try:
+        return path if os.path.lexists(path) else path.expanduser()
+    except RuntimeError:  # there is no such home
+        return path
+
+
+def open_data(file: Path) -> BinaryIO:
+    """The opened file; `UserError` when it cannot be read, or is a named pipe or a device."""
+    try:
+        return open_regular(file)
+    except BadRow as bad:
+        raise UserError(f"{bad}, and demonstrations and prompts are read from nothing else") from None
+    except OSError as error:
+        raise cannot_read(error, file) from error
+
+
+def check_readable(file: Path) -> None:
+    """`UserError` where `open_data` has one: for a file that a library opens by its name."""
+    open_data(file).close()
+
+
+def cannot_read(error: OSError, file: object) -> UserError:
+    """The message for a file or folder that cannot be read."""
+    return UserError(f"cannot read {file}: {error.strerror or error}; restore it, or its permissions")
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Makes messages of errors of the operating system that name a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise cannot_read(error, error.filename) from error
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, the names of its files) of this folder and those in it, from the top, sorted; links are followed, but in no circle.
+
+    `UserError` where one cannot be looked into: what is in it would be missing without a word.
+    """
+    def stop(error: OSError) -> None:
+        raise cannot_read(error, error.filename)
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        folders[:] = sorted(name for name in folders if not leads_back(place, name))
+        yield Path(place), sorted(names)
+
+
+def leads_back(place: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    path = os.path.join(place, name)
+    return os.path.islink(path) and Path(place).resolve().is_relative_to(Path(path).resolve())
+
+
+def files_under(folder: Path, suffixes: str | tuple[str, ...]) -> list[Path]:
+    """The files of these endings in a folder and its sub-folders, sorted, each of them readable."""
+    files = sorted(place / name for place, names in walk(folder) for name in names if name.endswith(suffixes))
+    for file in files:
+        check_readable(file)
+    return files
