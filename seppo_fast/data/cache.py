@@ -125,7 +125,7 @@ def write_parts(job: Job, mine: range, show: bool) -> None:
 
         def make(part: int) -> None:
             content = Content()
-            done = is_made(arrows[part], damaged=todo[part])
+            done = is_made(arrows[part], todo[part])
             bar.finished(part, 0 if done else write_part(job, part, read(job.source.parts[part], content), content, bar, bad))
 
         in_turn({part: arrows[part] for part in todo}, make)
@@ -194,20 +194,24 @@ def encode_prompts(job: Job, texts: pa.Array, mine: range, show: bool) -> None:
     if not todo:
         return
     shards = {number: texts.slice(number * PROMPTS_PER_SHARD, PROMPTS_PER_SHARD) for number in todo}
+    encode_shards(job, shards, arrows, todo, show)
+    give_back_memory()
+
+
+def encode_shards(job: Job, shards: dict[int, pa.Array], arrows: dict[int, Path], damaged: dict[int, bool], show: bool) -> None:
+    """Loads the text encoder, and writes each shard unless another run does."""
     embed, (tokens, limit) = job.model.load_text(job.device), token_counter(job.model)
     total = sum(map(len, shards.values()))
     with tqdm(desc="encoding prompts", total=total, unit="prompt", disable=not show) as bar:
 
         def make(number: int) -> None:
             texts = shards[number].to_pylist()
-            if not is_made(arrows[number], damaged=todo[number]):
+            if not is_made(arrows[number], damaged[number]):
                 cut = [[text, count] for text, count in zip(texts, tokens(texts), strict=True) if count > limit]
                 encode_prompt_shard(job, number, texts, embed, {"limit": limit, "cut": cut})
             bar.update(len(texts))
 
-        in_turn({number: arrows[number] for number in todo}, make)
-    del embed
-    give_back_memory()
+        in_turn({number: arrows[number] for number in shards}, make)
 
 
 @torch.no_grad()

@@ -82,7 +82,8 @@ def test_it_waits_for_the_file_that_is_being_made_last_and_until_the_other_run_d
         assert os.waitpid(second, os.WNOHANG) == (0, 0), "it did not wait"
         said += capfd.readouterr().err
         time.sleep(0.01)
-    assert said.startswith(f"waiting for {arrow}, which another run is making: process {holder} on ") and noted(tmp_path) == ["b1", "b2"]
+    assert said.startswith(f"waiting for {arrow}, which another run is making: process {holder} on ")
+    assert noted(tmp_path) == ["b1", "b2"]
     os.kill(holder, signal.SIGKILL)
     assert os.waitpid(second, 0)[1] == 0
     assert noted(tmp_path) == ["b1", "b2", "b0"] and said.count("waiting") == 1
