@@ -20,6 +20,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from seppo_fast.checksums import Hashing
 from seppo_fast.errors import UserError, reason
+from seppo_fast.failure import lost_contact
 from seppo_fast.training.marker import Written, listed
 
 TAG = "deepspeed"
