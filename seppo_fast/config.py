@@ -33,6 +33,9 @@ class Model(Section):
 
     `motion_adapter`, a MotionAdapter's directory or hub id, makes a Stable Diffusion 1.x an AnimateDiff.
 
+    `start_from` begins with the weights of another run's policy instead of the model's: a checkpoint's folder, its
+    policy.safetensors, or a file of a pool. They are the pool's policy 0 and DITTO's initial one; the optimizer begins anew.
+
     `channels_last`, `attention` and `compile` hold for policy and reference alike: a rounding difference between the two
     would decide the signs where they are nearly equal. `compile` makes other kernels with gradients than without, so `online`
     asks the reference with gradients, too; a score made ahead has that noise, but at an iteration's start, where all are ties.
@@ -46,6 +49,7 @@ class Model(Section):
     channels_last: bool = False
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     compile: Literal["none", "regional"] = "none"
+    start_from: Name | None = None
     lora: Lora | None = None
 
 

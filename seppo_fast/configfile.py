@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from seppo_fast.config import Positive, Seppo
 from seppo_fast.errors import UserError
-from seppo_fast.strict import GivenTwice, parse_json
+from seppo_fast.opening import read_object
+from seppo_fast.strict import parse_json
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -60,18 +62,14 @@ class Batch:
 
 def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
     """Read `name` (a path, or a file of seppo_fast/configs), apply `key.path=value` overrides, check every key."""
-    path = Path(name) if Path(name).is_file() else CONFIGS / name
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.name for file in CONFIGS.glob("*.json")))
-        raise UserError(f"--config {name}: no such file, and none of the shipped ones ({shipped})")
+    shipped = sorted(file.name for file in CONFIGS.glob("*.json"))
+    path = CONFIGS / name if name in shipped and not os.path.isfile(name) else Path(name)
     try:
-        raw = parse_json(path.read_text())
-    except GivenTwice as error:
-        raise UserError(f"{path}: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object at the top level, got {type(raw).__name__}")
+        raw = read_object(path)
+    except UserError as error:
+        if not isinstance(error.__cause__, FileNotFoundError) or path.is_symlink():
+            raise
+        raise UserError(f"--config {name}: no such file, and none of the shipped ones ({', '.join(shipped)})") from error
     for override in overrides:
         _set(raw, override)
     return parse_config(raw)
@@ -121,10 +119,10 @@ def _set(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected key.path=value, e.g. seppo.sampler.steps=20")
     try:
         value = parse_json(text)
-    except GivenTwice as error:
-        raise UserError(f"--set {override}: {error}") from None
     except json.JSONDecodeError:
         value = text
+    except ValueError as error:  # a key given twice, brackets without end, a number of thousands of digits
+        raise UserError(f"--set {override[:200]}: {error}") from None
     *parents, last = path.split(".")
     node = raw
     for depth, key in enumerate(parents):

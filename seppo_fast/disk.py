@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from seppo_fast.errors import UserError
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError's errno says of a full disk, a quota, a file limit
 TEMPORARY = ".tmp-"  # how the name of a file begins that is not complete yet
 
@@ -48,3 +50,14 @@ def follow_umask(files: Iterable[Path]) -> None:
         probe.unlink()
         if stat.S_IMODE(file.stat().st_mode) != usual:
             file.chmod(usual)
+
+
+@contextmanager
+def explained(path: Path, advice: str) -> Iterator[None]:
+    """An OSError over `path` becomes a `UserError` with this advice; a full disk stays one, for which each command has words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        raise UserError(f"{path}: {error.strerror or error}; {advice}") from error

@@ -1,6 +1,5 @@
 """LoRA files as people have them, put on a model whole or not at all: diffusers' own, kohya's, with text encoders, with alphas."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from seppo_fast.errors import UserError, few
 from seppo_fast.models import Model, StableDiffusionXL
 from seppo_fast.models.files import check_tensors
+from seppo_fast.strict import parse_json
 
 LORA = (".lora_A.", ".lora_B.", "_lora.down.", "_lora.up.", ".lora.down.", ".lora.up.", ".lora_linear_layer.")
 UPS = (".lora_up.weight", ".lora_B.weight", "_lora.up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight")
@@ -60,11 +60,13 @@ def read_adapter(file: Path, model: Model) -> Adapter:
         raise UserError(f"{file} is a DoRA ({few(scales)}), whose scales diffusers leaves out; merge it into its model instead")
     if metadata and (alphas := [name for name in raw if name.endswith(".alpha")]):
         raise UserError(f"{file} says its alphas twice, in tensors ({few(alphas)}) and in metadata; remove one of them")
-    raw = scaled(file, raw)
     try:
+        raw = scaled(file, raw)
         with quiet_diffusers():
             tensors, *_ = loader.lora_state_dict(raw, unet_config=unet)
-    except Exception as error:  # names that kohya's conversion does not know
+    except UserError:
+        raise
+    except Exception as error:  # names that kohya's conversion does not know, matrices that are none
         raise UserError(f"{file} is no LoRA that diffusers reads: {str(error).strip().splitlines()[0]}") from error
     parts = ("unet", *(part for part in TEXT_ENCODERS if part in model.directory.configs))
     if strangers := [name for name in tensors if name.split(".")[0] not in parts or not any(kind in name for kind in LORA)]:
@@ -80,9 +82,16 @@ def content_of(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}
             noted = (content.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
-        return tensors, json.loads(noted) if noted else None
+        metadata = parse_json(noted) if noted else None
     except Exception as error:
         raise UserError(f"{file} is no safetensors file that can be read: {error}") from error
+    if not isinstance(metadata, dict | None):
+        raise UserError(f"{file}: its metadata {LORA_ADAPTER_METADATA_KEY} are {noted[:60]!r}, where a JSON object is expected")
+    if bad := [name for name, value in tensors.items() if not value.is_floating_point() or not value.isfinite().all()]:
+        raise UserError(f"{file} has tensors that are not finite numbers: {few(bad)}; train or fetch it again")
+    if bad := [name for name, value in tensors.items() if value.numel() != 1 if name.endswith(".alpha")]:
+        raise UserError(f"{file} has alphas that are no single numbers: {few(bad)}")
+    return tensors, metadata
 
 
 def scaled(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from seppo_fast.errors import UserError
 from seppo_fast.evaluation.adapters import read_adapter
 from seppo_fast.models import Called, Conditions, Model, UNet, open_model
 from seppo_fast.models.files import read_json
+from seppo_fast.models.trial import run_unet
+from seppo_fast.opening import expanded
 
 FLAGS = Called(path="the model", variant="--variant", motion_adapter="--motion-adapter", frames="--frames")
 LORA = "pytorch_lora_weights.safetensors"
@@ -67,6 +69,8 @@ def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: s
                 pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames, called=FLAGS)
             if lora is not None:
                 read_adapter(lora, model)  # what is wrong with it is said before anything is drawn
+            else:
+                run_unet(model)
         except UserError as error:
             raise UserError(f"--models {argument}: {error}") from error
         found.append(Candidate(name, path, model, lora))
@@ -93,7 +97,7 @@ def parts_of(path: str) -> tuple[str | None, Path | None]:
 
 def lora_file(path: str) -> Path | None:
     """The LoRA weights that a folder or file is; None when it is something else."""
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_dir() and (place / LORA).is_file() and not (place / "model_index.json").exists():
         return place / LORA
     return place if place.is_file() and place.suffix == ".safetensors" else None
@@ -101,6 +105,6 @@ def lora_file(path: str) -> Path | None:
 
 def motion_adapter_for(pipeline: str, motion_adapter: str | None) -> str | None:
     """The adapter, unless the pipeline is AnimateDiff's and has its own."""
-    index = Path(pipeline).expanduser() / "model_index.json"
+    index = expanded(pipeline) / "model_index.json"
     own = index.is_file() and read_json(index).get("_class_name") == "AnimateDiffPipeline"
     return None if own else motion_adapter

@@ -1,6 +1,7 @@
 """An evaluation from its arguments to its result: samples, scores, tables, page."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,6 +18,7 @@ from seppo_fast.evaluation.scoring import Job, Sample, Scored, score_all
 from seppo_fast.evaluation.table import markdown, tabulate, write_csv
 from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.machine import commit, machine
+from seppo_fast.opening import read_object
 from seppo_fast.ranks import Ranks
 
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics")
@@ -59,7 +61,9 @@ def remember(wanted: Wanted) -> None:
     file = wanted.out / SETTINGS
     try:
         wanted.out.mkdir(parents=True, exist_ok=True)
-        before = json.loads(file.read_text()) if file.is_file() else {"drawing": None, "models": {}}
+        before = read_object(file) if os.path.lexists(file) else {"drawing": None, "models": {}}
+        if not (isinstance(before["models"], dict) and isinstance(before["drawing"], dict | None)):
+            raise ValueError
         drawing = settings_of(wanted.drawing)
         if before["drawing"] is not None and (differing := sorted(
                 name for name in drawing if before["drawing"].get(name) != drawing[name])):

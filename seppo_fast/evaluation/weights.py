@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
 from seppo_fast.errors import UserError, few
-from seppo_fast.models.files import REFETCH, check_pickle, check_tensors
+from seppo_fast.models.files import REFETCH, check_pickle, check_tensors, load_pickle
 from seppo_fast.models.hub import one_set, small_files
+from seppo_fast.opening import expanded
 
 TOKENIZER = "tokenizer"  # this part of a score is a repository without its weights
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")  # a tokenizer has one of them
@@ -54,13 +54,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """What a safetensors file or a pickled dictionary of tensors holds, on the CPU; no code in a pickle is run."""
     safetensors = path.suffix == ".safetensors"
     check_tensors(path) if safetensors else check_pickle(path)
-    try:
-        content = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # the unpickler's own, EOFError, RuntimeError, KeyError, ...: damage has many faces
-        raise UserError(f"{path} is damaged, or a pickle of more than tensors, which would run code and is not loaded. "
-                        f"{REFETCH}, or give it as safetensors.") from error
+    content = load_file(path) if safetensors else load_pickle(path, "cpu")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__} and not tensors by name. {REFETCH}.")
     return content
@@ -86,14 +80,14 @@ def _shape(tensor: Any) -> str:
 def _part(score: Wanting, part: str, given: Mapping[str, str]) -> Path:
     usual, *_ = flags(score, part)
     path = _path(score, part, given)
-    return _local(score, part, usual, Path(path).expanduser()) if path else _hub(score, part, usual)
+    return _local(score, part, usual, expanded(path)) if path else _hub(score, part, usual)
 
 
 def _path(score: Wanting, part: str, given: Mapping[str, str]) -> str | None:
     """The user's path of a part, if there is one."""
     path = next((given[flag] for flag in flags(score, part) if flag in given), None)
     if path is None and part == TOKENIZER and (folder := _path(score, "model", given)):
-        return folder if any((Path(folder).expanduser() / name).is_file() for name in VOCABULARIES) else None
+        return folder if any((expanded(folder) / name).is_file() for name in VOCABULARIES) else None
     return path
 
 

@@ -8,6 +8,7 @@ from seppo_fast.models.common import Conditions, UNet, alphas_cumprod
 from seppo_fast.models.directory import is_hub_id, locate, read_adapter, read_directory
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sdxl import StableDiffusionXL
+from seppo_fast.models.trial import make_networks
 
 __all__ = ["AnimateDiff", "Called", "Conditions", "Model", "StableDiffusion", "StableDiffusionXL", "UNet", "alphas_cumprod",
            "is_hub_id", "open_model"]
@@ -22,6 +23,12 @@ def open_model(path: str, *, revision: str | None = None, variant: str | None = 
     With a `motion_adapter`, a directory or hub id too, Stable Diffusion becomes an AnimateDiff. `frames` is what a video model
     must have positions for. `called` is what messages call all these.
     """
+    model = _open(path, revision, variant, motion_adapter, frames, called)
+    make_networks(model)
+    return model
+
+
+def _open(path: str, revision: str | None, variant: str | None, motion_adapter: str | None, frames: int, called: Called) -> Model:
     directory = read_directory(locate(str(path), revision, variant, called=called), variant, called)
     family = directory.index["_class_name"]
     if motion_adapter is not None and family != "StableDiffusionPipeline":

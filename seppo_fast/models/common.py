@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from seppo_fast.errors import UserError
+from seppo_fast.errors import UserError, few, reason
 from seppo_fast.models.directory import Directory
+from seppo_fast.models.finite import check_finite
+from seppo_fast.models.values import ADVICE, check_values
 
 Conditions = dict[str, Tensor]
 Adapt = Callable[[str, nn.Module], None]  # puts adapters on a component of this name
 UNet = UNet2DConditionModel | UNetMotionModel
+TOKENS = 77  # of a prompt, in all published models
 PREDICTIONS = ("epsilon", "v_prediction")
 SCHEDULE_KEYS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type",
                  "num_train_timesteps"}
@@ -38,11 +41,27 @@ def check_schedule(directory: Directory) -> None:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise UserError(f"{file}: prediction_type is {prediction!r}; it must be {' or '.join(PREDICTIONS)}.")
+    check_values(file, config, DDPMScheduler)
     if config.get("use_flow_sigmas"):
         raise UserError(f"{file}: use_flow_sigmas is set, which makes a flow of a schedule with betas; remove it.")
-    name = (directory.index.get("scheduler") or [None, None])[1] or config.get("_class_name")
+    check_noise(config, file)
+    value = directory.index.get("scheduler")
+    name = (value[1] if isinstance(value, list) else None) or config.get("_class_name")
     if name is not None:
-        check_reading(name, config, file)
+        check_reading(str(name), config, file)
+
+
+def check_noise(config: dict[str, Any], file: Path) -> None:
+    """Refuse betas of which no noise schedule can be made, or one that does not add noise from step to step."""
+    try:
+        alphas = alphas_cumprod(config)
+    except Exception as error:  # the configuration is the only input
+        raise UserError(f"{file}: no noise schedule can be made of it ({reason(error)}). {ADVICE}.") from error
+    if not (alphas.isfinite().all() and (alphas.diff() < 0).all() and 0 < alphas[0] < 1 and alphas[-1] >= 0):
+        raise UserError(f"{file}: its betas (beta_start {config.get('beta_start')}, beta_end {config.get('beta_end')},"
+                        f" trained_betas) make no noise schedule; each must lie between 0 and 1. {ADVICE}.")
+    if len(alphas) != (steps := config.get("num_train_timesteps", 1000)):
+        raise UserError(f"{file}: trained_betas has {len(alphas)} values, and num_train_timesteps is {steps}. {ADVICE}.")
 
 
 def check_reading(name: str, config: dict[str, Any], file: Path) -> None:
@@ -51,10 +70,11 @@ def check_reading(name: str, config: dict[str, Any], file: Path) -> None:
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise UserError(f"{file}: diffusers {diffusers.__version__} has no scheduler {name}, so its noise schedule is not known;"
                         " name another class there and in model_index.json.")
+    check_values(file, config, kind)
     try:
         own = getattr(kind.from_config(config), "alphas_cumprod", None)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{file}: {name} cannot be made of it: {error}") from error
+    except Exception as error:  # the configuration is the only input
+        raise UserError(f"{file}: {name} cannot be made of it: {reason(error)}") from error
     if own is None:
         raise UserError(f"{file}: {name} has no DDPM-like noise schedule, which training needs; name another class there and in"
                         " model_index.json.")
@@ -101,9 +121,10 @@ def explained(directory: Directory, component: str) -> Iterator[None]:
     try:
         with without_bars():
             yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load {directory.path / component}: {reason}") from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise what they like over a damaged file
+        raise UserError(f"cannot load {directory.path / component}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -131,6 +152,11 @@ def load_component(directory: Directory, component: str, kind: type[nn.Module], 
     if missing:  # the libraries only warn, and leave these at random or on the meta device
         raise UserError(f"{directory.path / component / weights.entry} lacks {len(missing)} weights that its "
                         f"config.json calls for, e.g. {', '.join(missing[:3])}. Fetch the model again.")
+    unexpected = info["unexpected_keys"] if issubclass(kind, ModelMixin) else ()  # text encoders may lie with a vision model
+    if unexpected:
+        raise UserError(f"{directory.path / component / weights.entry} has {len(unexpected)} weights that its config.json has no"
+                        f" place for, e.g. {few(unexpected)}. {ADVICE}.")
+    check_finite(directory.path / component / weights.entry, module.named_parameters(), "Fetch the model again, or take another.")
     return module
 
 
@@ -160,12 +186,15 @@ def load_tokenizer(directory: Directory, component: str) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(directory.path / component, local_files_only=True)
 
 
-def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> None:
-    """Refuse a tokenizer whose tokens the text encoder does not have, or that cannot pad: it comes from another model."""
+def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> int:
+    """How many tokens of a prompt are seen. Refuses a tokenizer that does not fit the encoder: it comes from another model."""
     if not directory.weights:  # a model whose shape alone is known
-        return
+        return TOKENS
     loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", 49408)
     place = directory.path / tokenizer
+    if not isinstance(loaded.model_max_length, int) or loaded.model_max_length < 3:
+        raise UserError(f"{place}: its model_max_length is {loaded.model_max_length!r}, where the number of tokens of a prompt, 77,"
+                        f" is expected. {ADVICE}.")
     largest = max(loaded.get_vocab().values(), default=-1)
     if largest >= embedded:
         word = next(token for token, number in loaded.get_vocab().items() if number == largest)
@@ -173,6 +202,12 @@ def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> None
                         f" 0 to {embedded - 1}. Tokenizer and text encoder come from different models.")
     if loaded.pad_token_id is None:
         raise UserError(f"{place}: it has no pad_token to fill prompts up with; take the published model's tokenizer.")
+    end = directory.configs[encoder].get("eos_token_id", 49407)
+    # Where the pooled embedding is read; 2 is what the published models have, and stands for the token of the largest number.
+    if encoder == "text_encoder_2" and end not in (2, loaded.eos_token_id):
+        raise UserError(f"{place}: its token for a prompt's end has the number {loaded.eos_token_id}, and {encoder}'s"
+                        f" eos_token_id is {end}. Tokenizer and text encoder come from different models.")
+    return most_tokens(loaded, directory.configs[encoder].get("max_position_embeddings", TOKENS))
 
 
 def token_ids(tokenizer: CLIPTokenizer, text_config: Any, prompts: list[str]) -> dict[str, Tensor]:

@@ -1,14 +1,20 @@
 """A diffusers pipeline directory, read and checked before any weight is loaded."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from transformers import CLIPTextConfig
+
 from seppo_fast.errors import UserError
 from seppo_fast.models.called import KEYS, Called
-from seppo_fast.models.files import Weights, check_not_empty, find_weights, read_json
+from seppo_fast.models.files import REFETCH, Weights, check_folder, check_not_empty, find_weights, read_json
 from seppo_fast.models.hub import download
+from seppo_fast.models.values import check_values
+from seppo_fast.opening import expanded
 
 # pipeline class -> component -> the classes it may have (empty: whichever)
 FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -26,6 +32,10 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
         "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
     },
 }
+CLASSES: dict[str, type] = {"UNet2DConditionModel": UNet2DConditionModel, "UNetMotionModel": UNetMotionModel,
+                            "AutoencoderKL": AutoencoderKL, "CLIPTextModel": CLIPTextConfig,
+                            "CLIPTextModelWithProjection": CLIPTextConfig}  # whose arguments a component's configuration gives
+ZEROS = "force_zeros_for_empty_prompt"
 HERE = "."  # the component that a directory of one component is
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -48,7 +58,7 @@ def is_hub_id(path: str) -> bool:
 
 def locate(path: str, revision: str | None, variant: str | None, key: str = "path", called: Called = KEYS) -> Path:
     """The local directory that the setting `key` names by `path`: itself, or the snapshot of a hub id."""
-    local, named = Path(path).expanduser(), f"{getattr(called, key)} {path!r}"
+    local, named = expanded(path), f"{getattr(called, key)} {path!r}"
     kind, maker = (("diffusers pipeline", "StableDiffusionPipeline") if key == "path" else ("MotionAdapter", "MotionAdapter"))
     if local.is_dir():
         return local
@@ -62,21 +72,22 @@ def locate(path: str, revision: str | None, variant: str | None, key: str = "pat
 
 def read_directory(path: Path, variant: str | None, called: Called = KEYS) -> Directory:
     """Read the configurations and check that all the files that training needs are there and whole."""
-    if not (path / "model_index.json").is_file():
+    if not os.path.lexists(path / "model_index.json"):
         one = (path / "config.json").is_file()
         hint = " It looks like one component of a pipeline: give its parent." if one else ""
         raise UserError(f"{path} has no model_index.json, so it is no diffusers pipeline directory.{hint}")
-    index = read_json(path / "model_index.json")
-    family = FAMILIES.get(index.get("_class_name", ""))
+    index = read_index(path / "model_index.json")
+    family = FAMILIES.get(str(index.get("_class_name")))
     if family is None:
         raise UserError(f"{path / 'model_index.json'}: _class_name is {index.get('_class_name')!r}; "
                         f"what can be trained is {' and '.join(FAMILIES)}.")
     configs, weights = {}, {}
     for component, allowed in family.items():
         folder = path / component
-        name = (index.get(component) or [None, None])[1]
+        value = index.get(component)
+        name = value[1] if isinstance(value, list) else None
         if name is None or allowed and name not in allowed:
-            raise UserError(f"{path / 'model_index.json'}: {component} is {name!r}, where "
+            raise UserError(f"{path / 'model_index.json'}: {component} is {value!r}, where "
                             f"{' or '.join(allowed) or 'one'} is needed.")
         if not folder.is_dir():
             raise UserError(f"{folder} is missing, though model_index.json lists it. Fetch the whole model again.")
@@ -86,6 +97,7 @@ def read_directory(path: Path, variant: str | None, called: Called = KEYS) -> Di
             check_tokenizer(folder)
         else:
             configs[component] = read_json(folder / "config.json")
+            check_values(folder / "config.json", configs[component], CLASSES[name])
             library = "transformers" if component.startswith("text") else "diffusers"
             weights[component] = find_weights(folder, library, variant, called.variant)
     if variant is not None and weights["unet"].variant != variant:
@@ -93,6 +105,19 @@ def read_directory(path: Path, variant: str | None, called: Called = KEYS) -> Di
         raise UserError(f"{called.variant} {variant!r}: {path / 'unet'} has no such weights, "
                         f"but {', '.join(present)}.")
     return Directory(path, index, configs, weights, called)
+
+
+def read_index(file: Path) -> dict[str, Any]:
+    """model_index.json: what is not a component's name with its library and class would be taken for a path, or fail later."""
+    index = read_json(file)
+    for name, value in index.items():
+        if isinstance(value, list) and not (len(value) == 2 and all(isinstance(part, str | None) for part in value)):
+            raise UserError(f"{file}: {name} is {value!r}, where [library, class] is expected. {REFETCH}.")
+        if isinstance(value, list) and not name.isidentifier():
+            raise UserError(f"{file}: {name!r} is no name of a component. {REFETCH}.")
+    if not isinstance(index.get(ZEROS, True), bool):
+        raise UserError(f"{file}: {ZEROS} is {index[ZEROS]!r}, where true or false is expected. {REFETCH}.")
+    return index
 
 
 def read_adapter(path: Path, variant: str | None, called: Called = KEYS) -> Directory:
@@ -104,11 +129,13 @@ def read_adapter(path: Path, variant: str | None, called: Called = KEYS) -> Dire
     if config.get("_class_name") != "MotionAdapter":
         raise UserError(f"{called.motion_adapter}: {path / 'config.json'} is of a {config.get('_class_name')!r}, where a"
                         " 'MotionAdapter' is needed")
+    check_values(path / "config.json", config, MotionAdapter)
     return Directory(path, {}, {HERE: config}, {HERE: find_weights(path, "diffusers", variant, called.variant)}, called)
 
 
 def check_tokenizer(folder: Path) -> None:
     """A CLIP tokenizer is a tokenizer.json, or vocab.json with merges.txt."""
+    check_folder(folder)
     names = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else ("vocab.json", "merges.txt")
     for name in names:
         check_not_empty(folder / name)

@@ -20,7 +20,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.models import Model
 from seppo_fast.models.animatediff import AnimateDiff, motion_adapter
 from seppo_fast.models.directory import FAMILIES
-from seppo_fast.models.files import entry_point, read_json, shards
+from seppo_fast.models.files import SMALL, entry_point, read_json, shards
 from seppo_fast.models.lora import ADAPTER, lora_config
 
 TRAINED = ("unet", "motion_adapter")
@@ -119,7 +119,7 @@ def copy_component(source: Path, target: Path, library: str, model: Model, compo
     target.mkdir(parents=True)
     names = {path.name for path in source.iterdir() if path.is_file()}
     for name in sorted(names):
-        if name.endswith((".json", ".txt", ".model")) and ".index." not in name:
+        if name.endswith(SMALL) and ".index." not in name:
             shutil.copyfile(source / name, target / name)
     taken = model.directory.weights.get(component)
     found = entry_point(names, library, taken.variant if taken else model.directory.weights["unet"].variant)

@@ -1,6 +1,8 @@
 """Which files hold a component's weights, and whether they are whole."""
 
 import json
+import math
+import os
 import re
 import struct
 import zipfile
@@ -9,14 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+
 from seppo_fast.errors import UserError
-from seppo_fast.strict import parse_json
+from seppo_fast.opening import open_file, read_object, unreadable
+from seppo_fast.strict import GivenTwice, parse_json
 
 # library -> file stems of its safetensors and of its pickled weights
 STEMS = {
     "diffusers": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "transformers": ("model", "pytorch_model"),
 }
+SMALL = (".json", ".txt", ".model")  # configurations and vocabularies
+MOST_HEADER = 100_000_000  # the safetensors library's own limit
 REFETCH = "The download is probably incomplete: fetch the model again"
 
 
@@ -62,7 +70,8 @@ def check_variant(where: object, names: Collection[str], library: str, key: str 
 
 def find_weights(folder: Path, library: str, variant: str | None, key: str | None = None) -> Weights:
     """The whole and complete weights in `folder`, or a UserError that names the file at fault. `key`: what sets the variant."""
-    names = {path.name for path in folder.iterdir()}
+    check_folder(folder)
+    names = set(os.listdir(folder))
     found = entry_point(names, library, variant)
     if found is None:
         check_variant(folder, names, library, key)
@@ -81,8 +90,10 @@ def shards(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f'{index} lists no shards (no "weight_map"). {REFETCH}.')
+    if not all(isinstance(name, str) and name for name in weight_map.values()):
+        raise UserError(f"{index}: its \"weight_map\" should give each weight the name of a file. {REFETCH}.")
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    missing = [name for name in names if Path(name).name != name or not os.path.exists(index.parent / name)]
     if missing:
         raise UserError(f"{index} lists {len(names)} shards, of which {len(missing)} are missing: "
                         f"{', '.join(missing[:5])}. {REFETCH}.")
@@ -90,30 +101,48 @@ def shards(index: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a UserError that names it."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing. {REFETCH}.")
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, not UTF-8, a key given twice
-        raise UserError(f"{path} is not readable JSON ({error}). {REFETCH}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}. {REFETCH}.")
+    """A JSON object from a model's file, or a UserError that names it."""
+    value = read_object(path, f"{REFETCH}.")
+    for key, item in value.items():
+        # The one key that diffusers' own defaults make infinite.
+        if not finite(item) and not (key == "lambda_min_clipped" and item == -math.inf):
+            raise UserError(f"{path}: {key} is {json.dumps(item)[:60]}, and no finite number. {REFETCH}.")
     return value
 
 
+def finite(value: Any) -> bool:
+    """Whether there is no NaN and no infinity in a JSON value: NaN, Infinity and 1e400 pass for numbers."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return all(map(finite, value.values() if isinstance(value, dict) else value)) if isinstance(value, dict | list) else True
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse small files that a library would open by their names, and that cannot be read or are no files."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    for path in (folder / name for name in names if name.endswith(SMALL)):
+        if path.exists() and not path.is_dir():  # a cache of the hub may hold links to what nobody asked for
+            open_file(path).close()
+
+
 def check_not_empty(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing. {REFETCH}.")
-    if path.stat().st_size == 0:
+    """Refuse what is no readable file, and what git-lfs left in its place."""
+    with open_file(path, f"{REFETCH}.") as file:
+        start = file.read(24)
+    if not start:
         raise UserError(f"{path} is empty (0 bytes). {REFETCH}.")
-    with path.open("rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise UserError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its repository.")
+    if start == b"version https://git-lfs.":
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its repository.")
 
 
 def check_tensors(path: Path) -> None:
-    """A safetensors file is as long as its header says: 8 bytes of length, the JSON header, the tensors' bytes."""
+    """A safetensors file is as long as its header says, and the header says nothing twice or otherwise than its library reads it.
+
+    8 bytes of length, the JSON header, the tensors' bytes.
+    """
     check_not_empty(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -122,20 +151,46 @@ def check_tensors(path: Path) -> None:
         if 8 + length > size:
             raise UserError(f"{path} is truncated or no safetensors file: its header does not fit in its {size} "
                             f"bytes. {REFETCH}.")
+        if length > MOST_HEADER:
+            raise UserError(f"{path} has a damaged safetensors header (of {length} bytes). {REFETCH}.")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            expected = 8 + length + max(ends, default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} has a damaged safetensors header. {REFETCH}.") from error
-    expected = 8 + length + max(ends, default=0)
+            why = f" ({error})" if isinstance(error, GivenTwice) else ""
+            raise UserError(f"{path} has a damaged safetensors header{why}. {REFETCH}.") from error
     if size != expected:
         raise UserError(f"{path} has {size} bytes where its header announces {expected}. {REFETCH}.")
+    try:
+        safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:  # offsets, shapes and dtypes that contradict each other
+        raise UserError(f"{path} has a damaged safetensors header ({error}). {REFETCH}.") from error
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, by name."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
 def check_pickle(path: Path) -> None:
-    """A torch zip archive has its directory at the end, so a truncated one is not a zip file."""
+    """Refuse pickled weights that are truncated, or hold more than tensors; nothing that is in them is run."""
     check_not_empty(path)
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
+    # A torch zip archive has its directory at the end, so a truncated one is not a zip file.
     if zipped and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is truncated. {REFETCH}.")
+    load_pickle(path, "meta", mmap=zipped)
+
+
+def load_pickle(path: Path, device: str, mmap: bool = False) -> Any:
+    """What a pickle of tensors holds; a `UserError` for any other, whose code is not run."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler's own, EOFError, RuntimeError, KeyError, ...: damage has many faces
+        raise UserError(f"{path} is damaged, or a pickle of more than tensors, which would run code and is not loaded. "
+                        f"{REFETCH}, or give it as safetensors.") from error

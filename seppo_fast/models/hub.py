@@ -15,11 +15,10 @@ from huggingface_hub.errors import (
 
 from seppo_fast.errors import UserError
 from seppo_fast.models.called import KEYS, Called
-from seppo_fast.models.files import check_variant, entry_point, read_json
+from seppo_fast.models.files import SMALL, check_variant, entry_point, read_json
 
 PIPELINE, COMPONENT = "model_index.json", "config.json"
 TRAINED_WITH = ("unet", "vae", "text_encoder", "text_encoder_2")
-SMALL = (".json", ".txt", ".model")
 
 
 def download(repository: str, revision: str | None, variant: str | None, key: str = "path", called: Called = KEYS) -> Path:

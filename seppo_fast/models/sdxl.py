@@ -37,8 +37,12 @@ class StableDiffusionXL:
                 f"{unet.get('projection_class_embeddings_input_dim')}, but six size conditions and a pooled embedding "
                 f"of {pooled} make {expected}. Only SDXL base models can be trained (no refiner)."
             )
-        for part in self.text_encoders:
-            common.check_vocabulary(directory, part.replace("text_encoder", "tokenizer"), part)
+        seen = {part: common.check_vocabulary(directory, part.replace("text_encoder", "tokenizer"), part)
+                for part in self.text_encoders}
+        if len(set(seen.values())) > 1:
+            raise UserError(f"{directory.path}: the text encoders see prompts of different lengths"
+                            f" ({' and '.join(map(str, seen.values()))} tokens), and their embeddings lie side by side. Look at the"
+                            " tokenizers' model_max_length and the text encoders' max_position_embeddings.")
         self.directory = directory
         self.path: Path = directory.path
         self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]
@@ -54,6 +58,10 @@ class StableDiffusionXL:
     def empty_unet(self) -> UNet2DConditionModel:
         """The network without weights, made under the caller's device."""
         return common.empty_unet(self.directory)
+
+    def empty_vae(self) -> AutoencoderKL:
+        """The VAE without weights, made under the caller's device."""
+        return common.empty_vae(self.directory)
 
     def load_vae(self, device: torch.device | str) -> AutoencoderKL:
         """The VAE in fp32, for inference."""

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from seppo_fast.errors import UserError
+from seppo_fast.errors import UserError, reason
 
 # Clipping and thresholding are made for pixels, and are not linear. The rest is what each name stands for.
 SOLVERS = {
@@ -64,7 +64,11 @@ def open_scheduler(scheduler_config: Mapping[str, Any], solver: str) -> Any:
     if solver == "pndm":
         # Its Runge-Kutta start costs nine calls more. Stable Diffusion skips it; other schedulers' configs are silent.
         settings = {"skip_prk_steps": scheduler_config.get("skip_prk_steps", True)}
-    scheduler = cls.from_config(dict(scheduler_config), **settings)
+    try:
+        scheduler = cls.from_config(dict(scheduler_config), **settings)
+    except Exception as error:  # the configuration is the only input
+        raise UserError(f"the model's scheduler config does not work with solver {solver!r} ({reason(error)}); choose another"
+                        " solver") from error
     trained = DDPMScheduler.from_config(dict(scheduler_config)).alphas_cumprod
     # Some schedulers keep the last alpha of rescale_betas_zero_snr a little above 0.
     if not torch.allclose(scheduler.alphas_cumprod.float(), trained.float(), rtol=1e-4, atol=1e-6):
@@ -81,9 +85,13 @@ def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int, c
         raise UserError(f"{called}: {steps} is not between 1 and the model's {trained} training timesteps")
     try:
         timesteps, inputs, outputs = _coefficients(scheduler, steps)
-    except (ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # the configuration is the only input
         raise UserError(f"sampler: the model's scheduler config does not work with solver {solver!r} and {steps} steps"
-                        f" ({type(error).__name__}: {error}); choose another solver or number of steps") from error
+                        f" ({reason(error)}); choose another solver or number of steps") from error
+    if timesteps.min() < 0 or timesteps.max() > trained - 1:
+        raise UserError(f"sampler: solver {solver!r} of {steps} steps asks for timestep {float(timesteps.max()):g}"
+                        f" where the model was trained on 0 to {trained - 1}: is steps_offset, or another key of its scheduler"
+                        " config, wrong?")
     if not (inputs.isfinite().all() and outputs.isfinite().all()):
         raise UserError(f"sampler: solver {solver!r} divides by zero on the model's noise schedule at {steps} steps (an"
                         " epsilon model with rescale_betas_zero_snr?); choose another solver or number of steps")

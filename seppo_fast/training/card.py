@@ -29,7 +29,7 @@ tags: [{task}, {family}, seppo, preference-optimization{lora_tag}]
 ## Method
 {method_text}
 
-{updates} optimizer updates of {batch} pairs, {skipped} of them skipped because they were not finite.
+{started}{updates} optimizer updates of {batch} pairs, {skipped} of them skipped because they were not finite.
 
 ## Settings
 ```json
@@ -52,7 +52,8 @@ METHOD_TEXT = {
 }
 
 
-def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: int, video: bool) -> str:
+def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: int, video: bool,
+               started: str | None = None) -> str:
     """README.md of the trained model."""
     settings = config.as_dict()
     for private in ("output_dir", "pool", "samples", "evaluation", "checkpoint"):  # where and how often: not how it was trained
@@ -68,6 +69,7 @@ def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: i
         rows=rows, source=ours.data.source, choose=f"choose: {ours.data.choose}", resolution=ours.data.resolution,
         frames=f", {clips.frames} frames a clip ({clips.choice})" if video else "",
         method_text=METHOD_TEXT[ours.method].format(reference=ours.reference, flipper=ours.flipper), updates=updates,
+        started=f"Training began with the policy of `{started}`.\n\n" if started else "",
         batch=batch.size, skipped=skipped, settings=json.dumps(settings, indent=1),
         versions="\n".join(f"- {package} {version(package)}" for package in PACKAGES),
     )

@@ -10,7 +10,9 @@
 
 import json
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,6 +32,7 @@ from seppo_fast.disk import flush, flush_tree, follow_umask
 from seppo_fast.errors import UserError, reason
 from seppo_fast.ranks import Ranks
 from seppo_fast.training import deepspeed_files
+from seppo_fast.training.divergence import REMEMBERED, largest_in_range
 from seppo_fast.training.engine import policy_weights
 from seppo_fast.training.marker import MARKER, Written, damaged, declare, differs, first_problem, listed, missing
 from seppo_fast.training.pairs import Made
@@ -54,7 +57,8 @@ class State:
 
     `unmoved`: all updates of the iteration so far were skipped, and the policy is the pool's latest. `evaluated` is the update
     of the last evaluation, `best` the best value of the watched score and `best_update` that policy's, `not_better` how many
-    evaluations have come since.
+    evaluations have come since. `sound` is the newest policy, by its updates, whose error on the winners was in its range, and
+    `errors` are the last ones in range (`divergence.py`).
     """
 
     run_id: str
@@ -71,6 +75,9 @@ class State:
     not_better: int = 0
     content: str | None = None  # of the data, whatever the times of their files
     pool: dict[str, str] = field(default_factory=dict)  # checksums of the past policies' files, by name
+    sound: int | None = None  # of a state that an earlier version wrote it is not known
+    errors: list[float] = field(default_factory=list)
+    started_from: str | None = None  # seppo.model.start_from's file and its checksum
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -82,6 +89,19 @@ class State:
             self.best, self.best_update = value, self.update
         self.not_better = 0 if ahead else self.not_better + 1
 
+    def watch(self, error: float) -> bool:
+        """Take note of the winners' error in the update that was just counted; whether it is in its range."""
+        if not error <= min(largest_in_range(self.errors), sys.float_info.max):
+            return False
+        self.sound = self.update - 1  # an update's error is that of the policy before it
+        self.errors = [*self.errors, error][-REMEMBERED:]
+        return True
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last update's error was out of its range."""
+        return self.sound is not None and self.sound < self.update - 1
+
     def compare_anew(self) -> None:
         """From the next evaluation on: what was measured otherwise is not compared with."""
         self.best, self.best_update, self.not_better = None, None, 0
@@ -91,8 +111,8 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, made: Made, ranks:
          keep_best: bool = False) -> Path:
     """Write a checkpoint; every rank must call. A crash, a kill or a full disk leaves the earlier ones as they were.
 
-    The newest `keep_last` stay, and with `keep_best` the best policy's. A checkpoint's name counts the updates, and the slots
-    for which each rank holds what the reference made: the later one sorts last.
+    The newest `keep_last` stay, with `keep_best` the best policy's, and the newest one that is known to be sound. A checkpoint's
+    name counts the updates, and the slots for which each rank holds what the reference made: the later one sorts last.
     """
     final = folder / (f"update_{state.update:08d}" + (f"_{len(made):08d}" if made else ""))
     if ranks.largest(ranks.rank == 0 and missing(final) is None):  # one rank decides: file systems may lag on another machine
@@ -122,12 +142,23 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, made: Made, ranks:
             flush(temporary)
             temporary.rename(final)
             flush(folder)
-            best = of_update(folder, state.best_update) if keep_best else []
-            for old in complete(folder)[:-keep_last]:
-                if old not in best:
-                    shutil.rmtree(old)
+            remove_old(folder, state, keep_last, keep_best, last_sound(folder, state))
     ranks.barrier()
     return final
+
+
+def remove_old(folder: Path, state: State, keep_last: int, keep_best: bool, also: Path | None = None) -> None:
+    """Remove all complete checkpoints but the newest `keep_last`, the best policy's where it is wanted, and `also`."""
+    best = of_update(folder, state.best_update) if keep_best else []
+    for old in complete(folder)[:-keep_last]:
+        if old not in best and old != also:
+            shutil.rmtree(old)
+
+
+def last_sound(folder: Path, state: State) -> Path | None:
+    """The newest complete checkpoint of a policy whose error on the winners was in its range."""
+    good = [path for path in complete(folder) if state.sound is None or update_of(path) <= state.sound]
+    return good[-1] if good else None
 
 
 @contextmanager
@@ -233,6 +264,12 @@ def set_aside_later(path: Path) -> None:
         print(f"set aside the later checkpoint {later.name} as {aside}: remove it when it is not needed", flush=True)
 
 
+def anew(path: Path) -> str:
+    """How to begin a run from a checkpoint's weights where it cannot be resumed from."""
+    return (f"to begin anew from its weights, repeat the command without --resume and with --set"
+            f" seppo.model.start_from={shlex.quote(str(path))} seppo.output_dir=ANOTHER_FOLDER")
+
+
 def read_state(path: Path) -> State:
     """What state.json says; `ValueError` says what is wrong with it."""
     try:
@@ -251,10 +288,10 @@ def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> Sta
         raise UserError(f"{path}: {error}; {deepspeed_files.INSTEAD}") from None
     if state.run_id != run_id:
         raise UserError(f"{path} was written by another run, whose past policies are not in this run's pool. Resume with the"
-                        " output_dir of the run that wrote it")
+                        f" output_dir of the run that wrote it; {anew(path)}")
     if state.world != world:
         raise UserError(f"{path} was written by {state.world} rank{'s' * (state.world > 1)} and this run has {world}: resume with"
-                        f" {state.world} (DeepSpeed's shards are per rank)")
+                        f" {state.world} (DeepSpeed's shards are per rank); {anew(path)}")
     try:
         then = parse_config(state.config).as_dict()  # with the defaults of keys that came later
     except UserError as error:
@@ -262,7 +299,7 @@ def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> Sta
     differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(then, config)
                  if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)]
     if differing:
-        raise UserError(f"{path} is of another configuration; use its values or another output_dir:\n  "
+        raise UserError(f"{path} is of another configuration; use its values; {anew(path)}. What differs:\n  "
                         + "\n  ".join(differing))
     return state
 
@@ -272,7 +309,7 @@ def check_data(path: Path, state: State, data: str, content: str | None) -> None
     same = state.data == data if None in (content, state.content) else state.content == content
     if not same:
         raise UserError(f"{path} was trained on other data or another model's latents (cache {state.data}, now {data}):"
-                        " restore seppo.data.source and seppo.model.path, or use another output_dir")
+                        f" restore seppo.data.source and seppo.model.path; {anew(path)}")
 
 
 def _rank_tensors(made: Made) -> dict[str, Tensor]:

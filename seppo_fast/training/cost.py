@@ -12,6 +12,7 @@ from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.models import Model, UNet
 from seppo_fast.models.layout import convolve_in_channels_last
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
+from seppo_fast.models.trial import explained
 from seppo_fast.training.engine import precision
 from seppo_fast.training.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.training.live import inference, micro_batch
@@ -107,7 +108,8 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         return _inputs(unet, latent_shape(model, ours.data), samples, dtype)
 
     one = inputs(1)
-    forward = float(inference(lambda: model.denoise(unet, *one)).flops)
+    with explained(model.directory, "unet"):
+        forward = float(inference(lambda: model.denoise(unet, *one)).flops)
     scoring = forward * halves if ours.flipper else 0.0
 
     engine = engine_bytes(config, batch, trained, max(weight.numel() for weight in trainable))

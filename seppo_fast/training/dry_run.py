@@ -10,6 +10,7 @@ from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
 from seppo_fast.models import is_hub_id, open_model
 from seppo_fast.models.known import known_model
 from seppo_fast.reference.solver import solver_table
+from seppo_fast.training import start
 from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, unsupported
 from seppo_fast.training.plan import plan
@@ -43,6 +44,8 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
             model.check_frames(ours.data.video.frames)
         if ours.evaluation.every:
             what_is_wanted(config, model, lambda line: None)
+        if ours.model.start_from:
+            start.read(ours.model.start_from, model, ours.model, ours.seed)
         table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
         cost = estimate(model, config, batch, len(table.timesteps))
         here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from seppo_fast.config import Seppo
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.errors import UserError
 from seppo_fast.models import Model
@@ -24,15 +25,26 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     weights = policy_weights(trainer.engine)
     with stops_at_once(trainer):
         if trainer.ranks.rank == 0:
-            card = model_card(config, batch, rows, state.update, state.skipped, model.video)
+            card = model_card(config, batch, rows, state.update, state.skipped, model.video, state.started_from)
             save_pipeline(model, weights, final, ours.model.lora, card)
-            if trainer.gets_no_better() and state.update < ours.updates:
-                print(f"stopped early: the last {state.not_better} evaluations brought no better {ours.evaluation.watched} than"
-                      f" {state.best} after {state.best_update} updates (seppo.evaluation.patience)", flush=True)
+            say_how_it_ended(ours, trainer)
             if ours.evaluation.keep_best:
                 export_best(model, config, batch, trainer, rows)
     trainer.ranks.barrier()
     return final
+
+
+def say_how_it_ended(ours: Seppo, trainer: Trainer) -> None:
+    """What a person has to know of `final/`: that the run diverged, or ended early."""
+    state = trainer.state
+    if state.diverged:
+        good = checkpoint.last_sound(trainer.folder / "checkpoints", state)
+        print(f"{trainer.folder / 'final'} may be of a policy that training destroyed: in the last update the error on the winners"
+              f" was out of its range. The newest checkpoint from before: {good or 'none'}"
+              + (f"; {checkpoint.anew(good)}" if good else ""), flush=True)
+    if trainer.gets_no_better() and state.update < ours.updates:
+        print(f"stopped early: the last {state.not_better} evaluations brought no better {ours.evaluation.watched} than"
+              f" {state.best} after {state.best_update} updates (seppo.evaluation.patience)", flush=True)
 
 
 def first_whole(checkpoints: list[Path]) -> dict[str, Tensor] | None:
@@ -58,7 +70,7 @@ def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, ro
                f"the checkpoint of the best one is not there, or is damaged ({value})")
         print(f"{best} is not written: {why}", flush=True)
         return
-    card = model_card(config, batch, rows, state.best_update, state.skipped, model.video)
+    card = model_card(config, batch, rows, state.best_update, state.skipped, model.video, state.started_from)
     save_pipeline(model, weights, best, ours.model.lora, card)
     print(f"{best}: the best {value}", flush=True)
 

@@ -81,8 +81,8 @@ def _prepare(path: Path, identity: Path, resume: str | None) -> None:
         raise UserError(f"{path} (seppo.output_dir) holds {' and '.join(results)} but no run.json, so no run of this program"
                         " can go on there: choose another seppo.output_dir")
     if not identity.exists() and resume not in (None, "auto"):
-        raise UserError(f"--resume {resume}: {path} (seppo.output_dir) holds no run, and checkpoints are only read from"
-                        " the folder of the run that wrote them")
+        raise UserError(f"--resume {resume}: {path} (seppo.output_dir) holds no run, and checkpoints are only resumed from in"
+                        f" the folder of the run that wrote them; {checkpoint.anew(Path(resume))}")
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not identity.exists():

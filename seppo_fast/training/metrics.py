@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from seppo_fast.disk import complete_or_not, explained
+from seppo_fast.strict import parse_json
+
 COLUMNS = ("model_mse_winner", "model_mse_loser", "ref_mse_winner", "ref_mse_loser")
 
 
@@ -43,18 +46,30 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(clean) + "\n")
 
 
-def keep_rows(path: Path, last_update: int, last_evaluated: int) -> None:
-    """Drop the updates' and evaluations' rows after these (and a torn last line): a resumed run writes them again."""
+def keep_rows(path: Path, last_update: int, last_evaluated: int) -> list[int]:
+    """Drop the updates' and evaluations' rows after these, which a resumed run writes again, and what is no row.
+
+    Returns the numbers of lines that were no rows, but for a last one that a kill cut off.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["update"] <= (last_update if "loss" in row else last_evaluated):
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+        return []
+    with explained(path, "put this right, or move it away: training does not need its rows"):
+        *whole, torn = path.read_bytes().split(b"\n")
+        stays = [_stays(line, last_update, last_evaluated) for line in whole]
+        kept = [line for line, wanted in zip(whole, stays, strict=True) if wanted]
+        if len(kept) < len(whole) or torn:
+            with complete_or_not(path) as temporary:
+                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+    return [number for number, wanted in enumerate(stays, start=1) if wanted is None]
+
+
+def _stays(line: bytes, last_update: int, last_evaluated: int) -> bool | None:
+    """Whether a line's row is one that stays; None where it is no row."""
+    try:
+        row = parse_json(line)
+    except ValueError:  # not JSON, not UTF-8
+        return None
+    update = row.get("update") if isinstance(row, dict) else None
+    if not isinstance(update, int) or isinstance(update, bool):
+        return None
+    return update <= (last_update if "loss" in row else last_evaluated)

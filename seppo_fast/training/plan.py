@@ -46,7 +46,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {ours.beta:g}, noise"
                                  f" {ours.noise}" if ours.flipper else ""),
         "model": f"{ours.model.path}{f' with {ours.model.motion_adapter}' * bool(ours.model.motion_adapter)}{_size(cost)}, "
-                 + _trained(ours.model, video),
+                 + _trained(ours.model, video) + (f", from the policy {ours.model.start_from}" if ours.model.start_from else ""),
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
                 + (f", {ours.data.video.frames} frames ({ours.data.video.choice})" if video else "")
                 + (f", {rows} demonstrations" if rows is not None else ""),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.monitor.csv_monitor import csvMonitor
 from diffusers import DDPMScheduler
 from torch import nn
 
@@ -29,7 +30,7 @@ from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, solver_table
 from seppo_fast.signals import StopSignals
-from seppo_fast.training import checkpoint
+from seppo_fast.training import checkpoint, csv_files, start
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine, unsupported
@@ -70,6 +71,9 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     state = starting_state(folder, config, ranks)
     if folder.resume_from:
         check_past(config, folder.path, state, ranks)
+    started = {}
+    if ours.model.start_from and folder.resume_from is None:
+        started, state.started_from = start.read(ours.model.start_from, model, ours.model, ours.seed)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].losers == "data",
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
                         progress=ranks.rank == 0, output_dir=folder.path)
@@ -78,6 +82,9 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         print(f"{len(cache)} demonstrations are usable", flush=True)
 
     policy, reference = load_policies(model, config, cache.shape[1:], ranks)
+    if started:
+        start.put_into(policy, started)
+        del started
     engine = start_engine(policy, config, batch)
     shares = trains_a_part(engine.module)
     if reference is not None and shares:
@@ -91,6 +98,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     with same_with_gradients() if objective.compiled else nullcontext():
         sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
     made = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
+    if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
+        continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
     trainer = make_trainer(
         settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs, reference=reference,
         pool=open_pool(config, folder, engine, state, ranks), sampler=sampler,
@@ -103,6 +112,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     try:
         with same_with_gradients():
             trainer.train()
+        trainer.remove_old_checkpoints()
     finally:
         trainer.reporter.close()
         cache.close()
@@ -149,9 +159,19 @@ def begin(folder: RunFolder, state: State, cache: LatentCache, ranks: Ranks) -> 
     if ranks.rank == 0:
         if folder.resume_from:
             checkpoint.set_aside_later(folder.resume_from)
-        keep_rows(folder.path / "metrics.jsonl", state.update, -1 if state.evaluated is None else state.evaluated)
+        rows = folder.path / "metrics.jsonl"
+        if bad := keep_rows(rows, state.update, -1 if state.evaluated is None else state.evaluated):
+            print(f"{rows}: removed what were no rows of this run (line {', '.join(map(str, bad))})", flush=True)
         with complete_or_not(folder.path / "config.json") as temporary:
             temporary.write_text(json.dumps(state.config, indent=2) + "\n")
+
+
+def continue_csv(monitor: csvMonitor, state: State, samples: int, resumed: bool) -> None:
+    """Have DeepSpeed's CSV files begin, or go on, as metrics.jsonl does."""
+    if resumed:
+        csv_files.go_on(monitor, state.update, -1 if state.evaluated is None else state.evaluated, samples)
+    elif aside := csv_files.set_aside(monitor):
+        print(f"csv_monitor: {monitor.log_dir} held the files of another run, which are renamed ({aside[0].name} ...)", flush=True)
 
 
 def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config, explain_all
 from seppo_fast.errors import UserError
+from seppo_fast.opening import read_object
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training.cost import Cost, Model
 
@@ -51,10 +52,10 @@ def load_rates(path: str | None) -> list[Rate]:
     if path is None:
         return shipped
     try:
-        raw = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--rates {path}: cannot be read: {error}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("rates"), dict):
+        raw = read_object(Path(path))
+    except UserError as error:
+        raise UserError(f"--rates {path}: cannot be read: {error}") from error
+    if not isinstance(raw.get("rates"), dict):
         raise UserError(f'--rates {path}: no section "rates" in it; such files are written by `python -m benchmarks.throughput`')
     try:
         own = Rate.model_validate(raw["rates"])

@@ -1,5 +1,6 @@
 """SePPO (Algorithm 1); other rows of the methods' table make the same loop SPIN, DITTO, Diffusion-DPO or SFT."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -23,6 +24,7 @@ from seppo_fast.signals import Stop, StopSignals
 from seppo_fast.training import checkpoint
 from seppo_fast.training.ahead import ahead
 from seppo_fast.training.checkpoint import State
+from seppo_fast.training.divergence import largest_in_range
 from seppo_fast.training.engine import Step, policy_weights, step, upstream_gradient
 from seppo_fast.training.metrics import peak_memory_gb, summarise
 from seppo_fast.training.objective import Objective
@@ -30,6 +32,8 @@ from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import Grids
 from seppo_fast.training.validation import Validation
+
+PHASES = ("sampling", "training", "data", "evaluation", "grids", "pool", "checkpoints")  # the parts of a row's seconds
 
 
 @dataclass
@@ -55,10 +59,13 @@ class Trainer:
     made: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     reference_index: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    last_row: float = 0.0  # when it was written, by the performance counter
+    unproven: int | None = None  # the update of a checkpoint whose policy's error is not known yet
 
     def train(self) -> None:
         """Algorithm 1 from the state's update on; `Stop` leaves a checkpoint behind."""
         self.signals.deferred = True
+        self.last_row = time.perf_counter()
         self.rest_reference()
         try:
             if self.lacks_grid():
@@ -86,7 +93,8 @@ class Trainer:
         """Line 2: sample a past policy among 0..k-1, the same on every rank, into the one reference model."""
         if self.pool is not None:
             self.reference_index = pick(self.settings.reference, k, self.settings.seed)
-            self.pool.load_into(self.reference_index, self.reference)
+            with self.timed("pool"):
+                self.pool.load_into(self.reference_index, self.reference)
             if k < self.settings.iterations:
                 self.pool.prefetch(pick(self.settings.reference, k + 1, self.settings.seed))
 
@@ -159,18 +167,23 @@ class Trainer:
         lost = done.skipped and not (done.harmless and bool(table.isfinite().all()))
         self.state.nonfinite_in_a_row = self.state.nonfinite_in_a_row + 1 if lost else 0
         self.report(k, done, table)
+        self.watch(table)
         self.give_up_if_lost()
 
         end_of_iteration = self.state.update == k * self.settings.updates_per_iteration
         if end_of_iteration and self.pool is not None:
-            self.pool.add(k, policy_weights(self.engine), write=self.ranks.rank == 0)
+            with self.timed("pool"):
+                self.pool.add(k, policy_weights(self.engine), write=self.ranks.rank == 0)
+                self.ranks.barrier()
             self.state.unmoved = True
             self.pool.checksums.update(self.ranks.objects(self.pool.checksums)[0])  # rank 0 wrote
         self.evaluate()
         every = self.settings.checkpoint.every
         is_best = self.settings.evaluation.keep_best and self.state.best_update == self.state.update
         if (self.state.update % every == 0 if every else end_of_iteration) or is_best or self.gets_no_better():
-            self.save()
+            with self.timed("checkpoints"):
+                self.save()
+            self.unproven = self.state.update
         if self.settings.samples.every and self.state.update % self.settings.samples.every == 0:
             self.draw_grid()
         self.check_signals()
@@ -188,7 +201,7 @@ class Trainer:
     def draw_grid(self) -> None:
         """Samples of the present policy from fixed prompts and noise."""
         if self.settings.samples.every:
-            with self.policy_in_reference(here=self.grids is not None):
+            with self.timed("grids"), self.policy_in_reference(here=self.grids is not None):
                 if self.grids is not None:
                     with suppress(Stop):  # it draws alone: all ranks stop together, at the next check
                         self.grids.write(self.state.update, partial(self.sampler.draw, before_step=self.signals.check_alone))
@@ -206,7 +219,7 @@ class Trainer:
         if not every or update % every or self.state.evaluated == update:
             return
         started, watched = time.perf_counter(), self.settings.evaluation.watched
-        with self.policy_in_reference():
+        with self.timed("evaluation"), self.policy_in_reference():
             row, said = self.validation(update, self.sampler, self.check_signals)
         self.state.judge(row.get(f"eval_{watched}"), self.validation.better[watched])
         seconds = round(time.perf_counter() - started, 4)
@@ -240,28 +253,56 @@ class Trainer:
                                self.settings.checkpoint.keep_last, self.settings.evaluation.keep_best)
 
     def report(self, k: int, done: Step, table: Tensor) -> None:
-        """One row of metrics.jsonl; seconds are means over the ranks, memory is the largest."""
-        names = ("sampling", "training", "data")
-        own = [*(self.seconds.pop(name, 0.0) for name in names), peak_memory_gb(self.ranks.device)]
+        """One row of metrics.jsonl; seconds are means over the ranks, memory is the largest.
+
+        `seconds` is the wall clock since the row before, and the others are its parts: what comes after a row is in the next.
+        """
+        now = time.perf_counter()
+        parts, self.seconds = [self.seconds.get(name, 0.0) for name in PHASES], {}
+        wall, self.last_row = now - self.last_row, now
+        own = [wall, *parts, max(0.0, wall - sum(parts)), peak_memory_gb(self.ranks.device)]
         everyone = self.ranks.gather(torch.tensor([own], dtype=torch.double))
-        *seconds, _ = everyone.mean(dim=0).tolist()
+        wall, *parts, _ = everyone.mean(dim=0).tolist()
         row = {"update": self.state.update, "iteration": k, "reference": self.reference_index, **summarise(table),
                "grad_norm": done.grad_norm, "lr": done.lr, "skipped_steps": self.state.skipped,
-               "pairs_per_s": round(self.batch.size / max(sum(seconds), 1e-9), 3),
-               "peak_memory_gb": round(everyone[:, -1].max().item(), 3),
-               **{f"seconds_{name}": round(value, 4) for name, value in zip(names, seconds, strict=True)}}
+               "pairs_per_s": round(self.batch.size / max(wall, 1e-9), 3),
+               "peak_memory_gb": round(everyone[:, -1].max().item(), 3), "seconds": round(wall, 4),
+               **{f"seconds_{name}": round(value, 4) for name, value in zip([*PHASES, "other"], parts, strict=True)}}
         self.reporter.update(row)
+
+    def watch(self, table: Tensor) -> None:
+        """See whether the policy's error on the winners is in its range; remove the checkpoint that was kept until it was."""
+        before, error = self.state.diverged, table[:, 0].double().mean().item()
+        if self.state.watch(error):
+            if self.unproven is not None and self.unproven <= self.state.sound:
+                self.remove_old_checkpoints()
+        elif not before and math.isfinite(error):
+            good = checkpoint.last_sound(self.folder / "checkpoints", self.state)
+            self.reporter.say(f"update {self.state.update}: the error on the winners, {error:.4g}, left its range (up to"
+                              f" {largest_in_range(self.state.errors):.4g}); is the learning rate too high? The newest"
+                              f" checkpoint from before: {good or 'none yet'}")
+
+    def remove_old_checkpoints(self) -> None:
+        """Down to `keep_last`, the best one, and the last sound one where the error on the winners is out of its range."""
+        self.unproven = None
+        if self.ranks.rank == 0:
+            with self.timed("checkpoints"):
+                folder = self.folder / "checkpoints"
+                sound = checkpoint.last_sound(folder, self.state) if self.state.diverged else None
+                checkpoint.remove_old(folder, self.state, self.settings.checkpoint.keep_last,
+                                      self.settings.evaluation.keep_best, sound)
 
     def give_up_if_lost(self) -> None:
         """Stop when too many updates in a row were skipped because loss or gradients were not finite."""
         if self.state.nonfinite_in_a_row < self.settings.max_nonfinite:
             return
-        good = checkpoint.complete(self.folder / "checkpoints")
+        good = checkpoint.last_sound(self.folder / "checkpoints", self.state)
         raise UserError(
             f"{self.state.nonfinite_in_a_row} updates in a row had a loss or gradients that are not finite"
             f" (seppo.max_nonfinite), the last one update {self.state.update}; all of them were skipped. Last good"
-            f" checkpoint: {good[-1] if good else 'none yet'}. Lower optimizer.params.lr or seppo.beta, clip gradients,"
-            " or train in bf16 or fp32"
+            f" checkpoint, from before the error on the winners left its range: {good or 'none yet'}. Lower"
+            " optimizer.params.lr or seppo.beta, clip gradients, or train in bf16 or fp32: "
+            + (checkpoint.anew(good) if good else "begin anew in another seppo.output_dir")
         )
 
     @contextmanager

@@ -18,8 +18,8 @@ from seppo_fast.seeds import normal
 
 Trained = Callable[..., Path]
 COLUMNS = """update iteration reference loss model_mse_winner model_mse_loser ref_mse_winner ref_mse_loser aaf_rate implicit_acc
-    logit_p05 logit_p50 logit_p95 grad_norm lr skipped_steps pairs_per_s peak_memory_gb seconds_sampling seconds_training
-    seconds_data""".split()
+    logit_p05 logit_p50 logit_p95 grad_norm lr skipped_steps pairs_per_s peak_memory_gb seconds seconds_sampling
+    seconds_training seconds_data seconds_evaluation seconds_grids seconds_pool seconds_checkpoints seconds_other""".split()
 PROMPTS = ["a handwritten one", "a red cat", "a photo of the sky"]
 GRIDS = {"seppo.samples": {"every": 2, "prompts": PROMPTS, "per_prompt": 2, "seed": 3}}
 
@@ -35,9 +35,11 @@ def test_metrics_have_their_columns(trained: Trained) -> None:
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["lr"] == 1e-3 and row["skipped_steps"] == 0
         assert 0 <= row["aaf_rate"] <= 1 and 0 <= row["implicit_acc"] <= 1
         assert row["logit_p05"] <= row["logit_p50"] <= row["logit_p95"]
-        seconds = row["seconds_sampling"] + row["seconds_training"] + row["seconds_data"]
         assert row["seconds_sampling"] > 0 and row["seconds_training"] > 0
-        assert row["pairs_per_s"] == pytest.approx(8 / seconds, rel=0.01)
+        assert sum(row[name] for name in COLUMNS if name.startswith("seconds_")) == pytest.approx(row["seconds"], abs=1e-3)
+        assert row["pairs_per_s"] == pytest.approx(8 / row["seconds"], rel=0.01)
+        # What follows an iteration's last row is in the next: its place in the pool and its checkpoint.
+        assert (row["seconds_pool"] > 0) == (number % 2 == 1) and (row["seconds_checkpoints"] > 0) == (number == 3)
         assert 0.1 < row["peak_memory_gb"] < 64
 
 
