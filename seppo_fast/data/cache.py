@@ -36,7 +36,8 @@ from seppo_fast.data.progress import Progress
 from seppo_fast.data.rows import Part, Skipped, Source
 from seppo_fast.data.shards import Shard, remove_stale, replacing
 from seppo_fast.data.skips import check_skipped, most_skippable, stop_early, tell_truncated
-from seppo_fast.data.stamps import declare, read_stamp, unusable
+from seppo_fast.data.stamps import declare, is_damaged, read_stamp, unusable
+from seppo_fast.data.turns import in_turn
 from seppo_fast.data.video.decoder import Decoder
 from seppo_fast.data.video.reading import decoded_clips, described
 from seppo_fast.data.video.source import streams
@@ -112,7 +113,8 @@ def give_back_memory() -> None:
 
 def write_parts(job: Job, mine: range, show: bool) -> None:
     """Encodes, or probes, those of my parts that are not finished yet, or damaged."""
-    todo = unusable({part: row_shard(job.folder, part, job.holds) for part in mine}, job.data.workers, show)
+    arrows = {part: row_shard(job.folder, part, job.holds) for part in mine}
+    todo = unusable(arrows, job.data.workers, show)
     if not todo:
         return
     bad: list[Skipped] = []
@@ -120,12 +122,19 @@ def write_parts(job: Job, mine: range, show: bool) -> None:
     doing = f"encoding {unit}s" if job.holds == "latents" else "reading videos"
     with (Progress(job.source, list(todo), show, doing, unit) as bar, ThreadPoolExecutor(job.data.workers) as threads,
           reader(job, threads) as read):
-        for part in todo:
-            # Another job was here meanwhile?
-            done = not todo[part] and read_stamp(row_shard(job.folder, part, job.holds)) is not None
+
+        def make(part: int) -> None:
             content = Content()
+            done = is_made(arrows[part], todo[part])
             bar.finished(part, 0 if done else write_part(job, part, read(job.source.parts[part], content), content, bar, bad))
+
+        in_turn({part: arrows[part] for part in todo}, make)
     give_back_memory()
+
+
+def is_made(arrow: Path, damaged: bool) -> bool:
+    """Whether another run has made the file by now; `damaged` is whether it was there, but not whole."""
+    return not is_damaged(arrow) if damaged else read_stamp(arrow) is not None
 
 
 @contextmanager
@@ -180,20 +189,29 @@ def write_part(job: Job, part: int, batches: Batches, content: Content, bar: Pro
 
 def encode_prompts(job: Job, texts: pa.Array, mine: range, show: bool) -> None:
     """Encodes the distinct prompts of those of my shards that are not finished yet."""
-    todo = unusable({number: prompt_shard(job.folder, number) for number in mine}, job.data.workers, show)
+    arrows = {number: prompt_shard(job.folder, number) for number in mine}
+    todo = unusable(arrows, job.data.workers, show)
     if not todo:
         return
     shards = {number: texts.slice(number * PROMPTS_PER_SHARD, PROMPTS_PER_SHARD) for number in todo}
+    encode_shards(job, shards, arrows, todo, show)
+    give_back_memory()
+
+
+def encode_shards(job: Job, shards: dict[int, pa.Array], arrows: dict[int, Path], damaged: dict[int, bool], show: bool) -> None:
+    """Loads the text encoder, and writes each shard unless another run does."""
     embed, (tokens, limit) = job.model.load_text(job.device), token_counter(job.model)
     total = sum(map(len, shards.values()))
     with tqdm(desc="encoding prompts", total=total, unit="prompt", disable=not show) as bar:
-        for number, prompts in shards.items():
-            texts = prompts.to_pylist()
-            cut = [[text, count] for text, count in zip(texts, tokens(texts), strict=True) if count > limit]
-            encode_prompt_shard(job, number, texts, embed, {"limit": limit, "cut": cut})
-            bar.update(len(prompts))
-    del embed
-    give_back_memory()
+
+        def make(number: int) -> None:
+            texts = shards[number].to_pylist()
+            if not is_made(arrows[number], damaged[number]):
+                cut = [[text, count] for text, count in zip(texts, tokens(texts), strict=True) if count > limit]
+                encode_prompt_shard(job, number, texts, embed, {"limit": limit, "cut": cut})
+            bar.update(len(texts))
+
+        in_turn({number: arrows[number] for number in shards}, make)
 
 
 @torch.no_grad()
