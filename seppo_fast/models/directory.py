@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig
 
 from seppo_fast.errors import UserError
 from seppo_fast.models.called import KEYS, Called
-from seppo_fast.models.files import REFETCH, Weights, check_folder, check_not_empty, find_weights, read_json
+from seppo_fast.models.files import Weights, check_folder, check_not_empty, find_weights, read_index, read_json
 from seppo_fast.models.hub import download
 from seppo_fast.models.values import check_values
 from seppo_fast.opening import expanded
@@ -35,7 +35,6 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
 CLASSES: dict[str, type] = {"UNet2DConditionModel": UNet2DConditionModel, "UNetMotionModel": UNetMotionModel,
                             "AutoencoderKL": AutoencoderKL, "CLIPTextModel": CLIPTextConfig,
                             "CLIPTextModelWithProjection": CLIPTextConfig}  # whose arguments a component's configuration gives
-ZEROS = "force_zeros_for_empty_prompt"
 HERE = "."  # the component that a directory of one component is
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -105,19 +104,6 @@ def read_directory(path: Path, variant: str | None, called: Called = KEYS) -> Di
         raise UserError(f"{called.variant} {variant!r}: {path / 'unet'} has no such weights, "
                         f"but {', '.join(present)}.")
     return Directory(path, index, configs, weights, called)
-
-
-def read_index(file: Path) -> dict[str, Any]:
-    """model_index.json: what is not a component's name with its library and class would be taken for a path, or fail later."""
-    index = read_json(file)
-    for name, value in index.items():
-        if isinstance(value, list) and not (len(value) == 2 and all(isinstance(part, str | None) for part in value)):
-            raise UserError(f"{file}: {name} is {value!r}, where [library, class] is expected. {REFETCH}.")
-        if isinstance(value, list) and not name.isidentifier():
-            raise UserError(f"{file}: {name!r} is no name of a component. {REFETCH}.")
-    if not isinstance(index.get(ZEROS, True), bool):
-        raise UserError(f"{file}: {ZEROS} is {index[ZEROS]!r}, where true or false is expected. {REFETCH}.")
-    return index
 
 
 def read_adapter(path: Path, variant: str | None, called: Called = KEYS) -> Directory:

@@ -25,6 +25,7 @@ STEMS = {
 }
 SMALL = (".json", ".txt", ".model")  # configurations and vocabularies
 MOST_HEADER = 100_000_000  # the safetensors library's own limit
+ZEROS = "force_zeros_for_empty_prompt"  # SDXL's switch in model_index.json
 REFETCH = "The download is probably incomplete: fetch the model again"
 
 
@@ -108,6 +109,19 @@ def read_json(path: Path) -> dict[str, Any]:
         if not finite(item) and not (key == "lambda_min_clipped" and item == -math.inf):
             raise UserError(f"{path}: {key} is {json.dumps(item)[:60]}, and no finite number. {REFETCH}.")
     return value
+
+
+def read_index(file: Path) -> dict[str, Any]:
+    """model_index.json: what is not a component's name with its library and class would be taken for a path, or fail later."""
+    index = read_json(file)
+    for name, value in index.items():
+        if isinstance(value, list) and not (len(value) == 2 and all(isinstance(part, str | None) for part in value)):
+            raise UserError(f"{file}: {name} is {value!r}, where [library, class] is expected. {REFETCH}.")
+        if isinstance(value, list) and not name.isidentifier():
+            raise UserError(f"{file}: {name!r} is no name of a component. {REFETCH}.")
+    if not isinstance(index.get(ZEROS, True), bool):
+        raise UserError(f"{file}: {ZEROS} is {index[ZEROS]!r}, where true or false is expected. {REFETCH}.")
+    return index
 
 
 def finite(value: Any) -> bool:

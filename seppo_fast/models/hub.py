@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 
 from seppo_fast.errors import UserError
 from seppo_fast.models.called import KEYS, Called
-from seppo_fast.models.files import SMALL, check_variant, entry_point, read_json
+from seppo_fast.models.files import SMALL, check_variant, entry_point, read_index
 
 PIPELINE, COMPONENT = "model_index.json", "config.json"
 TRAINED_WITH = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -33,7 +33,7 @@ def download(repository: str, revision: str | None, variant: str | None, key: st
         info = HfApi().model_info(repository, revision=revision)
         names = [file.rfilename for file in info.siblings or []]
         if index in names:
-            parts = read_json(Path(hf_hub_download(repository, PIPELINE, revision=revision))) if key == "path" else {}
+            parts = read_index(Path(hf_hub_download(repository, PIPELINE, revision=revision))) if key == "path" else {}
             check_sets(repository, names, parts if key == "path" else {"": ["diffusers", ""]}, variant, called)
             wanted = needed(names, parts, variant) if key == "path" else [index, *one_set(names, "diffusers", variant)]
             return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
@@ -61,7 +61,7 @@ def download(repository: str, revision: str | None, variant: str | None, key: st
 def check_sets(repository: str, names: list[str], index: dict[str, Any], variant: str | None, called: Called) -> None:
     """`UserError` where a component that is trained with has weights of other variants alone, before anything is fetched."""
     for component in ("", *TRAINED_WITH):
-        if component in index:
+        if isinstance(index.get(component), list):
             inside, library = inside_of(names, component), library_of(index[component])
             if entry_point(inside, library, variant) is None:
                 check_variant("/".join(filter(None, (repository, component))), inside, library, called.variant)

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.weights import check_fit, read_tensors
 from seppo_fast.models.common import without_bars
 from seppo_fast.models.files import find_weights, read_json
+from seppo_fast.models.values import check_values
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -39,9 +39,13 @@ BLOCK_NAMES = ((".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".mlp.
 
 def load_clip(folder: Path, device: torch.device) -> CLIPModel:
     """The CLIP of a transformers folder (config.json, model.safetensors), fp32."""
-    kind = read_json(folder / "config.json").get("model_type")
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
     if kind != "clip":
         raise UserError(f"{folder / 'config.json'} describes a model of type {kind!r}; this score wants a CLIP.")
+    for part, declared in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+        if isinstance(config.get(part), dict):
+            check_values(folder / "config.json", config[part], declared)
     weights = find_weights(folder, "transformers", None)
     with _explained(folder / weights.entry):
         model, info = CLIPModel.from_pretrained(folder, use_safetensors=weights.safetensors, local_files_only=True,
@@ -192,6 +196,8 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         with without_bars():
             yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # libraries raise what they like over a damaged file
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load {path} ({type(error).__name__}: {reason or 'no message'}).") from error
