@@ -5,8 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 REMEMBERED = 100  # errors in range that a state keeps
-FEW = 8
-FACTOR, FACTOR_OF_FEW, SPREADS = 4.0, 10.0, 6.0
+FACTOR, SPREADS = 4.0, 6.0
 
 
 def largest_in_range(errors: Sequence[float]) -> float:
@@ -14,11 +13,10 @@ def largest_in_range(errors: Sequence[float]) -> float:
 
     It is FACTOR times their median, or the median and SPREADS times their robust spread if that is more. Errors spread by a
     factor, because each window has other timesteps, so the spread is that of logarithms: 1.4826 times the median deviation.
-    While there are fewer than FEW errors it is FACTOR_OF_FEW times their median at least.
     """
     if not errors:
         return math.inf
     logs = [math.log(max(error, 1e-30)) for error in errors]
     middle = statistics.median(logs)
     spread = 1.4826 * statistics.median(abs(log - middle) for log in logs)
-    return math.exp(min(700.0, middle + max(SPREADS * spread, math.log(FACTOR_OF_FEW if len(logs) < FEW else FACTOR))))
+    return math.exp(min(700.0, middle + max(SPREADS * spread, math.log(FACTOR))))

@@ -18,7 +18,7 @@ from seppo_fast.models import open_model
 from seppo_fast.models.lora import choose_trained, trainable_weights
 from seppo_fast.training import checkpoint, start
 from seppo_fast.training.checkpoint import State
-from seppo_fast.training.divergence import FEW, largest_in_range
+from seppo_fast.training.divergence import largest_in_range
 
 
 def watched(errors: list[float]) -> State:
@@ -43,7 +43,7 @@ def test_healthy_errors_stay_in_range(spread: float) -> None:
 def test_a_destroyed_policy_is_out_of_range_for_good(lost: float) -> None:
     state = watched([0.1, 0.12, 0.09, 0.11, 0.1, 0.13, 0.1, 0.09, 0.1, *[lost] * 200])
     assert state.sound == 8 and state.diverged, "the tenth error is that of the policy after nine updates"
-    assert largest_in_range(state.errors) == pytest.approx(0.4, rel=0.3) and len(state.errors) > FEW
+    assert largest_in_range(state.errors) == pytest.approx(0.4, rel=0.3)
     state.update += 1
     assert state.watch(0.1) and not state.diverged and state.sound == 209
 
@@ -51,8 +51,8 @@ def test_a_destroyed_policy_is_out_of_range_for_good(lost: float) -> None:
 def test_the_checkpoint_from_before_stays_and_a_run_begins_from_it(
         settings: Callable[..., dict[str, Any]], train: Callable[..., Path], tmp_path: Path,
         capsys: pytest.CaptureFixture[str]) -> None:
-    """Three updates at 1e-4, then 1.0."""
-    steps = {"lr_range_test_min_lr": 1e-4, "lr_range_test_step_size": 3, "lr_range_test_step_rate": 1e4,
+    """Three updates at 1e-4, then 100."""
+    steps = {"lr_range_test_min_lr": 1e-4, "lr_range_test_step_size": 3, "lr_range_test_step_rate": 1e6,
              "lr_range_test_staircase": True}
     raw = settings(**{"scheduler": {"type": "LRRangeTest", "params": steps}, "seppo.method": "sft", "seppo.iterations": 7,
                       "seppo.updates_per_iteration": 1, "seppo.checkpoint.keep_last": 1})
