@@ -16,10 +16,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, metavar="N", help="play this case of the seed alone")
-    parser.add_argument("--only", choices=[*KINDS], metavar="FAULT", help=f"this fault alone: {'; '.join(KINDS)}")
+    parser.add_argument("--only", nargs="+", choices=[*KINDS], default=[*KINDS], metavar="FAULT",
+                        help=f"these faults alone: {'; '.join(KINDS)}")
     arguments = parser.parse_args()
     alone = {} if arguments.case is None else {"first": arguments.case, "cases": 1}
-    tally = play_for(60 * arguments.minutes, arguments.seed, only=arguments.only, **alone)
+    tally = play_for(60 * arguments.minutes, arguments.seed, arguments.only, **alone)
     print(f"\n{tally.table()}\n")
     for wrong in tally.wrong:
         print(wrong)

@@ -4,7 +4,7 @@ import json
 import math
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from faults.damage import checkpoints, damage, files_in, one_line
 from faults.runs import Run, Wrong, files_of, said
 
 WENT_ON, REFUSED, MISSED = "went on", "refused", "missed"  # missed: the run was done before it came
+ALONE = "one rank killed"  # needs two
 Fault = Callable[[Run], str]
 
 # Where a strike comes: functions, how often each is called at most, and for how many seconds it may go on.
@@ -193,7 +194,7 @@ def expect(holds: bool, what: str, result: Result) -> None:
 KINDS: dict[str, tuple[Fault, int]] = {  # and how often, relative to the others
     **{f"SIGKILL: {area}": (partial(killed, area=area), 2) for area in AREAS},
     "SIGTERM or SIGINT": (stopped, 7),
-    "one rank killed": (one_rank_killed, 5),
+    ALONE: (one_rank_killed, 5),
     "full disk": (full_disk, 4),
     "damaged: the newest checkpoint": (damaged_checkpoint, 4),
     "damaged: every checkpoint": (damaged_checkpoints, 2),
@@ -205,7 +206,7 @@ KINDS: dict[str, tuple[Fault, int]] = {  # and how often, relative to the others
 }
 
 
-def choose(dice: random.Random, ranks: int) -> str:
-    """The name of a fault that can be done to so many ranks."""
-    names = [name for name in KINDS if ranks > 1 or KINDS[name][0] is not one_rank_killed]
+def choose(dice: random.Random, ranks: int, among: Sequence[str]) -> str:
+    """The name of one of these faults that can be done to so many ranks."""
+    names = [name for name in among if ranks > 1 or name != ALONE]
     return dice.choices(names, [KINDS[name][1] for name in names])[0]

@@ -4,12 +4,13 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from forked import Forks
 
-from faults.kinds import KINDS, MISSED, REFUSED, choose
+from faults.kinds import ALONE, KINDS, MISSED, REFUSED, choose
 from faults.runs import CONFIGURATIONS, Bench, Run, Wrong
 
 
@@ -76,14 +77,14 @@ def play(run: Run, kinds: list[str], tally: Tally) -> str | None:
     return wrong
 
 
-def case(bench: Bench, seed: int, number: int, tally: Tally, only: str | None = None) -> None:
+def case(bench: Bench, seed: int, number: int, tally: Tally, among: Sequence[str]) -> None:
     """The case of this number, chosen by the seed; its folder stays where something went wrong."""
     dice = random.Random(f"{seed}/{number}")
     name = dice.choice([*CONFIGURATIONS])
-    ranks = 2 if only == "one rank killed" else dice.choice(CONFIGURATIONS[name][0])
+    ranks = 2 if {*among} == {ALONE} else dice.choice(CONFIGURATIONS[name][0])
     folder = Path(bench.folder) / f"case {number}"
     run = bench.run(name, ranks, folder, dice.random() < 0.3, dice)
-    kinds = [only] if only else [choose(dice, ranks) for _ in range(dice.randint(1, 3))]
+    kinds = [choose(dice, ranks, among) for _ in range(dice.randint(1, 3))]
     title = f"case {number}: {name}, {ranks} rank{'s' * (ranks > 1)}: {', '.join(kinds)}"
     wrong = play(run, kinds, tally)
     print(f"{title}: {'WRONG' if wrong else 'right'}", flush=True)
@@ -95,14 +96,14 @@ def case(bench: Bench, seed: int, number: int, tally: Tally, only: str | None = 
         shutil.rmtree(folder)
 
 
-def play_for(seconds: float, seed: int, first: int = 1, only: str | None = None, cases: int | None = None) -> Tally:
-    """The tally of all cases that begin within the time (or of so many)."""
+def play_for(seconds: float, seed: int, among: Sequence[str] = (*KINDS,), first: int = 1, cases: int | None = None) -> Tally:
+    """The tally of all cases that begin within the time (or of so many), of these faults."""
     tally, forks = Tally(), Forks()
     try:
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             bench, end, number = Bench(Path(folder), forks), time.monotonic() + seconds, first
             while time.monotonic() < end and (cases is None or number < first + cases):
-                case(bench, seed, number, tally, only)
+                case(bench, seed, number, tally, among)
                 number += 1
     finally:
         forks.close()
