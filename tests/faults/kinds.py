@@ -18,28 +18,31 @@ WENT_ON, REFUSED, MISSED = "went on", "refused", "missed"  # missed: the run was
 ALONE = "one rank killed"  # needs two
 Fault = Callable[[Run], str]
 
-# Where a strike comes: functions, how often each is called at most, and for how many seconds it may go on.
-AREAS: dict[str, tuple[tuple[str, int, float], ...]] = {
-    "the cache": (("seppo_fast.data.cache:write_part", 1, 0.4), ("seppo_fast.data.cache:encode_prompts", 1, 0.3)),
-    "sampling": (("seppo_fast.reference.sampler:Sampler.draw", 10, 0.1),),
-    "an update": (("seppo_fast.training.objective:Objective.__call__", 8, 0.1),),
-    "the metrics": (("seppo_fast.training.reporter:Reporter.update", 4, 0.01),),
-    "a past policy": (("seppo_fast.reference.pool:Pool.add", 3, 0.1),),
-    "a checkpoint": (("seppo_fast.training.checkpoint:save", 4, 0.3),),
-    "a grid": (("seppo_fast.training.samples:Grids.write", 3, 0.2),),
-    "the export": (("seppo_fast.training.run:export", 1, 0.3),),
-    "an fsync or a rename": (("os:fsync", 120, 0.0), ("os:replace", 20, 0.0), ("os:rename", 5, 0.0)),
-    "any time": (("", 1, 0.0),),
+# Where a strike comes: functions, how often each is called in an update (0: once a run), and how many seconds it takes, about.
+AREAS: dict[str, tuple[tuple[str, float, float], ...]] = {
+    "the cache": (("seppo_fast.data.cache:write_part", 0, 0.4), ("seppo_fast.data.cache:encode_prompts", 0, 0.3)),
+    "sampling": (("seppo_fast.reference.sampler:Sampler.draw", 2, 0.1),),
+    "an update": (("seppo_fast.training.objective:Objective.__call__", 2, 0.1),),
+    "the metrics": (("seppo_fast.training.reporter:Reporter.update", 1, 0.01),),
+    "a past policy": (("seppo_fast.reference.pool:Pool.add", 0.5, 0.1),),
+    "a checkpoint": (("seppo_fast.training.checkpoint:save", 1, 0.3),),
+    "a grid": (("seppo_fast.training.samples:Grids.write", 0.5, 0.2),),
+    "the export": (("seppo_fast.training.run:export", 0, 0.3),),
+    "an fsync or a rename": (("os:fsync", 12, 0.0), ("os:replace", 1, 0.0), ("os:rename", 1, 0.0)),
+    "any time": (("", 0, 0.0),),
 }
+OF_RANK_0 = ("a grid", "an fsync or a rename")
 AFTER_THE_FIRST = Strike("seppo_fast.training.trainer:Trainer.report", 2)
 
 
 def strike(run: Run, area: str, signum: int, rank: int = 0, alone: bool = False) -> Strike:
-    """A signal somewhere in an area: the earlier calls are the likelier ones, since a resumed run has fewer of them."""
-    function, most, seconds = run.dice.choice(AREAS[area])
+    """A signal somewhere in an area, in one of the updates that are left; one at the cache makes a new one necessary."""
+    function, often, seconds = run.dice.choice(AREAS[area])
     later = run.dice.uniform(0.2, run.plain.seconds) if not function else run.dice.choice((0.0, run.dice.uniform(0.0, seconds)))
-    number = run.dice.randint(1, run.dice.randint(1, most))
-    return Strike(function, number, signum, run.dice.random() < 0.3, rank, alone, later)
+    number = run.dice.randint(1, max(1, int(often * run.updates_left)))
+    if area == "the cache":
+        run.start_new_cache()
+    return Strike(function, number, signum, run.dice.random() < 0.3, 0 if area in OF_RANK_0 else rank, alone, later)
 
 
 def killed(run: Run, area: str) -> str:
@@ -65,18 +68,20 @@ def stopped(run: Run) -> str:
 
 def one_rank_killed(run: Run) -> str:
     """SIGKILL to one rank alone: the others must notice."""
-    rank = run.dice.randrange(run.ranks)
-    result = run.resume(strike=strike(run, run.dice.choice([*AREAS]), signal.SIGKILL, rank, alone=True))
+    blow = strike(run, run.dice.choice([*AREAS]), signal.SIGKILL, run.dice.randrange(run.ranks), alone=True)
+    result = run.resume(strike=blow)
     if result.struck is None:
         return finished(result)
     run.waited(result.struck, result)
-    expect(min(status for other, status in enumerate(result.statuses) if other != rank) >= 0, "the others did not end", result)
+    expect(min(status for other, status in enumerate(result.statuses) if other != blow.rank) >= 0, "the others did not end", result)
     expect("Traceback" not in result.output, "no clear end", result)
     return WENT_ON
 
 
 def full_disk(run: Run) -> str:
     """No file may become larger than some size."""
+    if run.dice.random() < 0.3:
+        run.start_new_cache()
     result = run.resume(file_limit=int(math.exp(run.dice.uniform(math.log(3e4), math.log(4e6)))))
     if not any(result.statuses):
         return finished(result)
@@ -148,8 +153,8 @@ def two_in_one_folder(run: Run) -> str:
 
 def two_on_one_cache(run: Run) -> str:
     """Two runs in folders of their own make the same cache: both come to their ends."""
-    cache, folder = run.folder.parent / "another cache", run.folder.parent / "beside"
-    run.raw["seppo"]["data"]["cache_dir"] = str(cache)
+    folder = run.folder.with_name("beside")
+    run.start_new_cache()
     beside = replace(run, raw=json.loads(json.dumps(run.raw)))
     beside.raw["seppo"]["output_dir"] = str(folder)
     for result in run.forks.run_both(run.raw, beside.raw, "--resume", "auto", ranks=run.ranks, apart=apart(run)):

@@ -83,7 +83,7 @@ def case(bench: Bench, seed: int, number: int, tally: Tally, among: Sequence[str
     name = dice.choice([*CONFIGURATIONS])
     ranks = 2 if {*among} == {ALONE} else dice.choice(CONFIGURATIONS[name][0])
     folder = Path(bench.folder) / f"case {number}"
-    run = bench.run(name, ranks, folder, dice.random() < 0.3, dice)
+    run = bench.run(name, ranks, folder, dice)
     kinds = [choose(dice, ranks, among) for _ in range(dice.randint(1, 3))]
     title = f"case {number}: {name}, {ranks} rank{'s' * (ranks > 1)}: {', '.join(kinds)}"
     wrong = play(run, kinds, tally)

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from conftest import make_demonstrations
 from forked import Forks, Result
 from tiny import NARROW, tiny_sd
 
+from faults.damage import checkpoints
+
+UPDATES = 4
 LONGEST = 60  # seconds that nobody may wait for, after whatever happened
 TIMEOUT = 240  # of a run that goes on, seconds; a busy machine needs some
 
@@ -53,7 +57,7 @@ class Bench:
         changes = dict(CONFIGURATIONS[name][1])
         ours = {
             "model": {"path": str(self._model), **changes.pop("model", {})}, "output_dir": str(run),
-            "iterations": 2, "updates_per_iteration": 2, "checkpoint": {"every": 1},
+            "iterations": 2, "updates_per_iteration": UPDATES // 2, "checkpoint": {"every": 1},
             "data": {"source": str(self._data), "resolution": 16, "cache_dir": str(cache)},
             "sampler": {"steps": 3, "batch_size": 4 // ranks, "guidance_scale": 2.0, **changes.pop("sampler", {})},
             "samples": {"every": 2, "prompts": ["a handwritten one", "a red cat"]},
@@ -73,11 +77,10 @@ class Bench:
             self._plain[name, ranks] = Plain(files_of(folder), rows_of(folder), result.ended - result.started)
         return self._plain[name, ranks]
 
-    def run(self, name: str, ranks: int, folder: Path, fresh_cache: bool, dice: random.Random) -> "Run":
-        """A new run with a cache of its own: empty, or a copy of the plain runs'."""
+    def run(self, name: str, ranks: int, folder: Path, dice: random.Random) -> "Run":
+        """A new run with a cache of its own, a copy of the plain runs'."""
         plain = self.plain(name, ranks)
-        if not fresh_cache:
-            shutil.copytree(self.folder / "cache", folder / "cache")
+        shutil.copytree(self.folder / "cache", folder / "cache")
         return Run(self.forks, self.settings(name, ranks, folder / "run", folder / "cache"), ranks, plain, dice)
 
 
@@ -101,6 +104,17 @@ class Run:
     def cache(self) -> Path:
         """The folder of all caches of this run."""
         return Path(self.raw["seppo"]["data"]["cache_dir"])
+
+    @property
+    def updates_left(self) -> int:
+        """How many updates a resumed run has before it."""
+        kept = checkpoints(self.folder)
+        return UPDATES - int(kept[-1].name.split("_")[1]) if kept else UPDATES
+
+    def start_new_cache(self) -> None:
+        """From now on another, empty cache."""
+        data = self.raw["seppo"]["data"]
+        data["cache_dir"] = tempfile.mkdtemp(prefix="cache-", dir=self.folder.parent)
 
     def resume(self, **fault: Any) -> Result:
         """Train from where the run is; `fault` as for `Forks.run`."""
