@@ -62,7 +62,9 @@ def stopped(run: Run) -> str:
         return finished(result)
     run.waited(result.struck, result)
     expect("Traceback" not in result.output and min(result.statuses) >= 0, "no clean stop", result)
-    expect(any(word in result.output for word in ("stopped by", "done: the trained model")), "nothing says what happened", result)
+    done = "done: the trained model" in result.output
+    expect(done or "stopped by" in result.output, "nothing says what happened", result)
+    expect(done or signum == signal.SIGTERM or 130 in result.statuses, "SIGINT without status 130", result)
     return WENT_ON
 
 
