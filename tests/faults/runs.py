@@ -144,7 +144,7 @@ def difference(folder: Path, plain: Plain) -> str | None:
         return f"other bytes, or no file, in {', '.join(differing)}"
     if rows != plain.rows:
         return f"metrics.jsonl has rows of updates {[row['update'] for row in rows]}, or other values"
-    left = [str(path) for path in folder.rglob("*.tmp*")]
+    left = [str(path) for path in folder.rglob("*") if path.name.startswith(".") or ".tmp" in path.name]
     return f"left behind: {', '.join(left)}" if left else None
 
 
