@@ -46,7 +46,7 @@ def strike(run: Run, area: str, signum: int, rank: int = 0, alone: bool = False)
 
 
 def killed(run: Run, area: str) -> str:
-    """SIGKILL to all ranks, as when the machine goes down."""
+    """SIGKILL to all ranks at once."""
     result = run.resume(strike=strike(run, area, signal.SIGKILL))
     if result.struck is None:
         return finished(result)
@@ -96,7 +96,7 @@ def damaged_checkpoint(run: Run) -> str:
     if not prepared(run):
         return MISSED
     newest = checkpoints(run.folder)[-1]
-    return damaged(run, [run.dice.choice(files_in(newest))], may=(WENT_ON,), says=newest.name)
+    return damaged(run, [run.dice.choice(files_in(newest))], may=(WENT_ON,), says=f"{newest}: ")
 
 
 def damaged_checkpoints(run: Run) -> str:
