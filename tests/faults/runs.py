@@ -40,6 +40,7 @@ class Plain:
 
     files: dict[str, bytes]
     rows: list[dict[str, Any]]
+    steps: dict[str, list[str]]
     seconds: float
 
 
@@ -63,8 +64,10 @@ class Bench:
             "samples": {"every": 2, "prompts": ["a handwritten one", "a red cat"]},
             **{key: changes.pop(key) for key in ("caption_dropout", "reference_score") if key in changes},
         }
+        monitor = {"enabled": True, "output_path": str(run / "monitor"), "job_name": "csv"}
         return {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4 // ranks, "gradient_clipping": 1.0,
-                "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}, "seppo": ours, **changes}
+                "csv_monitor": monitor, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+                "seppo": ours, **changes}
 
     def plain(self, name: str, ranks: int) -> Plain:
         """The run to which nothing happens, made once; its cache is the first one that there is."""
@@ -74,7 +77,7 @@ class Bench:
             result = self.forks.run(raw, ranks=ranks, timeout=TIMEOUT)
             if any(result.statuses):
                 raise Wrong(f"the plain run of {name} on {ranks}: {result.statuses}\n{result.output}")
-            self._plain[name, ranks] = Plain(files_of(folder), rows_of(folder), result.ended - result.started)
+            self._plain[name, ranks] = Plain(files_of(folder), rows_of(folder), steps_of(folder), result.ended - result.started)
         return self._plain[name, ranks]
 
     def run(self, name: str, ranks: int, folder: Path, dice: random.Random) -> "Run":
@@ -144,6 +147,8 @@ def difference(folder: Path, plain: Plain) -> str | None:
         return f"other bytes, or no file, in {', '.join(differing)}"
     if rows != plain.rows:
         return f"metrics.jsonl has rows of updates {[row['update'] for row in rows]}, or other values"
+    if (steps := steps_of(folder)) != plain.steps:
+        return f"csv_monitor's files have the steps {steps}"
     left = [str(path) for path in folder.rglob("*") if path.name.startswith(".") or ".tmp" in path.name]
     return f"left behind: {', '.join(left)}" if left else None
 
@@ -159,6 +164,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     clock = ("seconds", "pairs_per_s", "peak_memory")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
+
+
+def steps_of(folder: Path) -> dict[str, list[str]]:
+    """By file of csv_monitor: the header's and the steps' column; the values may depend on the clock."""
+    return {file.name: [line.split(",")[0] for line in file.read_text().splitlines()] for file in folder.rglob("*.csv")}
 
 
 def said(result: Result) -> str:
