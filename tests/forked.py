@@ -3,6 +3,7 @@
 `Forks().run(raw, ...)` calls train.py's `main()` in fresh processes with the environment that DeepSpeed's launcher makes, a
 process group a run. `strike` makes rank `rank` send a signal at an exact place: at the `number`-th call of `function`, before
 or after it. SIGKILL goes to the whole group, as when a machine goes down; anything else to that rank alone.
+`Forks().run_both(raw, ...)` starts the same command twice.
 """
 
 import faulthandler
@@ -10,15 +11,20 @@ import functools
 import gc
 import importlib
 import json
+import mmap
 import os
 import resource
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Strike:
-    """A signal at an exact place; `function` as "package.module:Class.method". `alone`: SIGKILL to this rank only."""
+    """A signal at an exact place; `function` as "package.module:Class.method". `alone`: SIGKILL to this rank only.
+
+    With `seconds` it comes so much later than the place; without a `function`, than the start.
+    """
 
     function: str
     number: int = 1
@@ -36,14 +45,21 @@ class Strike:
     after: bool = False
     rank: int = 0
     alone: bool = False
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Result:
-    """`statuses` by rank: the exit status, or minus the signal that killed it. `output`: all ranks' stdout and stderr."""
+    """`statuses` by rank: the exit status, or minus the signal that killed it. `output`: all ranks' stdout and stderr.
+
+    The times are those of one clock: when the ranks started, when the strike came (None: it did not), when the last one ended.
+    """
 
     statuses: list[int]
     output: str
+    started: float
+    struck: float | None
+    ended: float
 
     @property
     def status(self) -> int:
@@ -67,14 +83,28 @@ class Forks:
 
         `raw` is the configuration, or a shipped file's name; `run_jobs` takes a list.
         """
-        config = raw if isinstance(raw, str) else f"{self._folder.name}/config.json"
-        if config is not raw:
-            Path(config).write_text(json.dumps(raw))
-        job = {"arguments": ["--config", config, *arguments], "ranks": ranks, "file_limit": file_limit, "timeout": timeout,
-               "module": module, "strike": strike and asdict(strike)}
-        self._server.stdin.write(json.dumps(job) + "\n")
+        job = {"arguments": ["--config", self._config(raw), *arguments], "ranks": ranks, "file_limit": file_limit,
+               "timeout": timeout, "module": module, "strike": strike and asdict(strike), "delay": 0.0}
+        return self._ask([job])[0]
+
+    def run_both(self, one: dict[str, Any], other: dict[str, Any], *arguments: str, ranks: int = 1, apart: float = 0.0,
+                 timeout: float = 120) -> list[Result]:
+        """Train on two configurations at once, the other one started `apart` seconds after the first."""
+        job = {"ranks": ranks, "file_limit": None, "timeout": timeout, "module": "seppo_fast.train", "strike": None}
+        return self._ask([job | {"arguments": ["--config", self._config(raw, number), *arguments], "delay": number * apart}
+                          for number, raw in enumerate((one, other))])
+
+    def _config(self, raw: dict[str, Any] | list[dict[str, Any]] | str, number: int = 0) -> str:
+        if isinstance(raw, str):
+            return raw
+        file = Path(self._folder.name) / f"config{number}.json"
+        file.write_text(json.dumps(raw))
+        return str(file)
+
+    def _ask(self, jobs: list[dict[str, Any]]) -> list[Result]:
+        self._server.stdin.write(json.dumps(jobs) + "\n")
         self._server.stdin.flush()
-        return Result(**json.loads(self._server.stdout.readline()))
+        return [Result(**result) for result in json.loads(self._server.stdout.readline())]
 
     def close(self) -> None:
         """End the server."""
@@ -84,7 +114,7 @@ class Forks:
 
 
 def serve() -> None:
-    """One JSON job a line on stdin, one JSON result a line on stdout."""
+    """A JSON list of jobs a line on stdin, the list of their results a line on stdout."""
     sys.path[0], here = str(ROOT), sys.path[0]
     sys.path.append(here)
     answers = os.fdopen(os.dup(1), "w")
@@ -102,47 +132,63 @@ def serve() -> None:
     gc.collect()
     gc.freeze()  # what the ranks share need not be searched by every collection of theirs, nor copied for it
     for line in sys.stdin:
-        answers.write(json.dumps(run_job(json.loads(line))) + "\n")
+        answers.write(json.dumps(run_jobs(json.loads(line))) + "\n")
         answers.flush()
 
 
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Fork the ranks, wait for them, gather what they wrote."""
-    with tempfile.TemporaryFile() as output, socket.socket() as probe:
+def run_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fork all jobs' ranks, wait for them, gather what they wrote."""
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in jobs]
+        strikes = [stack.enter_context(mmap.mmap(-1, 8)) for _ in jobs]  # shared with the ranks: when the strike came
+        start = time.monotonic()
+        groups = [fork_ranks(job, output.fileno(), struck) for job, output, struck in zip(jobs, outputs, strikes, strict=True)]
+        ends = wait(groups, max(job["timeout"] for job in jobs))
+        results = []
+        for job, group, output, struck in zip(jobs, groups, outputs, strikes, strict=True):
+            output.seek(0)
+            results.append({"statuses": [ends[child][0] for child in group], "output": output.read().decode(errors="replace"),
+                            "started": start + job["delay"], "struck": struct.unpack("d", struck[:])[0] or None,
+                            "ended": max(ends[child][1] for child in group)})
+        return results
+
+
+def fork_ranks(job: dict[str, Any], output: int, struck: mmap.mmap) -> list[int]:
+    """The process ids of a job's ranks."""
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-        probe.close()
-        children: list[int] = []
-        for rank in range(job["ranks"]):
-            child = os.fork()
-            if child == 0:
-                os.setpgid(0, children[0] if children else 0)
-                be_rank(rank, port, output.fileno(), job)
-            os.setpgid(child, children[0] if children else child)
-            children.append(child)
-        statuses = wait(children, job["timeout"])
-        output.seek(0)
-        return {"statuses": statuses, "output": output.read().decode(errors="replace")}
+    children: list[int] = []
+    for rank in range(job["ranks"]):
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, children[0] if children else 0)
+            be_rank(rank, port, output, job, struck)
+        os.setpgid(child, children[0] if children else child)
+        children.append(child)
+    return children
 
 
-def wait(children: list[int], timeout: float) -> list[int]:
-    """Exit statuses; who is still there at the end of `timeout` seconds is killed (status -9)."""
-    statuses: dict[int, int] = {}
+def wait(groups: list[list[int]], timeout: float) -> dict[int, tuple[int, float]]:
+    """By process: exit status, and when it ended; who is still there at the end of `timeout` seconds is killed (status -9)."""
+    ends: dict[int, tuple[int, float]] = {}
     end = time.monotonic() + timeout
-    watched = {os.pidfd_open(child): child for child in children}
+    watched = {os.pidfd_open(child): child for group in groups for child in group}
     while watched:
         ready, _, _ = select.select(list(watched), [], [], max(0.0, end - time.monotonic()))
         if not ready:
-            os.killpg(children[0], signal.SIGKILL)
+            for group in groups:
+                if any(child not in ends for child in group):
+                    os.killpg(group[0], signal.SIGKILL)
             end = time.monotonic() + 10
         for descriptor in ready:
             child = watched.pop(descriptor)
             os.close(descriptor)
-            statuses[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return [statuses[child] for child in children]
+            ends[child] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), time.monotonic()
+    return ends
 
 
-def be_rank(rank: int, port: int, output: int, job: dict[str, Any]) -> None:
+def be_rank(rank: int, port: int, output: int, job: dict[str, Any], struck: mmap.mmap) -> None:
     """In the forked process: become a rank and never return."""
     status = 1
     try:
@@ -151,45 +197,58 @@ def be_rank(rank: int, port: int, output: int, job: dict[str, Any]) -> None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_SIZE=str(job["ranks"]),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         faulthandler.dump_traceback_later(job["timeout"] - 2)  # where it hangs, if it does
+        time.sleep(job["delay"])
         sys.argv = ["seppo_fast/train.py", f"--local_rank={rank}", *job["arguments"]]
         if job["file_limit"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
         if job["strike"] and job["strike"]["rank"] == rank:
-            arm(Strike(**job["strike"]))
+            arm(Strike(**job["strike"]), struck)
         status = importlib.import_module(job["module"]).main()
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def arm(strike: Strike) -> None:
+def arm(strike: Strike, struck: mmap.mmap) -> None:
     """Put the signal in the way of the function."""
+    def fire() -> None:
+        struck[:] = struct.pack("d", time.monotonic())
+        if strike.signum == signal.SIGKILL and not strike.alone:
+            os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), strike.signum)
+
+    def reached() -> None:
+        if not strike.seconds:
+            return fire()
+        timer = threading.Timer(strike.seconds, fire)
+        timer.daemon = True
+        timer.start()
+
+    if not strike.function:
+        return reached()
     module, _, path = strike.function.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     original = getattr(owner, name)
     calls = 0
 
-    def fire() -> None:
-        if strike.signum == signal.SIGKILL and not strike.alone:
-            os.killpg(0, signal.SIGKILL)
-        os.kill(os.getpid(), strike.signum)
-
     @functools.wraps(original)
-    def struck(*args: Any, **kwargs: Any) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == strike.number and not strike.after:
-            fire()
+            reached()
         result = original(*args, **kwargs)
         if calls == strike.number and strike.after:
-            fire()
+            reached()
         return result
 
-    setattr(owner, name, struck)
+    setattr(owner, name, called)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def _prepare(path: Path, identity: Path, resume: str | None) -> None:
         raise UserError(f"seppo.output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
     for leftover in [path / ".final.tmp", path / ".best.tmp", *(path / "checkpoints").glob(".update_*.tmp")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in [*path.glob(f"{TEMPORARY}*"), *(path / "samples").glob(f"{TEMPORARY}*")]:
+    for leftover in [*path.glob(f"{TEMPORARY}*"), *path.glob(".*.jsonl.*.tmp"), *(path / "samples").glob(f"{TEMPORARY}*")]:
         leftover.unlink(missing_ok=True)
 
 

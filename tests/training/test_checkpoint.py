@@ -232,9 +232,14 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished: dict[str, Any], 
         refused(forks, finished, "holds checkpoints and metrics.jsonl and final but no run.json", resume=resume)
 
 
-def test_resuming_where_there_is_nothing_starts_at_update_0(settings: Callable[..., dict[str, Any]], forks: Forks) -> None:
+def test_resuming_where_there_is_nothing_starts_at_update_0(settings: Callable[..., dict[str, Any]], forks: Forks,
+                                                            tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    left = tmp_path / "run" / ".skipped.jsonl.e1e3bc17.tmp"  # by a kill while the list was written
+    left.touch()
     result = forks.run(settings(**{"seppo.iterations": 1, "seppo.updates_per_iteration": 1}), "--resume", "auto")
     assert result.status == 0 and "has no complete checkpoint: starting at update 0" in result.output
+    assert not left.exists()
 
 
 def test_a_past_policy_that_is_missing_or_torn(finished: dict[str, Any], forks: Forks) -> None:
