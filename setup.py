@@ -5,6 +5,7 @@ torch installed and `pip install --no-build-isolation`. SEPPO_FAST_BUILD=cpu|cud
 `cuda` (which includes the CPU) fail where they cannot be built; by default what cannot be built is a warning.
 """
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -20,6 +21,7 @@ try:
 except ImportError:  # setuptools < 70.1
     from wheel.bdist_wheel import bdist_wheel
 
+ROOT = Path(__file__).resolve().parent
 HEADERS = ["csrc/pair_loss.h", "csrc/tensors.h"]
 TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # No -march and no -ffast-math: cpu.cpp picks its instructions at run time, and NaN must stay NaN.
@@ -60,13 +62,20 @@ def nvcc() -> str:
     return found
 
 
+def cuda_sources() -> str:
+    """A sum, in hexadecimal, of what _cuda.so is built from: its build id, by which tests know a library of these sources."""
+    files = [(ROOT / file).read_bytes() for file in ("csrc/cuda.cu", *HEADERS)]
+    return hashlib.sha256(b"\0".join([*files, " ".join(CUDA_FLAGS).encode()])).hexdigest()
+
+
 def command(name: str, output: str) -> list[str]:
     torch = torch_folder()
     if name == "_cpu":
         return [*cxx().split(), *CPU_FLAGS, "-isystem", str(torch / "include"), "csrc/cpu.cpp", "-o", output,
                 f"-L{torch / 'lib'}", *LINK]
     return [nvcc(), "-ccbin", cxx(), *CUDA_FLAGS, "-isystem", str(torch / "include"), "csrc/cuda.cu", "-o", output,
-            f"-L{torch / 'lib'}", *(f"-Xlinker={flag.removeprefix('-Wl,')}" for flag in LINK[:1]), *LINK[1:]]
+            f"-L{torch / 'lib'}", f"-Xlinker=--build-id=0x{cuda_sources()}",
+            *(f"-Xlinker={flag.removeprefix('-Wl,')}" for flag in LINK[:1]), *LINK[1:]]
 
 
 class BuildLibraries(build_ext):
@@ -114,10 +123,11 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[
-        Extension("seppo_fast._cpu", ["csrc/cpu.cpp"], depends=[*HEADERS, "csrc/cpu_kernels.h"], optional=True),
-        Extension("seppo_fast._cuda", ["csrc/cuda.cu"], depends=HEADERS, optional=True),
-    ],
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension("seppo_fast._cpu", ["csrc/cpu.cpp"], depends=[*HEADERS, "csrc/cpu_kernels.h"], optional=True),
+            Extension("seppo_fast._cuda", ["csrc/cuda.cu"], depends=HEADERS, optional=True),
+        ],
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
+    )
