@@ -272,11 +272,12 @@ class Trainer:
 
     def watch(self, table: Tensor) -> None:
         """See whether the policy's error on the winners is in its range; remove the checkpoint that was kept until it was."""
-        before, error = self.state.diverged, table[:, 0].double().mean().item()
+        error, sound = table[:, 0].double().mean().item(), self.state.sound
+        known = sound is not None and sound < self.state.update - 2  # by the update before this one
         if self.state.watch(error):
             if self.unproven is not None and self.unproven <= self.state.sound:
                 self.remove_old_checkpoints()
-        elif not before and math.isfinite(error):
+        elif not known and math.isfinite(error):
             good = checkpoint.last_sound(self.folder / "checkpoints", self.state)
             self.reporter.say(f"update {self.state.update}: the error on the winners, {error:.4g}, left its range (up to"
                               f" {largest_in_range(self.state.errors):.4g}); is the learning rate too high? The newest"
