@@ -13,8 +13,10 @@ import torch
 from outcomes import Weights, apart, column, identical, rows, unet_of, weights
 from safetensors.torch import load_file, save_file
 
+from seppo_fast.checksums import Hashing
 from seppo_fast.data.latents import LatentCache
 from seppo_fast.data.order import Order
+from seppo_fast.data.stamps import declare, read_stamp
 from seppo_fast.errors import UserError
 
 MODES: dict[str, dict[str, Any]] = {
@@ -44,7 +46,10 @@ def poison(settings: Callable[..., dict[str, Any]], train: Callable[..., Path], 
         needle = LatentCache(folder).rows([BAD_ROW]).mean.half().numpy().tobytes()
         holders = [file for file in (folder / "latents").glob("*.arrow") if needle in file.read_bytes()]
         assert len(holders) == 1
-        holders[0].write_bytes(holders[0].read_bytes().replace(needle, b"\xff" * len(needle)))
+        stamp, damaged = read_stamp(holders[0]), holders[0].read_bytes().replace(needle, b"\xff" * len(needle))
+        with holders[0].open("wb") as file:
+            (hashing := Hashing(file)).write(damaged)
+        declare(holders[0], hashing, stamp)  # or it would be made anew
         assert LatentCache(folder).rows([BAD_ROW]).mean.isnan().all()
     return changes
 
