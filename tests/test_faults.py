@@ -24,7 +24,8 @@ def test_what_faults_leave_comes_to_the_same_end(bench: Bench, tmp_path: Path) -
              "damaged: the newest checkpoint"]
     tally = Tally()
     run = bench.run("fp32", 1, tmp_path / "case", random.Random(14))
-    assert play(run, kinds, tally) is None
+    wrong = play(run, kinds, tally)
+    assert wrong is None, wrong
     assert {kind: (row.equal, row.refused) for kind, row in tally.rows.items()} == dict.fromkeys(kinds, (1, 0)) | {kinds[2]: (0, 1)}
 
 

@@ -159,6 +159,7 @@ def two_on_one_cache(run: Run) -> str:
     run.start_new_cache()
     beside = replace(run, raw=json.loads(json.dumps(run.raw)))
     beside.raw["seppo"]["output_dir"] = str(folder)
+    beside.raw["csv_monitor"]["output_path"] = str(folder / "monitor")
     for result in run.forks.run_both(run.raw, beside.raw, "--resume", "auto", ranks=run.ranks, apart=apart(run)):
         expect(not any(result.statuses), "a run did not come to its end beside another one", result)
     expect(files_of(folder) == run.plain.files, "the run beside ended with other bytes", result)

@@ -154,9 +154,9 @@ def difference(folder: Path, plain: Plain) -> str | None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """By name, what must repeat to the byte: the trained model, the past policies, the grids."""
+    """By name, what must repeat to the byte: model, past policies, grids. The card names the folder of the monitor."""
     files = [file for part in ("final", "pool", "samples") for file in (folder / part).rglob("*") if file.is_file()]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    return {str(file.relative_to(folder)): file.read_bytes().replace(bytes(folder), b"run") for file in files}
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
