@@ -238,14 +238,13 @@ def test_the_launcher_prints_the_first_cause_once_and_does_not_hang(settings: Ca
 
 def test_an_error_of_ours_is_shown_with_its_traceback_once(settings: Callable[..., dict[str, Any]], forks: Forks,
                                                            tmp_path: Path) -> None:
-    """What nobody foresaw, here a cached latent file damaged after it was declared finished, on both ranks."""
-    raw = settings(**{"seppo.data.cache_dir": str(tmp_path / "cache")})
-    assert forks.run(raw, ranks=2).statuses == [0, 0]
-    (shard,) = sorted((tmp_path / "cache").glob("*/*/*.arrow"), key=lambda file: file.stat().st_size)[-1:]
-    shard.write_bytes(bytes(shard.stat().st_size))
-    raw["seppo"]["output_dir"] = str(tmp_path / "again")
+    """What nobody foresaw, here a file where the folder of sample grids should be."""
+    raw = settings(**{"seppo.samples.every": 1})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples").write_text("mine")
     result = forks.run(raw, ranks=2)
     assert 0 not in result.statuses and result.output.count("seppo_fast: ") == 1, result.output[-3000:]
+    assert result.output.count("Traceback") == 1 and (tmp_path / "run" / "samples").read_text() == "mine"
 
 
 def test_help_names_every_argument(forks: Forks) -> None:

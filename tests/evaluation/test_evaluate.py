@@ -150,7 +150,7 @@ def test_bad_arguments_are_named(run: Any, tmp_path: Path, more: tuple[str, ...]
         run(tmp_path / "out", *more)
 
 
-@pytest.mark.parametrize(("size", "side"), [(8, 8), ([8, 8], 8), ([8, 16], None), (None, None), ("8", None)])
+@pytest.mark.parametrize(("size", "side"), [(8, 8), ([8, 8], 8), ([8, 16], None), (None, None)])
 def test_the_size_of_samples_is_the_networks_own_or_has_to_be_given(tmp_path: Path, size: Any, side: int | None) -> None:
     file = tiny_sd(tmp_path / "sd") / "unet" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": size}))
@@ -162,3 +162,10 @@ def test_the_size_of_samples_is_the_networks_own_or_has_to_be_given(tmp_path: Pa
             latent_shape(model, drawing)
     else:
         assert latent_shape(model, drawing)[-2:] == (side, side)
+
+
+def test_a_size_that_is_text_is_damage(tmp_path: Path) -> None:
+    file = tiny_sd(tmp_path / "sd") / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": "8"}))
+    with pytest.raises(UserError, match="unet/config.json: sample_size is '8', where a whole number or a list"):
+        open_model(str(tmp_path / "sd"))

@@ -42,7 +42,7 @@ VALUES = {
         "beta_start": ("x", 0, -1, 1e308, None, [], 2), "beta_end": ("0.012", 0, 3, math.nan),
         "num_train_timesteps": (0, HUGE, "1000", 0.5),
         "beta_schedule": ("x", 0), "trained_betas": (0.5, [], [0.5], ["x"]), "steps_offset": ("x", HUGE, -1),
-        "timestep_spacing": ("x", 0), "set_alpha_to_one": ("no",), "_class_name": (0, [], "UNet2DModel"),
+        "timestep_spacing": ("x", 0), "set_alpha_to_one": ("no",),
     },
     "tokenizer/tokenizer_config.json": {"model_max_length": (0, -1, "x", [], 0.5), "pad_token": (0, []), "eos_token": (0, {})},
     "model_index.json": {
