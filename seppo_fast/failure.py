@@ -86,13 +86,19 @@ class FirstFailure:
 
 def _launch() -> str:
     """What the ranks of one launch on a machine have in common."""
-    try:
-        started = psutil.Process(os.getppid()).create_time()  # because process ids come back
-    except psutil.Error:  # the first process of a container has no parent
-        started = psutil.boot_time()
+    started = _started(os.getppid())  # because process ids come back
     names = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     environment = [os.environ.get(name, "") for name in names]
     return "-".join(map(str, (os.getppid(), started, *environment))).replace("/", "_")[:200]
+
+
+def _started(pid: int) -> str:
+    """When a process started; on Linux since the boot, for all ranks must say the same though the clock is set meanwhile."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    with suppress(psutil.Error):
+        return str(round(psutil.Process(pid).create_time()))
+    return str(round(psutil.boot_time()))  # the first process of a container has no parent
 
 
 def _clear(folder: Path) -> None:
