@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config, explain_all
 from seppo_fast.errors import UserError
-from seppo_fast.opening import read_object
+from seppo_fast.opening import read_text
+from seppo_fast.strict import parse_json
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training.cost import Cost, Model
 
@@ -52,10 +53,10 @@ def load_rates(path: str | None) -> list[Rate]:
     if path is None:
         return shipped
     try:
-        raw = read_object(Path(path))
-    except UserError as error:
+        raw = parse_json(read_text(Path(path)))
+    except (UserError, ValueError) as error:
         raise UserError(f"--rates {path}: cannot be read: {error}") from error
-    if not isinstance(raw.get("rates"), dict):
+    if not isinstance(raw, dict) or not isinstance(raw.get("rates"), dict):
         raise UserError(f'--rates {path}: no section "rates" in it; such files are written by `python -m benchmarks.throughput`')
     try:
         own = Rate.model_validate(raw["rates"])
