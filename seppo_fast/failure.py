@@ -14,6 +14,7 @@ import psutil
 
 from seppo_fast.disk import NO_ROOM
 from seppo_fast.lock import close, flocked, remove
+from seppo_fast.opening import in_words
 
 PREFIX = f"seppo-fast-{os.getuid()}-"
 LATE = 10  # seconds between the first and the last start of one launch's ranks on a machine
@@ -114,6 +115,8 @@ def explained(error: Exception, then: str = "start again") -> str:
     rank = os.environ.get("RANK", 0)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"no room left on the disk ({error}); free some; {then}"
+    if words := in_words(error):
+        return f"{words} Then {then}"
     if no_threads(error):
         return (f"rank {rank} could not start a thread or process ({error}): there are too many (ulimit -u, or a container's limit"
                 f" of processes). Raise the limit, or lower seppo.data.workers and OMP_NUM_THREADS; {then}")

@@ -84,23 +84,30 @@ def in_words(error: Exception) -> str | None:
     """What a person can do about an error that a path causes, wherever it was raised; None for any other."""
     if not isinstance(error, PermissionError | NotRegular) or error.filename is None:
         return None
-    return str(unreadable(Path(os.fsdecode(error.filename)), error))
+    path = Path(os.fsdecode(error.filename))
+    if isinstance(error, NotRegular):
+        return str(unreadable(path, error))
+    return f"{path} cannot be read or written: {permission(path)}."
 
 
 def permission(path: Path) -> str:
     """Whose file or folder keeps this process from `path`, and what its owner can do."""
     for place in [*reversed(path.absolute().parents), path]:
-        wanted = os.R_OK if place == path else os.X_OK
         try:
             status = os.stat(place)
-            if os.access(place, wanted):
+            if os.access(place, os.R_OK if place == path else os.X_OK):
                 continue
-        except OSError:
+        except OSError:  # it is not there, so it was to be written
             break
         right = "r" if place == path and not stat.S_ISDIR(status.st_mode) else "rx"
-        return (f"permission denied: {place} belongs to {user(status.st_uid)} and has mode {stat.S_IMODE(status.st_mode):04o}, and"
-                f" this runs as {user(os.getuid())}; its owner can `chmod a+{right}` it")
-    return "permission denied"
+        return f"permission denied: {_whose(place, status)}; its owner can `chmod a+{right}` it"
+    place = path if path.exists() else path.absolute().parent
+    return f"permission denied: {_whose(place, os.stat(place))}; to write there, ask its owner, or choose another place"
+
+
+def _whose(place: Path, status: os.stat_result) -> str:
+    return (f"{place} belongs to {user(status.st_uid)} and has mode {stat.S_IMODE(status.st_mode):04o}, and this runs as"
+            f" {user(os.getuid())}")
 
 
 def user(uid: int) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from seppo_fast.configfile import load_config
 from seppo_fast.errors import UserError
+from seppo_fast.failure import explained
 from seppo_fast.opening import MOST_TEXT, expanded, in_words, open_regular, read_object, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +98,8 @@ def test_files_of_another_user(tmp_path: Path) -> None:
                            text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     first, second, third = shown.stdout.splitlines()
     whose = f"belongs to root (0) and has mode %s, and this runs as user {STRANGER}; its owner can `chmod %s` it"
-    assert first == f"{closed} cannot be read: permission denied: {closed} {whose % ('0600', 'a+r')}." == third
+    told = f"permission denied: {closed} {whose % ('0600', 'a+r')}."
+    assert first == f"{closed} cannot be read: {told}" and third == f"{closed} cannot be read or written: {told}"
     assert second == f"{locked} cannot be read: permission denied: {locked.parent} {whose % ('0700', 'a+rx')}."
 
 
@@ -105,6 +107,12 @@ def test_a_home_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert expanded("~no-such-user/model") == Path("~no-such-user/model")
     monkeypatch.setenv("HOME", "/somewhere")
     assert expanded("~/model") == Path("/somewhere/model")
+
+
+def test_a_permission_that_nobody_asked_for_has_no_traceback(tmp_path: Path) -> None:
+    said = explained(PermissionError(13, "Permission denied", str(tmp_path / "samples")), "go on with --resume auto")
+    assert said.startswith(f"{tmp_path / 'samples'} cannot be read or written: permission denied: {tmp_path} belongs to")
+    assert said.endswith("to write there, ask its owner, or choose another place. Then go on with --resume auto")
 
 
 def test_other_errors_are_left_to_others() -> None:
