@@ -101,7 +101,9 @@ def permission(path: Path) -> str:
             break
         right = "r" if place == path and not stat.S_ISDIR(status.st_mode) else "rx"
         return f"permission denied: {_whose(place, status)}; its owner can `chmod a+{right}` it"
-    place = path if path.exists() else path.absolute().parent
+    place = path if os.path.exists(path) else path.absolute().parent
+    if not os.path.exists(place):
+        return "permission denied"
     return f"permission denied: {_whose(place, os.stat(place))}; to write there, ask its owner, or choose another place"
 
 
