@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from seppo_fast.disk import NO_ROOM
-from seppo_fast.lock import close, flocked, remove
+from seppo_fast.lock import close, flocked, remove, started
 from seppo_fast.opening import in_words
 
 PREFIX = f"seppo-fast-{os.getuid()}-"
@@ -87,19 +87,10 @@ class FirstFailure:
 
 def _launch() -> str:
     """What the ranks of one launch on a machine have in common."""
-    started = _started(os.getppid())  # because process ids come back
+    parent = started(os.getppid()) or psutil.boot_time()  # process ids come back; a container's first process has no parent
     names = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     environment = [os.environ.get(name, "") for name in names]
-    return "-".join(map(str, (os.getppid(), started, *environment))).replace("/", "_")[:200]
-
-
-def _started(pid: int) -> str:
-    """When a process started; on Linux since the boot, for all ranks must say the same though the clock is set meanwhile."""
-    with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    with suppress(psutil.Error):
-        return str(round(psutil.Process(pid).create_time()))
-    return str(round(psutil.boot_time()))  # the first process of a container has no parent
+    return "-".join(map(str, (os.getppid(), parent, *environment))).replace("/", "_")[:200]
 
 
 def _clear(folder: Path) -> None:

@@ -25,7 +25,7 @@ class Owner:
 
     host: str
     pid: int
-    started: float
+    started: str
     since: str
 
     def __str__(self) -> str:
@@ -35,12 +35,19 @@ class Owner:
         """Whether the process has ended, as far as this machine can tell."""
         if self.host != socket.gethostname():
             return False
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 5  # the clock may be set meanwhile
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.Error:
-            return False
+        return started(self.pid) != self.started
+
+
+def started(pid: int) -> str | None:
+    """When a process started, which tells it from a later one with the same number; None where there is no such process.
+
+    On Linux it is the time since the boot: another would move when the clock is set.
+    """
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    with suppress(psutil.Error):
+        return str(round(psutil.Process(pid).create_time()))
+    return None
 
 
 class Busy(Exception):
@@ -123,7 +130,7 @@ os.register_at_fork(after_in_child=_forget)
 
 def _myself() -> bytes:
     since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
-    owner = Owner(socket.gethostname(), os.getpid(), psutil.Process().create_time(), since)
+    owner = Owner(socket.gethostname(), os.getpid(), started(os.getpid()) or "", since)
     return (json.dumps(asdict(owner)) + "\n").encode()
 
 

@@ -19,8 +19,8 @@ class NotRegular(OSError):
 
 
 def expanded(path: str) -> Path:
-    """A path with ~ in it as it is meant, or as it stands where no such user, or no home, is known: folders may be called so."""
-    return Path(os.path.expanduser(path))
+    """The path that a person means: "~" is a home folder, unless something is called just so, or no such home is known."""
+    return Path(path if os.path.lexists(path) else os.path.expanduser(path))
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -44,6 +44,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def steady_rows(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    clock = ("seconds", "pairs_per_s", "peak_memory")
+    return [{name: value for name, value in row.items() if not name.startswith(clock)} for row in rows(run)]
+
+
 def column(run: Path, name: str) -> list[Any]:
     """One column of metrics.jsonl."""
     return [row[name] for row in rows(run)]

@@ -17,10 +17,11 @@ from PIL import Image
 
 from seppo_fast.data.fingerprint import digest
 from seppo_fast.data.latents import row_shard
-from seppo_fast.data.rows import BadRow, ImageLike, Part, Row, Skipped, Source, open_regular, read_bytes
+from seppo_fast.data.rows import BadRow, ImageLike, Part, Row, Skipped, Source, read_bytes
 from seppo_fast.data.shards import clear_errors, write_json
 from seppo_fast.data.stamps import read_stamp
 from seppo_fast.errors import UserError
+from seppo_fast.opening import open_regular
 from seppo_fast.strict import parse_json
 
 ABOUT, SAME = "fingerprint.json", "same_as.json"
@@ -63,7 +64,7 @@ def sha256_of(image: ImageLike | BadRow) -> str:
         try:
             with open_regular(image) as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest()
-        except (OSError, BadRow):
+        except OSError:
             return "unreadable"
     if isinstance(image, BadRow):
         return "unreadable"

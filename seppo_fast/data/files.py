@@ -6,25 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from seppo_fast.data.rows import BadRow, open_regular
 from seppo_fast.errors import UserError
-
-
-def user_path(name: str) -> Path:
-    """The path that a person means: "~" is a home folder, unless a file or folder is called just so."""
-    path = Path(name)
-    try:
-        return path if os.path.lexists(path) else path.expanduser()
-    except RuntimeError:  # there is no such home
-        return path
+from seppo_fast.opening import open_regular
 
 
 def open_data(file: Path) -> BinaryIO:
     """The opened file; `UserError` when it cannot be read, or is a named pipe or a device."""
     try:
         return open_regular(file)
-    except BadRow as bad:
-        raise UserError(f"{bad}, and demonstrations and prompts are read from nothing else") from None
     except OSError as error:
         raise cannot_read(error, file) from error
 

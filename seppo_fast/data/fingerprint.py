@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from seppo_fast import config
-from seppo_fast.data.files import user_path
 from seppo_fast.data.rows import Source
 from seppo_fast.errors import UserError
+from seppo_fast.opening import expanded
 
 FORMAT = 2  # raise it when the cache's layout or the preprocessing changes
 
@@ -61,7 +61,7 @@ def cache_folder(data: config.Data, fingerprint: str) -> Path:
 def cache_root(data: config.Data) -> Path:
     """`data.cache_dir`, or `$XDG_CACHE_HOME/seppo_fast`, or `~/.cache/seppo_fast`."""
     if data.cache_dir:
-        return user_path(data.cache_dir)
+        return expanded(data.cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "seppo_fast"
 
 

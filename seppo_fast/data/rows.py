@@ -5,16 +5,16 @@ import errno
 import io
 import os
 import re
-import stat
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
 from seppo_fast.errors import UserError
+from seppo_fast.opening import NotRegular, open_regular
 
 ImageLike = bytes | Path | Image.Image
 IMPOSSIBLE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EILSEQ, errno.ENXIO)
@@ -177,18 +177,9 @@ def unusable_file(path: Path, error: OSError, what: str = "image") -> BadRow | N
     """Why a row's file cannot be opened; None when that is the disk's or network's fault."""
     if isinstance(error, FileNotFoundError):
         return BadRow(f"no such {what} file: {short(path)}")
-    if isinstance(error, IsADirectoryError | NotADirectoryError | PermissionError) or error.errno in IMPOSSIBLE_NAME:
+    if isinstance(error, NotRegular | IsADirectoryError | NotADirectoryError | PermissionError) or error.errno in IMPOSSIBLE_NAME:
         return BadRow(f"cannot read {short(path)}: {error.strerror}")
     return None
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """The opened file; `BadRow` when it is a named pipe or a device, for which one could wait for ever."""
-    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise BadRow(f"{short(path)} is no regular file")
-    return stream
 
 
 def read_bytes(path: Path) -> bytes:

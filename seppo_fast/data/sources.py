@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from seppo_fast import config
-from seppo_fast.data.files import readable, user_path, walk
+from seppo_fast.data.files import readable, walk
 from seppo_fast.data.imagefolder import open_imagefolder
 from seppo_fast.data.metadata import NAMES
 from seppo_fast.data.rows import Part, Row, Skipped, Source
@@ -12,6 +12,7 @@ from seppo_fast.data.tables import open_dataset_folder, open_hub_dataset, open_p
 from seppo_fast.data.tars import SUFFIXES, open_tars
 from seppo_fast.data.video.source import FORMS, open_videos, video_metadata
 from seppo_fast.errors import UserError
+from seppo_fast.opening import expanded
 
 __all__ = ["Part", "Row", "Skipped", "Source", "is_hub_dataset", "open_source"]
 
@@ -30,7 +31,7 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
     """
     if not data.source:
         raise UserError(SOURCE_NOT_SET)
-    path = user_path(data.source)
+    path = expanded(data.source)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"seppo.data.source={data.source!r} is neither a regular file nor a folder")
     clips = video_metadata(path, data) if data.format in ("auto", "imagefolder", "video") else None
@@ -63,7 +64,7 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
 @readable()
 def is_hub_dataset(data: config.Data) -> bool:
     """Whether opening `data.source` would download a dataset."""
-    path = user_path(data.source)
+    path = expanded(data.source)
     missing = bool(HUB_ID.fullmatch(data.source)) and not path.exists()
     return missing and (detect(path, data) if data.format == "auto" else data.format) == "datasets"
 

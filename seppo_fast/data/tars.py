@@ -17,11 +17,12 @@ import braceexpand
 
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, pick, refuse_pairs
-from seppo_fast.data.files import check_readable, files_under, open_data, user_path
+from seppo_fast.data.files import check_readable, files_under, open_data
 from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, check_size, checked_caption, printable
 from seppo_fast.data.splits import ALL, TRAIN, check_file, files_of_split, splits_of
 from seppo_fast.data.tables import stamps
 from seppo_fast.errors import UserError
+from seppo_fast.opening import expanded
 from seppo_fast.strict import GivenTwice, parse_json
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -76,7 +77,7 @@ def tar_files(source: str, split: str) -> list[Path]:
 
     Of a pattern, only what follows the folders that are there by its letters is one.
     """
-    path = user_path(source)
+    path = expanded(source)
     if path.is_file():
         check_file(path, split)
         return [path.absolute()]

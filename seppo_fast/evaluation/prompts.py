@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow.parquet
 from pyarrow import ArrowException
 
-from seppo_fast.data.files import check_readable, open_data, readable, user_path
+from seppo_fast.data.files import check_readable, open_data, readable
 from seppo_fast.data.forms import LOOK_AT_QUOTES, why_no_json
 from seppo_fast.errors import UserError
 from seppo_fast.models import Model
 from seppo_fast.models.tokens import cut_off, token_counter
+from seppo_fast.opening import expanded
 from seppo_fast.strict import GivenTwice, check_columns, parse_json, unlike_header
 
 COLUMNS = ("prompt", "caption", "text", "name")  # in any case; of those that are there, the first
@@ -76,7 +77,7 @@ def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[
 def named_file(argument: str, flag: str) -> tuple[str, Path]:
     """`NAME=FILE`, or `FILE` by the name of its stem."""
     name, equals, rest = argument.partition("=")
-    path = user_path(argument if not equals or Path(argument).exists() else rest)
+    path = expanded(argument if not equals or Path(argument).exists() else rest)
     if not path.exists():
         raise UserError(f"{flag} {argument}: {path} does not exist")
     return (name, path) if equals and not Path(argument).exists() else (path.stem, path)

@@ -16,6 +16,7 @@ from seppo_fast.models import Model
 from seppo_fast.models.files import check_tensors
 from seppo_fast.models.finite import check_finite
 from seppo_fast.models.lora import choose_trained, trainable_weights
+from seppo_fast.opening import expanded
 from seppo_fast.training import checkpoint
 from seppo_fast.training.checkpoint import POLICY
 from seppo_fast.training.marker import listed, missing
@@ -25,7 +26,7 @@ KEY = "seppo.model.start_from"
 
 def find(given: str) -> Path:
     """The file that the key names: a policy's, or that in a complete checkpoint's folder."""
-    path = Path(given).expanduser()
+    path = expanded(given)
     file = path / POLICY if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{KEY} {given}: " + (f"the folder has no {POLICY}" if path.is_dir() else "there is no such file") +

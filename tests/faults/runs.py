@@ -1,6 +1,5 @@
 """What is trained: small configurations, what each leaves when nothing happens to it, and one run that a fault can be done to."""
 
-import json
 import random
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from typing import Any
 
 from conftest import make_demonstrations
 from forked import Forks, Result
+from outcomes import steady_rows
 from tiny import NARROW, tiny_sd
 
 from faults.damage import checkpoints
@@ -77,7 +77,7 @@ class Bench:
             result = self.forks.run(raw, ranks=ranks, timeout=TIMEOUT)
             if any(result.statuses):
                 raise Wrong(f"the plain run of {name} on {ranks}: {result.statuses}\n{result.output}")
-            self._plain[name, ranks] = Plain(files_of(folder), rows_of(folder), steps_of(folder), result.ended - result.started)
+            self._plain[name, ranks] = Plain(files_of(folder), steady_rows(folder), steps_of(folder), result.ended - result.started)
         return self._plain[name, ranks]
 
     def run(self, name: str, ranks: int, folder: Path, dice: random.Random) -> "Run":
@@ -141,7 +141,7 @@ class Run:
 
 def difference(folder: Path, plain: Plain) -> str | None:
     """In what a finished run is not as the one that was never stopped."""
-    files, rows = files_of(folder), rows_of(folder)
+    files, rows = files_of(folder), steady_rows(folder)
     differing = sorted(name for name in files.keys() | plain.files.keys() if files.get(name) != plain.files.get(name))
     if differing:
         return f"other bytes, or no file, in {', '.join(differing)}"
@@ -157,13 +157,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
     """By name, what must repeat to the byte: model, past policies, grids. The card names the folder of the monitor."""
     files = [file for part in ("final", "pool", "samples") for file in (folder / part).rglob("*") if file.is_file()]
     return {str(file.relative_to(folder)): file.read_bytes().replace(bytes(folder), b"run") for file in files}
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what depends on the clock."""
-    clock = ("seconds", "pairs_per_s", "peak_memory")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
 
 
 def steps_of(folder: Path) -> dict[str, list[str]]:

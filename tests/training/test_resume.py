@@ -4,7 +4,6 @@ Runs are forked from a process that has imported everything (`forked.py`), so th
 the real processes can show (a signal from outside, DeepSpeed's launcher) is tested with them at the end.
 """
 
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from forked import Forks, Strike
+from outcomes import steady_rows
 
 from seppo_fast.training import checkpoint
 
@@ -95,9 +95,7 @@ def final_bytes(raw: dict[str, Any]) -> dict[str, bytes]:
 
 def metrics(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what depends on the clock."""
-    lines = (Path(raw["seppo"]["output_dir"]) / "metrics.jsonl").read_text().splitlines()
-    clock = ("seconds", "pairs_per_s", "peak_memory")
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith(clock)} for line in lines]
+    return steady_rows(Path(raw["seppo"]["output_dir"]))
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def test_rates_of_ones_own_take_the_place_of_the_shipped_ones(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("change", "expected"), [
-    (lambda raw: "[]", "expected a JSON object"), (lambda raw: "{", "cannot be read"),
+    (lambda raw: "[]", 'no section "rates"'), (lambda raw: "{", "cannot be read"),
     (lambda raw: {"rates": raw | {"matmul_tflops": 0}}, "rates.matmul_tflops: expected a value greater than 0 (got 0)"),
     (lambda raw: {"rates": {key: value for key, value in raw.items() if key != "source"}}, "rates.source: this key is missing"),
 ])

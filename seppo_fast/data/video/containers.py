@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from seppo_fast.data.rows import BadRow, open_regular
+from seppo_fast.data.rows import BadRow
+from seppo_fast.opening import open_regular
 
 EBML, SEGMENT, CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
 BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, pick
-from seppo_fast.data.files import open_data, user_path
+from seppo_fast.data.files import open_data
 from seppo_fast.data.forms import header_of
 from seppo_fast.data.metadata import Layout, Span, identity, metadata_files, metadata_in, named, records, scan_all
 from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, checked_caption, inside, short
 from seppo_fast.data.splits import files_of_split
 from seppo_fast.data.video.frames import is_fixed
 from seppo_fast.errors import UserError
+from seppo_fast.opening import expanded
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".mov")
 ID, TIME_LAPSE = "videoid", "is_transmit"
@@ -82,7 +83,7 @@ def open_videos(path: Path, files: Sequence[Path], data: config.Data, needs_lose
         locate = partial(by_id, places, data.allow_outside)
     else:
         column = pick(None, FILES, columns, "video", where)
-        folder = user_path(data.video.folder) if data.video.folder else None
+        folder = expanded(data.video.folder) if data.video.folder else None
         root = folder or base
         locate = partial(by_name, folder, column, data.allow_outside)
     caption = pick(data.caption_column, ("name", *CAPTIONS) if ID in columns else CAPTIONS, columns, "caption", where)
@@ -96,7 +97,7 @@ def open_videos(path: Path, files: Sequence[Path], data: config.Data, needs_lose
 def videos_folders(base: Path, file: Path, data: config.Data) -> dict[Path, dict[str, str]]:
     """`data.video.folder`, else the CSV's own folder and the `videos` folder there; with the `listing` of each."""
     if data.video.folder:
-        folder = user_path(data.video.folder)
+        folder = expanded(data.video.folder)
         if not folder.is_dir():
             raise UserError(f"seppo.data.video.folder={data.video.folder!r}: no such folder")
         return {folder: listing(folder)}
