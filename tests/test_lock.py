@@ -23,9 +23,9 @@ from seppo_fast.lock import locked
 with locked(Path(sys.argv[1])):
     child = os.fork()
     if child == 0:
+        print(os.getpid(), flush=True)  # it has run what a fork runs in the child
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     sys.stdin.read()
 """
 
