@@ -25,8 +25,8 @@ def main() -> None:
 
     from seppo_fast.configfile import parse_config
     from seppo_fast.ranks import join, quiet_libraries
+    from seppo_fast.run import run
     from seppo_fast.signals import StopSignals
-    from seppo_fast.training.run import run
     from seppo_fast.training.trainer import Trainer
 
     made: list[int] = []

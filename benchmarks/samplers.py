@@ -30,8 +30,8 @@ from benchmarks.timing import alternated, in_turn
 from benchmarks.ways import Way
 from seppo_fast.config import Sampler as Settings
 from seppo_fast.models.layout import convolve_in_channels_last
+from seppo_fast.profiling.report import operator_table, operators
 from seppo_fast.reference import Sampler, solver_table
-from seppo_fast.training.profile_report import operator_table, operators
 
 GUIDANCE = 7.5
 Draw = Callable[[], Tensor]

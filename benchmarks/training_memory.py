@@ -10,7 +10,7 @@ import torch
 from benchmarks.loop import ROOT, Case, Keep, Row, finish, fresh, overrides
 from seppo_fast.configfile import batch_plan, load_config
 from seppo_fast.models import open_model
-from seppo_fast.training.cost import estimate
+from seppo_fast.planning.cost import estimate
 
 # Local batch 1, two accumulated. Few steps and small batches of reference samples: the training step is what is measured.
 SETTINGS = ("zero_optimization.stage=2", "seppo.sampler.batch_size=1", "seppo.samples.every=0")

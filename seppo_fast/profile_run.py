@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace, signals: "StopSignals") -> None:
     """Profile, and print what was found."""
     from seppo_fast.configfile import load_config
     from seppo_fast.errors import UserError
+    from seppo_fast.profiling.profiled import profile
     from seppo_fast.ranks import join
-    from seppo_fast.training.profiled import profile
 
     if arguments.updates < 1:
         raise UserError(f"--updates {arguments.updates}: at least one update has to be measured")

@@ -78,7 +78,7 @@ def work(arguments: argparse.Namespace, signals: "StopSignals") -> None:
     quiet_libraries()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from seppo_fast.training.dry_run import dry_run
+        from seppo_fast.planning.dry_run import dry_run
 
         launch = launched()
         if launch is None or launch.rank == 0:
@@ -86,7 +86,7 @@ def work(arguments: argparse.Namespace, signals: "StopSignals") -> None:
         return
     ranks = join()
     signals.joined = True
-    from seppo_fast.training.run import run
+    from seppo_fast.run import run
 
     final = run(config, arguments.resume, ranks, signals)
     if ranks.rank == 0:

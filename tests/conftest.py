@@ -55,6 +55,14 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_demonstrations(tmp_path_factory.mktemp("demonstrations"), 24)
 
 
+@pytest.fixture(scope="session")
+def pickapic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Pick-a-Pic parquet file of 14 rows, two of which are ties."""
+    from outcomes import write_pickapic
+
+    return write_pickapic(tmp_path_factory.mktemp("pickapic") / "train.parquet", 14, ties=(3, 8))
+
+
 def make_demonstrations(folder: Path, count: int) -> Path:
     """Write `count` random 20x24 pictures and their metadata.jsonl."""
     random = np.random.default_rng(0)
@@ -128,8 +136,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def train(ranks: Any) -> Any:
     """`train(raw, resume=None)` runs a configuration in this process and returns its run folder."""
     from seppo_fast.configfile import parse_config
+    from seppo_fast.run import run
     from seppo_fast.signals import StopSignals
-    from seppo_fast.training.run import run
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
 

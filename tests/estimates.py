@@ -11,9 +11,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from seppo_fast import run
 from seppo_fast.configfile import Batch, Config
-from seppo_fast.training import run
-from seppo_fast.training.cost import Cost
+from seppo_fast.planning.cost import Cost
 
 
 def remember(folder: Path) -> None:

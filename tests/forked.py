@@ -124,8 +124,8 @@ def serve() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (takes PyTorch's compiler with it: seconds in each rank)
     import estimates
 
+    import seppo_fast.planning.dry_run  # noqa: F401
     import seppo_fast.train  # noqa: F401
-    import seppo_fast.training.dry_run  # noqa: F401
 
     estimates.remember(Path(sys.argv[1]))
     assert deepspeed.ops.__compatible_ops__  # else every rank tries the compiler out

@@ -8,8 +8,8 @@ from pathlib import Path
 def main() -> int:
     from seppo_fast.configfile import parse_config
     from seppo_fast.ranks import join, quiet_libraries
+    from seppo_fast.run import run
     from seppo_fast.signals import StopSignals
-    from seppo_fast.training.run import run
 
     quiet_libraries()
     ranks = join()

@@ -15,7 +15,7 @@ from benchmarks.loop import Case, Row
 from benchmarks.obvious_trainer import ObviousTrainer
 from benchmarks.throughput_readme import throughput
 from benchmarks.throughput_summary import rates, targets
-from seppo_fast.training.time_plan import load_rates
+from seppo_fast.planning.time_plan import load_rates
 
 
 @pytest.mark.parametrize(("name", "parameters", "tflop"), [("sd15", 859_520_964, 0.803), ("sdxl", 2_567_463_684, 6.76),

@@ -27,7 +27,7 @@ AREAS: dict[str, tuple[tuple[str, float, float], ...]] = {
     "a past policy": (("seppo_fast.reference.pool:Pool.add", 0.5, 0.1),),
     "a checkpoint": (("seppo_fast.training.checkpoint:save", 1, 0.3),),
     "a grid": (("seppo_fast.training.samples:Grids.write", 0.5, 0.2),),
-    "the export": (("seppo_fast.training.run:export", 0, 0.3),),
+    "the export": (("seppo_fast.run:export", 0, 0.3),),
     "an fsync or a rename": (("os:fsync", 12, 0.0), ("os:replace", 1, 0.0), ("os:rename", 1, 0.0)),
     "any time": (("", 0, 0.0),),
 }

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outcomes import write_pickapic
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +27,3 @@ def trained(settings: Callable[..., dict[str, Any]], train: Callable[..., Path],
         return finished[key]
 
     return once
-
-
-@pytest.fixture(scope="session")
-def pickapic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Pick-a-Pic parquet file of 14 rows, two of which are ties."""
-    return write_pickapic(tmp_path_factory.mktemp("pickapic") / "train.parquet", 14, ties=(3, 8))

@@ -11,9 +11,9 @@ from torch import nn
 from seppo_fast.configfile import batch_plan, parse_config
 from seppo_fast.errors import UserError
 from seppo_fast.ops import seppo_loss
-from seppo_fast.training.dry_run import dry_run
+from seppo_fast.planning.dry_run import dry_run
+from seppo_fast.planning.plan import plan
 from seppo_fast.training.engine import precision, start_engine, upstream_gradient
-from seppo_fast.training.plan import plan
 
 FP16 = pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="DeepSpeed says that this CPU cannot compute in fp16")
 MODES = {

@@ -20,7 +20,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.evaluate import parse_arguments
 from seppo_fast.evaluation.arguments import wanted_of
 from seppo_fast.evaluation.run import evaluate
-from seppo_fast.training.dry_run import dry_run
+from seppo_fast.planning.dry_run import dry_run
 
 PROMPTS = ["a handwritten one", "a red cat", "a photo of the sky"]
 SAMPLING, SCORING = "seppo_fast.training.validation:render", "seppo_fast.training.validation:score_all"

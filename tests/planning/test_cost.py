@@ -21,9 +21,9 @@ from seppo_fast.configfile import batch_plan, load_config, parse_config
 from seppo_fast.models import open_model
 from seppo_fast.models.known import known_model
 from seppo_fast.models.lora import add_lora
-from seppo_fast.training.cost import Cost, estimate, vae_bytes
+from seppo_fast.planning.cost import Cost, estimate, vae_bytes
+from seppo_fast.planning.network_memory import fused_attention, inference, micro_batch
 from seppo_fast.training.engine import precision, start_engine
-from seppo_fast.training.live import fused_attention, inference, micro_batch
 
 CLOSE = 0.15
 

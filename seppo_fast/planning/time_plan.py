@@ -13,11 +13,11 @@ from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config, explain_all
 from seppo_fast.errors import UserError
 from seppo_fast.opening import read_text
+from seppo_fast.planning.cost import Cost, Model
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.strict import parse_json
-from seppo_fast.training.cost import Cost, Model
 
-SHIPPED = Path(__file__).parent.parent / "rates.json"
+SHIPPED = Path(__file__).parent / "rates.json"
 GPUS = (1, 2, 4, 8)
 STEPS = (50, 25, 20)
 BATCHES = (1, 4, 16)

@@ -25,6 +25,8 @@ from seppo_fast.models import Model, open_model
 from seppo_fast.models.engines import same_with_gradients
 from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.planning.cost import estimate
+from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
@@ -32,7 +34,6 @@ from seppo_fast.reference.solver import SolverTable, solver_table
 from seppo_fast.signals import StopSignals
 from seppo_fast.training import checkpoint, csv_files, start
 from seppo_fast.training.checkpoint import State
-from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine, unsupported
 from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, alone_in, open_folder
@@ -40,7 +41,6 @@ from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.past import check_past
-from seppo_fast.training.plan import plan
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import PROMPTS, Grids
 from seppo_fast.training.trainer import Trainer

@@ -10,9 +10,9 @@ from forked import Forks
 
 from seppo_fast.configfile import batch_plan, parse_config
 from seppo_fast.errors import UserError
+from seppo_fast.profiling.profiled import Clock, profile
+from seppo_fast.profiling.report import PHASES, advice
 from seppo_fast.signals import StopSignals
-from seppo_fast.training.profile_report import PHASES, advice
-from seppo_fast.training.profiled import Clock, profile
 
 
 def test_a_run_is_profiled_and_leaves_nothing_but_the_cache(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any,
@@ -73,7 +73,7 @@ def test_a_folder_that_cannot_be_written_is_named(settings: Callable[..., dict[s
 
 def test_the_clock_takes_an_inner_phase_out_of_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
-    monkeypatch.setattr("seppo_fast.training.profiled.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("seppo_fast.profiling.profiled.time.perf_counter", lambda: next(now))
     clock = Clock(torch.device("cpu"))
     clock.enter("sampling")
     clock.timed(lambda: None, "data")()

@@ -19,12 +19,7 @@ from torch import Tensor, nn
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan, parse_config
 from seppo_fast.errors import UserError
-from seppo_fast.ranks import Ranks
-from seppo_fast.reference.batching import even
-from seppo_fast.signals import StopSignals
-from seppo_fast.training.engine import Step
-from seppo_fast.training.objective import Noised, Objective
-from seppo_fast.training.profile_report import (
+from seppo_fast.profiling.report import (
     PHASES,
     Operator,
     advice,
@@ -33,7 +28,12 @@ from seppo_fast.training.profile_report import (
     operators,
     phase_table,
 )
-from seppo_fast.training.run import run
+from seppo_fast.ranks import Ranks
+from seppo_fast.reference.batching import even
+from seppo_fast.run import run
+from seppo_fast.signals import StopSignals
+from seppo_fast.training.engine import Step
+from seppo_fast.training.objective import Noised, Objective
 from seppo_fast.training.trainer import Trainer
 
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler")

@@ -9,12 +9,12 @@ from seppo_fast.configfile import Config, batch_plan
 from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
 from seppo_fast.models import is_hub_id, open_model
 from seppo_fast.models.known import known_model
+from seppo_fast.planning.cost import estimate
+from seppo_fast.planning.plan import plan
+from seppo_fast.planning.time_plan import load_rates, time_plan
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training import start
-from seppo_fast.training.cost import estimate
 from seppo_fast.training.engine import check_engine_config, unsupported
-from seppo_fast.training.plan import plan
-from seppo_fast.training.time_plan import load_rates, time_plan
 from seppo_fast.training.validation import what_is_wanted
 
 

@@ -11,8 +11,8 @@ import pytest
 from seppo_fast.configfile import batch_plan, load_config
 from seppo_fast.errors import UserError
 from seppo_fast.models.known import known_model
-from seppo_fast.training.cost import Cost, estimate
-from seppo_fast.training.time_plan import SHIPPED, Rate, fraction, hours, load_rates, rollout, time_plan, work_of
+from seppo_fast.planning.cost import Cost, estimate
+from seppo_fast.planning.time_plan import SHIPPED, Rate, fraction, hours, load_rates, rollout, time_plan, work_of
 
 RATE = Rate(device="NVIDIA A100", matmul_tflops=100.0, sampling_fraction=[(1, 0.2), (16, 0.4)], training_fraction=0.25,
             source="here")

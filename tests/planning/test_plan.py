@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import seppo_fast
 from seppo_fast.configfile import Config, batch_plan, load_config, parse_config
-from seppo_fast.training.dry_run import dry_run
+from seppo_fast.planning.dry_run import dry_run
+from seppo_fast.planning.plan import advice
 from seppo_fast.training.engine import start_engine
-from seppo_fast.training.plan import advice
 
 CONFIGS = Path(seppo_fast.__file__).parent / "configs"
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}

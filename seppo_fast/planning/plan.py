@@ -15,9 +15,9 @@ from seppo_fast.data.rows import Row, Source
 from seppo_fast.data.video.source import streams
 from seppo_fast.models import Model
 from seppo_fast.models.tokens import cut_off, token_counter
-from seppo_fast.training.cost import Cost
+from seppo_fast.planning.cost import Cost
+from seppo_fast.planning.engine_bytes import adam_temporaries, uses_bf16_optimizer
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
-from seppo_fast.training.engine_bytes import adam_temporaries, uses_bf16_optimizer
 
 CAPTIONS = 1000  # that are looked at before any is encoded
 STREAMED = ("prompts alone: clips are decoded and encoded while it trains, with the VAE on the device beside what is counted"

@@ -13,9 +13,9 @@ from seppo_fast.models import Model, UNet
 from seppo_fast.models.layout import convolve_in_channels_last
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
 from seppo_fast.models.trial import explained
+from seppo_fast.planning.engine_bytes import TakenGradients, engine_bytes
+from seppo_fast.planning.network_memory import inference, micro_batch
 from seppo_fast.training.engine import precision
-from seppo_fast.training.engine_bytes import TakenGradients, engine_bytes
-from seppo_fast.training.live import inference, micro_batch
 from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
 
 
