@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import math
 import os
 import sys
 import tempfile
@@ -60,13 +61,12 @@ class FirstFailure:
         try:
             descriptor = flocked(self._path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._descriptor = descriptor
-            about = os.fstat(descriptor)
-            if self._all_came() or time.time() - about.st_mtime > LATE:
+            if self._all_came() or _age(descriptor) > LATE:
                 os.ftruncate(descriptor, 0)  # of an earlier launch, which was killed
         except BlockingIOError:
             descriptor = flocked(self._path, fcntl.LOCK_SH)
+        os.write(descriptor, f"came {time.monotonic()}\n".encode())  # first: who finds it empty and unlocked removes it
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        os.write(descriptor, b"came\n")
         return descriptor
 
     def _is_first(self) -> bool:
@@ -75,14 +75,25 @@ class FirstFailure:
         mine = f"failed {os.getpid()}"
         with suppress(OSError):  # a full disk
             os.write(self._descriptor, f"{mine}\n".encode())  # appended as a whole, so that all read the same order
-        return next((line for line in self._lines() if line.startswith("failed")), mine) == mine
+        return next((line for line in _lines(self._descriptor) if line.startswith("failed")), mine) == mine
 
     def _all_came(self) -> bool:
         local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
-        return str(self._lines().count("came")) == local
+        return str(sum(line.startswith("came") for line in _lines(self._descriptor))) == local
 
-    def _lines(self) -> list[str]:
-        return os.pread(self._descriptor, 1 << 20, 0).decode(errors="replace").splitlines()
+
+def _lines(descriptor: int) -> list[str]:
+    return os.pread(descriptor, 1 << 20, 0).decode(errors="replace").splitlines()
+
+
+def _age(descriptor: int) -> float:
+    """Seconds since a rank came last, by a clock that nobody sets; endless where none of this boot did."""
+    came = [line.removeprefix("came ") for line in _lines(descriptor) if line.startswith("came ")]
+    try:
+        age = time.monotonic() - float(came[-1])
+    except (IndexError, ValueError):
+        return math.inf
+    return age if age >= 0 else math.inf
 
 
 def _launch() -> str:
@@ -97,8 +108,8 @@ def _clear(folder: Path) -> None:
     """Remove what launches left that were killed, or whose ranks had no parent in common."""
     for left in folder.glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime > LATE:
-                remove(left, flocked(left, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            descriptor = flocked(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(left, descriptor) if _age(descriptor) > LATE else close(descriptor)
 
 
 def explained(error: Exception, then: str = "start again") -> str:

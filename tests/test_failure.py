@@ -48,9 +48,11 @@ def test_a_rank_that_comes_when_the_first_has_left_is_silent(tmp_path: Path) -> 
 
 
 def test_what_others_left_is_removed(tmp_path: Path) -> None:
-    for name, age in (("old", 1000), ("new", 0)):
-        (tmp_path / f"{PREFIX}{name}").write_text("failed 1\n")
-        os.utime(tmp_path / f"{PREFIX}{name}", (time.time() - age,) * 2)
+    now = time.monotonic()
+    for name, content in (("old", f"came {now - 1000}"), ("before_the_boot", f"came {now + 1000}"), ("empty", ""), ("torn", "came"),
+                          ("new", f"came {now}")):
+        (tmp_path / f"{PREFIX}{name}").write_text(f"{content}\nfailed 1\n")
+        os.utime(tmp_path / f"{PREFIX}{name}", (time.time() - 1000,) * 2)  # somebody has set the clock: it says nothing
     assert shell('RANK=0 RUN "$FAIL" & RANK=1 RUN "$FAIL" & wait', tmp_path, **RANKS).split() == ["why"]
     assert [file.name for file in tmp_path.iterdir()] == [f"{PREFIX}new"]
 
