@@ -199,7 +199,7 @@ def ablation(results: Path) -> str:
     if not path.exists():
         return "Not measured yet (`python -m benchmarks.ablation --out benchmarks/results`, then `make readme`)."
     result = json.loads(path.read_text())
-    pictures = [f"![{text}](benchmarks/results/ablation_{name}.png)" for name, text in (
+    pictures = [f"![{text}](results/ablation_{name}.png)" for name, text in (
         ("figure2", "prompt accuracy and cleanliness over updates for each choice of the reference, as in Figure 2"),
         ("figure3", "AAF rate and accuracy over updates, and SFT against SePPO, as in Figure 3"))]
     others = [json.loads(file.read_text()) for file in sorted(results.glob("ablation_*/ablation.json"))]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.readme [--check]`: the README's tables, generated from benchmarks/results/."""
+"""`python -m benchmarks.readme [--check]`: the tables of README.md and benchmarks/README.md, generated from benchmarks/results/."""
 
 import argparse
 import json
@@ -9,32 +9,37 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.ablation_report import ablation
+from benchmarks.headlines import headlines
 from benchmarks.loss_summary import Row, of_gpu_suite, targets
 from benchmarks.throughput_readme import throughput
 from benchmarks.video_readme import video as decoding
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
+PAGES = (README, BENCHMARKS)
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the tables into README.md, or with --check say whether they are what the result files give (exit status 1: not)."""
+    """Write the tables into the pages, or with --check say whether they are what the result files give (exit status 1: not)."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 when the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 when a page is out of date")
     check = parser.parse_args(argv).check
-    text = README.read_text()
-    fresh = filled(text)
-    if check:
-        return int(fresh != text)
-    README.write_text(fresh)
+    for page in PAGES:
+        text = page.read_text()
+        fresh = filled(text)
+        if check and fresh != text:
+            return 1
+        page.write_text(fresh)
     return 0
 
 
 def filled(text: str) -> str:
     """`text` with what stands between its `<!-- name -->` and `<!-- /name -->` replaced by the table of that name."""
-    tables = {"quickstart": quickstart, "quickstart_video": video, "loss": loss, "throughput": partial(throughput, RESULTS),
-              "decoding": partial(decoding, RESULTS), "ablation": partial(ablation, RESULTS)}
+    tables = {"quickstart": quickstart, "headlines": partial(headlines, RESULTS), "quickstart_video": video, "loss": loss,
+              "throughput": partial(throughput, RESULTS), "decoding": partial(decoding, RESULTS),
+              "ablation": partial(ablation, RESULTS)}
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda found, make=table: found[1] + make() + "\n" + found[2], text)
@@ -83,7 +88,7 @@ def video(results: Path = RESULTS) -> str:
                 ("frechet_distance", "Frechet distance (less is better)", "{:.2f}"), ("ssim", "SSIM", "{:.3f}"),
                 ("psnr", "PSNR", "{:.2f} dB"))
     lines = [
-        "![clips of the base model and, from the same noise, after SePPO](benchmarks/results/quickstart_video/side_by_side.webp)",
+        "![clips of the base model and, from the same noise, after SePPO](results/quickstart_video/side_by_side.webp)",
         "",
         "| | base | SePPO | clean clips |",
         "|---|---|---|---|",
@@ -120,8 +125,8 @@ def loss_on_cpu(path: Path) -> str:
     load = f"{machine['load_average_at_start']} to {machine['load_average_at_end']}"
     said = [f"Forward + backward on {machine['cpu']}, {machine['threads']} of {machine['cores']} cores, torch {versions['torch']},"
             f" commit `{result['commit']}`, load average {load}; inputs rotate through {result['settings']['rotate_mb']} MB."
-            " Plots: [ratios](benchmarks/results/loss_cpu_ratio.png), [bandwidth](benchmarks/results/loss_cpu_bandwidth.png);"
-            " figures: [JSON](benchmarks/results/loss_cpu.json), [CSV](benchmarks/results/loss_cpu.csv).",
+            " Plots: [ratios](results/loss_cpu_ratio.png), [bandwidth](results/loss_cpu_bandwidth.png);"
+            " figures: [JSON](results/loss_cpu.json), [CSV](results/loss_cpu.csv).",
             ratio_table(result["ratios"]), target_list(result["targets"])]
     return "\n\n".join(said)
 
@@ -131,7 +136,7 @@ def loss_on_gpu(path: Path) -> str:
     machine, found = suite["machine"], of_gpu_suite(suite)
     said = [f"Forward + backward on {machine['gpu']}, torch {machine['torch']}, driver {machine['driver']}, commit"
             f" `{suite['commit']}`: time of a call with the host's in it; in units of the copy, time on the device."
-            f" [All figures](benchmarks/results/{path.name}).", ratio_table(found), target_list(targets(found, "cuda"))]
+            f" [All figures](results/{path.name}).", ratio_table(found), target_list(targets(found, "cuda"))]
     return "\n\n".join(said)
 
 

@@ -34,9 +34,9 @@ def block(result: Row, device: str, file: str) -> str:
     on = machine["gpu"] if device == "cuda" else f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     torch = machine.get("torch") or result["versions"]["torch"]
     load = f", load average {min(loads):g} to {max(loads):g}" if loads else ""
-    profiles = [f"[{name}](benchmarks/results/{file.removesuffix('.json')}_{name}_profile.txt)"
+    profiles = [f"[{name}](results/{file.removesuffix('.json')}_{name}_profile.txt)"
                 for name in result.get("profiled", [])]
-    files = f"figures: [JSON](benchmarks/results/{file})" + (f"; what takes the time: {', '.join(profiles)}" if profiles else "")
+    files = f"figures: [JSON](results/{file})" + (f"; what takes the time: {', '.join(profiles)}" if profiles else "")
     parts = [f"On {on}, torch {torch}, commit `{result['commit']}`{load}; {files}.", loop_table(result.get("loop", {})),
              sampler_table(result.get("sampler", {})), ranks_line(result.get("ranks", {})),
              memory_table(result.get("training_memory", {})), swap_line(result.get("swap", {})),

@@ -33,7 +33,7 @@ def waiting(found: Row, result: Row, file: str) -> str:
     spent = ", ".join(f"{name} {value:g} s" for name, value in seconds.items())
     return (f"Training waits for its clips {found['waiting_share']:.1%} of the time on {on} (`{found['config']}` with random"
             f" windows, decoded and encoded meanwhile; an update: {spent}; commit `{result['commit']}`;"
-            f" [JSON](benchmarks/results/{file})).")
+            f" [JSON](results/{file})).")
 
 
 def block(result: Row, file: str) -> str:
@@ -44,7 +44,7 @@ def block(result: Row, file: str) -> str:
             f" {settings['length']}, on {machine['cpu']}, {machine['cores']} cores, {most} thread{'s' * (most > 1)}; DALI"
             f" {versions['dali']} (its CPU decoder), PyAV {versions['av']}, commit `{result['commit']}`, load average"
             f" {machine['load_average_at_start']} to {result['load_average_at_end']}; figures:"
-            f" [JSON](benchmarks/results/{file}).")
+            f" [JSON](results/{file}).")
     lines = ["| codec, size, frames | DALI | PyAV | DALI over PyAV |", "|---|---|---|---|"]
     for row in (row for row in result["rows"] if row["threads"] == most):
         rates = [f"{row[key]:.0f}" if key in row else "-" for key in ("dali_frames_per_s", "pyav_frames_per_s")]

@@ -1,20 +1,58 @@
-"""The README's figures are those of the result files."""
+"""The pages' figures are those of the result files; their links lead somewhere."""
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from benchmarks.loss_summary import ratios, targets
-from benchmarks.readme import README, RESULTS, filled, loss, quickstart
+from benchmarks.readme import BENCHMARKS, PAGES, README, RESULTS, filled, loss, quickstart
 
 
 def test_the_tables_are_what_the_result_files_give() -> None:
     """Out of date? `make readme`."""
-    text = README.read_text()
-    assert quickstart() in text
-    assert loss() in text
-    assert filled(text) == text
+    assert quickstart() in README.read_text()
+    assert loss() in BENCHMARKS.read_text()
+    for page in PAGES:
+        assert filled(page.read_text()) == page.read_text(), page
+
+
+def test_the_front_page_is_one_page() -> None:
+    assert len(README.read_text().splitlines()) <= 180
+    assert len(README.read_bytes()) <= 12 * 1024
+
+
+ROOT = README.parent
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("seppo_fast/*/README.md")],
+                         ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+def headings(page: Path) -> set[str]:
+    """Of a page, as links write them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_the_example_of_the_loss_runs() -> None:
+    import torch
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+    network = {"sample_size": 64, "block_out_channels": (32, 32), "layers_per_block": 1, "cross_attention_dim": 8,
+               "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    names = {"scheduler": DDPMScheduler(), "prompt_embeds": torch.randn(8, 4, 8)}
+    names |= {name: UNet2DConditionModel(**network) for name in ("unet", "ref_unet")}
+    exec(re.search(r"## Only the loss\n\n```python\n(.*?)```", README.read_text(), re.DOTALL)[1], names)
+    assert names["unet"].conv_in.weight.grad is not None and names["ref_unet"].conv_in.weight.grad is None
 
 
 def test_the_quickstart_result_names_its_machine_and_names_no_path_of_it() -> None:
