@@ -17,8 +17,10 @@ quickstart-video: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=10
 
+# ruff, and the direction of imports that pyproject.toml states.
 lint: $(READY)
 	$(BIN)/python -m ruff check .
+	$(BIN)/lint-imports --no-cache
 
 # The README's tables, generated from benchmarks/results/.
 readme: $(READY)

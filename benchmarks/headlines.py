@@ -27,8 +27,8 @@ def loss(result: Row) -> str:
 def throughput(result: Row) -> str:
     loop, ranks = result["loop"], result["ranks"]
     return (f"Training, quickstart, {result['machine']['cpu']}: {loop['ours_over_obvious']:.1f} times as fast as a trainer that"
-            f" calls the pipeline for each prompt, {loop['ours_over_obvious_batched']:.1f} times as fast as one that calls it for each"
-            f" batch; two ranks on two cores {ranks['two_over_one']:.2f} times as fast as one on one.")
+            f" calls the pipeline for each prompt, {loop['ours_over_obvious_batched']:.1f} times as fast as one that calls it for"
+            f" each batch; two ranks on two cores {ranks['two_over_one']:.2f} times as fast as one on one.")
 
 
 def decoding(result: Row) -> str:
