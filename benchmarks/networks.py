@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seppo_fast.models import UNet
 from seppo_fast.models.animatediff import SCHEDULER as VIDEO_SCHEDULE
-from seppo_fast.models.known import ADAPTERS, SD15, SDXL
+from seppo_fast.models.published import ADAPTERS, SD15, SDXL
 
 Conditions = dict[str, Tensor]
 

@@ -11,12 +11,12 @@ import torch
 from seppo_fast.data.metadata import stamp_of
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.adapters import read_adapter
-from seppo_fast.models import Called, Conditions, Model, UNet, open_model
+from seppo_fast.models import Conditions, Labels, Model, UNet, open_model
 from seppo_fast.models.files import read_json
 from seppo_fast.models.trial import run_unet
 from seppo_fast.opening import expanded
 
-FLAGS = Called(path="the model", variant="--variant", motion_adapter="--motion-adapter", frames="--frames")
+FLAGS = Labels(path="the model", variant="--variant", motion_adapter="--motion-adapter", frames="--frames")
 LORA = "pytorch_lora_weights.safetensors"
 NAME = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.")
 
@@ -66,7 +66,7 @@ def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: s
                             f" put its base before it, or say {name}=PIPELINE+{path}")
         try:
             model = found[0].model if pipeline is None else open_model(
-                pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames, called=FLAGS)
+                pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames, labels=FLAGS)
             if lora is not None:
                 read_adapter(lora, model)  # what is wrong with it is said before anything is drawn
             else:

@@ -51,7 +51,7 @@ class AnimateDiff(StableDiffusion):
         """`UserError` where a video has more frames than the motion modules have positions."""
         if frames > self.most_frames:
             source = self.path / "unet" if self.adapter is None else self.adapter.path
-            raise UserError(f"{self.directory.called.frames}: {frames} are more than the {self.most_frames} positions that the"
+            raise UserError(f"{self.directory.labels.frames}: {frames} are more than the {self.most_frames} positions that the"
                             f" motion modules in {source} have ({MOTION_LENGTH}); set it to {self.most_frames} or fewer")
 
     def load_unet(self, dtype: torch.dtype) -> UNetMotionModel:
@@ -88,7 +88,7 @@ def joined(directory: Directory, unet: UNet2DConditionModel, adapter: MotionAdap
         return UNetMotionModel.from_unet2d(unet, adapter, load_weights)
     except (ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{directory.called.motion_adapter}: it does not fit {directory.path / 'unet'}: {reason}") from error
+        raise UserError(f"{directory.labels.motion_adapter}: it does not fit {directory.path / 'unet'}: {reason}") from error
 
 
 def check_adapter(directory: Directory, adapter: Directory) -> None:

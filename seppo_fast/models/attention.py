@@ -72,16 +72,16 @@ def _missing(device: torch.device, dtype: torch.dtype, kinds: Iterable[Layer]) -
 
 def _faster(kinds: Counter[Layer], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
     """The kernel whose layers take less time, and both times; one that fails loses."""
-    seconds, said = {}, []
+    seconds, notes = {}, []
     for name, processor in PROCESSORS.items():
         try:
             seconds[name] = _seconds(processor, kinds, dtype, device)
-            said.append(f"{name} {1000 * seconds[name]:.2f} ms")
+            notes.append(f"{name} {1000 * seconds[name]:.2f} ms")
         except Exception as error:  # what a kernel raises depends on who made it
-            said.append(f"{name} fails ({reason(error)})")
+            notes.append(f"{name} fails ({reason(error)})")
     if not seconds:
-        raise UserError(f"seppo.model.attention: no kernel works here for these layers in {dtype}: {'; '.join(said)}")
-    return min(seconds, key=seconds.get), "measured: " + ", ".join(said)
+        raise UserError(f"seppo.model.attention: no kernel works here for these layers in {dtype}: {'; '.join(notes)}")
+    return min(seconds, key=seconds.get), "measured: " + ", ".join(notes)
 
 
 def layers(unet: UNet, latents: tuple[int, ...]) -> Counter[Layer]:

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel, UNetMo
 from transformers import CLIPTextConfig
 
 from seppo_fast.errors import UserError
-from seppo_fast.models.called import KEYS, Called
 from seppo_fast.models.files import Weights, check_folder, check_not_empty, find_weights, read_index, read_json
 from seppo_fast.models.hub import download
+from seppo_fast.models.labels import KEYS, Labels
 from seppo_fast.models.values import check_values
 from seppo_fast.opening import expanded
 
@@ -47,7 +47,7 @@ class Directory:
     index: dict[str, Any]
     configs: dict[str, dict[str, Any]]
     weights: dict[str, Weights]
-    called: Called = KEYS
+    labels: Labels = KEYS
 
 
 def is_hub_id(path: str) -> bool:
@@ -55,9 +55,9 @@ def is_hub_id(path: str) -> bool:
     return bool(HUB_ID.fullmatch(path)) and not Path(path).exists() and not Path(path).parent.is_dir()
 
 
-def locate(path: str, revision: str | None, variant: str | None, key: str = "path", called: Called = KEYS) -> Path:
+def locate(path: str, revision: str | None, variant: str | None, key: str = "path", labels: Labels = KEYS) -> Path:
     """The local directory that the setting `key` names by `path`: itself, or the snapshot of a hub id."""
-    local, named = expanded(path), f"{getattr(called, key)} {path!r}"
+    local, named = expanded(path), f"{getattr(labels, key)} {path!r}"
     kind, maker = (("diffusers pipeline", "StableDiffusionPipeline") if key == "path" else ("MotionAdapter", "MotionAdapter"))
     if local.is_dir():
         return local
@@ -66,10 +66,10 @@ def locate(path: str, revision: str | None, variant: str | None, key: str = "pat
                         f"checkpoint with {maker}.from_single_file(FILE).save_pretrained(FOLDER).")
     if not is_hub_id(path):
         raise UserError(f"{named} does not exist: give a {kind} directory, or a hub id (owner/name).")
-    return download(path, revision, variant, key, called)
+    return download(path, revision, variant, key, labels)
 
 
-def read_directory(path: Path, variant: str | None, called: Called = KEYS) -> Directory:
+def read_directory(path: Path, variant: str | None, labels: Labels = KEYS) -> Directory:
     """Read the configurations and check that all the files that training needs are there and whole."""
     if not os.path.lexists(path / "model_index.json"):
         one = (path / "config.json").is_file()
@@ -98,25 +98,25 @@ def read_directory(path: Path, variant: str | None, called: Called = KEYS) -> Di
             configs[component] = read_json(folder / "config.json")
             check_values(folder / "config.json", configs[component], CLASSES[name])
             library = "transformers" if component.startswith("text") else "diffusers"
-            weights[component] = find_weights(folder, library, variant, called.variant)
+            weights[component] = find_weights(folder, library, variant, labels.variant)
     if variant is not None and weights["unet"].variant != variant:
         present = sorted(file.name for file in (path / "unet").iterdir() if file.suffix in (".safetensors", ".bin"))
-        raise UserError(f"{called.variant} {variant!r}: {path / 'unet'} has no such weights, "
+        raise UserError(f"{labels.variant} {variant!r}: {path / 'unet'} has no such weights, "
                         f"but {', '.join(present)}.")
-    return Directory(path, index, configs, weights, called)
+    return Directory(path, index, configs, weights, labels)
 
 
-def read_adapter(path: Path, variant: str | None, called: Called = KEYS) -> Directory:
+def read_adapter(path: Path, variant: str | None, labels: Labels = KEYS) -> Directory:
     """A motion adapter's directory: its configuration and weights are the component `HERE`."""
     if (path / "model_index.json").is_file():
-        raise UserError(f"{called.motion_adapter}: {path} is a whole pipeline; give an AnimateDiff pipeline as {called.path}, with"
+        raise UserError(f"{labels.motion_adapter}: {path} is a whole pipeline; give an AnimateDiff pipeline as {labels.path}, with"
                         " no motion adapter beside it")
     config = read_json(path / "config.json")
     if config.get("_class_name") != "MotionAdapter":
-        raise UserError(f"{called.motion_adapter}: {path / 'config.json'} is of a {config.get('_class_name')!r}, where a"
+        raise UserError(f"{labels.motion_adapter}: {path / 'config.json'} is of a {config.get('_class_name')!r}, where a"
                         " 'MotionAdapter' is needed")
     check_values(path / "config.json", config, MotionAdapter)
-    return Directory(path, {}, {HERE: config}, {HERE: find_weights(path, "diffusers", variant, called.variant)}, called)
+    return Directory(path, {}, {HERE: config}, {HERE: find_weights(path, "diffusers", variant, labels.variant)}, labels)
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -14,19 +14,19 @@ from huggingface_hub.errors import (
 )
 
 from seppo_fast.errors import UserError
-from seppo_fast.models.called import KEYS, Called
 from seppo_fast.models.files import SMALL, check_variant, entry_point, read_index
+from seppo_fast.models.labels import KEYS, Labels
 
 PIPELINE, COMPONENT = "model_index.json", "config.json"
 TRAINED_WITH = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def download(repository: str, revision: str | None, variant: str | None, key: str = "path", called: Called = KEYS) -> Path:
+def download(repository: str, revision: str | None, variant: str | None, key: str = "path", labels: Labels = KEYS) -> Path:
     """The local snapshot of a pipeline, or with another `key` than "path" of a component, that the setting `key` names.
 
     Without a connection, the one left in the hub's cache.
     """
-    named = f"{getattr(called, key)} {repository!r}"
+    named = f"{getattr(labels, key)} {repository!r}"
     kind, index = ("pipeline", PIPELINE) if key == "path" else ("component", COMPONENT)
     try:
         # asked first because it fails at once without a connection, where the others retry for half a minute
@@ -34,7 +34,7 @@ def download(repository: str, revision: str | None, variant: str | None, key: st
         names = [file.rfilename for file in info.siblings or []]
         if index in names:
             parts = read_index(Path(hf_hub_download(repository, PIPELINE, revision=revision))) if key == "path" else {}
-            check_sets(repository, names, parts if key == "path" else {"": ["diffusers", ""]}, variant, called)
+            check_sets(repository, names, parts if key == "path" else {"": ["diffusers", ""]}, variant, labels)
             wanted = needed(names, parts, variant) if key == "path" else [index, *one_set(names, "diffusers", variant)]
             return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except UserError:
@@ -45,7 +45,7 @@ def download(repository: str, revision: str | None, variant: str | None, key: st
         raise UserError(f"{named} is neither a local directory nor a repository on the hub that you may read. "
                         "Check the spelling; a private one needs `hf auth login`.") from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{called.revision} {revision!r} does not exist in {repository!r} on the hub.") from error
+        raise UserError(f"{labels.revision} {revision!r} does not exist in {repository!r} on the hub.") from error
     except HFValidationError as error:
         raise UserError(f"{named} is no local directory and no hub id: {error}") from error
     except Exception as error:  # the hub's HTTP library, and with it what it raises offline, has changed twice
@@ -58,13 +58,13 @@ def download(repository: str, revision: str | None, variant: str | None, key: st
     raise UserError(f"{named} on the hub has no {index}: it is no diffusers {kind}.")
 
 
-def check_sets(repository: str, names: list[str], index: dict[str, Any], variant: str | None, called: Called) -> None:
+def check_sets(repository: str, names: list[str], index: dict[str, Any], variant: str | None, labels: Labels) -> None:
     """`UserError` where a component that is trained with has weights of other variants alone, before anything is fetched."""
     for component in ("", *TRAINED_WITH):
         if isinstance(index.get(component), list):
             inside, library = inside_of(names, component), library_of(index[component])
             if entry_point(inside, library, variant) is None:
-                check_variant("/".join(filter(None, (repository, component))), inside, library, called.variant)
+                check_variant("/".join(filter(None, (repository, component))), inside, library, labels.variant)
 
 
 def inside_of(names: list[str], component: str) -> set[str]:

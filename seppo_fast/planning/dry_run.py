@@ -8,7 +8,7 @@ from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan
 from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
 from seppo_fast.models import is_hub_id, open_model
-from seppo_fast.models.known import known_model
+from seppo_fast.models.published import published_model
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.planning.time_plan import load_rates, time_plan
@@ -32,7 +32,7 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     named = {"path": ours.model.path, "motion_adapter": ours.model.motion_adapter}
     on_hub = {key: name for key, name in named.items() if name is not None and is_hub_id(name)}
     if on_hub:  # a dry run fetches nothing
-        model = known_model(ours.model.path, ours.model.motion_adapter)
+        model = published_model(ours.model.path, ours.model.motion_adapter)
         missing += [f"seppo.model.{key} {name} is no directory here: it will be looked up on the hub, and "
                     + ("compute, memory and time are those of the model published under this name" if model else
                        "compute, memory and time cannot be estimated before") for key, name in on_hub.items()]

@@ -67,52 +67,52 @@ def advice(seconds: Mapping[str, float], config: Config, batch: Batch, cuda: boo
     policy = share["policy forward"] + share["backward"]
     zero = config.deepspeed.get("zero_optimization", {})
     stage = int(zero.get("stage", 0))
-    said = []
+    notes = []
 
     if share["sampling"] > 0.3:
         begin = f"sampling is {share['sampling']:.0%}: "
         if cuda and not sampler.cuda_graph:
-            said.append(begin + "seppo.sampler.cuda_graph is off; turn it on (the same samples, fewer launches)")
+            notes.append(begin + "seppo.sampler.cuda_graph is off; turn it on (the same samples, fewer launches)")
         if sampler.compile == "none":
-            said.append(begin + "seppo.sampler.compile=regional fuses what lies between the convolutions and products (rounding"
+            notes.append(begin + "seppo.sampler.compile=regional fuses what lies between the convolutions and products (rounding"
                         " differs, compilation comes first)")
         elif not sampler.fuse_projections and not ours.model.lora and ours.model.attention != "xformers":
-            said.append(begin + "seppo.sampler.fuse_projections=true makes three products of attention one")
+            notes.append(begin + "seppo.sampler.fuse_projections=true makes three products of attention one")
         share_of_rank = batch.size // batch.world
         if sampler.batch_size != "auto" and sampler.batch_size < min(16, share_of_rank):
-            said.append(begin + f"batches of {sampler.batch_size} where a rank has {share_of_rank} samples an update to make;"
+            notes.append(begin + f"batches of {sampler.batch_size} where a rank has {share_of_rank} samples an update to make;"
                         " seppo.sampler.batch_size=auto measures what pays")
         if sampler.solver != "dpmsolver++" and sampler.steps > 20:
-            said.append(begin + f"solver dpmsolver++ at 20 steps instead of {sampler.solver} at {sampler.steps} would cut it by"
+            notes.append(begin + f"solver dpmsolver++ at 20 steps instead of {sampler.solver} at {sampler.steps} would cut it by"
                         f" {1 - 20 / sampler.steps:.0%} (changes the samples)")
     if share["data"] > 0.05:
-        said.append(f"data is {share['data']:.0%}: latents and embeddings are read from the cache; put seppo.data.cache_dir on a"
+        notes.append(f"data is {share['data']:.0%}: latents and embeddings are read from the cache; put seppo.data.cache_dir on a"
                     " local disk, or on one that is held in memory")
     if share["reference scoring"] > 0.05 and ours.reference_score == "online":
-        said.append(f"reference scoring is {share['reference scoring']:.0%}: seppo.reference_score=rollout computes it in large"
+        notes.append(f"reference scoring is {share['reference scoring']:.0%}: seppo.reference_score=rollout computes it in large"
                     " batches where the samples are made")
     if policy > 0.2:
         begin = f"the policy's forward and backward are {policy:.0%}: "
         if ours.model.gradient_checkpointing:
-            said.append(begin + "seppo.model.gradient_checkpointing computes each forward twice; turn it off if memory allows")
+            notes.append(begin + "seppo.model.gradient_checkpointing computes each forward twice; turn it off if memory allows")
         if cuda and ours.model.compile == "none":
-            said.append(begin + "seppo.model.compile=regional (holds for the reference too)")
+            notes.append(begin + "seppo.model.compile=regional (holds for the reference too)")
         if cuda and batch.accumulation > 1 and batch.micro < 4:
-            said.append(begin + f"micro-batches of {batch.micro}, {batch.accumulation} accumulated; a larger"
+            notes.append(begin + f"micro-batches of {batch.micro}, {batch.accumulation} accumulated; a larger"
                         " train_micro_batch_size_per_gpu fills the GPU better if memory allows")
     if cuda and not ours.model.channels_last and share["sampling"] + policy > 0.3:
-        said.append("seppo.model.channels_last=true is what convolutions in half precision are fastest with")
+        notes.append("seppo.model.channels_last=true is what convolutions in half precision are fastest with")
     if batch.world > 1 and stage >= 2 and batch.accumulation > 1:
-        said.append(f"ZeRO stage {stage} communicates in every one of {batch.accumulation} micro-batches (collectives:"
+        notes.append(f"ZeRO stage {stage} communicates in every one of {batch.accumulation} micro-batches (collectives:"
                     f" {in_collectives:.0%}); stage 1 does so once an update, if memory allows")
     elif batch.world > 1 and in_collectives > 0.1:
-        said.append(f"collectives are {in_collectives:.0%}: a larger train_batch_size has fewer of them a pair")
+        notes.append(f"collectives are {in_collectives:.0%}: a larger train_batch_size has fewer of them a pair")
     if share["optimizer step"] > 0.15:
         offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-        said.append(f"the optimizer step is {share['optimizer step']:.0%}: "
+        notes.append(f"the optimizer step is {share['optimizer step']:.0%}: "
                     + ("zero_optimization.offload_optimizer moves it to the CPU; leave that out if memory allows" if offload else
                        "a larger train_batch_size has fewer of them a pair"))
     if share["other"] > 0.1:
-        said.append(f"other is {share['other']:.0%}: metrics, agreeing with other ranks and Python between the phases, once an"
+        notes.append(f"other is {share['other']:.0%}: metrics, agreeing with other ranks and Python between the phases, once an"
                     " update; a larger train_batch_size has less of it a pair")
-    return said or ["nothing that this program could turn on stands out"]
+    return notes or ["nothing that this program could turn on stands out"]

@@ -77,12 +77,12 @@ def open_scheduler(scheduler_config: Mapping[str, Any], solver: str) -> Any:
     return scheduler
 
 
-def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int, called: str = "seppo.sampler.steps") -> SolverTable:
+def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int, label: str = "seppo.sampler.steps") -> SolverTable:
     """`solver` of `steps` steps on the schedule of `scheduler_config` as a table on the CPU, deterministic (eta 0)."""
     scheduler = open_scheduler(scheduler_config, solver)
     trained = scheduler.config.num_train_timesteps
     if not 1 <= steps <= trained:
-        raise UserError(f"{called}: {steps} is not between 1 and the model's {trained} training timesteps")
+        raise UserError(f"{label}: {steps} is not between 1 and the model's {trained} training timesteps")
     try:
         timesteps, inputs, outputs = _coefficients(scheduler, steps)
     except Exception as error:  # the configuration is the only input

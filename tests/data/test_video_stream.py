@@ -15,8 +15,8 @@ from seppo_fast.capturing import no_capture
 from seppo_fast.data import ClipStream, LatentCache, build_cache, open_source
 from seppo_fast.data.video import pyav
 from seppo_fast.data.video.clips import clip
+from seppo_fast.data.video.prefetcher import Prefetcher
 from seppo_fast.data.video.probe import probe
-from seppo_fast.data.video.read_ahead import ReadAhead
 from seppo_fast.errors import UserError
 from seppo_fast.models.directory import read_directory
 
@@ -244,7 +244,7 @@ class Maker:
         return [UserError(f"{item} is no good") if item < 0 else item**2 for item in items]
 
 
-def settled(ahead: ReadAhead, count: int) -> None:
+def settled(ahead: Prefetcher, count: int) -> None:
     """Waits until `count` items are made and nothing is at work."""
     with ahead.changed:
         assert ahead.changed.wait_for(lambda: len(ahead.made) == count and not ahead.making, 30)
@@ -252,7 +252,7 @@ def settled(ahead: ReadAhead, count: int) -> None:
 
 def test_reading_ahead_is_bounded_and_goes_on_when_something_is_taken():
     make = Maker()
-    ahead = ReadAhead(make, room=3, at_once=2)
+    ahead = Prefetcher(make, room=3, at_once=2)
     ahead.announce(range(10))
     settled(ahead, 3)
     assert make.asked == [[0, 1], [2]]
@@ -267,7 +267,7 @@ def test_reading_ahead_is_bounded_and_goes_on_when_something_is_taken():
 
 def test_false_announcements_do_not_stay():
     make = Maker()
-    ahead = ReadAhead(make, room=2, at_once=1)
+    ahead = Prefetcher(make, room=2, at_once=1)
     ahead.announce([1, 2, 3])
     settled(ahead, 2)
     assert ahead.take([50]) == [2500]
@@ -279,14 +279,14 @@ def test_false_announcements_do_not_stay():
 
 def test_errors_come_to_the_one_who_asks():
     make = Maker()
-    ahead = ReadAhead(make, room=4, at_once=4)
+    ahead = Prefetcher(make, room=4, at_once=4)
     ahead.announce([1, -2, 3])
     settled(ahead, 3)
     assert ahead.take([1]) == [1]
     with pytest.raises(UserError, match="-2 is no good"):
         ahead.take([-2, 3])
     ahead.close()
-    broken = ReadAhead(lambda items: [][1], room=1, at_once=1)
+    broken = Prefetcher(lambda items: [][1], room=1, at_once=1)
     broken.announce([1])
     for _ in range(2):
         with pytest.raises(IndexError):
@@ -297,7 +297,7 @@ def test_errors_come_to_the_one_who_asks():
 def test_announcing_never_waits_and_closing_ends_who_waits():
     make = Maker()
     make.may_go.clear()
-    ahead = ReadAhead(make, room=2, at_once=1)
+    ahead = Prefetcher(make, room=2, at_once=1)
     ahead.announce(range(100))
     waiting: list[BaseException] = []
 

@@ -16,9 +16,9 @@ from seppo_fast.models import AnimateDiff, open_model
 from seppo_fast.models.animatediff import motion_adapter
 from seppo_fast.models.attention import layers
 from seppo_fast.models.export import save_pipeline
-from seppo_fast.models.known import known_model
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.models.published import published_model
 from seppo_fast.reference.loop import sample
 from seppo_fast.reference.solver import solver_table
 
@@ -244,11 +244,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
 
 def test_published_shapes_are_known_without_a_download():
     base, adapter = "stable-diffusion-v1-5/stable-diffusion-v1-5", "guoyww/animatediff-motion-adapter-v1-5-2"
-    model = known_model(base, adapter)
+    model = published_model(base, adapter)
     with torch.device("meta"):
         unet = model.empty_unet()
     count = sum(weight.numel() for weight in unet.parameters())
     motion = sum(weight.numel() for name, weight in unet.named_parameters() if "motion_modules" in name)
     assert count - motion == 859_520_964 and 440e6 < motion < 460e6 and model.most_frames == 32
-    assert known_model(base, "somebody/else") is None
-    assert known_model("stabilityai/stable-diffusion-xl-base-1.0", adapter) is None
+    assert published_model(base, "somebody/else") is None
+    assert published_model("stabilityai/stable-diffusion-xl-base-1.0", adapter) is None

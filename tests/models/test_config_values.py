@@ -11,7 +11,7 @@ from tiny import tiny_sd
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
-from seppo_fast.models.known import SD15, SDXL
+from seppo_fast.models.published import SD15, SDXL
 from seppo_fast.models.trial import run_unet
 from seppo_fast.models.values import check_values
 from seppo_fast.reference.solver import solver_table

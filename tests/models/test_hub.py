@@ -15,8 +15,8 @@ from hub_server import handler
 from tiny import tiny_adapter
 
 from seppo_fast.errors import UserError
-from seppo_fast.models.called import KEYS
 from seppo_fast.models.hub import check_sets, needed
+from seppo_fast.models.labels import KEYS
 
 ROOT = Path(__file__).parents[2]
 

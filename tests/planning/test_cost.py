@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from seppo_fast.config import Lora
 from seppo_fast.configfile import batch_plan, load_config, parse_config
 from seppo_fast.models import open_model
-from seppo_fast.models.known import known_model
 from seppo_fast.models.lora import add_lora
+from seppo_fast.models.published import published_model
 from seppo_fast.planning.cost import Cost, estimate, vae_bytes
 from seppo_fast.planning.network_memory import fused_attention, inference, micro_batch
 from seppo_fast.training.engine import precision, start_engine
@@ -171,7 +171,7 @@ def test_the_memory_of_a_run_is_what_the_cpu_allocates(engine: str, settings: Ca
 def planned() -> Callable[..., Cost]:
     def plan(world: int, *overrides: str) -> Cost:
         config = load_config("ds_a100.json", ["train_micro_batch_size_per_gpu=1", *overrides])
-        return estimate(known_model(config.seppo.model.path), config, batch_plan(config.deepspeed, world), 50)
+        return estimate(published_model(config.seppo.model.path), config, batch_plan(config.deepspeed, world), 50)
 
     return plan
 
@@ -204,12 +204,12 @@ def test_a_reference_that_rests_is_there_for_sampling_alone(planned: Callable[..
 def test_the_published_shapes() -> None:
     for path, parameters in (("runwayml/stable-diffusion-v1-5", 859_520_964),
                              ("stabilityai/stable-diffusion-xl-base-1.0", 2_567_463_684)):
-        model = known_model(path)
+        model = published_model(path)
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(dict(model.directory.configs["unet"]))
         assert sum(weight.numel() for weight in unet.parameters()) == parameters
         assert (model.latent_channels, model.vae_scale_factor) == (4, 8)
-    assert known_model("someone/something-else") is None
+    assert published_model("someone/something-else") is None
 
 
 @pytest.fixture
@@ -245,5 +245,5 @@ def test_grids_and_evaluations_are_in_the_plan(small: Callable[..., Cost]) -> No
 
 def test_the_recipe_for_24_gb() -> None:
     config = load_config("ds_24gb.json")
-    cost = estimate(known_model(config.seppo.model.path), config, batch_plan(config.deepspeed, 1), config.seppo.sampler.steps)
+    cost = estimate(published_model(config.seppo.model.path), config, batch_plan(config.deepspeed, 1), config.seppo.sampler.steps)
     assert cost.memory < cost.reserved < 16e9, "of 25.8e9, for the driver, workspaces and the allocator need some"

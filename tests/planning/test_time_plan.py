@@ -10,7 +10,7 @@ import pytest
 
 from seppo_fast.configfile import batch_plan, load_config
 from seppo_fast.errors import UserError
-from seppo_fast.models.known import known_model
+from seppo_fast.models.published import published_model
 from seppo_fast.planning.cost import Cost, estimate
 from seppo_fast.planning.time_plan import SHIPPED, Rate, fraction, hours, load_rates, rollout, time_plan, work_of
 
@@ -22,7 +22,7 @@ BATCH = batch_plan(CONFIG.deepspeed, 8)
 
 @pytest.fixture(scope="module")
 def cost() -> Cost:
-    return estimate(known_model(CONFIG.seppo.model.path), CONFIG, BATCH, 50)
+    return estimate(published_model(CONFIG.seppo.model.path), CONFIG, BATCH, 50)
 
 
 def test_the_papers_run(cost: Cost) -> None:
@@ -50,20 +50,20 @@ def test_shares_between_and_beyond_what_is_known(batch: int, share: float) -> No
 
 
 def test_what_is_assumed_is_said(cost: Cost) -> None:
-    text = time_plan(CONFIG, BATCH, cost, known_model(CONFIG.seppo.model.path), load_rates(None))
+    text = time_plan(CONFIG, BATCH, cost, published_model(CONFIG.seppo.model.path), load_rates(None))
     (h200,) = [line for line in text.splitlines() if "790 TFLOP/s" in line]
     assert "assumed: that of NVIDIA A100" in h200 and "assumed: sampling's at this batch" in h200
     assert "pndm, 50 steps (51 evaluations)" in text and "ddim, 20 steps (20 evaluations)" in text
     own = RATE.model_copy(update={"device": "NVIDIA H200"})
-    text = time_plan(CONFIG, BATCH, cost, known_model(CONFIG.seppo.model.path), [own])
+    text = time_plan(CONFIG, BATCH, cost, published_model(CONFIG.seppo.model.path), [own])
     assert "assumed" not in text and "hours on NVIDIA H200 with" in text
-    text = time_plan(CONFIG, BATCH, cost, known_model(CONFIG.seppo.model.path), [RATE.model_copy(update={"device": "a CPU"}),
+    text = time_plan(CONFIG, BATCH, cost, published_model(CONFIG.seppo.model.path), [RATE.model_copy(update={"device": "a CPU"}),
                                                                                  *load_rates(None)])
     assert "assumed: that of NVIDIA A100" in text and "assumed: that of a CPU" not in text
 
 
 def test_this_machines_gpu_is_marked(cost: Cost) -> None:
-    text = time_plan(CONFIG, BATCH, cost, known_model(CONFIG.seppo.model.path), load_rates(None), "NVIDIA H200 NVL")
+    text = time_plan(CONFIG, BATCH, cost, published_model(CONFIG.seppo.model.path), load_rates(None), "NVIDIA H200 NVL")
     assert "NVIDIA H200 (this machine): " in text and "hours on NVIDIA H200 with" in text
     assert "NVIDIA A100: " in text
 

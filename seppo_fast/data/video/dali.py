@@ -86,7 +86,7 @@ class Dali:
         return [torch.from_numpy(np.array(output.at(row))) for row in range(len(clips))]
 
     def build(self) -> Any:
-        """The pipeline. It works in step with its caller: what is decoded ahead, and how much, is for `read_ahead.py` to say."""
+        """The pipeline. It works in step with its caller: what is decoded ahead, and how much, is for `prefetcher.py` to say."""
         from nvidia.dali import fn, types
         from nvidia.dali.pipeline import Pipeline
 

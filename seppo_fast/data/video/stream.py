@@ -15,8 +15,8 @@ from seppo_fast.data.encode import encode
 from seppo_fast.data.latents import CachedRows, Images, PromptCache
 from seppo_fast.data.video.clips import Clip, clip
 from seppo_fast.data.video.decoder import Decoder
+from seppo_fast.data.video.prefetcher import Prefetcher
 from seppo_fast.data.video.probe import Facts
-from seppo_fast.data.video.read_ahead import ReadAhead
 from seppo_fast.errors import UserError
 from seppo_fast.models import Conditions
 
@@ -40,7 +40,7 @@ class ClipStream:
         self.own = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.decoder = Decoder(data, device, say)
         clip_bytes = 4 * 3 * data.resolution**2 * data.video.frames
-        self.ahead = ReadAhead(self._decode, max(1, min(MOST_CLIPS, MOST_BYTES // clip_bytes)), data.workers)
+        self.ahead = Prefetcher(self._decode, max(1, min(MOST_CLIPS, MOST_BYTES // clip_bytes)), data.workers)
 
     def __len__(self) -> int:
         return len(self.images)

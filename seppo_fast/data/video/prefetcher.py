@@ -8,7 +8,7 @@ Item = TypeVar("Item", bound=Hashable)
 Made = TypeVar("Made")
 
 
-class ReadAhead:
+class Prefetcher:
     """`make(items)` gives what each item is, or an exception; items are hashable, and what they are depends on nothing else.
 
     So it changes only when something is made, never what. At most `room` made items wait to be taken.
@@ -23,7 +23,7 @@ class ReadAhead:
         self.failure: BaseException | None = None
         self.closed = False
         self.changed = threading.Condition()
-        self.thread = threading.Thread(target=self.work, name="read-ahead", daemon=True)
+        self.thread = threading.Thread(target=self.work, name="prefetcher", daemon=True)
         self.thread.start()
 
     def announce(self, items: Sequence[Item]) -> None:
@@ -46,7 +46,7 @@ class ReadAhead:
             if self.failure is not None:
                 raise self.failure
             if self.closed:
-                raise RuntimeError("read-ahead was closed")
+                raise RuntimeError("prefetcher was closed")
             found = {item: self.made.pop(item) for item in dict.fromkeys(items)}
             self.changed.notify_all()
         for item in found.values():

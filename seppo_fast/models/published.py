@@ -34,7 +34,7 @@ SDXL: dict[str, dict[str, Any]] = {
     "text_encoder_2": {"hidden_size": 1280, "projection_dim": 1280},
     "scheduler": SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
 }
-KNOWN = {
+PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "runwayml/stable-diffusion-v1-5": SD15,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
@@ -50,11 +50,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def known_model(path: str, motion_adapter: str | None = None) -> Model | None:
+def published_model(path: str, motion_adapter: str | None = None) -> Model | None:
     """The model of these hub ids, without weights: it can be planned with, not loaded. None where its shape is not known."""
-    if path not in KNOWN or motion_adapter is not None and (motion_adapter not in ADAPTERS or KNOWN[path] is SDXL):
+    if path not in PUBLISHED or motion_adapter is not None and (motion_adapter not in ADAPTERS or PUBLISHED[path] is SDXL):
         return None
-    directory = Directory(Path(path), {}, KNOWN[path], {})
+    directory = Directory(Path(path), {}, PUBLISHED[path], {})
     if motion_adapter is not None:
         return AnimateDiff(directory, Directory(Path(motion_adapter), {}, {HERE: ADAPTERS[motion_adapter]}, {}))
-    return StableDiffusionXL(directory) if KNOWN[path] is SDXL else StableDiffusion(directory)
+    return StableDiffusionXL(directory) if PUBLISHED[path] is SDXL else StableDiffusion(directory)

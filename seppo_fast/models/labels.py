@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Called:
+class Labels:
     """For messages; by default the keys of a training's configuration, elsewhere flags."""
 
     path: str = "seppo.model.path"
@@ -14,4 +14,4 @@ class Called:
     frames: str = "seppo.data.video.frames"
 
 
-KEYS = Called()
+KEYS = Labels()
