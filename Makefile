@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart quickstart-video test lint readme clean
+.PHONY: quickstart quickstart-video test test-fast lint readme clean
 
 quickstart: $(READY)
 	$(BIN)/python -m seppo_fast.quickstart --out runs/quickstart
@@ -16,6 +16,14 @@ quickstart-video: $(READY)
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=10
+
+# For the edit loop, in two minutes: all but what trains, compiles or starts processes (tests/conftest.py knows by the fixtures) and
+# what carries @pytest.mark.slow. A test that takes long and is not marked is named at the end.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n logical --dist worksteal -m "not slow"
+
+# Where Python is told to write no bytecode, each process that a test starts would compile all of ours anew.
+test test-fast: export PYTHONDONTWRITEBYTECODE :=
 
 # ruff, and the direction of imports that pyproject.toml states.
 lint: $(READY)

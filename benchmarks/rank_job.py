@@ -6,11 +6,8 @@ With `--core N` the process keeps to that core.
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # DeepSpeed's launcher starts this file by its path
 
 
 def main() -> None:
@@ -18,7 +15,6 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--core", type=int)
-    parser.add_argument("--local_rank", type=int, default=0)
     given = parser.parse_args()
     if given.core is not None:
         os.sched_setaffinity(0, {given.core})

@@ -5,8 +5,8 @@ import os
 import statistics
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.loop import ROOT, Case, Keep, Row, finish, fresh, overrides
 from seppo_fast.configfile import load_config
@@ -43,13 +43,17 @@ def run_ranks(case: Case, world: int) -> list[Row]:
     out.mkdir()
     config = out / "config.json"
     config.write_text(json.dumps(load_config(case.config, overrides(case, out / "run")).as_dict()))
-    arguments = ["--config", str(config), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if world == 1:
-        command = [sys.executable, "-m", "benchmarks.rank_job", *arguments, "--core", str(min(os.sched_getaffinity(0)))]
-    else:
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world), "--master_port", str(free_port()),
-                   str(Path(__file__).with_name("rank_job.py")), *arguments]
-    log = case.work / "ranks.log"
-    finish(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT), log)
+    cores, log = sorted(os.sched_getaffinity(0)), case.work / "ranks.log"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with log.open("w") as said, ExitStack() as stack:
+        started = []
+        for rank in range(world):
+            command = [sys.executable, "-m", "benchmarks.rank_job", "--config", str(config), "--out", str(out), "--core",
+                       str(cores[rank % len(cores)])]
+            started.append(subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT,
+                                            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            stack.callback(started[-1].kill)  # when another one failed
+        for process in started:
+            finish(process, log)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]

@@ -1,5 +1,6 @@
 """What operators give on the meta device, remembered: PyTorch works most of it out in Python, and networks repeat themselves."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def call(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return result
 
 
+@cache
 def _writes_or_views(operator: Any) -> bool:
     schema = operator._schema
     return any(value.alias_info is not None for value in (*schema.arguments, *schema.returns))

@@ -23,6 +23,54 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("a handwritten one", "a handwritten two", "a handwritten three")
+TRAINS = {"train", "train_on_ranks", "launch", "start", "forks", "quick_compiler"}  # fixtures of slow tests
+SLOW = 3.0  # seconds that a test may take in `make test-fast`
+WAITING = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a second or two; `make test-fast` leaves it out")
+    config.stash[WAITING] = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, and count, what waits for a GPU; what uses a fixture that trains is slow."""
+    waiting = [] if torch.cuda.is_available() else [item for item in items if waits_for_a_gpu(item)]
+    if waiting:
+        left_out = set(waiting)
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=waiting)
+    config.stash[WAITING] = len(waiting)
+    if hasattr(config, "workeroutput"):  # a worker of pytest-xdist
+        config.workeroutput["waiting"] = len(waiting)
+    for item in items:
+        if TRAINS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
+def waits_for_a_gpu(item: pytest.Item) -> bool:
+    """Whether a mark skips it here for a reason that names a GPU."""
+    marks = item.iter_markers("skipif")
+    return any(mark.args and mark.args[0] is True and "GPU" in mark.kwargs.get("reason", "") for mark in marks)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker collects the same tests, so each counts all that wait."""
+    waiting = getattr(node, "workeroutput", {}).get("waiting", 0)
+    node.config.stash[WAITING] = max(node.config.stash[WAITING], waiting)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """How many tests wait for a GPU, and which ones are slow without being marked so."""
+    if waiting := config.stash[WAITING]:
+        terminalreporter.write_line(f"{waiting} tests wait for a GPU")
+    if config.option.markexpr != "not slow":
+        return
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        if report.when == "call" and report.duration > SLOW:
+            terminalreporter.write_line(f"{report.nodeid} took {report.duration:.0f} s: mark it with pytest.mark.slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -225,7 +225,7 @@ def test_one_rank_killed_ends_the_other_with_a_word(place: str, settings: Callab
 def test_the_launcher_prints_the_first_cause_once_and_does_not_hang(settings: Callable[..., dict[str, Any]], launch: Any,
                                                                     tmp_path: Path) -> None:
     """Rank 1 alone meets what is wrong: the second half of the images, which it encodes, are torn."""
-    data = make_demonstrations(tmp_path / "data", 1200)
+    data = make_demonstrations(tmp_path / "data", 1024)
     for number in range(256, 512):
         (data / f"{number}.png").write_bytes(b"torn")
     raw = settings(**{"seppo.data.source": str(data), "seppo.data.cache_dir": str(tmp_path / "cache")})

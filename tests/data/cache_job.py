@@ -1,6 +1,7 @@
-"""Builds caches in a process of its own, one after the other: `python -m data.cache_job JSON`."""
+"""On every rank: builds the caches of a JSON list, `--config FILE`, one after the other, together or each rank by itself."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,10 +29,12 @@ class Barrier:
             time.sleep(0.01)
 
 
-if __name__ == "__main__":
-    for job in json.loads(sys.argv[1]):
-        folder, rank, world = Path(job["folder"]), job["rank"], job["world"]
-        barrier = Barrier(Path(job["barrier"]), rank, world)
+def main() -> int:
+    for job in json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text()):
+        folder = Path(job["folder"])
+        rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if job["together"] else (0, 1)
+        barrier = Barrier(folder / "barrier", rank, world) if job["together"] else lambda: None
         model, data = open_model(job["model"]), config.Data(**job["data"])
         cache = cached(model, data, folder, rank=rank, world=world, barrier=barrier)
-        print(len(cache), cache.folder)
+        print(f"cached {len(cache)} rows", flush=True)
+    return 0

@@ -74,7 +74,7 @@ def test_more_prompts_than_a_shard_holds(model, tmp_path):
     members = samples(300)
     for name, number in (("a", 1), ("b", 2)):
         write_tar(tmp_path / "t" / f"{name}.tar", members[300 * (number - 1):300 * number])
-    cache = cached(model, settings(tmp_path / "t", tmp_path), tmp_path)
+    cache = cached(model, settings(tmp_path / "t", tmp_path, encode_batch_size=64), tmp_path)
     assert len(cache.prompts.texts) == 301 and len(list((cache.folder / "prompts").glob("*.arrow"))) == 2
     wanted = model.load_text("cpu")(["caption 0", "caption 299", ""])["prompt_embeds"]
     torch.testing.assert_close(cache.embeddings([1, 300, 0])["prompt_embeds"], wanted, rtol=2e-3, atol=2e-3)
@@ -192,12 +192,13 @@ def test_latents_that_are_not_finite_are_skipped(tmp_path, sd):
 
 def test_a_torn_shard_is_made_again_and_the_others_are_not(model, tmp_path):
     folder = write_folder(tmp_path / "d", 600)
-    cache = cached(model, settings(folder, tmp_path), tmp_path)
+    data = settings(folder, tmp_path, encode_batch_size=64)
+    cache = cached(model, data, tmp_path)
     whole, shards = contents(cache.folder), sorted((cache.folder / "latents").glob("*.arrow"))
     times = [shard.stat().st_mtime_ns for shard in shards]
     shards[1].write_bytes(shards[1].read_bytes()[:1000])
     (cache.folder / "prompts" / "00000.json").write_text("{torn")
-    again = cached(model, settings(folder, tmp_path), tmp_path)
+    again = cached(model, data, tmp_path)
     assert contents(again.folder) == whole
     assert [shard.stat().st_mtime_ns == time for shard, time in zip(shards, times, strict=True)] == [True, False, True]
 

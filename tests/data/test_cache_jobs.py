@@ -1,38 +1,29 @@
 """The cache under a kill, two jobs at once, a full disk and many rows."""
 
 import gc
-import json
 import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from data.data_files import cached, contents, settings, write_folder
+from forked import Forks, Strike
 
+from seppo_fast import config
 from seppo_fast.data import LatentCache, open_source
 from seppo_fast.data.encode import decoded, encoded
 from seppo_fast.data.rows import Part
 from seppo_fast.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+BATCH = 32  # images in the VAE at once
 
 
-def job(model, data, folder: Path, rank: int = 0, world: int = 1) -> dict:
-    barrier = folder / f"barrier{'' if world > 1 else rank}"
-    return {"model": str(model.path), "data": data.model_dump(), "folder": str(folder), "rank": rank, "world": world,
-            "barrier": str(barrier)}
-
-
-def start(*jobs: dict) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "data.cache_job", json.dumps(jobs)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"})
+def job(model, data: config.Data, folder: Path, together: bool = False) -> dict:
+    """A cache that all ranks build together, or each rank as if it were alone."""
+    return {"model": str(model.path), "data": data.model_dump(), "folder": str(folder), "together": together}
 
 
 def finished(cache: Path) -> list[Path]:
@@ -44,20 +35,17 @@ def many(model, tmp_path_factory):
     """1,200 rows in 5 parts, and the cache of an undisturbed job."""
     folder = tmp_path_factory.mktemp("many")
     write_folder(folder / "d", 1200)
-    return folder / "d", contents(cached(model, settings(folder / "d", folder), folder).folder)
+    return folder / "d", contents(cached(model, settings(folder / "d", folder, encode_batch_size=BATCH), folder).folder)
 
 
-def test_killed_in_the_middle_and_resumed(model, many, tmp_path):
+def test_killed_in_the_middle_and_resumed(forks: Forks, model, many, tmp_path):
     source, whole = many
-    data = settings(source, tmp_path)
-    process = start(job(model, data, tmp_path))
-    while len(finished(tmp_path / "cache")) < 2:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    data = settings(source, tmp_path, encode_batch_size=BATCH)
+    in_the_third_part = 2 * 256 // BATCH + 4
+    result = forks.run([job(model, data, tmp_path)], module="data.cache_job",
+                       strike=Strike("seppo_fast.data.encode:encode_batch", in_the_third_part))
     done = finished(tmp_path / "cache")
-    assert process.returncode == -signal.SIGKILL and 2 <= len(done) < 5
+    assert result.status == -signal.SIGKILL and 2 <= len(done) < 5, result.output[-3000:]
     times = {file: file.stat().st_mtime_ns for stamp in done for file in (stamp, stamp.with_suffix(".arrow"))}
     left = next((tmp_path / "cache").iterdir()) / "latents" / ".00004.arrow.0123.tmp"  # what a kill leaves, long ago
     left.write_bytes(b"x")
@@ -69,15 +57,14 @@ def test_killed_in_the_middle_and_resumed(model, many, tmp_path):
     assert kept == whole and len(cache) == 1200
 
 
-def test_two_ranks_write_what_one_writes_and_two_jobs_at_once_do_no_harm(model, many, tmp_path):
+def test_two_ranks_write_what_one_writes_and_two_jobs_at_once_do_no_harm(forks: Forks, model, many, tmp_path):
     source, whole = many
     ranks, both = tmp_path / "ranks", tmp_path / "both"
-    processes = [start(job(model, settings(source, ranks), ranks, number, 2),
-                       job(model, settings(source, both), both / str(number))) for number in range(2)]
-    for process in processes:
-        out, error = process.communicate(timeout=200)
-        assert process.returncode == 0, error
-        assert [line.split()[0] for line in out.splitlines()] == ["1200", "1200"]
+    jobs = [job(model, settings(source, folder, encode_batch_size=BATCH), folder, together=folder == ranks)
+            for folder in (ranks, both)]
+    result = forks.run(jobs, ranks=2, module="data.cache_job")
+    assert result.statuses == [0, 0], result.output[-3000:]
+    assert result.output.count("cached 1200 rows\n") == 4
     for folder in (ranks, both):
         (cache,) = (folder / "cache").iterdir()
         assert contents(cache) == whole
