@@ -49,6 +49,7 @@ def test_nothing_is_built_when_nothing_is_wanted(tmp_path: Path) -> None:
     assert run.returncode == 0 and not built and "WARNING: seppo_fast" not in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
 def test_one_wheel_for_every_python(tmp_path: Path) -> None:

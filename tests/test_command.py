@@ -39,6 +39,7 @@ def words(result: Any, *expected: str, status: int = 2) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_the_quickstarts_command(on_path: None, sd: Path, demonstrations: Path, cache_dir: Path, tmp_path: Path) -> None:
     result = deepspeed("--config", "quickstart.json", "--set", f"seppo.model.path={sd}", f"seppo.data.source={demonstrations}",
                        f"seppo.data.cache_dir={cache_dir}", f"seppo.output_dir={tmp_path / 'run'}", "seppo.iterations=2",

@@ -21,6 +21,7 @@ def test_what_a_call_must_end_with_comes_first_and_has_the_time_for_it(group: st
     assert gpu_suite.MACHINE + sum(gpu_suite.STEPS[name] for name in first) <= gpu_suite.SECONDS < 9 * 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "outcome", "wrote"), [("print('all')", "done", "all"), ("raise SystemExit(3)", "exit code 3", ""),
                          ("try:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('partial')", "stopped after 3 s", "partial"),
                          ("signal.signal(2, signal.SIG_IGN)\ntime.sleep(60)", "stopped after 3 s", "")])
@@ -31,6 +32,7 @@ def test_a_step_of_the_gpu_suite_is_interrupted_before_it_is_killed(code: str, o
     assert process.communicate()[0].strip() == wrote
 
 
+@pytest.mark.slow
 def test_tests_are_dealt_to_processes_and_every_one_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "test_dealt.py"
     file.write_text("import os, pytest\n"

@@ -18,6 +18,7 @@ from benchmarks.throughput_summary import rates, targets
 from seppo_fast.planning.time_plan import load_rates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "parameters", "tflop"), [("sd15", 859_520_964, 0.803), ("sdxl", 2_567_463_684, 6.76),
                                                            ("animatediff", 1_312_730_244, 4.106),
                                                            ("quickstart", 985_444, 4.48e-5)])
@@ -46,6 +47,7 @@ def case(sd: Path, demonstrations: Path, tmp_path: Path) -> Case:
                 rounds=1, batched=False)
 
 
+@pytest.mark.slow
 def test_both_trainers_are_timed_by_their_commands(case: Case) -> None:
     kept: list[Row] = []
     loop.measure(case, kept.append)
@@ -64,6 +66,7 @@ def test_a_trainer_that_fails_is_quoted(tmp_path: Path) -> None:
         loop.finish(subprocess.Popen([sys.executable, "-c", "print('last words'); raise SystemExit(3)"], stdout=file), log)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_counted(case: Case) -> None:
     jobs = ranks.run_ranks(replace(case, micro=2), 2)
     assert [job["samples"] for job in jobs] == [[2, 2, 2], [2, 2, 2]]
@@ -74,6 +77,7 @@ def test_two_ranks_are_counted(case: Case) -> None:
     assert not ranks.summary(rows)["shared_evenly"]
 
 
+@pytest.mark.slow
 def test_the_sampler_is_timed_beside_diffusers_and_agrees_with_it() -> None:
     kept: list[Row] = []
     points = [("quickstart", 2, 3, ("ours", "diffusers_eager")), ("quickstart", 1, 3, ("ours",))]
@@ -89,6 +93,7 @@ def test_the_sampler_is_timed_beside_diffusers_and_agrees_with_it() -> None:
     assert kept[-1]["not_reached"] == ["quickstart batch 2, 3 steps: ours, diffusers_eager"]
 
 
+@pytest.mark.slow
 def test_the_video_sampler_agrees_with_diffusers_pipeline() -> None:
     assert samplers.difference("tiny_video", "cpu") < 1e-4
 

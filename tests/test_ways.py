@@ -9,6 +9,7 @@ import pytest
 from benchmarks.ways import Way
 
 
+@pytest.mark.slow
 def test_each_way_of_sampling_has_a_process_of_its_own_and_leaves_the_others() -> None:
     one, other = Way("cpu"), Way("cpu")
     try:

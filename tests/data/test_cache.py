@@ -115,6 +115,7 @@ def test_crop_and_flip_depend_on_seed_and_row_alone(model, tmp_path):
     assert other.folder != cache.folder and not torch.equal(other.rows(range(12)).mean, cache.rows(range(12)).mean)
 
 
+@pytest.mark.slow
 def test_another_setting_gets_another_folder_and_the_same_one_the_same(model, tmp_path):
     folder = write_folder(tmp_path / "d", 3)
     base = settings(folder, tmp_path)
@@ -230,6 +231,7 @@ def test_pictures_of_all_modes_go_through(model, tmp_path):
     assert len(cached(model, settings(folder, tmp_path), tmp_path)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [tiny_sd, tiny_sdxl])
 def test_captions_beyond_the_text_encoder_are_counted_and_listed(family, tmp_path):
     model = open_model(str(family(tmp_path / "model")))

@@ -70,6 +70,7 @@ def test_two_ranks_write_what_one_writes_and_two_jobs_at_once_do_no_harm(forks: 
         assert contents(cache) == whole
 
 
+@pytest.mark.slow
 def test_no_room_left_names_the_folder_and_leaves_no_debris(model, tmp_path):
     data = settings(write_folder(tmp_path / "d", 300), tmp_path, encode_batch_size=16)
     cached(model, settings(write_folder(tmp_path / "first", 9), tmp_path), tmp_path)
@@ -87,6 +88,7 @@ def test_no_room_left_names_the_folder_and_leaves_no_debris(model, tmp_path):
     assert len(cached(model, data, tmp_path)) == 300
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(model, tmp_path):
     """2,500 rows in one part: the reader stays a window ahead of the VAE, and no pixels outlive their batch."""
     folder = write_folder(tmp_path / "d", 2500)

@@ -120,6 +120,7 @@ def test_no_video_is_decoded_while_a_graph_is_captured(video_model, clips, tmp_p
     stream.close()
 
 
+@pytest.mark.slow
 def test_a_fixed_choice_is_cached_and_equals_the_stream(video_model, clips, tmp_path):
     cached = built(video_model, streaming(clips, tmp_path, {"choice": "uniform"}), tmp_path)
     assert isinstance(cached, LatentCache) and cached.shape == (4, 4, 8, 8) and len(cached) == CLIPS
@@ -147,6 +148,7 @@ def test_what_was_probed_is_not_probed_again_and_another_draw_is_another_run(vid
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.arrow")} == written
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_probing(video_model, clips, tmp_path, monkeypatch):
     monkeypatch.setattr("seppo_fast.data.metadata.ROWS_PER_PART", 2)
     meet = threading.Barrier(2, timeout=60)

@@ -56,6 +56,7 @@ def values(result: dict[str, Any], score: str = "pickscore") -> dict[tuple[str, 
             for sample in result["samples"]}
 
 
+@pytest.mark.slow
 def test_batches_order_and_an_interruption_change_nothing(run: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     whole = run(tmp_path / "a", "--per-prompt", "2", "--batch-size", "1", "--score-batch-size", "1")
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "a" / "samples" / "tuned").iterdir()}

@@ -142,6 +142,7 @@ def test_fids_features_are_inceptions_of_every_frame(weights, loaded, inception_
     assert loaded("fid")(clips(0)[:0]).shape == (0, 2048)
 
 
+@pytest.mark.slow
 def test_fvds_features_are_i3ds_of_every_clip(weights, loaded):
     several = clips(0, count=2, frames=9, side=32)
     found = loaded("fvd")(several)

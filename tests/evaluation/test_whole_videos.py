@@ -54,6 +54,7 @@ def few(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.mean(0) - other.mean(0)).square().sum()) + traces - 2 * cross
 
 
+@pytest.mark.slow
 def test_all_scores_and_on_with_another_model(ranks: Any, of_videos: Any, videos: Path, networks: dict[str, Path],
                                               weights: list[str], whole: Any, capsys: pytest.CaptureFixture) -> None:
     out, result = whole

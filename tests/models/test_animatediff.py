@@ -215,6 +215,7 @@ def test_the_attention_layers_that_are_measured_are_the_networks_own(model):
     assert {layer.tokens for layer in found} > {FRAMES, 64}
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same(model, quick_compiler):
     """Of one level, whose blocks, of pictures and of motion, have one width: fewer kernels to compile."""
     torch.manual_seed(0)

@@ -144,6 +144,7 @@ for limit in (300_000, 1_500_000):
 """
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_keeps_the_earlier_export(sd_folder, tmp_path):
     """The operating system refuses to write beyond a size: first in a copied component, then in the UNet."""
     final = tmp_path / "final"

@@ -73,6 +73,7 @@ def serving(port: int, hub: type[BaseHTTPRequestHandler]) -> Iterator[None]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_download_then_offline(own_sd, opened):
     port, ask = opened
     (own_sd / "unet/diffusion_pytorch_model.bin").write_bytes(b"not wanted")
@@ -93,6 +94,7 @@ def test_download_then_offline(own_sd, opened):
     assert refused == "REFUSED" and "tiny/never-seen" in message and "connect" in message
 
 
+@pytest.mark.slow
 def test_a_motion_adapter_from_the_hub(sd_folder, opened, tmp_path):
     port, ask = opened
     adapter = tiny_adapter(tmp_path / "adapter")

@@ -180,6 +180,7 @@ def test_two_that_fail_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_attention([unet()], "auto", (8, 8), torch.bfloat16, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_broken_xformers_is_reported(tmp_path: Path) -> None:
     """A package with metadata whose import raises, as a wheel for another CUDA does: diffusers alone would fail with it."""
     package = tmp_path / "xformers"

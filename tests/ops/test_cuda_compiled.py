@@ -10,6 +10,8 @@ import pytest
 
 from seppo_fast.ops import native
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 OPT_IN = {80: 163 << 10, 90: 227 << 10}  # the most shared memory of a block of each chip, static and dynamic

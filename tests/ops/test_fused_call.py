@@ -178,6 +178,7 @@ def test_the_references_errors(dtype):
         assert all(map(torch.equal, got, want)) and torch.equal(grads(got[0], model), grads(want[0], model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_in_one_graph(backend, reduction):
@@ -236,6 +237,7 @@ def _rank(rank, world, port, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp(unused_tcp_port_number):
     with mp.Manager() as manager:
         results = manager.dict()

@@ -315,6 +315,7 @@ def test_it_never_reads_a_value():
     seppo_loss(model, ref_mse=per_sample_mse(ref, target), target=target, return_stats=True)[0].backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flipper", ["aaf", "indicator", "none"])
 def test_compiles_in_one_graph(flipper):
     torch._dynamo.reset()
@@ -330,6 +331,7 @@ def test_compiles_in_one_graph(flipper):
         torch.testing.assert_close(torch.autograd.grad(got, model), torch.autograd.grad(want, model))
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor():
     torch._dynamo.reset()
     model, ref, target = make((4, 4, 8, 8), dtype=torch.bfloat16)

@@ -164,6 +164,7 @@ def test_every_sixteen_bit_number_survives(dtype):
     assert_within_twice((model, ref, target), flipper="none", beta=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_more_than_2_to_the_31_elements():
     """Only where there is memory for it: policy and gradient of 2^31 + 2 bf16 numbers are 9 GB."""
@@ -201,12 +202,14 @@ print(reasons["native"], *(str(w.message) for w in seen if w.category is Runtime
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_library_that_cannot_be_loaded_says_why_once(tmp_path):
     reason, *warned = in_a_copy(tmp_path, b"not a library")
     assert "cannot be loaded" in reason and ("file too short" in reason or "invalid ELF header" in reason), reason
     assert warned == [f"seppo_fast: {reason}; a slower backend is used"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcc"), reason="there is no C compiler")
 def test_a_library_of_other_sources_is_not_used(tmp_path):
     """Nothing else would notice that its operators have another signature."""

@@ -38,6 +38,7 @@ runs = pytest.mark.skipif(DEVICE is None, reason="no GPU here: test_in_the_inter
 SHAPES = ALL_SHAPES | ({"video": (2, 4, 5, 32, 32), "odd_large": (2, 17_001)} if INTERPRETED else {})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @pytest.mark.timeout(900)
 def test_in_the_interpreter():

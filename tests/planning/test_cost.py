@@ -25,6 +25,8 @@ from seppo_fast.planning.cost import Cost, estimate, vae_bytes
 from seppo_fast.planning.network_memory import fused_attention, inference, micro_batch
 from seppo_fast.training.engine import precision, start_engine
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 0.15
 
 

@@ -31,6 +31,7 @@ def test_the_shipped_settings_need_no_advice() -> None:
 DRY_RUN_AS_COMMANDS = {"ds_a100", "ds_a100_video"}  # in test_command.py
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({file.stem for file in CONFIGS.glob("*.json")} - DRY_RUN_AS_COMMANDS))
 def test_the_shipped_configurations_pass_their_dry_run(name: str, sd: Path, tmp_path: Path) -> None:
     """The quickstarts' with models of their kind: theirs are made by the quickstart."""

@@ -63,6 +63,7 @@ def test_iterations_of_one_run_are_drawn_independently():
     assert len({pick("uniform", 10**6, seed) for seed in range(50)}) == 50
 
 
+@pytest.mark.slow
 def test_uniform_is_the_same_on_every_rank_and_blind_to_global_state():
     script = "import torch; torch.manual_seed({}); from seppo_fast.reference import pick;" \
              "print([pick('uniform', k, 11) for k in range(1, 30)])"

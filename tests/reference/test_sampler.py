@@ -144,6 +144,7 @@ def test_compiled_blocks_are_the_loops_alone():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1, "the compiled code is used again"
 
 
+@pytest.mark.slow
 def test_every_shape_is_compiled(monkeypatch):
     """More of them than PyTorch would compile of one function, after which it runs the rest as it is."""
     torch.compiler.reset()  # what other tests compiled would count
