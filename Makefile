@@ -22,7 +22,7 @@ test: $(READY) lint
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n logical --dist worksteal -m "not slow"
 
-# Where Python is told to write no bytecode, each process that a test starts would compile all of ours anew.
+# Where Python is told to write no bytecode, each worker of each run would rewrite the assertions of all tests anew.
 test test-fast: export PYTHONDONTWRITEBYTECODE :=
 
 # ruff, and the direction of imports that pyproject.toml states.

@@ -65,7 +65,7 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """How many tests wait for a GPU, and which ones are slow without being marked so."""
     if waiting := config.stash[WAITING]:
-        terminalreporter.write_line(f"{waiting} tests wait for a GPU")
+        terminalreporter.write_line(f"{waiting} {'test waits' if waiting == 1 else 'tests wait'} for a GPU")
     if config.option.markexpr != "not slow":
         return
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
