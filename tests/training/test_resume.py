@@ -64,7 +64,7 @@ def tree(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..
     def make(name: str, folder: Path | str, ranks: int = 1, **more: Any) -> dict[str, Any]:
         return settings(**{
             "seppo.output_dir": str(tmp_path / folder), "seppo.checkpoint.every": 1, "train_micro_batch_size_per_gpu": 4 // ranks,
-            "seppo.sampler.batch_size": 4 // ranks, **CHANGES[name], **more})
+            "seppo.sampler.steps": 2, "seppo.sampler.batch_size": 4 // ranks, **CHANGES[name], **more})
 
     return make
 

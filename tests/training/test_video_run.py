@@ -41,7 +41,8 @@ CAPTIONS = ("a photo of the red cat", "the blue sky", "a dog")
 @pytest.fixture(scope="session")
 def animatediff(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny AnimateDiff pipeline directory: 16x16 pixels, (4, F, 8, 8) latents, positions for 8 frames."""
-    return tiny_animatediff(tmp_path_factory.mktemp("models") / "animatediff", channels=(8, 16))
+    return tiny_animatediff(tmp_path_factory.mktemp("models") / "animatediff", channels=(8, 16),
+                            up_block_types=("UpBlock2D", "UpBlock2D"))
 
 
 @pytest.fixture(scope="session")
