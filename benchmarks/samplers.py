@@ -53,7 +53,7 @@ POINTS: dict[str, list[Point]] = {
 }
 
 
-def matmul_rate(device: str, seconds: float = 2.0) -> float:
+def matmul_rate(device: str, seconds: float) -> float:
     """FLOP/s of the best square matrix product, bf16 on a GPU, fp32 on the CPU: the median of its repetitions."""
     dtype, sizes = (torch.bfloat16, (4096, 8192)) if device == "cuda" else (torch.float32, (512, 1024))
     products = {str(size): partial(torch.mm, *(torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)))
@@ -103,11 +103,11 @@ def difference(name: str, device: str, steps: int = 5) -> float:
 def measure(device: str, keep: Keep, seconds: float, repeats: float = 2.0, points: Sequence[Point] | None = None) -> None:
     """Rows by point and way, no point begun after `seconds`; the ways of a point are timed in turn, `repeats` seconds each.
 
-    Each way has a process of its own. What there is is kept after each way's first draw and each point.
+    So are matrix products. Each way has a process of its own. What there is is kept after each way's first draw and each point.
     """
     until = time.perf_counter() + seconds
-    result: Row = {"matmul_tflops": round(matmul_rate(device) / 1e12, 4), "guidance": GUIDANCE, "flops": {}, "difference": {},
-                   "not_reached": []}
+    result: Row = {"matmul_tflops": round(matmul_rate(device, repeats) / 1e12, 4), "guidance": GUIDANCE, "flops": {},
+                   "difference": {}, "not_reached": []}
     rows: list[Row] = []
     ways: dict[str, Way] = {}
     try:

@@ -157,8 +157,11 @@ def test_every_output_is_written(shape, wants_grad, form, monkeypatch):
 
 @runs
 @pytest.mark.parametrize("shape", [(2, 5), (4, 5), (14, 3, 3), (516, 2), (2, 17_000), (6, 17_000)])
-def test_loss_and_shares(shape):
-    """Of one pair, of a few, of more than are added up at a time."""
+def test_loss_and_shares(shape, monkeypatch):
+    """Of one pair, of a few, of more than are added up at a time (in the interpreter, where a program takes long, 8 of them)."""
+    if INTERPRETED and shape == (516, 2):
+        shape = (2 * (8 + 2), 2)
+        monkeypatch.setattr(triton_device, "LANES", triton.language.constexpr(8))
     samples, pairs = shape[0], shape[0] // 2
     inputs = make(shape, device=DEVICE, near=0.1)
     loss, stats, grad = compute(inputs)
@@ -171,8 +174,7 @@ def test_loss_and_shares(shape):
     assert torch.equal(shares[0][0], (logits > 0).float().mean()) and torch.equal(shares[1][0], (sign == -1).float().mean())
     if pairs == 1:
         assert loss == 0.25 * losses[0]
-    if pairs < 100 or not INTERPRETED:
-        assert_equal(compute(inputs, wants_grad=False), (loss, stats, grad.new_empty(0)))
+    assert_equal(compute(inputs, wants_grad=False), (loss, stats, grad.new_empty(0)))
 
 
 def counters_in_use():

@@ -2,11 +2,13 @@
 
 import gc
 import hashlib
+import inspect
 import os
 import resource
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,12 +67,14 @@ def test_iterations_of_one_run_are_drawn_independently():
 
 @pytest.mark.slow
 def test_uniform_is_the_same_on_every_rank_and_blind_to_global_state():
-    script = "import torch; torch.manual_seed({}); from seppo_fast.reference import pick;" \
-             "print([pick('uniform', k, 11) for k in range(1, 30)])"
+    # The package's own imports, diffusers among them, are ten seconds, and pick needs none of them.
+    script = "import sys, types, torch; torch.manual_seed(9); package = types.ModuleType('seppo_fast.reference');" \
+             "package.__path__ = [sys.argv[1]]; sys.modules[package.__name__] = package;" \
+             "from seppo_fast.reference.pool import pick; print([pick('uniform', k, 11) for k in range(1, 30)])"
     torch.manual_seed(5)
     here = str([pick("uniform", k, 11) for k in range(1, 30)])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONHASHSEED": "77"}
-    there = subprocess.run([sys.executable, "-c", script.format(9)], env=environment, check=True,
+    there = subprocess.run([sys.executable, "-c", script, str(Path(inspect.getfile(pick)).parent)], env=environment, check=True,
                            capture_output=True, text=True).stdout.strip()
     assert here == there
     before = torch.get_rng_state()
