@@ -232,7 +232,7 @@ def test_the_adapter_loads_in_plain_diffusers_and_draws_the_trainers_own_sample(
     assert (base - theirs).abs().max() > 10 * (own - theirs).abs().max()
 
     with Image.open(run / "samples" / "update_00000004.webp") as sheet:
-        assert sheet.n_frames == FRAMES and sheet.size == (16, 33)
+        assert sheet.n_frames == FRAMES and sheet.size == (128, 2 * 145 - 1)
     card = (run / "final" / "README.md").read_text()
     assert "text-to-video" in card and f"{FRAMES} frames a clip (dynamic)" in card and "load_lora_weights" in card
 
