@@ -1,8 +1,9 @@
 """Sample grids: one row a prompt, below its words, from noise that never changes, so that two grids differ by the policy alone."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ PROMPTS = 4  # of the data, where none are given
 STILL, MOVING = ".png", ".webp"
 VISIBLE = 128  # pixels to which the longer side of small samples is enlarged
 GAP, CAPTION, FONT = 1, 16, 12  # pixels between samples, of a line of text, and of its letters
+FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
 LONGEST = 1000  # characters of a prompt that are measured
 
 
@@ -98,7 +100,7 @@ def sheet(images: Tensor, prompts: Sequence[str], columns: int) -> Image.Image:
     """`(N, 3, H, W)` in [0, 1] as one picture: a row of `columns` a prompt, below as much of the prompt as the row is wide."""
     layout = Layout(*images.shape[-2:], columns)
     canvas = Image.new("RGB", layout.size(len(images)), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT)
+    draw, font = ImageDraw.Draw(canvas), letters()
     for index, image in enumerate(images):
         tile = picture(image)
         tile = tile.resize((tile.width * layout.scale, tile.height * layout.scale), Image.Resampling.NEAREST)
@@ -107,6 +109,15 @@ def sheet(images: Tensor, prompts: Sequence[str], columns: int) -> Image.Image:
         if index % columns == 0:
             draw.text((0, top - CAPTION), shortened(prompts[index // columns], canvas.width, font), "black", font)
     return canvas
+
+
+@cache
+def letters() -> ImageFont.FreeTypeFont:
+    """The first of the fonts of many languages that the system has; else Pillow's own, of English letters."""
+    for name in FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, FONT)
+    return ImageFont.load_default(FONT)
 
 
 def shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
