@@ -32,5 +32,5 @@ def enlarged(sizes: dict[str, tuple[int, int]], resolution: int) -> str:
     if not small:
         return ""
     key, (width, height) = min(small.items(), key=lambda item: min(item[1]))
-    return (f"{len(small)} of {len(sizes)} are enlarged more than {BLURRED} times to {resolution} pixels, the smallest is {key}"
+    return (f"{len(small)} of {len(sizes)} enlarged more than {BLURRED} times to {resolution} pixels, the smallest is {key}"
             f" ({width}x{height}); leave them out, or lower seppo.data.resolution")

@@ -8,7 +8,7 @@ import torch
 from seppo_fast.machine import machine
 from seppo_fast.planning.time_plan import Rate
 
-SIDE = {"cpu": 1024, "cuda": 8192}
+SIDE = {"cpu": 512, "cuda": 8192}
 TRIES = 3
 
 

@@ -20,6 +20,7 @@ from seppo_fast.training.held_out import DRAWS
 
 SHIPPED = Path(__file__).parent / "rates.json"
 UNITS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600}  # in hours
+YEAR = 24 * 365
 SHOWN = 0.01  # what is less is not told apart
 GPUS = (1, 2, 4, 8)
 STEPS = (50, 25, 20)
@@ -142,6 +143,8 @@ def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Seq
 
 def duration(hours: float) -> str:
     """A time as people say it."""
+    if hours >= 2 * YEAR:
+        return f"{hours / YEAR:,.0f} years"
     if hours >= 48:
         return f"{hours / 24:.3g} days"
     unit, size = next(((name, size) for name, size in UNITS.items() if hours >= size), (None, 1.0))

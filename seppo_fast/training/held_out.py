@@ -48,13 +48,15 @@ class HeldOut:
     @torch.no_grad()
     def prepare(self, initial: nn.Module, sampler: Sampler, check: Callable[[], None]) -> None:
         """Samples of the initial model, in the module of `sampler`, for these prompts, and its errors on all pairs."""
-        slots, samples = self.slots, dict.fromkeys(self.rows)
+        slots, row_of = self.slots, self.pairs.order.row
+        made: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
         if METHODS[self.pairs.settings.method].losers == "reference":
-            first = {self.pairs.order.row(slot): slot for slot in reversed(slots)}
+            first, samples = {row_of(slot): slot for slot in reversed(slots)}, {}
             for some in self._in_step(list(first.values()), sampler.batch_size, check):
                 latents = sampler.draw(self.pairs.initial_noise(some), self.pairs.prompts(some))
-                samples |= {self.pairs.order.row(slot): sample for slot, sample in zip(some, latents.cpu(), strict=True)}
-        made = {slot: {"loser": samples[self.pairs.order.row(slot)]} for slot in slots}
+                samples |= {row_of(slot): sample for slot, sample in zip(some, latents.cpu(), strict=True)}
+            for slot in slots:
+                made[slot]["loser"] = samples[row_of(slot)]
         for some in self._in_step(slots, self.size, check):
             errors = self.objective.score(initial, self.pairs.pairs(some, made))
             for slot, pair in zip(some, errors.cpu(), strict=True):
@@ -64,7 +66,7 @@ class HeldOut:
     @torch.no_grad()
     def __call__(self, policy: nn.Module, check: Callable[[], None]) -> tuple[float, float | None]:
         """The mean error on the winners, and the share of pairs with a logit above 0 (None for SFT); every rank calls."""
-        mine = {}
+        mine: dict[int, list[float]] = {}
         for some in self._in_step(self.slots, self.size, check):
             _, table = self.objective(policy, policy, self.pairs.pairs(some, self.made), 1.0)
             mine |= dict(zip(some, table[:, [0, -1]].tolist(), strict=True))
@@ -85,13 +87,13 @@ class HeldOut:
 
 def open_held_out(pairs: PairSource, rows: Sequence[int], settings: Seppo, objective: Objective, size: int, ranks: Ranks
                   ) -> HeldOut:
-    """What measures `rows` of the pairs' cache; its draws are none of the training's, and captions are never dropped."""
+    """What measures `rows` of the pairs' cache. Its draws are none of the training's, and captions are never dropped."""
     own = settings.model_copy(update={"seed": generator(settings.seed, "held out").initial_seed(), "caption_dropout": 0.0})
     source = PairSource(pairs.cache, own, pairs.scaling_factor, pairs.num_timesteps, pairs.device, pairs.dtype, rows)
     return HeldOut(source, objective, ranks, size)
 
 
-def row_of(error: float, accuracy: float | None, initial: float | None) -> dict[str, Any]:
+def columns(error: float, accuracy: float | None, initial: float | None) -> dict[str, Any]:
     """The measures as in metrics.jsonl; `initial` is the initial model's error. What is not finite has no value."""
     gain = math.nan if initial is None else initial - error
     values = [gain if math.isfinite(gain) else None, accuracy if math.isfinite(error) else None]

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -26,7 +27,7 @@ from seppo_fast.training.ahead import ahead
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.divergence import largest_in_range
 from seppo_fast.training.engine import Step, policy_weights, step, upstream_gradient
-from seppo_fast.training.held_out import HeldOut, row_of
+from seppo_fast.training.held_out import HeldOut, columns
 from seppo_fast.training.metrics import peak_memory_gb, summarise
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
@@ -222,7 +223,8 @@ class Trainer:
         if not every or update % every or self.state.evaluated == update:
             return
         started, watched = time.perf_counter(), self.settings.evaluation.watched
-        row, said = {}, []
+        row: dict[str, Any] = {}
+        said: list[str] = []
         with self.timed("evaluation"):
             self.prepare_held_out()
             with self.policy_in_reference():
@@ -232,7 +234,7 @@ class Trainer:
                     error, accuracy = self.held_out(self.reference, self.check_signals)
                     if update == 0:
                         self.state.heldout_error = error
-                    row |= row_of(error, accuracy, self.state.heldout_error)
+                    row |= columns(error, accuracy, self.state.heldout_error)
         if watched in HELD_OUT:
             self.state.judge(row[watched], "higher")
         else:

@@ -1,6 +1,5 @@
 """What a dry run says beside the plan: what is still missing, sizes of pictures, times of this machine."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def test_pictures_that_are_enlarged_are_counted(settings: Settings, train: Any, 
     """In the dry run, and when a run starts: more than twice, by the shorter side."""
     source = pictures(tmp_path / "d", large=(64, 64), just=(8, 40), small=(30, 7), tiny=(5, 5))
     raw = settings(**{"seppo.data.source": str(source), "seppo.iterations": 1, "seppo.updates_per_iteration": 1})
-    words = ("2 of 4 are enlarged more than 2 times to 16 pixels, the smallest is tiny.png (5x5); leave them out, or lower"
+    words = ("2 of 4 enlarged more than 2 times to 16 pixels, the smallest is tiny.png (5x5); leave them out, or lower"
              " seppo.data.resolution")
     assert words in dry_run(parse_config(raw), 1)
     train(raw)
@@ -85,7 +84,8 @@ def test_sizes_are_read_from_headers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("hours", "said"), [
     (1.46e-07, "less than a second"), (0.0, "0 seconds"), (1 / 3600, "1 seconds"), (0.01, "36 seconds"), (0.5, "30 minutes"),
-    (3.25, "3.25 hours"), (47, "47 hours"), (60, "2.5 days")])
+    (3.25, "3.25 hours"), (47, "47 hours"), (60, "2.5 days"),
+    (17_000, "708 days"), (350_400, "40 years")])
 def test_times_as_people_say_them(hours: float, said: str) -> None:
     assert duration(hours) == said
 
@@ -93,7 +93,8 @@ def test_times_as_people_say_them(hours: float, said: str) -> None:
 def test_the_machine_at_hand_has_a_line(settings: Settings) -> None:
     said = dry_run(parse_config(settings()), 1)
     line = next(line for line in said.splitlines() if machine()["cpu"] in line)
-    assert line.startswith("  this machine's processor (") and ("second" in line or "minute" in line) and "e-0" not in said
+    assert line.startswith("  this machine's processor (") and "second" in line
+    assert not any("e-0" in line for line in said.splitlines() if "hours" in line or "second" in line)
     assert "matrix products were timed just now" in said
 
 
@@ -114,4 +115,3 @@ def test_the_shipped_configuration_for_a_folder(tmp_path: Path) -> None:
     assert "ends after 4 without a better heldout_winner_gain; the checkpoint of the best heldout_winner_gain stays" in said
     memory = next(line for line in said.splitlines() if line.strip().startswith("memory a rank")).split("about ")[1]
     assert float(memory.split(" GB")[0]) < 16, "of 25.8 GB, for the driver, workspaces and the allocator need some"
-    assert json.loads(json.dumps(config.as_dict()))["seppo"]["data"]["hold_out"] == 0.1

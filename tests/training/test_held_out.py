@@ -23,7 +23,7 @@ from seppo_fast.planning.dry_run import dry_run
 from seppo_fast.planning.time_plan import work_of
 from seppo_fast.profiling.profiled import shortened
 from seppo_fast.seeds import generator, normal
-from seppo_fast.training.held_out import DRAWS
+from seppo_fast.training.held_out import DRAWS, columns
 
 Trained = Callable[..., Path]
 PLAIN = {"seppo.data.flip": False, "seppo.data.posterior": "mean"}
@@ -96,7 +96,7 @@ def test_the_gain_is_what_diffusers_computes(trained: Trained, settings: Any, sd
 
 
 @pytest.mark.parametrize(("changes", "names"), [
-    ({"seppo.method": "sft"}, {GAIN}), ({"seppo.method": "dpo"}, {GAIN, ACCURACY}), ({"seppo.method": "spin"}, {GAIN, ACCURACY}),
+    ({"seppo.method": "sft"}, {GAIN}), ({"seppo.method": "dpo"}, {GAIN, ACCURACY}),
     ({"seppo.model.lora": {"rank": 2}, "optimizer.params.lr": 1e-2}, {GAIN, ACCURACY}),
     ({"seppo.sampler.window": "iteration", "seppo.reference_score": "rollout"}, {GAIN, ACCURACY}),
 ], ids=lambda changes: " ".join(map(str, changes.values())) if isinstance(changes, dict) else "")
@@ -113,14 +113,14 @@ def test_training_does_not_notice(changes: dict[str, Any], names: set[str], trai
     assert all({name for name in row if name.startswith("heldout")} == names for row in rows(often) if "loss" not in row)
 
 
-def test_two_ranks_measure_what_one_does(train_on_ranks: Any, settings: Any, tmp_path: Path) -> None:
+def test_two_ranks_measure_what_one_does(train_on_ranks: Any, train: Any, settings: Any, tmp_path: Path) -> None:
     """Of five demonstrations one rank has three."""
     def raw(name: str, **changes: Any) -> dict[str, Any]:
         return settings(**HELD | changes, **{"seppo.output_dir": str(tmp_path / name), "seppo.iterations": 1,
                                              "optimizer.params.eps": 1e-5, "seppo.beta": 300.0})
 
     sft = {"seppo.method": "sft"}
-    one, alone = train_on_ranks([raw("one"), raw("sft", **sft)], ranks=1)
+    one, alone = train(raw("one")), train(raw("sft", **sft))
     two, three, fine_tuned = train_on_ranks([raw("two"), raw("zero 3", zero_optimization={"stage": 3}), raw("sft 2", **sft)])
     for run, other in ((two, one), (three, one), (fine_tuned, alone)):
         assert measured(run) == pytest.approx(measured(other), rel=1e-3, abs=1e-7), run.name
@@ -136,9 +136,9 @@ def test_stopped_in_an_evaluation(forks: Forks, settings: Any, tmp_path: Path) -
         return tmp_path / name
 
     objective = "seppo_fast.training.held_out:HeldOut.__call__"
-    for method in ("seppo", "sft"):
+    for method, strikes in (("seppo", ((1, signal.SIGTERM), (2, signal.SIGKILL))), ("sft", ((3, signal.SIGTERM),))):
         whole = run(f"{method} whole", method)
-        for call, signum in ((1, signal.SIGTERM), (2, signal.SIGKILL), (3, signal.SIGTERM)):
+        for call, signum in strikes:
             name = f"{method} {call}"
             stopped = run(name, method, Strike(objective, call, signum))
             assert not (stopped / "final").exists(), name
@@ -214,8 +214,6 @@ def test_it_is_left_out_of_a_profile(settings: Any, tmp_path: Path) -> None:
     assert config.seppo.data.hold_out is None and config.seppo.evaluation.every == 0
 
 
-def test_errors_that_are_not_finite_are_no_gain(trained: Trained) -> None:
-    from seppo_fast.training.held_out import row_of
-
-    assert row_of(math.nan, 0.5, 0.1) == {GAIN: None, ACCURACY: None}
-    assert json.dumps(row_of(0.25, None, 0.5)) == json.dumps({GAIN: 0.25})
+def test_errors_that_are_not_finite_are_no_gain() -> None:
+    assert columns(math.nan, 0.5, 0.1) == {GAIN: None, ACCURACY: None}
+    assert json.dumps(columns(0.25, None, 0.5)) == json.dumps({GAIN: 0.25})
