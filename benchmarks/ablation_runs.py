@@ -171,7 +171,8 @@ def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> R
     rates = {}
     if method != "sft":
         rows = read_metrics(run / "metrics.jsonl")
-        rates = {key: [iteration_mean(rows, key, k) for k in range(settings.iterations)] for key in ("aaf_rate", "implicit_acc")}
+        rates = {key: [iteration_mean(rows, key, k) for k in range(settings.iterations)] for key in ("aaf_rate", "implicit_acc")
+                 if key in rows[0]}
     return {"points": judge(home / "base", policies(run, method, settings), seed, settings), **rates}
 
 

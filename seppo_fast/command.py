@@ -4,9 +4,17 @@ import os
 import sys
 from collections.abc import Callable
 
+from seppo_fast import __version__
 from seppo_fast.errors import UserError
 from seppo_fast.failure import FirstFailure, explained
 from seppo_fast.signals import Stop, StopSignals
+
+
+def announce() -> None:
+    """Rank 0's first line, before what is imported makes the person wait."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"seppo_fast {__version__}: importing PyTorch, DeepSpeed and diffusers, which may take half a minute ...",
+              file=sys.stderr, flush=True)
 
 
 def carried_out(work: Callable[[StopSignals], None], kept: str = "") -> int:
@@ -15,6 +23,7 @@ def carried_out(work: Callable[[StopSignals], None], kept: str = "") -> int:
     `kept` is what the person is told of a stop beside the signal's name. Only the first rank to fail speaks.
     """
     failure, signals = FirstFailure(), StopSignals()
+    announce()
     try:
         from seppo_fast.ranks import leave, quiet_libraries
 

@@ -9,6 +9,8 @@ NotNegative = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+HELD_OUT = ("heldout_winner_gain", "heldout_implicit_acc")  # what is measured on demonstrations that are held out
 
 
 class Section(BaseModel):
@@ -73,11 +75,12 @@ class Data(Section):
 
     `video` is for video models. `cache_latents` false: clips are decoded and encoded while the policy is trained; "auto": where
     their frames are drawn anew in each epoch. Images are always cached. `allow_outside`: rows may name files by absolute paths and
-    ".." that lead out of the source's folder; otherwise such rows are skipped.
+    ".." that lead out of the source's folder; otherwise such rows are skipped. `hold_out`: a number of demonstrations, or a share
+    of them, that are never trained on; each evaluation measures the policy's errors on them.
     """
 
     source: Name | None = None
-    format: Literal["auto", "imagefolder", "pickapic", "datasets", "webdataset", "video"] = "auto"
+    format: Literal["auto", "imagefolder", "captions", "pickapic", "datasets", "webdataset", "video"] = "auto"
     split: str = "train"
     image_column: str | None = None
     caption_column: str | None = None
@@ -94,6 +97,7 @@ class Data(Section):
     workers: Positive = 4
     max_skipped: Share = 0.05
     allow_outside: bool = False
+    hold_out: Positive | Fraction | None = None
 
 
 class Sampler(Section):
@@ -130,11 +134,13 @@ class Samples(Section):
 
 
 class Evaluation(Section):
-    """Scores of the policy's samples of fixed prompts, every `every` updates (0: never) and before the first.
+    """Measures of the policy, every `every` updates (0: never) and before the first.
 
-    `prompts`: a file as the evaluate command reads, or the prompts; `scores`, `weights`, `real`: as its flags. `watch` is the
-    score that decides which policy is best (null: the first of `scores`), `patience` after how many evaluations in a row
-    without a better one the run ends (null: never), `keep_best` whether the best one's checkpoint stays, and is exported.
+    Scores of its samples of fixed `prompts`, a file as the evaluate command reads, or the prompts; `scores`, `weights`, `real`: as
+    its flags. With `data.hold_out` its errors on what is held out, too, and then `prompts` may be left empty. `watch` is the
+    measure that decides which policy is best (null: the first of `scores`, or without prompts "heldout_winner_gain"; there also is
+    "heldout_implicit_acc"), `patience` after how many evaluations in a row without a better one the run ends (null: never),
+    `keep_best` whether the best one's checkpoint stays, and is exported.
     """
 
     every: NotNegative = 0
@@ -151,19 +157,20 @@ class Evaluation(Section):
     keep_best: bool = False
 
     @property
+    def draws(self) -> bool:
+        """Whether the policy is sampled for scores."""
+        return self.every > 0 and bool(self.prompts)
+
+    @property
     def watched(self) -> str:
-        """The score by which policies are compared."""
-        return self.watch or self.scores[0]
+        """The measure by which policies are compared."""
+        return self.watch or (self.scores[0] if self.prompts else HELD_OUT[0])
 
     @model_validator(mode="after")
     def makes_sense(self) -> "Evaluation":
         """Nothing that is asked for waits in vain for an evaluation."""
-        if self.every and not self.prompts:
-            raise ValueError("prompts is needed with every: a file of prompts, or a list of them")
         if not self.every and (self.patience or self.keep_best):
             raise ValueError(f"{'patience' if self.patience else 'keep_best'} needs every, after how many updates to evaluate")
-        if self.watched not in self.scores:
-            raise ValueError(f"watch={self.watch!r} is none of the scores ({', '.join(self.scores)})")
         return self
 
 
@@ -220,13 +227,18 @@ class Seppo(Section):
         return self.reference_score == "rollout" and self.sampler.window == "iteration"
 
     @property
+    def flips(self) -> bool:
+        """Whether a flipper may count a loser as something else."""
+        return self.flipper not in (None, "none")
+
+    @property
     def updates(self) -> int:
         """Optimizer updates of the whole run."""
         return self.iterations * self.updates_per_iteration
 
     @property
     def looks(self) -> bool:
-        """Whether the policy is sampled on the way, for which even SFT needs a second network."""
+        """Whether the policy is looked at on the way, for which even SFT needs a second network."""
         return self.samples.every > 0 or self.evaluation.every > 0
 
     @model_validator(mode="before")
@@ -249,6 +261,25 @@ class Seppo(Section):
         if not row.references and filled.get("reference_score") == "rollout":
             raise ValueError(f"reference_score='rollout' does not go with method={method!r}, which has no reference")
         return filled
+
+    @model_validator(mode="after")
+    def evaluations_have_what_they_measure(self) -> "Seppo":
+        """Scores need prompts, and errors on held-out demonstrations need these; what is held out needs evaluations."""
+        asked, held = self.evaluation, self.data.hold_out is not None
+        if asked.every and not asked.prompts and not held:
+            raise ValueError("seppo.evaluation.prompts is needed with every: a file of prompts, or a list of them; or set"
+                             " seppo.data.hold_out, whose measures need no prompts")
+        if held and not asked.every:
+            raise ValueError("data.hold_out needs evaluation.every, after how many updates what is held out is measured")
+        known = [*(asked.scores if asked.prompts or not held else []), *(self.held_out_measures if held else [])]
+        if asked.watch is not None and asked.watch not in known:
+            raise ValueError(f"seppo.evaluation.watch={asked.watch!r} is none of the scores ({', '.join(known)})")
+        return self
+
+    @property
+    def held_out_measures(self) -> tuple[str, ...]:
+        """What held-out demonstrations tell of this method: without pairs, that is the winners' errors."""
+        return HELD_OUT if self.flipper else HELD_OUT[:1]
 
     @model_validator(mode="after")
     def fused_projections_are_plain(self) -> "Seppo":

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from seppo_fast.config import Positive, Seppo
+from seppo_fast.config import Fraction, Positive, Seppo
 from seppo_fast.errors import UserError
 from seppo_fast.opening import read_object
 from seppo_fast.strict import parse_json
@@ -224,6 +224,8 @@ def _options(annotation: Any) -> list[str]:
             words += [json.dumps(value) for value in get_args(kind)]
         elif option == Positive:
             words.append("a whole number above 0")
+        elif option == Fraction:
+            words.append("a share between 0 and 1")
         elif kind is not NoneType:
             words.append(NOUNS.get(get_origin(kind) or kind, str(kind)))
     return words

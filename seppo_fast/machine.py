@@ -1,5 +1,6 @@
 """What a result was measured on."""
 
+import math
 import os
 import platform
 import subprocess
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def machine() -> dict[str, Any]:
@@ -16,8 +19,26 @@ def machine() -> dict[str, Any]:
     if cpuinfo.is_file():
         lines = cpuinfo.read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "cores": cores, "threads": torch.get_num_threads(), "system": platform.platform()}
+    return {"cpu": name, "cores": cores(), "threads": torch.get_num_threads(), "system": platform.platform()}
+
+
+def cores() -> int:
+    """The cores that this process may use, by its affinity and by the quota of its container, which PyTorch does not see."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text().split()
+        return max(1, min(allowed, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such control group, or "max"
+        return allowed
+
+
+def too_many_threads(ranks: int, threads: int, cores: int) -> str:
+    """What to do where the threads of all ranks on a machine are more than its cores, and wait for one another; else empty."""
+    if ranks * threads <= cores:
+        return ""
+    each = max(1, cores // ranks)
+    return (f"{ranks} rank{'s' * (ranks > 1)} of {threads} thread{'s' * (threads > 1)} share {cores} core{'s' * (cores > 1)} here"
+            f" and slow one another down, sometimes tenfold: set OMP_NUM_THREADS={each} before the command")
 
 
 def commit() -> str | None:

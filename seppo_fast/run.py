@@ -17,14 +17,17 @@ from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config, batch_plan, parse_config
 from seppo_fast.data.cache import build_cache, give_back_memory
 from seppo_fast.data.latents import LatentCache
+from seppo_fast.data.order import split
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.disk import complete_or_not
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.wanted import Wanted
+from seppo_fast.machine import cores, too_many_threads
 from seppo_fast.models import Model, open_model
 from seppo_fast.models.engines import same_with_gradients
 from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.ops import available_backends
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
@@ -37,6 +40,7 @@ from seppo_fast.training.checkpoint import State
 from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine, unsupported
 from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, alone_in, open_folder
+from seppo_fast.training.held_out import open_held_out
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
@@ -61,6 +65,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     check_engine_config(config, batch)
     if lacking := unsupported(config):
         raise UserError(lacking)
+    if ranks.device.type == "cpu" and (hint := too_many_threads(ranks.local_world, torch.get_num_threads(), cores())):
+        teller(ranks)(hint)
     model, source = open_inputs(config, ranks)
     wanted = open_wanted(config, model, ranks)
     table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
@@ -77,9 +83,9 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].losers == "data",
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
                         progress=ranks.rank == 0, output_dir=folder.path)
+    trained_on, held = split(len(cache), ours.data.hold_out, ours.seed)
     begin(folder, state, cache, ranks)
-    if ranks.rank == 0:
-        print(f"{len(cache)} demonstrations are usable", flush=True)
+    teller(ranks)(f"{len(cache)} demonstrations are usable" + (f", of which {len(held)} are held out" if held else ""))
 
     policy, reference = load_policies(model, config, cache.shape[1:], ranks)
     if started:
@@ -93,7 +99,9 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         reference.to(ranks.device)
     objective = Objective(model.denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta,
                           ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
-    pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype)
+    if objective.flipper:
+        teller(ranks)(f"loss: {loss_backend(ranks.device)}")
+    pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype, trained_on)
     # It keeps to the attention that it is made under. What compiled blocks chose once is used again for what is scored.
     with same_with_gradients() if objective.compiled else nullcontext():
         sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
@@ -105,6 +113,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         pool=open_pool(config, folder, engine, state, ranks), sampler=sampler,
         grids=prepare_grids(model, config, cache, folder, ranks),
         validation=prepare_validation(wanted, model, cache.shape, objective.dtype, ranks),
+        held_out=open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None,
         reporter=Reporter(folder.path, ours.iterations * ours.updates_per_iteration, state.update,
                           engine.monitor, ranks.rank),
         signals=signals, folder=folder.path, state=state, made=made, reference_rests=ours.scored_ahead and not shares,
@@ -116,7 +125,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     finally:
         trainer.reporter.close()
         cache.close()
-    return export(model, config, batch, trainer, len(cache))
+    return export(model, config, batch, trainer, len(trained_on))
 
 
 def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Source]:
@@ -198,6 +207,16 @@ def teller(ranks: Ranks) -> Callable[[str], None]:
     return partial(print, flush=True) if ranks.rank == 0 else lambda line: None
 
 
+def loss_backend(device: torch.device) -> str:
+    """The backend that the loss takes on a device, and why not a faster one."""
+    lacking = []
+    for name, state in available_backends(device).items():
+        if state == "available":
+            return f"{name} backend" + (f" ({'; '.join(lacking)})" if lacking else "")
+        lacking.append(f"no {name}: {state}")
+    raise AssertionError("the reference runs everywhere")
+
+
 def open_sampler(config: Config, batch: Batch, objective: Objective, reference: nn.Module, table: SolverTable, pairs: PairSource,
                  ranks: Ranks) -> Sampler:
     """What draws from `reference`. All ranks take the smallest of their batch sizes: each step asks all of them for signals."""
@@ -241,7 +260,7 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunF
 
 def open_wanted(config: Config, model: Model, ranks: Ranks) -> Wanted | None:
     """What is to be evaluated on the way, checked and its weights found; None when nothing is."""
-    if not config.seppo.evaluation.every:
+    if not config.seppo.evaluation.draws:
         return None
     wanted = what_is_wanted(config, model, teller(ranks))
     check_scores(wanted, ranks)

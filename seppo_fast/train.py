@@ -38,11 +38,13 @@ def main() -> int:
     1 anything else.
     """
     arguments = parse_arguments()
+    from seppo_fast.command import announce
     from seppo_fast.errors import UserError
     from seppo_fast.failure import FirstFailure, explained, lost_contact
     from seppo_fast.signals import Stop, StopSignals
 
     failure, signals = FirstFailure(), StopSignals()
+    announce()
     try:
         work(arguments, signals)
         failure.close()

@@ -110,7 +110,7 @@ def same_content(about: dict[str, Any], source: Source, folder: Path, workers: i
         with ThreadPoolExecutor(workers) as threads:
             pairs = list(zip(source.parts, stamps, strict=True))
             # Where rows name files, what they say is compared first: it costs no reading.
-            if source.kind == "imagefolder" and any(
+            if source.kind in ("imagefolder", "captions") and any(
                     digests_of(part, threads, files=False)["texts"] != stamp["content"]["texts"] for part, stamp in pairs):
                 continue
             if all(digests_of(part, threads) == stamp["content"] for part, stamp in pairs):

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from seppo_fast import config
+from seppo_fast.data.captioned import has_captions, open_captioned
 from seppo_fast.data.files import readable, walk
 from seppo_fast.data.imagefolder import open_imagefolder
 from seppo_fast.data.metadata import NAMES
@@ -16,8 +17,9 @@ from seppo_fast.opening import expanded
 
 __all__ = ["Part", "Row", "Skipped", "Source", "is_hub_dataset", "open_source"]
 
-SOURCE_NOT_SET = ("seppo.data.source is not set: --set seppo.data.source=PATH (an image folder with metadata.jsonl, Pick-a-Pic"
-                  " parquet files, a datasets directory or hub id, webdataset tars; for a video model a CSV or folder of videos)")
+SOURCE_NOT_SET = ("seppo.data.source is not set: --set seppo.data.source=PATH (an image folder with metadata.jsonl or a .txt"
+                  " beside each image, Pick-a-Pic parquet files, a datasets directory or hub id, webdataset tars; for a video model"
+                  " a CSV or folder of videos)")
 NO_VIDEOS = f"no videos that this program knows; it wants {FORMS}"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PATTERN = re.compile(r"[*?{\[]")
@@ -56,6 +58,10 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
                                 " seppo.data.format 'imagefolder' wants one, or its folder")
             return open_imagefolder(path.parent, data, needs_loser, only=path)
         return open_imagefolder(path, data, needs_loser)
+    if kind == "captions":
+        if path.is_file():
+            raise UserError(f"seppo.data.source={data.source!r} is a file; seppo.data.format 'captions' wants the images' folder")
+        return open_captioned(path, data, needs_loser)
     if kind == "datasets":
         return open_dataset_folder(path, data, needs_loser, seed)
     return open_parquet(path, data, needs_loser, seed)
@@ -96,9 +102,11 @@ def detect(path: Path, data: config.Data) -> str:
     for suffixes, kind in (((".parquet",), "pickapic"), (SUFFIXES, "webdataset"), (NAMES, "imagefolder")):
         if any(name.endswith(suffixes) for _, names in walk(path) for name in names):
             return kind
+    if any(has_captions(place, names) for place, names in walk(path)):
+        return "captions"
     inside = sorted(file.name for file in path.iterdir())
     listed = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
     found = f"it holds {len(inside)} entries ({listed})" if inside else "it is empty"
     raise UserError(f"seppo.data.source={data.source!r} has no demonstrations that this program knows: {found}. It"
-                    " wants a metadata.jsonl or metadata.csv beside the images (file_name, text), .parquet files, a"
-                    " datasets directory, or webdataset .tar files")
+                    " wants a metadata.jsonl or metadata.csv beside the images (file_name, text), or a .txt beside each image, or"
+                    " .parquet files, a datasets directory, or webdataset .tar files")

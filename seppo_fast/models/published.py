@@ -1,11 +1,12 @@
 """Models whose shape is known before they are downloaded: what a plan needs, from their published configurations."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from seppo_fast.models import Model
 from seppo_fast.models.animatediff import AnimateDiff
-from seppo_fast.models.directory import HERE, Directory
+from seppo_fast.models.directory import FAMILIES, HERE, Directory
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sdxl import StableDiffusionXL
 
@@ -58,3 +59,18 @@ def published_model(path: str, motion_adapter: str | None = None) -> Model | Non
     if motion_adapter is not None:
         return AnimateDiff(directory, Directory(Path(motion_adapter), {}, {HERE: ADAPTERS[motion_adapter]}, {}))
     return StableDiffusionXL(directory) if PUBLISHED[path] is SDXL else StableDiffusion(directory)
+
+
+# Families that people ask for and that cannot be trained here, by what their ids on the hub contain.
+OTHERS = {"flux": "FLUX", "stable-diffusion-3": "Stable Diffusion 3", "sd3": "Stable Diffusion 3", "qwen-image": "Qwen-Image",
+          "wan2": "Wan", "pixart": "PixArt", "z-image": "Z-Image", "hunyuan": "Hunyuan", "cogvideo": "CogVideoX",
+          "ltx-video": "LTX-Video", "sana": "Sana", "kandinsky": "Kandinsky", "stable-cascade": "Stable Cascade"}
+
+
+def supported(path: str) -> str:
+    """What the model behind a hub id must be, and that it is not where its name says so."""
+    other = next((family for word, family in OTHERS.items() if re.search(rf"(?<![a-z]){word}", path.lower())), None)
+    families = " or ".join(family.removesuffix("Pipeline") for family in FAMILIES)
+    if other is None:
+        return f"what can be trained is a {families} pipeline; another one will be refused when it is there"
+    return f"by its name it is a {other} model, and no {families} pipeline, which is what can be trained: choose another model"

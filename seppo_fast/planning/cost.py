@@ -120,9 +120,10 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     training = meter.flops / batch.micro - (scoring if online else 0.0)
 
     samples = 1 if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
-    if not generated and not ours.evaluation.every:
+    if not generated and not ours.evaluation.draws:
         samples = min(samples, ours.samples.per_prompt * (len(ours.samples.prompts) or GRID_PROMPTS))
-    draws = generated or ours.looks
+    looks = ours.samples.every > 0 or ours.evaluation.draws
+    draws = generated or looks
     graph = draws and ours.sampler.cuda_graph
     drawn = inputs(guided * samples)
     known = 4 * (evaluations + 1) * samples * one[0].numel()  # the sampling loop's outputs so far, in fp32
@@ -135,7 +136,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         activations, sampler, score = ((size + weights) // 2 if size else 0 for size in (activations, sampler, score))
 
     sampler += known if draws else 0
-    vae, decoding = vae_bytes(model, latent_shape(model, ours.data)) if ours.looks else (0, 0)
+    vae, decoding = vae_bytes(model, latent_shape(model, ours.data)) if looks else (0, 0)
 
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
     shares = trains_a_part(unet)
@@ -148,7 +149,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
         update=engine.update, score=score, sampler=sampler, resting=engine.sampling, graph=graph,
         grid=vae + decoding if ours.samples.every else 0,
-        evaluation=vae + max(decoding, 0 if graph else sampler) if ours.evaluation.every else 0,
+        evaluation=vae + max(decoding, 0 if graph else sampler) if ours.evaluation.draws else 0,
         rests=ours.scored_ahead and not shares,
     )
 

@@ -6,15 +6,19 @@ import torch
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan
+from seppo_fast.data.order import split
+from seppo_fast.data.rows import Source
 from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
-from seppo_fast.models import is_hub_id, open_model
-from seppo_fast.models.published import published_model
+from seppo_fast.models import Model, is_hub_id, open_model
+from seppo_fast.models.published import published_model, supported
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
+from seppo_fast.planning.this_machine import own_rate
 from seppo_fast.planning.time_plan import load_rates, time_plan
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.training import start
-from seppo_fast.training.engine import check_engine_config, unsupported
+from seppo_fast.training.engine import check_engine_config, precision, unsupported
+from seppo_fast.training.folder import results_in
 from seppo_fast.training.validation import what_is_wanted
 
 
@@ -27,37 +31,55 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     batch = batch_plan(config.deepspeed, world)
     check_engine_config(config, batch)
     known_rates = load_rates(rates)
-    cost, source, times = None, None, []
     missing = [lacking] if (lacking := unsupported(config)) else []  # a plan may be for another machine than this one
-    named = {"path": ours.model.path, "motion_adapter": ours.model.motion_adapter}
-    on_hub = {key: name for key, name in named.items() if name is not None and is_hub_id(name)}
-    if on_hub:  # a dry run fetches nothing
-        model = published_model(ours.model.path, ours.model.motion_adapter)
-        missing += [f"seppo.model.{key} {name} is no directory here: it will be looked up on the hub, and "
-                    + ("compute, memory and time are those of the model published under this name" if model else
-                       "compute, memory and time cannot be estimated before") for key, name in on_hub.items()]
-    else:
-        model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
-                           motion_adapter=ours.model.motion_adapter)
+    model = _model(config, missing)
     if model is not None:
         if model.video:
             model.check_frames(ours.data.video.frames)
-        if ours.evaluation.every:
+        if ours.evaluation.draws:
             what_is_wanted(config, model, lambda line: None)
         if ours.model.start_from:
             start.read(ours.model.start_from, model, ours.model, ours.seed)
+    source = _source(config, model, missing)
+    held = 0 if source is None or source.count is None else len(split(source.count, ours.data.hold_out, ours.seed)[1])
+    cost, times = None, []
+    if model is not None:
         table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
         cost = estimate(model, config, batch, len(table.timesteps))
         here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        times = [time_plan(config, batch, cost, model, known_rates, here)]
+        known_rates += own_rate(known_rates, here, precision(config.deepspeed).dtype)
+        times = [time_plan(config, batch, cost, model, known_rates, here, held)]
+    path = Path(ours.output_dir)
+    if (path / "run.json").exists() and results_in(path):
+        missing.append(f"{ours.output_dir} already holds a run: go on with it by --resume auto, or choose another seppo.output_dir")
+    lines = [plan(config, batch, cost, model, source), *times, *(f"before you train: {line}" for line in missing)]
+    return "\n".join([*lines, "dry run: nothing was trained or written"])
+
+
+def _model(config: Config, missing: list[str]) -> Model | None:
+    """The model, or the shape that is known of one on the hub, which is then `missing`: a dry run fetches nothing."""
+    ours = config.seppo.model
+    on_hub = {key: name for key, name in {"path": ours.path, "motion_adapter": ours.motion_adapter}.items()
+              if name is not None and is_hub_id(name)}
+    if not on_hub:
+        return open_model(ours.path, revision=ours.revision, variant=ours.variant, motion_adapter=ours.motion_adapter)
+    model = published_model(ours.path, ours.motion_adapter)
+    missing += [f"seppo.model.{key} {name} is no directory here: it will be looked up on the hub, and "
+                + ("compute, memory and time are those of the model published under this name" if model else
+                   "compute, memory and time cannot be estimated before") for key, name in on_hub.items()]
+    if model is None and "path" in on_hub:
+        missing.append(f"seppo.model.path {ours.path}: {supported(ours.path)}")
+    return model
+
+
+def _source(config: Config, model: Model | None, missing: list[str]) -> Source | None:
+    """The demonstrations, or what is `missing` of them."""
+    ours = config.seppo
     if ours.data.source is None:
         missing.append(SOURCE_NOT_SET)
     elif is_hub_dataset(ours.data):
         missing.append(f"seppo.data.source {ours.data.source} is no file or folder here: it will be downloaded from the hub")
     else:
-        source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed,
-                             video=None if model is None else model.video)
-    if (Path(ours.output_dir) / "run.json").exists():
-        missing.append(f"{ours.output_dir} already holds a run: go on with it by --resume auto, or choose another seppo.output_dir")
-    lines = [plan(config, batch, cost, model, source), *times, *(f"before you train: {line}" for line in missing)]
-    return "\n".join([*lines, "dry run: nothing was trained or written"])
+        return open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed,
+                           video=None if model is None else model.video)
+    return None

@@ -7,11 +7,13 @@ from shutil import disk_usage
 import torch
 
 from seppo_fast import __version__
-from seppo_fast.config import METHODS, Evaluation
+from seppo_fast.config import METHODS, Evaluation, Seppo
 from seppo_fast.config import Model as ModelSettings
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import cache_root, latent_shape
+from seppo_fast.data.order import split
 from seppo_fast.data.rows import Row, Source
+from seppo_fast.data.sizes import enlarged, size_of
 from seppo_fast.data.video.source import streams
 from seppo_fast.models import Model
 from seppo_fast.models.tokens import cut_off, token_counter
@@ -19,7 +21,7 @@ from seppo_fast.planning.cost import Cost
 from seppo_fast.planning.engine_bytes import adam_temporaries, uses_bf16_optimizer
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 
-CAPTIONS = 1000  # that are looked at before any is encoded
+LOOKED_AT = 1000  # rows, before any is encoded
 STREAMED = ("prompts alone: clips are decoded and encoded while it trains, with the VAE on the device beside what is counted"
             " below")
 
@@ -50,7 +52,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
                 + (f", {ours.data.video.frames} frames ({ours.data.video.choice})" if video else "")
                 + (f", {rows} demonstrations" if rows is not None else ""),
-        **({"captions": longer} if (longer := _captions(model, source)) else {}),
+        **_first_rows(config, model, source),
         "latent cache": STREAMED if streamed else _cache(config, row_bytes, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
                            f" rank{'s' * (batch.world > 1)}",
@@ -60,8 +62,10 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         "checkpoints": f"every {ours.checkpoint.every or ours.updates_per_iteration} updates, the last"
                        f" {ours.checkpoint.keep_last} kept",
     }
-    if ours.evaluation.every:
+    if ours.evaluation.draws:
         lines["evaluation"] = _evaluation(ours.evaluation)
+    if ours.data.hold_out is not None:
+        lines["held out"] = _held_out(ours, rows)
     if samples:
         size = "a size that is measured" if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
         lines["reference samples"] = (f"{samples} in all, {batch.size} an update, in batches of {size}; {ours.sampler.solver},"
@@ -126,10 +130,23 @@ def _trained(model: ModelSettings, video: bool) -> str:
 def _evaluation(asked: Evaluation) -> str:
     """What is scored when, and what follows from it."""
     prompts = asked.prompts if isinstance(asked.prompts, str) else f"{len(asked.prompts)} prompts"
-    ends = f"; ends after {asked.patience} without a better {asked.watched}" if asked.patience else ""
-    keeps = f"; the checkpoint of the best {asked.watched} stays" if asked.keep_best else ""
     apart = "not in time below, nor are the networks that score in memory"
-    return f"{', '.join(asked.scores)} of {prompts} every {asked.every} updates{ends}{keeps}; {apart}"
+    return f"{', '.join(asked.scores)} of {prompts} every {asked.every} updates{_watched(asked)}; {apart}"
+
+
+def _held_out(ours: Seppo, rows: int | None) -> str:
+    """What is never trained on, and what is measured on it when."""
+    wanted, asked = ours.data.hold_out, ours.evaluation
+    share = f"{100 * wanted:g}% of the" if isinstance(wanted, float) else f"{wanted}"
+    count = share if rows is None else f"{len(split(rows, wanted, ours.seed)[1])} of {rows}"
+    ends = ("" if asked.draws else _watched(asked)) + ("; not in time below" if rows is None else "; in time below")
+    return f"{count} demonstrations, never trained on; {', '.join(ours.held_out_measures)} every {asked.every} updates{ends}"
+
+
+def _watched(asked: Evaluation) -> str:
+    """What follows from the values of the watched measure."""
+    ends = f"; ends after {asked.patience} without a better {asked.watched}" if asked.patience else ""
+    return ends + (f"; the checkpoint of the best {asked.watched} stays" if asked.keep_best else "")
 
 
 def _memory(config: Config, cost: Cost) -> tuple[str, str]:
@@ -146,15 +163,22 @@ def _memory(config: Config, cost: Cost) -> tuple[str, str]:
     return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts}; not kernels' workspaces, nor the allocator's slack"
 
 
-def _captions(model: Model | None, source: Source | None) -> str:
-    """How many of the first captions are longer than what the text encoder sees."""
-    if model is None or source is None or not model.directory.weights:
-        return ""
-    rows = islice((row for part in source.parts for row in part.rows() if isinstance(row, Row)), CAPTIONS)
-    captions = [row.prompt for row in rows]
-    count, limit = token_counter(model)
-    cut = cut_off(list(zip(captions, count(captions), strict=True)), limit) if captions else ""
-    return f"of the first {len(captions)} {cut}" if cut else ""
+def _first_rows(config: Config, model: Model | None, source: Source | None) -> dict[str, str]:
+    """How many of the first captions are longer than what the text encoder sees, and how many pictures are very small."""
+    if source is None:
+        return {}
+    captions, sizes, lines = [], {}, {}
+    for row in islice((row for part in source.parts for row in part.rows() if isinstance(row, Row)), LOOKED_AT):
+        captions.append(row.prompt)
+        if source.kind != "video" and (size := size_of(row.image)) is not None:
+            sizes[row.key] = size
+    if model is not None and model.directory.weights and captions:
+        count, limit = token_counter(model)
+        if cut := cut_off(list(zip(captions, count(captions), strict=True)), limit):
+            lines["captions"] = f"of the first {len(captions)} {cut}"
+    if small := enlarged(sizes, config.seppo.data.resolution):
+        lines["pictures"] = f"of the first {small}" if len(captions) == LOOKED_AT else small
+    return lines
 
 
 def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:

@@ -16,8 +16,12 @@ from seppo_fast.opening import read_text
 from seppo_fast.planning.cost import Cost, Model
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.strict import parse_json
+from seppo_fast.training.held_out import DRAWS
 
 SHIPPED = Path(__file__).parent / "rates.json"
+UNITS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600}  # in hours
+YEAR = 24 * 365
+SHOWN = 0.01  # what is less is not told apart
 GPUS = (1, 2, 4, 8)
 STEPS = (50, 25, 20)
 BATCHES = (1, 4, 16)
@@ -83,13 +87,26 @@ def hours(rate: Rate, work: Work) -> tuple[float, float]:
     return each * work.sampling / fraction(rate.sampling_fraction, work.sampler_batch), each * work.training / learned
 
 
-def work_of(config: Config, batch: Batch, cost: Cost) -> Work:
-    """What is to be done, as configured. The reference scores pairs in training, or where its samples are made."""
+def work_of(config: Config, batch: Batch, cost: Cost, held_out: int = 0) -> Work:
+    """What is to be done, as configured. The reference scores pairs in training, or where its samples are made.
+
+    What is measured on `held_out` demonstrations is spread over the pairs.
+    """
     ours = config.seppo
     size = BATCHES[-1] if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
     work = Work(pairs=ours.updates * batch.size, gpus=batch.world, sampling=cost.sampling,
                 training=cost.training + cost.scoring, sampler_batch=size, micro=batch.micro)
+    if held_out:
+        once, each = held_out_flops(config, cost, held_out)
+        evaluations = 1 + ours.updates // ours.evaluation.every
+        work = replace(work, sampling=work.sampling + once / work.pairs, training=work.training + evaluations * each / work.pairs)
     return rollout(work, cost) if ours.reference_score == "rollout" else work
+
+
+def held_out_flops(config: Config, cost: Cost, count: int) -> tuple[float, float]:
+    """Of what the initial model samples once for `count` held-out demonstrations, and of an evaluation of a policy."""
+    halves = 2 if config.seppo.flipper else 1
+    return count * cost.sampling, count * DRAWS * halves * cost.forward
 
 
 def rollout(work: Work, cost: Cost) -> Work:
@@ -97,9 +114,10 @@ def rollout(work: Work, cost: Cost) -> Work:
     return replace(work, sampling=work.sampling + cost.scoring, training=work.training - cost.scoring)
 
 
-def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Sequence[Rate], here: str = "") -> str:
+def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Sequence[Rate], here: str = "", held_out: int = 0
+              ) -> str:
     """Hours on every known device, and how they change on the first of them or, where it is among them, on `here`."""
-    work = work_of(config, batch, cost)
+    work = work_of(config, batch, cost, held_out)
     known = next(rate for rate in reversed(rates) if rate.sampling_fraction is not None)  # a shipped one: own rates come first
     whole = [rate if rate.sampling_fraction is not None else rate.model_copy(update={"sampling_fraction": known.sampling_fraction})
              for rate in rates]
@@ -113,14 +131,24 @@ def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Seq
         sampled = f" sampling {shares[0]:.0%} of it ({work.sampler_batch} at a time{assumed});" if work.sampling else ""
         trained = "" if rate.training_fraction is not None else ", assumed: sampling's at this batch"
         lines += [
-            f"  {rate.device}{' (this machine)' * _is(rate, here)}: {sampling + training:.3g} hours = {sampling:.3g} sampling +"
-            f" {training:.3g} training",
+            f"  {rate.device}{' (this machine)' * _is(rate, here)}: {duration(sampling + training)} = {duration(sampling)}"
+            f" sampling + {duration(training)} training",
             f"    {rate.matmul_tflops:g} TFLOP/s;{sampled} training {shares[1]:.0%} of it ({work.micro}"
             f" pair{'s' * (work.micro > 1)} at a time{trained})",
             f"    {rate.source}",
         ]
     chosen = next((rate for rate in whole if _is(rate, here)), whole[0])
     return "\n".join([*lines, *_changes(config, cost, model, work, chosen)])
+
+
+def duration(hours: float) -> str:
+    """A time as people say it."""
+    if hours >= 2 * YEAR:
+        return f"{hours / YEAR:,.0f} years"
+    if hours >= 48:
+        return f"{hours / 24:.3g} days"
+    unit, size = next(((name, size) for name, size in UNITS.items() if hours >= size), (None, 1.0))
+    return f"{hours / size:.3g} {unit}" if unit else "less than a second" if hours else "0 seconds"
 
 
 def _is(rate: Rate, here: str) -> bool:
@@ -146,10 +174,13 @@ def _changes(config: Config, cost: Cost, model: Model, work: Work, rate: Rate) -
     if ours.flipper and ours.reference_score == "online" and cost.sampling:
         rows["reference_score rollout"] = rollout(work, cost)
     width = max(len(name) for name in rows)
-    title = f"hours on {rate.device} with"
+    times = {name: [sum(hours(rate, replace(row, gpus=gpus))) for gpus in GPUS] for name, row in rows.items()}
+    longest = max(max(row) for row in times.values())
+    unit, size = next(((name, size) for name, size in UNITS.items() if longest >= size), ("seconds", UNITS["seconds"]))
+    title = f"{unit} on {rate.device} with"
     start = max(width + 2, len(title))
     table = [f"{title:<{start}}" + "".join(f"{f'{gpus} GPU' + 's' * (gpus > 1):>9}" for gpus in GPUS)]
-    for name, row in rows.items():
-        figures = "".join(f"{sum(hours(rate, replace(row, gpus=gpus))):>9.3g}" for gpus in GPUS)
+    for name, row in times.items():
+        figures = "".join(f"{f'{value / size:.3g}' if value / size >= SHOWN else f'<{SHOWN}':>9}" for value in row)
         table.append(f"{f'  {name}':<{start}}{figures}")
     return table

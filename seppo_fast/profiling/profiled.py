@@ -240,6 +240,7 @@ def shortened(config: Config, folder: Path, updates: int) -> Config:
     raw["seppo"].update(output_dir=str(folder / "run"), iterations=1, updates_per_iteration=updates + 3)
     raw["seppo"]["samples"]["every"] = 0
     raw["seppo"]["evaluation"] = {}
+    raw["seppo"]["data"]["hold_out"] = None
     raw["seppo"]["sampler"]["window"] = "update"
     return parse_config(raw)
 

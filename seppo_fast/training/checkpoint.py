@@ -78,6 +78,7 @@ class State:
     sound: int | None = None  # of a state that an earlier version wrote it is not known
     errors: list[float] = field(default_factory=list)
     started_from: str | None = None  # seppo.model.start_from's file and its checksum
+    heldout_error: float | None = None  # the initial model's on the held-out winners
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 

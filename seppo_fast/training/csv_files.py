@@ -8,7 +8,7 @@ from deepspeed.monitor.csv_monitor import csvMonitor
 from seppo_fast.disk import complete_or_not, explained
 
 OURS, DEEPSPEEDS = "seppo_", "Train_Samples_"  # how the files' names begin
-EVALUATIONS = OURS + "eval_"
+EVALUATIONS = (OURS + "eval_", OURS + "heldout_")
 
 
 def go_on(monitor: csvMonitor, update: int, evaluated: int, samples: int) -> None:

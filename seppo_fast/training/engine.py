@@ -2,6 +2,10 @@
 
 import copy
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import deepspeed
@@ -16,6 +20,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.models.lora import trainable_weights
 from seppo_fast.training.deepspeed_check import problems
 
+FILES_OF_MONITORS = {"tensorboard", "csv_monitor"}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,6 +55,13 @@ def engine_config(config: Config, batch: Batch) -> dict:
     filled.update(train_batch_size=batch.size, train_micro_batch_size_per_gpu=batch.micro,
                   gradient_accumulation_steps=batch.accumulation)
     filled.setdefault("steps_per_print", 2**31)
+    folder = Path(config.seppo.output_dir)
+    for key in FILES_OF_MONITORS & filled.keys():  # by default DeepSpeed writes where it was started, for all runs alike
+        section = filled[key]
+        if not section.get("output_path"):
+            filled[key] = {"job_name": key, **section, "output_path": str(folder)}
+        elif not section.get("job_name"):
+            filled[key] = {**section, "job_name": folder.name}
     zero = filled.get("zero_optimization", {})
     if precision(filled).dtype != torch.float32 and zero.get("stage", 0) == 0:
         # At stage 0 in half precision DeepSpeed (0.19) begins with an optimizer step on zero gradients, which shrinks the
@@ -86,11 +98,25 @@ def unsupported(config: Config) -> str | None:
 def start_engine(policy: nn.Module, config: Config, batch: Batch) -> DeepSpeedEngine:
     """Put the policy, and nothing else, into a DeepSpeed engine."""
     weights = list(trainable_weights(policy).values())
-    engine, *_ = deepspeed.initialize(model=policy, model_parameters=weights, config=engine_config(config, batch))
+    with wandb_below(config.seppo.output_dir):
+        engine, *_ = deepspeed.initialize(model=policy, model_parameters=weights, config=engine_config(config, batch))
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such updates are skipped and counted here, and end the run with a message
     return engine
+
+
+@contextmanager
+def wandb_below(folder: str) -> Iterator[None]:
+    """W&B's files go below the run's folder, unless the environment says where; DeepSpeed has no key for it."""
+    ours = "WANDB_DIR" not in os.environ
+    if ours:
+        os.environ["WANDB_DIR"] = folder
+    try:
+        yield
+    finally:
+        if ours:
+            os.environ.pop("WANDB_DIR", None)
 
 
 class Step(NamedTuple):

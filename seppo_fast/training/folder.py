@@ -71,9 +71,13 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def results_in(path: Path) -> list[str]:
+    """What of a run there is to lose in a folder: one that ended before its first update left nothing, and need not be resumed."""
+    return [name for name in ("checkpoints", "metrics.jsonl", "final") if (path / name).exists()]
+
+
 def _prepare(path: Path, identity: Path, resume: str | None) -> None:
-    # A run that ended before its first update left nothing to lose, and need not be resumed.
-    results = [name for name in ("checkpoints", "metrics.jsonl", "final") if (path / name).exists()]
+    results = results_in(path)
     if results and identity.exists() and resume is None:
         raise UserError(f"{path} already holds a run: add --resume auto to go on with it, or choose another"
                         " seppo.output_dir")

@@ -16,10 +16,11 @@ from seppo_fast.strict import parse_json
 COLUMNS = ("model_mse_winner", "model_mse_loser", "ref_mse_winner", "ref_mse_loser")
 
 
-def summarise(table: Tensor) -> dict[str, float]:
+def summarise(table: Tensor, flips: bool) -> dict[str, float]:
     """Means of a window's `(pairs, 6)` table from the objective, or of SFT's `(pairs, 1)`; names as in metrics.jsonl.
 
-    `aaf_rate` is the share of sign == -1, ties included (App. B.2's convention); `implicit_acc` of logits > 0.
+    `aaf_rate` is the share of sign == -1, ties included (App. B.2's convention), and left out where nothing `flips`;
+    `implicit_acc` of logits > 0.
     """
     table = table.double()
     means = dict(zip(COLUMNS, table[:, :4].mean(dim=0).tolist(), strict=False))
@@ -27,7 +28,8 @@ def summarise(table: Tensor) -> dict[str, float]:
         return {"loss": means["model_mse_winner"], **means}
     sign, logits = table[:, 4], table[:, 5]
     low, middle, high = torch.quantile(logits, torch.tensor([0.05, 0.5, 0.95], dtype=torch.double)).tolist()
-    return {"loss": -logsigmoid(logits).mean().item(), **means, "aaf_rate": (sign == -1).double().mean().item(),
+    rate = {"aaf_rate": (sign == -1).double().mean().item()} if flips else {}
+    return {"loss": -logsigmoid(logits).mean().item(), **means, **rate,
             "implicit_acc": (logits > 0).double().mean().item(), "logit_p05": low, "logit_p50": middle,
             "logit_p95": high}
 

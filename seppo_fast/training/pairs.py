@@ -20,13 +20,16 @@ Made = Mapping[int, dict[str, Tensor]]
 
 
 class PairSource:
-    """Winners and prompt embeddings from the cache, losers from the cache (`dpo`) or from what the reference made."""
+    """Winners and prompt embeddings from the cache, losers from the cache (`dpo`) or from what the reference made.
+
+    `rows`: those of the cache that are used; None is all of them.
+    """
 
     def __init__(self, cache: LatentCache | ClipStream, settings: Seppo, scaling_factor: float, num_timesteps: int,
-                 device: torch.device, dtype: torch.dtype) -> None:
+                 device: torch.device, dtype: torch.dtype, rows: Sequence[int] | None = None) -> None:
         self.cache, self.settings, self.scaling_factor = cache, settings, scaling_factor
         self.num_timesteps, self.device, self.dtype = num_timesteps, device, dtype
-        self.order = Order(len(cache), settings.seed)
+        self.order = Order(len(cache), settings.seed, rows)
         self.unconditional = self._embeddings([0])
 
     def pairs(self, slots: Sequence[int], made: Made) -> Pairs:

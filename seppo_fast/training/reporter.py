@@ -5,12 +5,18 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from deepspeed.monitor.monitor import MonitorMaster
+from PIL import Image
 from tqdm import tqdm
 
 from seppo_fast.disk import explained
 from seppo_fast.errors import UserError
 from seppo_fast.training.metrics import append_row
+
+MEASURES = ("eval_", "heldout_")  # how the names of an evaluation's measures begin
+
+MONITORS = "put this right, or switch off tensorboard, wandb, csv_monitor or comet, and go on with --resume auto"
 
 
 class Reporter:
@@ -20,6 +26,7 @@ class Reporter:
         self._silent = rank != 0
         self._rows, self._identity = folder / "metrics.jsonl", folder / "run.json"
         self._monitor = monitor
+        self._told_of_ties = False
         self._bar = tqdm(total=total_updates, initial=done, desc="training", unit="update", disable=self._silent)
 
     def sampling(self, count: int) -> AbstractContextManager[tqdm]:
@@ -32,9 +39,13 @@ class Reporter:
             return
         self._record(row)
         shown = {"k": row["iteration"], "ref": row["reference"], "loss": f"{row['loss']:.4f}"}
-        if "aaf_rate" in row:
-            shown |= {"aaf": f"{row['aaf_rate']:.2f}", "acc": f"{row['implicit_acc']:.2f}"}
+        shown |= {short: f"{row[name]:.2f}" for short, name in (("aaf", "aaf_rate"), ("acc", "implicit_acc")) if name in row}
         shown |= {"pairs/s": f"{row['pairs_per_s']:.1f}", "sampling": f"{row['seconds_sampling'] / max(row['seconds'], 1e-9):.0%}"}
+        if not self._told_of_ties and row.get("logit_p05") == row.get("logit_p95") == 0:
+            self._told_of_ties = True
+            flips = ", aaf 1.00 that each reference sample counts as a loser" if "aaf_rate" in row else ""
+            self.say(f"update {row['update']}: policy and reference are still equal, so all pairs are ties: loss {row['loss']:.4f}"
+                     f" is log 2, acc 0.00 that no pair is decided yet{flips}. It changes with the next updates")
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
@@ -44,9 +55,25 @@ class Reporter:
             return
         self._record(row)
         scores = ", ".join(f"{name.removeprefix('eval_')} {'none' if value is None else f'{value:.4g}'}"
-                           for name, value in row.items() if name.startswith("eval_"))
+                           for name, value in row.items() if name.startswith(MEASURES))
         for line in (f"update {row['update']}: {scores}", *said):
             self._bar.write(line)
+
+    def grid(self, update: int, file: Path) -> None:
+        """Show a grid of samples in TensorBoard and W&B, of clips their middle frame."""
+        boards, runs = self._monitor.tb_monitor, self._monitor.wandb_monitor
+        if self._silent or boards is None and runs is None:
+            return
+        with Image.open(file) as picture, explained(file, MONITORS):
+            picture.seek(getattr(picture, "n_frames", 1) // 2)
+            pixels = np.asarray(picture.convert("RGB"))
+            if boards is not None:
+                boards.summary_writer.add_image("seppo/samples", pixels, update, dataformats="HWC")
+                boards.flush()
+            if runs is not None:
+                from wandb import Image as Shown
+
+                runs.log({"seppo/samples": Shown(pixels)}, step=update)
 
     def say(self, line: str) -> None:
         """Print a line above the bars."""
@@ -63,9 +90,8 @@ class Reporter:
         if self._monitor.enabled:
             # An evaluation's seconds are a part of the next update's, whose column must not have two values a step.
             numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "update"
-                       and ("loss" in row or name.startswith("eval_"))}
-            with explained(Path("DeepSpeed's monitors"), "put this right, or switch off tensorboard, wandb, csv_monitor or comet,"
-                           " and go on with --resume auto"):
+                       and ("loss" in row or name.startswith(MEASURES))}
+            with explained(Path("DeepSpeed's monitors"), MONITORS):
                 self._monitor.write_events([(f"seppo/{name}", value, row["update"]) for name, value in numbers.items()])
 
     def close(self) -> None:

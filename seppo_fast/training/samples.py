@@ -1,12 +1,13 @@
-"""Sample grids: one row a prompt, from noise that never changes, so that two grids differ by the policy alone."""
+"""Sample grids: one row a prompt, below its words, from noise that never changes, so that two grids differ by the policy alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from seppo_fast.config import Samples
@@ -17,6 +18,10 @@ from seppo_fast.seeds import normal
 
 PROMPTS = 4  # of the data, where none are given
 STILL, MOVING = ".png", ".webp"
+VISIBLE = 128  # pixels to which the longer side of small samples is enlarged
+GAP, CAPTION, FONT = 1, 16, 12  # pixels between samples, of a line of text, and of its letters
+FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
+LONGEST = 1000  # characters of a prompt that are measured
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Grids:
         images = [self.model.decode(vae, latent).cpu() for latent in latents.split(1)]  # pixels are large beside a trainer
         vae.to("cpu")  # the memory is the training's
         self.folder.mkdir(parents=True, exist_ok=True)
-        return save_sheet(torch.cat(images), self.settings.per_prompt, self.folder / name(update))
+        return save_sheet(torch.cat(images), self.settings.prompts, self.settings.per_prompt, self.folder / name(update))
 
     def drawn(self, update: int) -> bool:
         """Whether there is a grid of this update."""
@@ -55,24 +60,71 @@ def name(update: int) -> str:
     return f"update_{update:08d}"
 
 
-def save_sheet(samples: Tensor, columns: int, path: Path) -> Path:
+def save_sheet(samples: Tensor, prompts: Sequence[str], columns: int, path: Path) -> Path:
     """`(N, 3, H, W)` as a PNG, `(N, F, 3, H, W)` as an animated WebP that loops; returns the file, `path` with its suffix."""
     moves = samples.dim() == 5
     path = path.with_suffix(MOVING if moves else STILL)
     with complete_or_not(path) as temporary:
         if moves:
-            save_clip([tile(frame, columns) for frame in samples.unbind(1)], temporary)
+            save_clip([sheet(frame, prompts, columns) for frame in samples.unbind(1)], temporary)
         else:
-            tile(samples, columns).save(temporary)
+            sheet(samples, prompts, columns).save(temporary)
     return path
 
 
-def tile(images: Tensor, columns: int) -> Image.Image:
-    """`(N, 3, H, W)` in [0, 1] as one picture with `columns` a row and a pixel of white between."""
-    count, _, height, width = images.shape
-    rows = -(-count // columns)
-    sheet = torch.ones(3, rows * (height + 1) - 1, columns * (width + 1) - 1)
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples of `(H, W)` are on a sheet, each of their pixels as a square of `scale`."""
+
+    height: int
+    width: int
+    columns: int
+
+    @property
+    def scale(self) -> int:
+        """Small samples are enlarged, by a whole number, so that no pixel is made up."""
+        return max(1, VISIBLE // max(self.height, self.width))
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(left, top) of a sample."""
+        return (index % self.columns * (self.width * self.scale + GAP),
+                CAPTION + index // self.columns * (CAPTION + self.height * self.scale + GAP))
+
+    def size(self, count: int) -> tuple[int, int]:
+        """(width, height) of a sheet of so many samples."""
+        left, top = self.place(-(-count // self.columns) * self.columns - 1)
+        return left + self.width * self.scale, top + self.height * self.scale
+
+
+def sheet(images: Tensor, prompts: Sequence[str], columns: int) -> Image.Image:
+    """`(N, 3, H, W)` in [0, 1] as one picture: a row of `columns` a prompt, below as much of the prompt as the row is wide."""
+    layout = Layout(*images.shape[-2:], columns)
+    canvas = Image.new("RGB", layout.size(len(images)), "white")
+    draw, font = ImageDraw.Draw(canvas), letters()
     for index, image in enumerate(images):
-        top, left = index // columns * (height + 1), index % columns * (width + 1)
-        sheet[:, top : top + height, left : left + width] = image
-    return picture(sheet)
+        tile = picture(image)
+        tile = tile.resize((tile.width * layout.scale, tile.height * layout.scale), Image.Resampling.NEAREST)
+        left, top = layout.place(index)
+        canvas.paste(tile, (left, top))
+        if index % columns == 0:
+            draw.text((0, top - CAPTION), shortened(prompts[index // columns], canvas.width, font), "black", font)
+    return canvas
+
+
+@cache
+def letters() -> ImageFont.FreeTypeFont:
+    """The first of the fonts of many languages that the system has; else Pillow's own, of English letters."""
+    for name in FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, FONT)
+    return ImageFont.load_default(FONT)
+
+
+def shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """As much of a text as is `width` pixels wide, on one line."""
+    text = " ".join(text.split())[:LONGEST]
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."

@@ -7,12 +7,13 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from seppo_fast.config import METHODS, Seppo
+from seppo_fast.config import HELD_OUT, METHODS, Seppo
 from seppo_fast.configfile import Batch
 from seppo_fast.errors import UserError
 from seppo_fast.ranks import Ranks
@@ -26,6 +27,7 @@ from seppo_fast.training.ahead import ahead
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.divergence import largest_in_range
 from seppo_fast.training.engine import Step, policy_weights, step, upstream_gradient
+from seppo_fast.training.held_out import HeldOut, columns
 from seppo_fast.training.metrics import peak_memory_gb, summarise
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
@@ -51,6 +53,7 @@ class Trainer:
     sampler: Sampler | None
     grids: Grids | None
     validation: Validation | None
+    held_out: HeldOut | None
     reporter: Reporter
     signals: StopSignals
     folder: Path
@@ -204,7 +207,8 @@ class Trainer:
             with self.timed("grids"), self.policy_in_reference(here=self.grids is not None):
                 if self.grids is not None:
                     with suppress(Stop):  # it draws alone: all ranks stop together, at the next check
-                        self.grids.write(self.state.update, partial(self.sampler.draw, before_step=self.signals.check_alone))
+                        draw = partial(self.sampler.draw, before_step=self.signals.check_alone)
+                        self.reporter.grid(self.state.update, self.grids.write(self.state.update, draw))
 
     def lacks_grid(self) -> bool:
         """Whether it is this update's turn for a grid and there is none: the run is new, or was cut off before it was drawn."""
@@ -214,16 +218,36 @@ class Trainer:
         return bool(self.ranks.largest(self.grids is not None and (update == 0 or not self.grids.drawn(update))))
 
     def evaluate(self) -> None:
-        """Scores of the present policy at their turn, unless they are known; what a stop interrupts, a resumed run begins with."""
+        """Measure the present policy at its turn, unless that is done; what a stop interrupts, a resumed run begins with."""
         every, update = self.settings.evaluation.every, self.state.update
         if not every or update % every or self.state.evaluated == update:
             return
         started, watched = time.perf_counter(), self.settings.evaluation.watched
-        with self.timed("evaluation"), self.policy_in_reference():
-            row, said = self.validation(update, self.sampler, self.check_signals)
-        self.state.judge(row.get(f"eval_{watched}"), self.validation.better[watched])
+        row: dict[str, Any] = {}
+        said: list[str] = []
+        with self.timed("evaluation"):
+            self.prepare_held_out()
+            with self.policy_in_reference():
+                if self.validation is not None:
+                    row, said = self.validation(update, self.sampler, self.check_signals)
+                if self.held_out is not None:
+                    error, accuracy = self.held_out(self.reference, self.check_signals)
+                    if update == 0:
+                        self.state.heldout_error = error
+                    row |= columns(error, accuracy, self.state.heldout_error)
+        if watched in HELD_OUT:
+            self.state.judge(row[watched], "higher")
+        else:
+            self.state.judge(row.get(f"eval_{watched}"), self.validation.better[watched])
         seconds = round(time.perf_counter() - started, 4)
         self.reporter.evaluation({"update": update, **row, "seconds_evaluation": seconds}, said)
+
+    def prepare_held_out(self) -> None:
+        """Once: what the initial model makes of the held-out demonstrations."""
+        if self.held_out is not None and self.pool is not None and not self.held_out.ready:
+            with self.reference_on_device():
+                self.pool.load_into(0, self.reference)
+                self.held_out.prepare(self.reference, self.sampler, self.check_signals)
 
     def gets_no_better(self) -> bool:
         """Whether the last `patience` evaluations brought no better policy."""
@@ -263,8 +287,9 @@ class Trainer:
         own = [wall, *parts, max(0.0, wall - sum(parts)), peak_memory_gb(self.ranks.device)]
         everyone = self.ranks.gather(torch.tensor([own], dtype=torch.double))
         wall, *parts, _ = everyone.mean(dim=0).tolist()
-        row = {"update": self.state.update, "iteration": k, "reference": self.reference_index, **summarise(table),
-               "grad_norm": done.grad_norm, "lr": done.lr, "skipped_steps": self.state.skipped,
+        row = {"update": self.state.update, "iteration": k, "reference": self.reference_index,
+               **summarise(table, self.settings.flips), "grad_norm": done.grad_norm, "lr": done.lr,
+               "skipped_steps": self.state.skipped,
                "pairs_per_s": round(self.batch.size / max(wall, 1e-9), 3),
                "peak_memory_gb": round(everyone[:, -1].max().item(), 3), "seconds": round(wall, 4),
                **{f"seconds_{name}": round(value, 4) for name, value in zip([*PHASES, "other"], parts, strict=True)}}

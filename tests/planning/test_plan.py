@@ -28,11 +28,11 @@ def test_the_shipped_settings_need_no_advice() -> None:
     assert told(load_config("ds_a100.json"), 8) == ""
 
 
-DRY_RUN_AS_COMMANDS = {"ds_a100", "ds_a100_video"}  # in test_command.py
+DRY_RUN_ELSEWHERE = {"ds_a100", "ds_a100_video", "lora_folder"}  # in test_command.py, test_dry_run.py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({file.stem for file in CONFIGS.glob("*.json")} - DRY_RUN_AS_COMMANDS))
+@pytest.mark.parametrize("name", sorted({file.stem for file in CONFIGS.glob("*.json")} - DRY_RUN_ELSEWHERE))
 def test_the_shipped_configurations_pass_their_dry_run(name: str, sd: Path, tmp_path: Path) -> None:
     """The quickstarts' with models of their kind: theirs are made by the quickstart."""
     overrides = [f"seppo.output_dir={tmp_path / 'run'}", "seppo.data.source=null"]

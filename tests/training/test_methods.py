@@ -44,8 +44,8 @@ def test_methods_have_their_references(five: dict[str, Path]) -> None:
 
 def test_only_seppo_flips(five: dict[str, Path]) -> None:
     assert any(rate < 1 for rate in column(five["seppo"], "aaf_rate"))
-    for method in ("spin", "ditto", "dpo"):
-        assert column(five[method], "aaf_rate") == [1] * 6
+    for method in ("spin", "ditto", "dpo"):  # every sign is -1, which is no rate of a flipper
+        assert not any("aaf_rate" in row for row in rows(five[method])), method
 
 
 def test_losers_are_sampled_or_read(five: dict[str, Path]) -> None:
@@ -65,7 +65,7 @@ def test_sft_has_no_statistics_of_pairs(five: dict[str, Path]) -> None:
     for row in rows(five["sft"]):
         assert not STATISTICS & row.keys() and "model_mse_loser" not in row
         assert row["loss"] == row["model_mse_winner"]
-    assert STATISTICS < rows(five["dpo"])[0].keys()
+    assert STATISTICS - {"aaf_rate"} < rows(five["dpo"])[0].keys()
 
 
 def test_ties_are_dropped(five: dict[str, Path]) -> None:
@@ -106,11 +106,11 @@ def test_flippers(trained: Trained) -> None:
     # a rate at which the second update already meets winners that the first one made worse
     runs = {flipper: trained(**{"seppo.flipper": flipper, "optimizer.params.lr": 1e-2}) for flipper in ("aaf", "indicator", "none")}
     first = [{name: value for name, value in rows(run)[0].items() if "second" not in name and "_per_s" not in name
-              and "peak" not in name} for run in runs.values()]
+              and "peak" not in name and name != "aaf_rate"} for run in runs.values()]
     assert first[0] == first[1] == first[2]  # all signs are ties, so all three begin with Diffusion-DPO's update
     second = {flipper: rows(run)[1] for flipper, run in runs.items()}
     assert second["aaf"]["model_mse_winner"] == second["indicator"]["model_mse_winner"] == second["none"]["model_mse_winner"]
-    assert second["aaf"]["aaf_rate"] == second["indicator"]["aaf_rate"] < 1 == second["none"]["aaf_rate"]
+    assert second["aaf"]["aaf_rate"] == second["indicator"]["aaf_rate"] < 1 and "aaf_rate" not in second["none"]
     assert len({row["loss"] for row in second.values()}) == 3
     models = [weights(run) for run in runs.values()]
     for i in range(3):

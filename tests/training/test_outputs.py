@@ -28,6 +28,13 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
+def samples_of(grid: np.ndarray) -> list[np.ndarray]:
+    """The samples of 16x16 pixels of a grid of two columns, each pixel of which it shows as 8x8 equal ones."""
+    tiles = [grid[145 * i + 16 : 145 * i + 144, 129 * j : 129 * j + 128] for i in range(3) for j in range(2)]
+    assert all((np.kron(tile[::8, ::8], np.ones((8, 8, 1), np.uint8)) == tile).all() for tile in tiles)
+    return [tile[::8, ::8] for tile in tiles]
+
+
 def test_metrics_have_their_columns(trained: Trained) -> None:
     for number, row in enumerate(rows(trained()), start=1):
         assert list(row) == COLUMNS
@@ -54,9 +61,11 @@ def test_grids_come_at_their_turn(trained: Trained) -> None:
     run = trained(**GRIDS)
     assert sorted(path.name for path in (run / "samples").iterdir()) == [f"update_{n:08}.png" for n in (0, 2, 4)]
     before, middle, after = (pixels(path) for path in sorted((run / "samples").iterdir()))
-    assert before.shape == (3 * 17 - 1, 2 * 17 - 1, 3)  # a row a prompt, a pixel between
-    assert (before[16] == 255).all() and (before[:, 16] == 255).all()
-    tiles = [before[17 * i : 17 * i + 16, 17 * j : 17 * j + 16] for i in range(3) for j in range(2)]
+    assert before.shape == (3 * 145 - 1, 2 * 129 - 1, 3)  # a row a prompt, each pixel eight wide, a line of text above
+    assert (before[144] == 255).all() and (before[:, 128] == 255)[16:144].all()
+    captions = [before[145 * i : 145 * i + 16] for i in range(3)]
+    assert all(40 < (caption < 128).all(axis=2).sum() < 1000 for caption in captions)
+    tiles = [samples_of(before)[k] for k in range(6)]
     assert all((one != other).any() for k, one in enumerate(tiles) for other in tiles[:k])
     assert (before != middle).any() and (middle != after).any()
 
@@ -71,9 +80,7 @@ def test_grid_is_what_diffusers_draws(trained: Trained) -> None:
     images = pipeline([prompt for prompt in PROMPTS for _ in range(2)], num_inference_steps=3, guidance_scale=2.0, latents=noise,
                       height=16, width=16, output_type="np").images
     grid = pixels(run / "samples" / "update_00000004.png")
-    for index, image in enumerate(images):
-        top, left = index // 2 * 17, index % 2 * 17
-        tile = grid[top : top + 16, left : left + 16]
+    for tile, image in zip(samples_of(grid), images, strict=True):
         assert np.abs(tile - image * 255).max() < 1
 
 
@@ -90,7 +97,7 @@ def test_grids_differ_by_the_policy_alone(trained: Trained) -> None:
 
 def test_grid_prompts_default_to_the_data(trained: Trained) -> None:
     run = trained(**{"seppo.samples": {"every": 4}})
-    assert pixels(run / "samples" / "update_00000000.png").shape == (4 * 17 - 1, 16, 3)
+    assert pixels(run / "samples" / "update_00000000.png").shape == (4 * 145 - 1, 128, 3)
     assert not (trained() / "samples").exists()
 
 

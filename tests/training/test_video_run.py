@@ -233,7 +233,7 @@ def test_the_adapter_loads_in_plain_diffusers_and_draws_the_trainers_own_sample(
     assert (base - theirs).abs().max() > 10 * (own - theirs).abs().max()
 
     with Image.open(run / "samples" / "update_00000004.webp") as sheet:
-        assert sheet.n_frames == FRAMES and sheet.size == (16, 33)
+        assert sheet.n_frames == FRAMES and sheet.size == (128, 2 * 145 - 1)
     card = (run / "final" / "README.md").read_text()
     assert "text-to-video" in card and f"{FRAMES} frames a clip (dynamic)" in card and "load_lora_weights" in card
 
@@ -299,6 +299,17 @@ def test_two_ranks_with_zero_2_train_the_same_model(video_settings: Any, run_of:
     one, two = run_of(), tmp_path / "two"
     assert apart(weights(one), weights(two)) < 5e-6
     assert [row["loss"] for row in rows(two)] == pytest.approx([row["loss"] for row in rows(one)], rel=1e-4)
+
+
+def test_held_out_clips_are_measured_alike_by_two_ranks(video_settings: Any, run_of: Callable[..., Path], forks: Forks,
+                                                        tmp_path: Path) -> None:
+    """Three of ten, which are decoded while it trains like the others."""
+    held = {"seppo.data.hold_out": 3, "seppo.evaluation": {"every": 2}, "seppo.iterations": 1}
+    done = forks.run(video_settings(**held, **{"seppo.output_dir": str(tmp_path / "two")}), ranks=2)
+    assert done.statuses == [0, 0], done.output[-2000:]
+    one, two = ({row["update"]: row["heldout_winner_gain"] for row in rows(run) if "loss" not in row}
+                for run in (run_of(**held), tmp_path / "two"))
+    assert one == pytest.approx(two, rel=1e-3, abs=1e-7) and one[0] == two[0] == 0.0 and abs(one[2]) > 1e-6
 
 
 def test_resumed_in_mid_epoch_it_ends_with_the_same_bytes(forks: Forks, video_settings: Any, tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Measures on demonstrations that are never trained on: whether what is learnt holds for others, too. No scorer is needed."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seppo_fast.config import HELD_OUT, METHODS, Seppo
+from seppo_fast.ranks import Ranks
+from seppo_fast.reference.batching import chunks
+from seppo_fast.reference.sampler import Sampler
+from seppo_fast.seeds import generator
+from seppo_fast.training.objective import Objective
+from seppo_fast.training.pairs import PairSource
+
+DRAWS = 4  # noises and timesteps for each demonstration: an error depends on them more than on the policy
+
+
+@dataclass
+class HeldOut:
+    """Pairs of the held-out rows, `size` at a time; slots number them as they number pairs of updates.
+
+    Noise and timesteps never change, and both measures are against the model that training began with: values of two updates
+    differ by the policy alone. `made` is what that model has made for this rank's slots: its samples, and its errors.
+    """
+
+    pairs: PairSource
+    objective: Objective
+    ranks: Ranks
+    size: int
+    made: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    ready: bool = False
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """All ranks' rows."""
+        return self.pairs.order.rows
+
+    @property
+    def slots(self) -> list[int]:
+        """This rank's slots: those of its share of the rows."""
+        mine = {*self.rows[self.ranks.rank :: self.ranks.world]}
+        return [slot for slot in range(DRAWS * len(self.rows)) if self.pairs.order.row(slot) in mine]
+
+    @torch.no_grad()
+    def prepare(self, initial: nn.Module, sampler: Sampler, check: Callable[[], None]) -> None:
+        """Samples of the initial model, in the module of `sampler`, for these prompts, and its errors on all pairs."""
+        slots, row_of = self.slots, self.pairs.order.row
+        made: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
+        if METHODS[self.pairs.settings.method].losers == "reference":
+            first, samples = {row_of(slot): slot for slot in reversed(slots)}, {}
+            for some in self._in_step(list(first.values()), sampler.batch_size, check):
+                latents = sampler.draw(self.pairs.initial_noise(some), self.pairs.prompts(some))
+                samples |= {row_of(slot): sample for slot, sample in zip(some, latents.cpu(), strict=True)}
+            for slot in slots:
+                made[slot]["loser"] = samples[row_of(slot)]
+        for some in self._in_step(slots, self.size, check):
+            errors = self.objective.score(initial, self.pairs.pairs(some, made))
+            for slot, pair in zip(some, errors.cpu(), strict=True):
+                made[slot]["ref_mse"] = pair
+        self.made, self.ready = made, True
+
+    @torch.no_grad()
+    def __call__(self, policy: nn.Module, check: Callable[[], None]) -> tuple[float, float | None]:
+        """The mean error on the winners, and the share of pairs with a logit above 0 (None for SFT); every rank calls."""
+        mine: dict[int, list[float]] = {}
+        for some in self._in_step(self.slots, self.size, check):
+            _, table = self.objective(policy, policy, self.pairs.pairs(some, self.made), 1.0)
+            mine |= dict(zip(some, table[:, [0, -1]].tolist(), strict=True))
+        found = {slot: pair for each in self.ranks.objects(mine) for slot, pair in each.items()}
+        ordered = [found[slot] for slot in sorted(found)]  # so that no sum depends on the number of ranks
+        error = math.fsum(error for error, _ in ordered) / len(ordered)
+        accuracy = sum(logit > 0 for _, logit in ordered) / len(ordered)
+        return error, accuracy if self.objective.flipper else None
+
+    def _in_step(self, slots: Sequence[int], size: int, check: Callable[[], None]) -> Iterator[Sequence[int]]:
+        """Batches of slots; before each, all ranks alike ask whether to stop, as often as the one that has most."""
+        batches = list(chunks(slots, size))
+        for number in range(self.ranks.largest(len(batches))):
+            check()
+            if number < len(batches):
+                yield batches[number]
+
+
+def open_held_out(pairs: PairSource, rows: Sequence[int], settings: Seppo, objective: Objective, size: int, ranks: Ranks
+                  ) -> HeldOut:
+    """What measures `rows` of the pairs' cache. Its draws are none of the training's, and captions are never dropped."""
+    own = settings.model_copy(update={"seed": generator(settings.seed, "held out").initial_seed(), "caption_dropout": 0.0})
+    source = PairSource(pairs.cache, own, pairs.scaling_factor, pairs.num_timesteps, pairs.device, pairs.dtype, rows)
+    return HeldOut(source, objective, ranks, size)
+
+
+def columns(error: float, accuracy: float | None, initial: float | None) -> dict[str, Any]:
+    """The measures as in metrics.jsonl; `initial` is the initial model's error. What is not finite has no value."""
+    gain = math.nan if initial is None else initial - error
+    values = [gain if math.isfinite(gain) else None, accuracy if math.isfinite(error) else None]
+    return dict(zip(HELD_OUT, values, strict=True)) if accuracy is not None else {HELD_OUT[0]: values[0]}

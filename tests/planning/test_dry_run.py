@@ -1,0 +1,117 @@
+"""What a dry run says beside the plan: what is still missing, sizes of pictures, times of this machine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from seppo_fast.configfile import load_config, parse_config
+from seppo_fast.data.sizes import enlarged, is_blurred, size_of
+from seppo_fast.errors import UserError
+from seppo_fast.machine import machine
+from seppo_fast.models.directory import FAMILIES
+from seppo_fast.models.published import PUBLISHED, supported
+from seppo_fast.planning.dry_run import dry_run
+from seppo_fast.planning.this_machine import own_rate
+from seppo_fast.planning.time_plan import Rate, duration, load_rates
+
+Settings = Callable[..., dict[str, Any]]
+
+
+def pictures(folder: Path, **sizes: tuple[int, int]) -> Path:
+    """A folder of pictures with their captions beside them."""
+    folder.mkdir()
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("a cat")
+    return folder
+
+
+def test_a_folder_without_results_holds_no_run(settings: Settings, train: Any, tmp_path: Path) -> None:
+    """A run that too many unusable rows stopped leaves its folder to the next one."""
+    source = pictures(tmp_path / "d", a=(16, 16))
+    (source / "b.png").write_bytes(b"no picture")
+    (source / "b.txt").write_text("a dog")
+    raw = settings(**{"seppo.data.source": str(source)})
+    with pytest.raises(UserError, match="seppo.data.max_skipped"):
+        train(raw)
+    run = Path(raw["seppo"]["output_dir"])
+    assert (run / "run.json").exists() and "already holds a run" not in dry_run(parse_config(raw), 1)
+    (run / "metrics.jsonl").write_text("")
+    assert "already holds a run: go on with it by --resume auto" in dry_run(parse_config(raw), 1)
+
+
+@pytest.mark.parametrize(("path", "words"), [
+    ("black-forest-labs/FLUX.1-dev", "by its name it is a FLUX model, and no StableDiffusion or StableDiffusionXL or"),
+    ("stabilityai/stable-diffusion-3.5-medium", "a Stable Diffusion 3 model"), ("Qwen/Qwen-Image", "a Qwen-Image model"),
+    ("someone/something", "what can be trained is a StableDiffusion or StableDiffusionXL or AnimateDiff pipeline"),
+])
+def test_families_that_are_not_known_are_said(path: str, words: str, settings: Settings) -> None:
+    said = dry_run(parse_config(settings(**{"seppo.model.path": path})), 1)
+    assert f"before you train: seppo.model.path {path}: " in said and words in said
+
+
+def test_known_models_are_of_no_other_family() -> None:
+    assert all("by its name" not in supported(path) for path in PUBLISHED)
+    assert all(family.removesuffix("Pipeline") in supported("someone/something") for family in FAMILIES)
+
+
+def test_pictures_that_are_enlarged_are_counted(settings: Settings, train: Any, tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    """In the dry run, and when a run starts: more than twice, by the shorter side."""
+    source = pictures(tmp_path / "d", large=(64, 64), just=(8, 40), small=(30, 7), tiny=(5, 5))
+    raw = settings(**{"seppo.data.source": str(source), "seppo.iterations": 1, "seppo.updates_per_iteration": 1})
+    words = ("2 of 4 enlarged more than 2 times to 16 pixels, the smallest is tiny.png (5x5); leave them out, or lower"
+             " seppo.data.resolution")
+    assert words in dry_run(parse_config(raw), 1)
+    train(raw)
+    assert words in capsys.readouterr().out
+    assert "enlarged" not in dry_run(parse_config(settings()), 1)
+
+
+def test_sizes_are_read_from_headers(tmp_path: Path) -> None:
+    file = pictures(tmp_path / "d", a=(30, 20)) / "a.png"
+    content = file.read_bytes()
+    (tmp_path / "torn.png").write_bytes(content[:60])
+    assert size_of(file) == size_of(content) == size_of(Image.open(file)) == size_of(tmp_path / "torn.png") == (30, 20)
+    assert size_of(tmp_path / "missing.png") is size_of(tmp_path) is size_of(b"no picture") is None
+    assert is_blurred((255, 900), 512) and not is_blurred((256, 900), 512)
+    assert enlarged({"a": (512, 512)}, 512) == enlarged({}, 512) == ""
+
+
+@pytest.mark.parametrize(("hours", "said"), [
+    (1.46e-07, "less than a second"), (0.0, "0 seconds"), (1 / 3600, "1 seconds"), (0.01, "36 seconds"), (0.5, "30 minutes"),
+    (3.25, "3.25 hours"), (47, "47 hours"), (60, "2.5 days"),
+    (17_000, "708 days"), (350_400, "40 years")])
+def test_times_as_people_say_them(hours: float, said: str) -> None:
+    assert duration(hours) == said
+
+
+def test_the_machine_at_hand_has_a_line(settings: Settings) -> None:
+    said = dry_run(parse_config(settings()), 1)
+    line = next(line for line in said.splitlines() if machine()["cpu"] in line)
+    assert line.startswith("  this machine's processor (") and "second" in line
+    assert not any("e-0" in line for line in said.splitlines() if "hours" in line or "second" in line)
+    assert "matrix products were timed just now" in said
+
+
+def test_a_rate_that_is_known_is_not_tried_again(tmp_path: Path) -> None:
+    rates = load_rates(None)
+    (own,) = own_rate(rates, "", torch.float32)
+    assert own.matmul_tflops > 0 and own.sampling_fraction is None
+    known = Rate(device=machine()["cpu"], matmul_tflops=1.0, source="measured")
+    assert own_rate([known, *rates], "", torch.float32) == own_rate(rates, "NVIDIA A100-SXM4-80GB", torch.bfloat16) == []
+
+
+def test_the_shipped_configuration_for_a_folder(tmp_path: Path) -> None:
+    source = pictures(tmp_path / "d", **{f"p{number:02}": (512, 512) for number in range(30)})
+    config = load_config("lora_folder.json", [f"seppo.data.source={source}", f"seppo.output_dir={tmp_path / 'run'}"])
+    said = dry_run(config, 1)
+    assert "3 of 30 demonstrations, never trained on; heldout_winner_gain, heldout_implicit_acc every 20 updates" in said
+    assert "32 pairs = 4 a rank x 8 accumulated x 1 rank" in said and "LoRA rank 16" in said and "advice" not in said
+    assert "ends after 4 without a better heldout_winner_gain; the checkpoint of the best heldout_winner_gain stays" in said
+    memory = next(line for line in said.splitlines() if line.strip().startswith("memory a rank")).split("about ")[1]
+    assert float(memory.split(" GB")[0]) < 16, "of 25.8 GB, for the driver, workspaces and the allocator need some"
