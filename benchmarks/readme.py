@@ -1,4 +1,4 @@
-"""`python -m benchmarks.readme [--check]`: the tables of README.md and benchmarks/README.md, generated from benchmarks/results/."""
+"""`python -m benchmarks.readme [--check]`: the tables of the pages, generated from benchmarks/results/ and config.py."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.ablation_report import ablation
+from benchmarks.config_keys import keys
 from benchmarks.headlines import headlines
 from benchmarks.loss_summary import Row, of_gpu_suite, targets
 from benchmarks.throughput_readme import throughput
@@ -17,7 +18,8 @@ from benchmarks.video_readme import video as decoding
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "benchmarks" / "README.md"
-PAGES = (README, BENCHMARKS)
+CONFIGS = ROOT / "seppo_fast" / "configs" / "README.md"
+PAGES = (README, BENCHMARKS, CONFIGS)
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -39,7 +41,7 @@ def filled(text: str) -> str:
     """`text` with what stands between its `<!-- name -->` and `<!-- /name -->` replaced by the table of that name."""
     tables = {"quickstart": quickstart, "headlines": partial(headlines, RESULTS), "quickstart_video": video, "loss": loss,
               "throughput": partial(throughput, RESULTS), "decoding": partial(decoding, RESULTS),
-              "ablation": partial(ablation, RESULTS)}
+              "ablation": partial(ablation, RESULTS), "keys": keys}
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda found, make=table: found[1] + make() + "\n" + found[2], text)

@@ -14,7 +14,8 @@ HELD_OUT = ("heldout_winner_gain", "heldout_implicit_acc")  # what is measured o
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False,
+                              use_attribute_docstrings=True)
 
 
 class Lora(Section):
@@ -24,10 +25,15 @@ class Lora(Section):
     """
 
     rank: Positive = 16
+    """Rank of the adapters."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    """Their scale: what they add is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapters' inputs that is set to zero in training."""
     targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+    """Names or endings of the modules that get an adapter."""
     layers: Literal["temporal", "spatial", "all"] | None = None
+    """Video models: adapters on the motion modules (`temporal`, the default there), on the image model (`spatial`), or both."""
 
 
 class Model(Section):
@@ -44,15 +50,25 @@ class Model(Section):
     """
 
     path: Name
+    """A diffusers pipeline's directory, or its id on the hub."""
     motion_adapter: Name | None = None
+    """A motion adapter's directory or id; makes a Stable Diffusion 1.x an AnimateDiff."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     variant: str | None = None
+    """Which weight files are read, such as `fp16`."""
     gradient_checkpointing: bool = False
+    """Keep fewer activations and compute them again: less memory, slower training."""
     channels_last: bool = False
+    """Memory layout of the convolutions' inputs, for policy and reference."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """Attention kernel of policy and reference; `auto` measures and takes the faster one."""
     compile: Literal["none", "regional"] = "none"
+    """torch.compile of policy and reference, block by block."""
     start_from: Name | None = None
+    """A checkpoint or past policy of another run, whose weights this run begins with."""
     lora: Lora | None = None
+    """Train a LoRA instead of all weights."""
 
 
 class Video(Section):
@@ -64,10 +80,15 @@ class Video(Section):
     """
 
     frames: Positive = 16
+    """Frames of a clip."""
     choice: Literal["dynamic", "uniform", "window"] = "dynamic"
+    """Which frames: evenly over the clip (`uniform`), a random `window`, or by the row (`dynamic`)."""
     stride: Positive = 4
+    """Distance in frames within a window."""
     decoder: Literal["auto", "dali", "pyav"] = "auto"
+    """Who decodes; `auto` is DALI where it can, else PyAV."""
     folder: Name | None = None
+    """Where a CSV's videos are, if not beside it or in its `videos` folder."""
 
 
 class Data(Section):
@@ -80,24 +101,42 @@ class Data(Section):
     """
 
     source: Name | None = None
+    """Where the demonstrations are: a folder, a file, webdataset tars or a hub id. Needed for training."""
     format: Literal["auto", "imagefolder", "captions", "pickapic", "datasets", "webdataset", "video"] = "auto"
+    """What kind of source it is; `auto` looks."""
     split: str = "train"
+    """Which split of the source; `all` takes every one."""
     image_column: str | None = None
+    """The column with the images, if it has an unusual name."""
     caption_column: str | None = None
+    """The column with the prompts, if it has an unusual name."""
     choose: Literal["winner", "random"] = "winner"
+    """Of a preference pair the winner is the demonstration, or either of the two."""
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] = 512
+    """Pixels along a side."""
     crop: Literal["center", "random"] = "center"
+    """Where an image is cropped to a square."""
     flip: bool = True
+    """Mirror half of the images."""
     posterior: Literal["sample", "mean"] = "sample"
+    """Latents are drawn from the VAE's distribution, or are its mean."""
     video: Video = Video()
     cache_latents: bool | Literal["auto"] = "auto"
+    """Keep encoded latents on disk; `auto` does not where video frames are drawn anew in each epoch."""
     cache_dir: Name | None = None
+    """Where encoded latents are kept; null chooses a folder."""
     cache_dtype: Literal["float16", "float32"] = "float16"
+    """Precision of the kept latents."""
     encode_batch_size: Positive = 8
+    """Images that are encoded at once."""
     workers: Positive = 4
+    """Threads that read and decode."""
     max_skipped: Share = 0.05
+    """Share of unusable rows that stops the run."""
     allow_outside: bool = False
+    """Rows may name files outside of the source's folder."""
     hold_out: Positive | Fraction | None = None
+    """A number or a share of demonstrations that are never trained on; evaluations measure the policy's errors on them."""
 
 
 class Sampler(Section):
@@ -108,29 +147,43 @@ class Sampler(Section):
     """
 
     solver: Literal["ddim", "dpmsolver++", "pndm", "unipc", "euler"] = "ddim"
+    """Which solver draws the reference samples."""
     steps: Positive = 50
+    """Denoising steps of a sample."""
     guidance_scale: Annotated[float, Field(ge=0)] = 7.5
+    """Strength of classifier-free guidance; 1 or less is none."""
     batch_size: Positive | Literal["auto"] = 16
+    """Samples that are drawn at once; `auto` is measured."""
     cuda_graph: bool = True
+    """Capture a denoising step on a GPU and replay it."""
     compile: Literal["none", "regional", "full"] = "none"
+    """torch.compile of the sampling network alone."""
     fuse_projections: bool = False
+    """Query, key and value in one product, in the sampling network alone."""
     window: Literal["update", "iteration"] = "update"
+    """How much is sampled ahead of training: one update or a whole iteration."""
 
 
 class Pool(Section):
     """Past policies. `dtype` auto: the policy's own (fp32 when that is fp16)."""
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision in which past policies are kept; `auto` is the policy's own, or fp32 where that is fp16."""
     host_memory_gb: Annotated[float, Field(ge=0)] = 16.0
+    """Memory of each machine for past policies; the others are read from disk."""
 
 
 class Samples(Section):
     """Grids of the policy's samples, from fixed prompts and seeds, every `every` updates (0: never)."""
 
     every: NotNegative = 0
+    """Updates between two grids of samples; 0 draws none."""
     prompts: list[str] = []
+    """Prompts of the grids; empty takes the first of the data."""
     per_prompt: Positive = 1
+    """Samples of each prompt."""
     seed: Seed = 0
+    """Seed of the grids' noise."""
 
 
 class Evaluation(Section):
@@ -144,17 +197,29 @@ class Evaluation(Section):
     """
 
     every: NotNegative = 0
+    """Updates between two evaluations; 0 evaluates never."""
     prompts: Name | list[Name] = []
+    """A file of prompts, or a list of them; may be empty with `data.hold_out`."""
     limit: Positive | None = None
+    """Use the first prompts only; null uses all."""
     per_prompt: Positive = 1
+    """Samples of each prompt."""
     seed: Seed = 0
+    """Seed of the samples' noise."""
     scores: Annotated[list[Name], Field(min_length=1)] = ["pickscore"]
+    """Which scores are computed."""
     weights: dict[str, Name] = {}
+    """A score's weights in place of the hub's, by the score's name."""
     real: Name | None = None
+    """A folder of real clips, with which videos are compared."""
     batch_size: Positive = 16
+    """Samples that are scored at once."""
     watch: Name | None = None
+    """The measure that says which policy is best; null is the first of `scores`, or the held-out gain where there are no prompts."""
     patience: Positive | None = None
+    """The run ends after so many evaluations in a row without a better one; null never."""
     keep_best: bool = False
+    """Keep the best policy's checkpoint, and export it to `best/`."""
 
     @property
     def draws(self) -> bool:
@@ -178,7 +243,9 @@ class Checkpoint(Section):
     """`every` counts updates; null means once an iteration."""
 
     every: Positive | None = None
+    """Updates between two checkpoints; null is one an iteration."""
     keep_last: Positive = 2
+    """How many checkpoints stay."""
 
 
 class Method(Section):
@@ -204,22 +271,34 @@ class Seppo(Section):
     model: Model
     data: Data = Data()
     output_dir: Name = "runs/seppo"
+    """The run folder."""
     method: Literal["seppo", "spin", "ditto", "dpo", "sft"] = "seppo"
+    """The training method."""
     reference: Literal["uniform", "latest", "initial"] | None = None
+    """Which past policy is the reference; null is the method's own choice."""
     flipper: Literal["aaf", "indicator", "none"] | None = None
+    """How the sign of a pair's second half is decided; null is the method's own choice."""
     reference_score: Literal["online", "rollout"] = "online"
+    """Compute the reference's errors in training (`online`), or where its sample is drawn (`rollout`)."""
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2000.0
+    """Strength of the preference; larger keeps the policy nearer to the reference."""
     noise: Literal["independent", "shared"] = "independent"
+    """Winner and loser get noise of their own, or the same."""
     caption_dropout: Share = 0.0
+    """Share of the prompts that is replaced by the empty one."""
     iterations: Positive = 7
+    """How many times a policy joins the pool."""
     updates_per_iteration: Positive = 30
+    """Optimizer updates of an iteration."""
     seed: Seed = 0
+    """Seed of data order, noise and timesteps."""
     sampler: Sampler = Sampler()
     pool: Pool = Pool()
     samples: Samples = Samples()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     max_nonfinite: Positive = 5
+    """Updates in a row that are not finite, after which the run stops."""
 
     @property
     def scored_ahead(self) -> bool:

@@ -62,17 +62,44 @@ class Batch:
 
 def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
     """Read `name` (a path, or a file of seppo_fast/configs), apply `key.path=value` overrides, check every key."""
+    raw = _read(name)
+    for override in overrides:
+        _set(raw, override)
+    return parse_config(raw)
+
+
+def given_config(config: Mapping[str, Any] | str | Path, values: Mapping[str, Any]) -> Config:
+    """The checked configuration from a dictionary, or from what `load_config` reads, with `values` by key path put in."""
+    if isinstance(config, Mapping):
+        raw = _as_json(config, "the configuration")
+    elif isinstance(config, str | Path):
+        raw = _read(os.fspath(config))
+    else:
+        raise UserError(f"the configuration: expected a dictionary, or a file's path (got {type(config).__name__})")
+    if not isinstance(values, Mapping):
+        raise UserError('set: expected a dictionary of key paths, e.g. {"seppo.sampler.steps": 20}' + f" (got {values!r})")
+    for path, value in values.items():
+        _put(raw, str(path), _as_json(value, f"set {path}"), f"set {path}")
+    return parse_config(raw)
+
+
+def _as_json(value: Any, where: str) -> Any:
+    """A copy as it would come from a file: tuples are lists, and paths are texts."""
+    try:
+        return json.loads(json.dumps(value, default=os.fspath))
+    except (TypeError, ValueError, RecursionError) as error:  # of a type that JSON has not, or in itself
+        raise UserError(f"{where}: holds what a configuration file cannot ({error})") from None
+
+
+def _read(name: str) -> dict[str, Any]:
     shipped = sorted(file.name for file in CONFIGS.glob("*.json"))
     path = CONFIGS / name if name in shipped and not os.path.isfile(name) else Path(name)
     try:
-        raw = read_object(path)
+        return read_object(path)
     except UserError as error:
         if not isinstance(error.__cause__, FileNotFoundError) or path.is_symlink():
             raise
         raise UserError(f"--config {name}: no such file, and none of the shipped ones ({', '.join(shipped)})") from error
-    for override in overrides:
-        _set(raw, override)
-    return parse_config(raw)
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
@@ -123,6 +150,11 @@ def _set(raw: dict[str, Any], override: str) -> None:
         value = text
     except ValueError as error:  # a key given twice, brackets without end, a number of thousands of digits
         raise UserError(f"--set {override[:200]}: {error}") from None
+    _put(raw, path, value, f"--set {override}")
+
+
+def _put(raw: dict[str, Any], path: str, value: Any, said: str) -> None:
+    """Set the key at `path`; `said` is how a message names what was asked for."""
     *parents, last = path.split(".")
     node = raw
     for depth, key in enumerate(parents):
@@ -130,7 +162,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
             node[key] = {}
         node = node[key]
         if not isinstance(node, dict):
-            raise UserError(f"--set {override}: {'.'.join(parents[: depth + 1])} is not a section")
+            raise UserError(f"{said}: {'.'.join(parents[: depth + 1])} is not a section")
     node[last] = value
 
 

@@ -13,9 +13,9 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent: 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_fast.evaluate") -> argparse.Namespace:
     """The command line; `--local_rank` is what DeepSpeed's launcher adds."""
-    parser = argparse.ArgumentParser(prog="python -m seppo_fast.evaluate", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="NAME=PATH",
@@ -52,9 +52,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit status, as `carried_out` gives it."""
-    arguments = parse_arguments(argv)
+def main(argv: list[str] | None = None, prog: str = "python -m seppo_fast.evaluate") -> int:
+    """The exit status, as `carried_out` gives it; `prog` is what the command is called in messages."""
+    arguments = parse_arguments(argv, prog)
     from seppo_fast.command import carried_out
 
     return carried_out(lambda signals: run(arguments), "what is drawn is kept, and the same command goes on from there")

@@ -17,9 +17,9 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent: 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_fast.profile_run") -> argparse.Namespace:
     """The command line; `--local_rank` is what DeepSpeed's launcher adds."""
-    parser = argparse.ArgumentParser(prog="python -m seppo_fast.profile_run", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a JSON file, or the name of one in seppo_fast/configs")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -30,9 +30,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> int:
-    """The exit status, as `carried_out` gives it."""
-    arguments = parse_arguments()
+def main(argv: list[str] | None = None, prog: str = "python -m seppo_fast.profile_run") -> int:
+    """The exit status, as `carried_out` gives it; `prog` is what the command is called in messages."""
+    arguments = parse_arguments(argv, prog)
     from seppo_fast.command import carried_out
 
     return carried_out(lambda signals: run(arguments, signals))

@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from seppo_fast.errors import UserError
 from seppo_fast.rendezvous import Launch, launched, meet, patience, within
+
+# What a launcher would tell the only rank.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,8 @@ def join() -> Ranks:
     launch = launched()
     if launch is None:
         # DeepSpeed looks for MPI unless it finds all of these; a store in this process, so that there is no port to fight for
-        launch, store = Launch(0, 1, 0, 1, "127.0.0.1", 0), dist.HashStore()
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT="0")
+        launch, store = Launch(0, 1, 0, 1, "127.0.0.1", 0), None if dist.is_initialized() else dist.HashStore()
+        os.environ.update(ALONE)
     else:  # or they have met before, for another evaluation
         store = None if dist.is_initialized() else meet(launch, patience())
     # DeepSpeed's own collectives for CPUs leave 69 MB a rank in /dev/shm behind, run after run, are compiled for a minute the
@@ -100,7 +104,28 @@ def connect(launch: Launch, store: dist.Store | None) -> dist.ProcessGroup:
 
 def leave() -> None:
     """Part from the other ranks at the end of a run."""
-    dist.destroy_process_group()
+    deepspeed.comm.destroy_process_group()  # PyTorch's, and DeepSpeed's groups made of it, which a next run would meet
+
+
+@contextmanager
+def only_rank() -> Iterator[Ranks]:
+    """This process as the only rank, in a program that goes on afterwards with the environment and process group that it had."""
+    launch, theirs = launched(), dist.is_initialized()
+    world = dist.get_world_size() if theirs else launch.world if launch else 1
+    if world > 1:
+        raise UserError(f"this process is one of {world} ranks, and train() is for one: write the configuration to a file and"
+                        " start `deepspeed --module seppo_fast.train --config FILE`")
+    before = {name: os.environ.get(name) for name in ALONE}
+    try:
+        ranks = join()
+        try:
+            yield ranks
+        finally:
+            dist.destroy_process_group(ranks.control) if theirs else leave()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)  # else a command that the program starts would take itself for a rank
 
 
 def quiet_libraries() -> None:

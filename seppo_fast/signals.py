@@ -2,6 +2,9 @@
 
 import os
 import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +30,11 @@ class Stop(BaseException):
 class StopSignals:
     """SIGTERM and SIGINT: the first one counts. Once `deferred`, it is remembered and all ranks raise `Stop` at the same place."""
 
-    def __init__(self) -> None:
+    def __init__(self, signums: Iterable[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
         self.received = 0
         self.deferred = False  # before training there is nothing to save, and no reason to wait
         self.joined = False
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in signums:
             signal.signal(signum, self._remember)
 
     def check(self, ranks: "Ranks") -> None:
@@ -58,3 +61,15 @@ class StopSignals:
         if os.environ.get("RANK", "0") == "0":
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"\n{signal.Signals(signum).name}: stopping after this micro-batch, with a checkpoint\n".encode())
+
+
+@contextmanager
+def handled() -> Iterator[StopSignals]:
+    """Signals stop a run in a program that goes on afterwards. In other threads than the main one Python allows no handlers."""
+    signums = (signal.SIGTERM, signal.SIGINT)
+    before = {signum: signal.getsignal(signum) for signum in signums if threading.current_thread() is threading.main_thread()}
+    try:
+        yield StopSignals(before)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,10 +1,17 @@
-"""Train: `deepspeed seppo_fast/train.py --config ds_a100.json [--set seppo.data.source=PATH] [--resume auto] [--dry-run]`."""
+"""Train: `deepspeed seppo_fast/train.py --config ds_a100.json [--set seppo.data.source=PATH] [--resume auto] [--dry-run]`.
+
+The same by the module's name: `deepspeed --module seppo_fast.train --config ds_a100.json`. From Python, in one process:
+`from seppo_fast import train; train("quickstart.json", set={"seppo.model.path": PATH, "seppo.data.source": PATH})`.
+"""
 
 import argparse
 import os
+import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seppo_fast.signals import Stop, StopSignals
@@ -14,9 +21,40 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def train(config: Mapping[str, Any] | str | Path, *, set: Mapping[str, Any] | None = None, resume: str | Path | None = None
+          ) -> Path:
+    """Train in this process, for notebooks and scripts, and return the folder of the trained model (`final/`).
+
+    `config` is a dictionary with the keys of a configuration file, or such a file, or the name of one in seppo_fast/configs.
+    `set` replaces keys by their path: `{"seppo.iterations": 3}`. `resume` is "auto" or a checkpoint, as on the command line.
+    The run is the command's: same checks, same files in `seppo.output_dir`, same words on stdout.
+
+    What is wrong with the input is a `seppo_fast.errors.UserError`. Ctrl-C and SIGTERM write a checkpoint, whose path is printed,
+    and then do what they do without us (KeyboardInterrupt). Afterwards signal handlers, environment and process group are as
+    before, and another run may follow. This is one process on one device; several GPUs need `deepspeed seppo_fast/train.py`.
+    """
+    from seppo_fast.configfile import given_config
+    from seppo_fast.ranks import only_rank, quiet_libraries
+    from seppo_fast.signals import Stop, handled
+
+    parsed = given_config(config, set or {})
+    quiet_libraries()
+    try:
+        with handled() as signals, only_rank() as ranks:
+            from seppo_fast.run import run
+
+            return run(parsed, None if resume is None else os.fspath(resume), ranks, signals)
+    except Stop as caught:
+        stop = caught
+    print(stopped(stop, dry=False), file=sys.stderr, flush=True)
+    signal.raise_signal(stop.signum)
+    raise SystemExit(128 + stop.signum)  # where the program's own handler goes on
+
+
+def parse_arguments(argv: list[str] | None = None, prog: str = "seppo_fast/train.py") -> argparse.Namespace:
     """The command line; `--local_rank` is what DeepSpeed's launcher adds."""
-    parser = argparse.ArgumentParser(prog="seppo_fast/train.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a JSON file, or the name of one in seppo_fast/configs")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override keys of the configuration, e.g. seppo.sampler.steps=20 optimizer.params.lr=1e-6")
@@ -33,11 +71,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main() -> int:
+def main(argv: list[str] | None = None, prog: str = "seppo_fast/train.py") -> int:
     """Exit status: 0 done or stopped by SIGTERM, 143 if that was before the ranks had joined, 130 stopped by SIGINT, 2 bad input,
-    1 anything else.
+    1 anything else. `prog` is what the command is called in messages.
     """
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv, prog)
     from seppo_fast.command import announce
     from seppo_fast.errors import UserError
     from seppo_fast.failure import FirstFailure, explained, lost_contact
@@ -88,12 +126,25 @@ def work(arguments: argparse.Namespace, signals: "StopSignals") -> None:
         return
     ranks = join()
     signals.joined = True
+    if hint := unused_devices(ranks.world):
+        print(hint, flush=True)
     from seppo_fast.run import run
 
     final = run(config, arguments.resume, ranks, signals)
     if ranks.rank == 0:
         print(f"done: the trained model is in {final}", flush=True)
     leave()
+
+
+def unused_devices(world: int) -> str | None:
+    """A line for somebody who started one process on a machine of several GPUs."""
+    import torch
+
+    devices = torch.cuda.device_count()
+    if world > 1 or devices < 2:
+        return None
+    return (f"one of this machine's {devices} GPUs trains; all of them with `deepspeed --module seppo_fast.train` and the same"
+            " arguments (CUDA_VISIBLE_DEVICES=0 is rid of this line)")
 
 
 def stopped(stop: "Stop", dry: bool) -> str:
@@ -103,5 +154,15 @@ def stopped(stop: "Stop", dry: bool) -> str:
     return f"stopped by {stop}" if dry else f"stopped by {stop} before training began; what is cached is kept"
 
 
+class CallableModule(ModuleType):
+    """`from seppo_fast import train` finds this module, whatever was imported before: so the module itself can be called."""
+
+    def __call__(self, config: Mapping[str, Any] | str | Path, *, set: Mapping[str, Any] | None = None,
+                 resume: str | Path | None = None) -> Path:
+        return train(config, set=set, resume=resume)
+
+
+CallableModule.__call__.__doc__ = train.__doc__
 if __name__ == "__main__":
     sys.exit(main())
+sys.modules[__name__].__class__ = CallableModule

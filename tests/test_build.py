@@ -64,7 +64,14 @@ def test_one_wheel_for_every_python(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-linux_" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
         archive.extractall(tmp_path / "site")
+    read = {str(file.relative_to(source)) for file in (source / "seppo_fast").rglob("*") if file.is_file()
+            and file.suffix not in (".py", ".pyc", ".so", ".md")}
+    assert len(read) > 8 and read <= set(names), "[tool.setuptools.package-data] lacks files that the package reads"
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    (script,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
+    assert "seppo-fast = seppo_fast.__main__:main" in script.read_text()
     library = (tmp_path / "site/seppo_fast/_cpu.so").read_bytes()
     assert b"Py_" not in library and b"PyObject" not in library and b"libtorch_python" not in library
     code = ("import torch, seppo_fast.ops as ops; print(ops.__file__); x = torch.ones(2, 3, requires_grad=True);"

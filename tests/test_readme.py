@@ -3,12 +3,18 @@
 import copy
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from benchmarks.config_keys import keys
 from benchmarks.loss_summary import ratios, targets
-from benchmarks.readme import BENCHMARKS, PAGES, README, RESULTS, filled, loss, quickstart
+from benchmarks.readme import BENCHMARKS, CONFIGS, PAGES, README, RESULTS, filled, loss, quickstart
+from seppo_fast.config import Seppo
 
 
 def test_the_tables_are_what_the_result_files_give() -> None:
@@ -116,3 +122,22 @@ def test_a_gpu_suite_cut_short_still_makes_a_block(tmp_path, partial) -> None:
     (tmp_path / "gpu_suite.json").write_text(json.dumps({"machine": {"gpu": "Some GPU", "torch": "2.99", "driver": ""},
                                                          "commit": "abc", partial: {"outcome": "stopped after 9 s"}}))
     assert loss(tmp_path).count("not measured to the end") == 4
+
+
+def keys_of(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    """Every key with its full path, sections apart."""
+    for name, field in section.model_fields.items():
+        nested = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)
+                  and issubclass(kind, BaseModel)]
+        yield from keys_of(nested[0], f"{prefix}{name}.") if nested else [(f"{prefix}{name}", field)]
+
+
+def test_the_page_of_keys_has_every_key_once_and_says_what_it_does() -> None:
+    table = keys()
+    for path, field in keys_of(Seppo, "seppo."):
+        assert table.count(f"| `{path}` |") == 1, path
+        assert field.description and "\n" not in field.description, path
+        assert len(field.description) < 130 and field.description.endswith("."), path
+    assert "| `seppo.sampler.batch_size` | whole number above 0 or `\"auto\"` | `16` |" in table
+    assert "| `seppo.model.path` | text, not empty | has to be given |" in table
+    assert keys() in CONFIGS.read_text(), "out of date? `make readme`"
