@@ -215,7 +215,7 @@ class Evaluation(Section):
     batch_size: Positive = 16
     """Samples that are scored at once."""
     watch: Name | None = None
-    """The measure that says which policy is best; null is the first of `scores`, or the held-out gain where there are no prompts."""
+    """The measure that says which policy is best; null is the first score, or without prompts the held-out gain."""
     patience: Positive | None = None
     """The run ends after so many evaluations in a row without a better one; null never."""
     keep_best: bool = False
