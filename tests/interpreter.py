@@ -1,11 +1,9 @@
 """Triton's interpreter, quicker: it took nine tenths of its time for what is done here another way.
 
 Reductions are those of a GPU, halves onto halves and a half at once; its own go lane by lane in Python. And `triton.language` is
-patched for each module once, not again with each call of a device function, on which a launch's own patch is still there. What
-NumPy calls a dtype is looked up once, not in a table that is made for each operation.
+patched for each module once, not again with each call of a device function, on which a launch's own patch is still there.
 """
 
-from functools import cache
 from typing import Any
 
 from triton.runtime import interpreter
@@ -34,4 +32,3 @@ def hurry() -> None:
 
     interpreter.ReduceOps.generic_reduce = generic_reduce
     interpreter.InterpretedFunction.__call__ = device_function
-    interpreter._get_np_dtype = cache(interpreter._get_np_dtype)

@@ -181,7 +181,7 @@ def test_the_references_errors(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_in_one_graph(backend, reduction, quick_compiler):
+def test_compiles_in_one_graph(backend, reduction):
     torch._dynamo.reset()
 
     def step(model, ref, target, weight):

@@ -168,7 +168,7 @@ def test_every_sixteen_bit_number_survives(dtype):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_more_than_2_to_the_31_elements():
-    """Of zeros, in pages that take no memory while they are only read, and in every piece another number."""
+    """Zeros, and in every piece another number: policy and gradient are at most 8 GiB, the target's pages are only read."""
     free, elements = psutil.virtual_memory().available, 2**30 + 1
     if free < 10 << 30:
         pytest.skip(f"{free >> 30} GiB of free memory, and the gradient alone has 4")

@@ -114,7 +114,7 @@ def test_conditions_must_be_those_of_the_empty_prompt():
 # compile
 
 
-def test_compiled_blocks_are_the_loops_alone(quick_compiler):
+def test_compiled_blocks_are_the_loops_alone():
     """One compilation for all blocks and batches; padded when ragged; a NaN stays in its batch; a changed model is noticed."""
     torch.compiler.reset()  # what other tests compiled would do
     unet, counting, said = network(), Counting(), []
@@ -167,7 +167,7 @@ class Small(torch.nn.Module):
         return (self.layer(latents) + encoder_hidden_states.mean((1, 2))[:, None, None, None] + t.view(-1, 1, 1, 1) / 1000,)
 
 
-def test_the_whole_network_compiled(quick_compiler):
+def test_the_whole_network_compiled():
     net, said = Small(), []
     noise, conditions = given(5)
     drawing = sampler(net, compile="full", say=said.append)
