@@ -25,10 +25,11 @@ test-fast: $(READY)
 # Where Python is told to write no bytecode, each worker of each run would rewrite the assertions of all tests anew.
 test test-fast: export PYTHONDONTWRITEBYTECODE :=
 
-# ruff, and the direction of imports that pyproject.toml states.
+# ruff, the direction of imports that pyproject.toml states, and types.
 lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 # The README's tables, generated from benchmarks/results/.
 readme: $(READY)

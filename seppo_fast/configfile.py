@@ -234,7 +234,9 @@ def explain_all(error: ValidationError, root: type[BaseModel], prefix: str) -> l
 
 def _field(location: Sequence[Any], root: type[BaseModel]) -> tuple[list[str], Any]:
     """The keys at the start of an error's location, as far as they are fields, and the last one's annotation."""
-    section, names, annotation = root, [], None
+    section: type[BaseModel] | None = root
+    names: list[str] = []
+    annotation: Any = None
     for name in location:
         if section is None or name not in section.model_fields:
             break
@@ -303,7 +305,7 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
 def _section(location: Iterable[Any], root: type[BaseModel]) -> type[BaseModel] | None:
     section: type[BaseModel] | None = root
     for key in location:
-        section = section and _nested(section.model_fields[key].annotation) if key in section.model_fields else None
+        section = _nested(section.model_fields[key].annotation) if section and key in section.model_fields else None
     return section
 
 

@@ -1,6 +1,7 @@
 """What the arguments of `seppo_loss` must be, and messages that say which is not."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ PREDICTIONS = ("model_pred", "ref_pred", "target")  # the reference as predictio
 ERRORS = ("model_pred", "ref_mse", "target")  # or as their mean squared errors
 
 
-def check_tensors(model_pred: Tensor, reference: Tensor, target: Tensor, names: Names = PREDICTIONS) -> bool:
+def check_tensors(model_pred: Any, reference: Any, target: Any, names: Names = PREDICTIONS) -> bool:
     """Whether an input is fp64; all are on one device. `names` are what a message calls the three."""
     try:  # what is nearly always true, in a few comparisons; anything else is looked at closely
         dtypes = (model_pred.dtype, reference.dtype, target.dtype)

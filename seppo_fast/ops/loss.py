@@ -114,6 +114,7 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
                         f" got {'neither' if ref_mse is None else 'both'}")
     reference, names = (ref_pred, PREDICTIONS) if ref_mse is None else (ref_mse, ERRORS)
     wide = check_tensors(model_pred, reference, target, names)
+    assert reference is not None and target is not None  # else check_tensors had raised
     if torch.compiler.is_compiling():  # once, and Dynamo warns of caches
         check_options(beta, flipper, reduction, grad_scale)
     else:
@@ -163,8 +164,9 @@ def per_sample_mse(pred: Tensor, target: Tensor, *, backend: str = "auto") -> Te
 def _unpacked(stats: Tensor, samples: int) -> SeppoStats:
     """Views of a fused backend's statistics; their order is in fused.py."""
     pairs = samples // 2
-    *each, _, implicit_acc, aaf_rate = stats.split_with_sizes((samples, samples, pairs, pairs, pairs, 1, 1))
-    return SeppoStats(*each, implicit_acc.view(()), aaf_rate.view(()))
+    sizes = (samples, samples, pairs, pairs, pairs, 1, 1)
+    model_mse, ref_mse, sign, logits, _, implicit_acc, aaf_rate = stats.split_with_sizes(sizes)
+    return SeppoStats(model_mse, ref_mse, sign, logits, implicit_acc.view(()), aaf_rate.view(()))
 
 
 def _share(condition: Tensor, dtype: torch.dtype) -> Tensor:

@@ -40,7 +40,7 @@ def _half(policy, reference, target, left, SCORED: tl.constexpr, WHOLE: tl.const
             f = r - t
             difference += _by_thread((p - r) * (e + f), WIDTH)
             ref += _by_thread(f * f, WIDTH)
-        errors = errors + (e,)
+        errors = errors + (e,)  # type: ignore[assignment]  # Triton unrolls this loop
         tl.debug_barrier()  # or all loads are issued first, and what they return does not fit the registers
     return difference, model, ref, errors
 
@@ -52,7 +52,7 @@ def _errors(policy, target, left, WHOLE: tl.constexpr, BLOCK: tl.constexpr, CHUN
     for chunk in tl.static_range(CHUNKS):
         p = _load(policy + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
         t = _load(target + chunk * BLOCK, lanes, left - chunk * BLOCK, WHOLE)
-        errors = errors + (p - t,)
+        errors = errors + (p - t,)  # type: ignore[assignment]
     return errors
 
 

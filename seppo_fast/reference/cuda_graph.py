@@ -35,7 +35,8 @@ def capture(warm_up: Callable[[], object], step: Callable[[], object], device: t
         with _alone():
             try:
                 # thread_local: another thread may be copying the next micro-batch to the device
-                with torch.cuda.graph(graph, pool=pool.id, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool.id,  # type: ignore[arg-type]  # what torch itself hands out
+                                      stream=stream, capture_error_mode="thread_local"):
                     step()
             except BaseException:
                 _unwind(graph, pool, users, stream)

@@ -67,6 +67,7 @@ class Sampler:
         """
         if self.batch_size is None:
             self.fit(noise.shape[1:], len(noise))
+        assert self.batch_size is not None  # measured
         size = even(len(noise), self.batch_size)
         parts = [slice(start, start + size) for start in range(0, len(noise), size)]
         return torch.cat([self._draw(noise[part], {name: value[part] for name, value in conditions.items()}, before_step)

@@ -24,7 +24,7 @@ from torch import Tensor
 from seppo_fast.errors import UserError, reason
 
 # Clipping and thresholding are made for pixels, and are not linear. The rest is what each name stands for.
-SOLVERS = {
+SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "thresholding": False}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2,
                                                   "variance_type": None, "thresholding": False}),
