@@ -126,7 +126,9 @@ def work(arguments: argparse.Namespace, signals: "StopSignals") -> None:
         return
     ranks = join()
     signals.joined = True
-    if hint := unused_devices(ranks.world):
+    import torch
+
+    if hint := unused_devices(ranks.world, torch.cuda.device_count()):
         print(hint, flush=True)
     from seppo_fast.run import run
 
@@ -136,11 +138,8 @@ def work(arguments: argparse.Namespace, signals: "StopSignals") -> None:
     leave()
 
 
-def unused_devices(world: int) -> str | None:
+def unused_devices(world: int, devices: int) -> str | None:
     """A line for somebody who started one process on a machine of several GPUs."""
-    import torch
-
-    devices = torch.cuda.device_count()
     if world > 1 or devices < 2:
         return None
     return (f"one of this machine's {devices} GPUs trains; all of them with `deepspeed --module seppo_fast.train` and the same"

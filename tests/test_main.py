@@ -50,6 +50,7 @@ def test_each_command_shows_the_help_of_its_module(name: str, capsys: pytest.Cap
     assert end.value.code == 0 and f"usage: seppo-fast {name} " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_launcher_takes_the_modules_name(sd: Path, demonstrations: Path, tmp_path: Path) -> None:
     """The literal command, with the launcher of this environment and a port of its own."""
     done = subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", free_port(),

@@ -21,7 +21,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.signals import Stop, handled
 
 MINIMAL = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "seppo": {"model": {"path": "m"}}}
-# In one process: a wrong key, two runs (the second from a file), and one in a process group of the program's own.
+# In one process: bad input, two runs (the second from a file), Ctrl-C and on, a launch of two, a process group of the program's own.
 NOTEBOOK = """
 import json, os, signal, sys
 from pathlib import Path
@@ -51,6 +51,24 @@ same()
 assert not dist.is_initialized()
 assert train(Path("raw.json"), set={{"seppo.output_dir": out / "b"}}) == out / "b" / "final"
 
+from seppo_fast.training.objective import Objective
+call = Objective.__call__
+def struck(*arguments, **options):
+    Objective.__call__ = call
+    os.kill(os.getpid(), signal.SIGINT)
+    return call(*arguments, **options)
+Objective.__call__ = struck
+try:
+    train(raw, set={{"seppo.output_dir": out / "d"}})
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+same()
+assert train(raw, set={{"seppo.output_dir": out / "d"}}, resume="auto") == out / "d" / "final"
+os.environ.update(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+refused(raw)
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    del os.environ[name]
+
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 assert train(raw, set={{"seppo.output_dir": out / "c"}}) == out / "c" / "final"
 same()
@@ -79,14 +97,22 @@ def test_the_function_is_documented_and_has_its_signature() -> None:
         seppo_fast.trian  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_program_trains_twice_and_is_as_before(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     raw = settings(**{"seppo.iterations": 1, "seppo.updates_per_iteration": 1, "bf16.enabled": True, "zero_optimization.stage": 2})
     (tmp_path / "raw.json").write_text(json.dumps(raw))
     done = subprocess.run([sys.executable, "-c", NOTEBOOK.format(paths=[str(ROOT)])], cwd=tmp_path, text=True, capture_output=True,
                           env=unranked())
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("refused", "end"))]
-    assert "seppo.data.source" in lines[0] and "already holds a run" in lines[1] and lines[2] == "end"
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("refused", "interrupted", "end"))]
+    assert "seppo.data.source" in lines[0] and lines[1] == "interrupted" and "is one of 2 ranks" in lines[2]
+    assert "already holds a run" in lines[3] and lines[4] == "end"
+    assert "stopped by SIGINT; checkpoint: " in done.stderr
+
+
+def test_a_process_alone_on_a_machine_of_several_gpus_says_so() -> None:
+    assert "8 GPUs" in seppo_fast.train.unused_devices(1, 8)
+    assert not any(seppo_fast.train.unused_devices(world, devices) for world, devices in ((1, 0), (1, 1), (8, 8)))
 
 
 def test_a_signal_is_what_it_was_after_the_run() -> None:
