@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from benchmarks.config_keys import keys
 from benchmarks.loss_summary import ratios, targets
-from benchmarks.readme import BENCHMARKS, CONFIGS, PAGES, README, RESULTS, filled, loss, quickstart
+from benchmarks.readme import BENCHMARKS, CONFIGS, PAGES, README, RESULTS, ROOT, filled, loss, quickstart
+from seppo_fast import __version__
 from seppo_fast.config import Seppo
 
 
@@ -141,3 +143,8 @@ def test_the_page_of_keys_has_every_key_once_and_says_what_it_does() -> None:
     assert "| `seppo.sampler.batch_size` | whole number above 0 or `\"auto\"` | `16` |" in table
     assert "| `seppo.model.path` | text, not empty | has to be given |" in table
     assert keys() in CONFIGS.read_text(), "out of date? `make readme`"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == __version__ and cited["cff-version"] == "1.2.0" and len(cited["references"]) == 2

@@ -21,7 +21,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.signals import Stop, handled
 
 MINIMAL = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "seppo": {"model": {"path": "m"}}}
-# In one process: bad input, two runs (the second from a file), Ctrl-C and on, a launch of two, a process group of the program's own.
+# In one process: bad input, two runs (the second from a file), Ctrl-C and on, a launch of two, a process group of its own.
 NOTEBOOK = """
 import json, os, signal, sys
 from pathlib import Path
