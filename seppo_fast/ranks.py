@@ -124,8 +124,9 @@ def only_rank() -> Iterator[Ranks]:
             dist.destroy_process_group(ranks.control) if theirs else leave()
     finally:
         for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)  # else a command that the program starts would take itself for a rank
+            os.environ.pop(name, None)  # else a command that the program starts would take itself for a rank
+            if value is not None:
+                os.environ[name] = value
 
 
 def quiet_libraries() -> None:

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from benchmarks.config_keys import keys
 from benchmarks.loss_summary import ratios, targets
-from benchmarks.readme import BENCHMARKS, CONFIGS, PAGES, README, RESULTS, ROOT, filled, loss, quickstart
+from benchmarks.readme import BENCHMARKS, CONFIGS, PAGES, README, RESULTS, filled, loss, quickstart
 from seppo_fast import __version__
 from seppo_fast.config import Seppo
 
