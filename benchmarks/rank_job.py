@@ -27,18 +27,18 @@ def main() -> None:
 
     made: list[int] = []
     ended: list[float] = []
-    ask, finish = Trainer.ask_reference, Trainer.finish_update
+    ask, finish = Trainer.draw_rollouts, Trainer.finish_update
 
     def counted(self: Trainer, *arguments: int) -> None:
-        before = len(self.made)
+        before = len(self.rollouts)
         ask(self, *arguments)
-        made.append(len(self.made) - before)
+        made.append(len(self.rollouts) - before)
 
     def finished(self: Trainer, *arguments: object) -> None:
         ended.append(time.perf_counter())
         finish(self, *arguments)
 
-    Trainer.ask_reference, Trainer.finish_update = counted, finished
+    Trainer.draw_rollouts, Trainer.finish_update = counted, finished
     quiet_libraries()
     ranks = join()
     run(parse_config(json.loads(given.config.read_text())), None, ranks, StopSignals())

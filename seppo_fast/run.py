@@ -105,7 +105,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     # It keeps to the attention that it is made under. What compiled blocks chose once is used again for what is scored.
     with same_with_gradients() if objective.compiled else nullcontext():
         sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
-    made = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
+    rollouts = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
         continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
     trainer = make_trainer(
@@ -116,7 +116,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         held_out=open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None,
         reporter=Reporter(folder.path, ours.iterations * ours.updates_per_iteration, state.update,
                           engine.monitor, ranks.rank),
-        signals=signals, folder=folder.path, state=state, made=made, reference_rests=ours.scored_ahead and not shares,
+        signals=signals, folder=folder.path, state=state, rollouts=rollouts, reference_offloaded=ours.scored_ahead and not shares,
     )
     try:
         with same_with_gradients():

@@ -38,16 +38,16 @@ class Cost:
     update: int  # what the optimizer's update needs in place of gradients, bucket and activations
     score: int  # of scoring the sampler's batch ahead
     sampler: int  # of the sampler's batch at its peak; of one sample where the batch size is "auto"
-    resting: int  # of the gradients' bytes, those that stay while the reference samples
+    kept_gradients: int  # of the gradients' bytes, those that stay while the reference samples
     grid: int  # the VAE and the decoding of one of a sample grid's samples; 0 where no grid is made
     evaluation: int  # the VAE and the drawing or decoding of an evaluation's samples; 0 where nothing is evaluated
     graph: bool  # a CUDA graph keeps the sampler's bytes from everything else
-    rests: bool  # reference and graph leave the device while the policy is trained
+    offloads: bool  # reference and graph leave the device while the policy is trained
 
     @property
     def standing(self) -> int:
         """Bytes that are there from the first update to the last."""
-        return self.weights + self.optimizer + (0 if self.rests else self.reference)
+        return self.weights + self.optimizer + (0 if self.offloads else self.reference)
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -56,8 +56,9 @@ class Cost:
         # scores are made outside the graph, whose memory is its own
         ahead = self.sampler + self.score if self.graph else max(self.sampler, self.score)
         if ahead:
-            phases["sampling"] = self.resting + ahead + (self.reference if self.rests else 0)
-        here = self.resting + ((self.reference + self.sampler * self.graph) if self.rests else 0)  # it comes back, and its graph
+            phases["sampling"] = self.kept_gradients + ahead + (self.reference if self.offloads else 0)
+        back = self.reference + self.sampler * self.graph  # the reference, and its graph
+        here = self.kept_gradients + (back if self.offloads else 0)
         looks = {"sample grid": self.grid, "evaluation": self.evaluation}
         phases |= {name: here + size for name, size in looks.items() if size}
         return {name: self.standing + size for name, size in phases.items()}
@@ -70,7 +71,7 @@ class Cost:
     @property
     def reserved(self) -> int:
         """The most bytes that the device must have: a captured graph's own pool is free for nothing else."""
-        kept = self.sampler if self.graph and not self.rests else 0
+        kept = self.sampler if self.graph and not self.offloads else 0
         return max(size + (kept if name != "sampling" else 0) for name, size in self.peaks.items())
 
     @property
@@ -147,10 +148,10 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
         reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.looks else 0,
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
-        update=engine.update, score=score, sampler=sampler, resting=engine.sampling, graph=graph,
+        update=engine.update, score=score, sampler=sampler, kept_gradients=engine.sampling, graph=graph,
         grid=vae + decoding if ours.samples.every else 0,
         evaluation=vae + max(decoding, 0 if graph else sampler) if ours.evaluation.draws else 0,
-        rests=ours.scored_ahead and not shares,
+        offloads=ours.scored_ahead and not shares,
     )
 
 

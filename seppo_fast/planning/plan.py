@@ -152,13 +152,13 @@ def _watched(asked: Evaluation) -> str:
 def _memory(config: Config, cost: Cost) -> tuple[str, str]:
     """How much, and what it is made of."""
     peaks = ", ".join(f"{name} {_gb(size)}" for name, size in cost.peaks.items())
-    graph = f", and {_gb(cost.sampler)} stay with the sampler's CUDA graph" if cost.graph and not cost.rests else ""
+    graph = f", and {_gb(cost.sampler)} stay with the sampler's CUDA graph" if cost.graph and not cost.offloads else ""
     bucket = f", buckets {_gb(cost.bucket)}" if cost.bucket else ""
     sampler = f", sampler {_gb(cost.sampler)}" if cost.sampler else ""
     if config.seppo.sampler.batch_size == "auto" and cost.sampler:
         sampler += " a sample, of which batch_size auto takes as many as pay and fit"
-    rests = " while it samples" if cost.rests else ""
-    parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{rests}, optimizer {_gb(cost.optimizer)}, gradients"
+    offloads = " while it samples" if cost.offloads else ""
+    parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{offloads}, optimizer {_gb(cost.optimizer)}, gradients"
              f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}")
     return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts}; not kernels' workspaces, nor the allocator's slack"
 

@@ -129,11 +129,11 @@ class ProfiledTrainer(Trainer):
         """Whether this is the update with the profiler."""
         return self.state.update == self.updates + 1
 
-    def ask_reference(self, k: int, update: int) -> None:
+    def draw_rollouts(self, k: int, update: int) -> None:
         """Line 3; in the last update one batch is drawn once more, under the profiler."""
         if self.state.update == 1:
             self.clock.restart()
-        super().ask_reference(k, update)
+        super().draw_rollouts(k, update)
         if self.last and METHODS[self.settings.method].losers == "reference":
             slots = list(self.slots(update))
             slots = slots[:even(len(slots), self.sampler.batch_size)]

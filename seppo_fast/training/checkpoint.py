@@ -3,7 +3,7 @@
     checkpoints/update_00000030/
         deepspeed/             DeepSpeed's shards: weights, optimizer, schedule (pickles, of which only tensors are read)
         policy.safetensors     the trainable weights, for people and other programs
-        rank_0.safetensors     what the reference made and is not used yet, random states; one file a rank
+        rank_0.safetensors     rollouts that are not used yet, random states; one file a rank
         state.json             how far the run was, of which configuration and data
         complete.json          every file with its size and checksum, written last
 """
@@ -35,7 +35,7 @@ from seppo_fast.training import deepspeed_files
 from seppo_fast.training.divergence import REMEMBERED, largest_in_range
 from seppo_fast.training.engine import policy_weights
 from seppo_fast.training.marker import MARKER, Written, damaged, declare, differs, first_problem, listed, missing
-from seppo_fast.training.pairs import Made
+from seppo_fast.training.pairs import Rollouts
 
 POLICY = "policy.safetensors"
 
@@ -108,14 +108,14 @@ class State:
         self.best, self.best_update, self.not_better = None, None, 0
 
 
-def save(folder: Path, engine: DeepSpeedEngine, state: State, made: Made, ranks: Ranks, keep_last: int,
+def save(folder: Path, engine: DeepSpeedEngine, state: State, rollouts: Rollouts, ranks: Ranks, keep_last: int,
          keep_best: bool = False) -> Path:
     """Write a checkpoint; every rank must call. A crash, a kill or a full disk leaves the earlier ones as they were.
 
     The newest `keep_last` stay, with `keep_best` the best policy's, and the newest one that is known to be sound. A checkpoint's
-    name counts the updates, and the slots for which each rank holds what the reference made: the later one sorts last.
+    name counts the updates, and the slots for which each rank holds rollouts: the later one sorts last.
     """
-    final = folder / (f"update_{state.update:08d}" + (f"_{len(made):08d}" if made else ""))
+    final = folder / (f"update_{state.update:08d}" + (f"_{len(rollouts):08d}" if rollouts else ""))
     if ranks.largest(ranks.rank == 0 and missing(final) is None):  # one rank decides: file systems may lag on another machine
         return final
     temporary = folder / f".{final.name}.tmp"
@@ -128,7 +128,7 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, made: Made, ranks:
     with _clear_errors(final):
         written = deepspeed_files.save(engine, temporary)
         own = temporary / f"rank_{ranks.rank}.safetensors"
-        save_file(_rank_tensors(made), own)
+        save_file(_rank_tensors(rollouts), own)
         written[own.name] = Written(size=own.stat().st_size, xxh3_128=checksum(own))
         if ranks.rank == 0:
             save_file(weights, temporary / POLICY)
@@ -179,7 +179,7 @@ def _clear_errors(final: Path) -> Iterator[None]:
 
 
 def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, dict[str, Tensor]]:
-    """Restore engine and random states; returns what the reference made that is not used yet. Check `flaw` and `state_of` first."""
+    """Restore engine and random states; returns the rollouts that are not used yet. Check `flaw` and `state_of` first."""
     deepspeed_files.load(engine, path)
     file = path / f"rank_{ranks.rank}.safetensors"
     try:
@@ -188,8 +188,8 @@ def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, dict[st
         if "rng_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng_cuda"])
         slots = tensors["slots"].tolist() if "slots" in tensors else []
-        made = {name.removeprefix("made."): tensor for name, tensor in tensors.items() if name.startswith("made.")}
-        return {slot: {name: tensor[i] for name, tensor in made.items()} for i, slot in enumerate(slots)}
+        rollouts = {name.removeprefix("made."): tensor for name, tensor in tensors.items() if name.startswith("made.")}
+        return {slot: {name: tensor[i] for name, tensor in rollouts.items()} for i, slot in enumerate(slots)}
     except (OSError, SafetensorError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(f"{file} cannot be read ({reason(error)}); {deepspeed_files.INSTEAD}") from error
 
@@ -313,14 +313,14 @@ def check_data(path: Path, state: State, data: str, content: str | None) -> None
                         f" restore seppo.data.source and seppo.model.path; {anew(path)}")
 
 
-def _rank_tensors(made: Made) -> dict[str, Tensor]:
+def _rank_tensors(rollouts: Rollouts) -> dict[str, Tensor]:
     tensors = {"rng_cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
-    if made:
-        slots = sorted(made)
+    if rollouts:
+        slots = sorted(rollouts)
         tensors["slots"] = torch.tensor(slots)
-        tensors |= {f"made.{name}": torch.stack([made[slot][name] for slot in slots]) for name in made[slots[0]]}
+        tensors |= {f"made.{name}": torch.stack([rollouts[slot][name] for slot in slots]) for name in rollouts[slots[0]]}
     return tensors
 
 

@@ -24,14 +24,14 @@ class HeldOut:
     """Pairs of the held-out rows, `size` at a time; slots number them as they number pairs of updates.
 
     Noise and timesteps never change, and both measures are against the model that training began with: values of two updates
-    differ by the policy alone. `made` is what that model has made for this rank's slots: its samples, and its errors.
+    differ by the policy alone. `rollouts` are that model's for this rank's slots: its samples and its errors.
     """
 
     pairs: PairSource
     objective: Objective
     ranks: Ranks
     size: int
-    made: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    rollouts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     ready: bool = False
 
     @property
@@ -49,26 +49,26 @@ class HeldOut:
     def prepare(self, initial: nn.Module, sampler: Sampler, check: Callable[[], None]) -> None:
         """Samples of the initial model, in the module of `sampler`, for these prompts, and its errors on all pairs."""
         slots, row_of = self.slots, self.pairs.order.row
-        made: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
+        rollouts: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
         if METHODS[self.pairs.settings.method].losers == "reference":
             first, samples = {row_of(slot): slot for slot in reversed(slots)}, {}
             for some in self._in_step(list(first.values()), sampler.batch_size, check):
                 latents = sampler.draw(self.pairs.initial_noise(some), self.pairs.prompts(some))
                 samples |= {row_of(slot): sample for slot, sample in zip(some, latents.cpu(), strict=True)}
             for slot in slots:
-                made[slot]["loser"] = samples[row_of(slot)]
+                rollouts[slot]["loser"] = samples[row_of(slot)]
         for some in self._in_step(slots, self.size, check):
-            errors = self.objective.score(initial, self.pairs.pairs(some, made))
+            errors = self.objective.score(initial, self.pairs.pairs(some, rollouts))
             for slot, pair in zip(some, errors.cpu(), strict=True):
-                made[slot]["ref_mse"] = pair
-        self.made, self.ready = made, True
+                rollouts[slot]["ref_mse"] = pair
+        self.rollouts, self.ready = rollouts, True
 
     @torch.no_grad()
     def __call__(self, policy: nn.Module, check: Callable[[], None]) -> tuple[float, float | None]:
         """The mean error on the winners, and the share of pairs with a logit above 0 (None for SFT); every rank calls."""
         mine: dict[int, list[float]] = {}
         for some in self._in_step(self.slots, self.size, check):
-            _, table = self.objective(policy, policy, self.pairs.pairs(some, self.made), 1.0)
+            _, table = self.objective(policy, policy, self.pairs.pairs(some, self.rollouts), 1.0)
             mine |= dict(zip(some, table[:, [0, -1]].tolist(), strict=True))
         found = {slot: pair for each in self.ranks.objects(mine) for slot, pair in each.items()}
         ordered = [found[slot] for slot in sorted(found)]  # so that no sum depends on the number of ranks

@@ -14,13 +14,13 @@ from seppo_fast.models import Conditions
 from seppo_fast.seeds import generator, normal
 from seppo_fast.training.objective import Pairs
 
-# What the reference has made for a slot, on the CPU: "loser", its sample (C, h, w), scaled latents; "ref_mse" (2,) fp32, its
+# A slot's rollout, on the CPU: "loser", its sample (C, h, w), scaled latents; "ref_mse" (2,) fp32, its
 # errors on the pair's winner and loser, where they are computed ahead of the training.
-Made = Mapping[int, dict[str, Tensor]]
+Rollouts = Mapping[int, dict[str, Tensor]]
 
 
 class PairSource:
-    """Winners and prompt embeddings from the cache, losers from the cache (`dpo`) or from what the reference made.
+    """Winners and prompt embeddings from the cache, losers from the cache (`dpo`) or from rollouts.
 
     `rows`: those of the cache that are used; None is all of them.
     """
@@ -32,21 +32,21 @@ class PairSource:
         self.order = Order(len(cache), settings.seed, rows)
         self.unconditional = self._embeddings([0])
 
-    def pairs(self, slots: Sequence[int], made: Made) -> Pairs:
-        """The micro-batch of these slots, with what the reference has made for them; copied without waiting for the device."""
+    def pairs(self, slots: Sequence[int], rollouts: Rollouts) -> Pairs:
+        """The micro-batch of these slots, with their rollouts; copied without waiting for the device."""
         seed = self.settings.seed
         rows = self.cache.rows(*self._places(slots))
         latents = [self._latents(rows.mean, rows.std, "posterior", slots)]
         if self.settings.method == "dpo":
             latents.append(self._latents(rows.loser_mean, rows.loser_std, "loser posterior", slots))
         elif self.settings.method != "sft":
-            latents.append(torch.stack([made[slot]["loser"] for slot in slots]))
+            latents.append(torch.stack([rollouts[slot]["loser"] for slot in slots]))
         noise = [normal(self.cache.shape, seed, "noise", slots)]
         if len(latents) == 2 and self.settings.noise == "independent":
             noise.append(normal(self.cache.shape, seed, "loser noise", slots))
         timesteps = [torch.randint(self.num_timesteps, (), generator=generator(seed, "timestep", slot)) for slot in slots]
         prompts = [0 if self._dropped(slot) else prompt for slot, prompt in zip(slots, rows.prompts, strict=True)]
-        scores = [made[slot]["ref_mse"] for slot in slots if "ref_mse" in made.get(slot, ())]
+        scores = [rollouts[slot]["ref_mse"] for slot in slots if "ref_mse" in rollouts.get(slot, ())]
         return Pairs(self._to_device(torch.cat(latents)), self._to_device(torch.cat(noise)),
                      self._to_device(torch.stack(timesteps)), self._embeddings(prompts),
                      self._to_device(torch.stack(scores, dim=1).flatten()) if scores else None)

@@ -23,7 +23,6 @@ from seppo_fast.reference.sampler import Sampler
 from seppo_fast.seeds import generator
 from seppo_fast.signals import Stop, StopSignals
 from seppo_fast.training import checkpoint
-from seppo_fast.training.ahead import ahead
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.divergence import largest_in_range
 from seppo_fast.training.engine import Step, policy_weights, step, upstream_gradient
@@ -31,6 +30,7 @@ from seppo_fast.training.held_out import HeldOut, columns
 from seppo_fast.training.metrics import peak_memory_gb, summarise
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
+from seppo_fast.training.prefetch import prefetched
 from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.samples import Grids
 from seppo_fast.training.validation import Validation
@@ -40,7 +40,7 @@ PHASES = ("sampling", "training", "data", "evaluation", "grids", "pool", "checkp
 
 @dataclass
 class Trainer:
-    """One run. `reference`, `sampler`, `pool` are None for SFT; `made` is what the reference made for slots not trained on yet."""
+    """One run. `reference`, `sampler`, `pool` are None for SFT; `rollouts` are those not trained on yet."""
 
     settings: Seppo
     batch: Batch
@@ -58,8 +58,8 @@ class Trainer:
     signals: StopSignals
     folder: Path
     state: State
-    reference_rests: bool = False  # outside the device while the policy is trained; a shared base cannot
-    made: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    reference_offloaded: bool = False  # outside the device while the policy is trained; a shared base cannot
+    rollouts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     reference_index: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     last_row: float = 0.0  # when it was written, by the performance counter
@@ -69,7 +69,7 @@ class Trainer:
         """Algorithm 1 from the state's update on; `Stop` leaves a checkpoint behind."""
         self.signals.deferred = True
         self.last_row = time.perf_counter()
-        self.rest_reference()
+        self.offload_reference()
         try:
             if self.lacks_grid():
                 self.draw_grid()
@@ -80,7 +80,7 @@ class Trainer:
                     if self.gets_no_better():
                         return
                     self.pairs.prefetch(self.slots(update))  # videos: decoded while the reference samples
-                    self.ask_reference(k, update)  # line 3
+                    self.draw_rollouts(k, update)  # line 3
                     done = self.update_policy(update)  # line 4
                     self.finish_update(k, *done)
             self.save()  # unless it is there: what the export cannot finish needs no second training
@@ -101,40 +101,40 @@ class Trainer:
             if k < self.settings.iterations:
                 self.pool.prefetch(pick(self.settings.reference, k + 1, self.settings.seed))
 
-    def ask_reference(self, k: int, update: int) -> None:
+    def draw_rollouts(self, k: int, update: int) -> None:
         """Line 3: the reference's samples, and its scores if `rollout`, for this update or for what is left of the iteration."""
         if METHODS[self.settings.method].losers != "reference" and self.settings.reference_score == "online":
             return
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
         window = [slot for u in range(update, last) for slot in self.slots(u)]
-        slots = [slot for slot in window if slot not in self.made]
-        if not slots:  # the reference may stay where it rests
+        slots = [slot for slot in window if slot not in self.rollouts]
+        if not slots:  # the reference may stay offloaded
             return
         with self.timed("sampling"), self.reference_on_device(), self.reporter.sampling(len(slots)) as progress:
             for some in chunks(slots, even(len(window), self.sampler.batch_size)):
-                self.made.update(self.ask(some))
+                self.rollouts.update(self.draw(some))
                 progress.update(len(some))
 
-    def ask(self, slots: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        """What the reference makes for a batch of slots, on the CPU; scored in such large batches as it samples in."""
-        made: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
+    def draw(self, slots: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """The rollouts of a batch of slots, on the CPU; scored in batches as large as those in which they are drawn."""
+        rollouts: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
         if METHODS[self.settings.method].losers == "reference":
             latents = self.sampler.draw(self.pairs.initial_noise(slots), self.pairs.prompts(slots), self.check_signals)
             for slot, loser in zip(slots, latents.cpu(), strict=True):
-                made[slot]["loser"] = loser
+                rollouts[slot]["loser"] = loser
         if self.settings.reference_score == "rollout":
-            errors = self.objective.score(self.reference, self.pairs.pairs(slots, made))
+            errors = self.objective.score(self.reference, self.pairs.pairs(slots, rollouts))
             for slot, pair in zip(slots, errors.cpu(), strict=True):
-                made[slot]["ref_mse"] = pair
-        return made
+                rollouts[slot]["ref_mse"] = pair
+        return rollouts
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:
         """Line 4: one optimizer update over the accumulation window; returns how it went and all ranks' per-pair table."""
         # For dropout: an update that is begun anew after a stop in its middle must draw the same.
         torch.manual_seed(generator(self.settings.seed, "dropout", update, self.ranks.rank).initial_seed())
         tables, done, reference = [], None, None if self.still_is_reference(update) else self.reference
-        micro_batches = ahead(lambda slots: self.pairs.pairs(slots, self.made), chunks(self.slots(update), self.batch.micro),
-                              self.ranks.device)
+        micro_batches = prefetched(lambda slots: self.pairs.pairs(slots, self.rollouts),
+                                   chunks(self.slots(update), self.batch.micro), self.ranks.device)
         with closing(micro_batches):
             while done is None:
                 with self.timed("data"):
@@ -163,7 +163,7 @@ class Trainer:
     def finish_update(self, k: int, done: Step, table: Tensor) -> None:
         """Count the update, report it, and at its turn add the policy to the pool, write a checkpoint, draw a grid."""
         for slot in self.slots(self.state.update):
-            self.made.pop(slot, None)
+            self.rollouts.pop(slot, None)
         self.state.update += 1
         self.state.skipped += done.skipped
         self.state.unmoved &= done.skipped
@@ -272,8 +272,8 @@ class Trainer:
         self.ranks.barrier()
 
     def save(self) -> Path:
-        """A checkpoint of this moment; in the middle of a window, of the window's start and the samples made for it."""
-        return checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.made, self.ranks,
+        """A checkpoint of this moment; in the middle of a window, of the window's start and its rollouts."""
+        return checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.rollouts, self.ranks,
                                self.settings.checkpoint.keep_last, self.settings.evaluation.keep_best)
 
     def report(self, k: int, done: Step, table: Tensor) -> None:
@@ -333,14 +333,14 @@ class Trainer:
 
     @contextmanager
     def reference_on_device(self) -> Iterator[None]:
-        """The reference on this rank's device, and at rest afterwards."""
+        """The reference on this rank's device, and offloaded afterwards."""
         self.reference.to(self.ranks.device)
         yield
-        self.rest_reference()
+        self.offload_reference()
 
-    def rest_reference(self) -> None:
+    def offload_reference(self) -> None:
         """Put the reference into host memory if it is not needed before the next iteration."""
-        if self.reference_rests:
+        if self.reference_offloaded:
             self.sampler.release()
             self.reference.to("cpu")
 

@@ -236,7 +236,7 @@ def test_grids_and_evaluations_are_in_the_plan(small: Callable[..., Cost]) -> No
     grids = {"seppo.samples.every": 1, "seppo.samples.prompts": []}
     both, looks, none = small(**evaluation, **grids), small(**grids), small(**{"seppo.samples.every": 0})
     assert "sample grid" not in none.peaks and set(both.peaks) - set(looks.peaks) == {"evaluation"}
-    assert both.peaks["evaluation"] == both.peaks["sample grid"] == looks.standing + looks.resting + looks.grid
+    assert both.peaks["evaluation"] == both.peaks["sample grid"] == looks.standing + looks.kept_gradients + looks.grid
     plain = small(**evaluation, **grids, **{"seppo.sampler.cuda_graph": False, "seppo.sampler.batch_size": 64})
     assert plain.evaluation > plain.grid == both.grid, "its network draws beside the VAE"
     sft = {"seppo.method": "sft", "seppo.sampler.batch_size": 64}

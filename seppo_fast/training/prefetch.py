@@ -7,10 +7,10 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-def ahead(make: Callable[[Item], Made], items: Iterable[Item], device: torch.device) -> Iterator[Made]:
+def prefetched(make: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:
     """`make(item)` of each item in turn; a thread is at the next one while the caller has this one. Its errors come here."""
     on_device = [torch.cuda.set_device, (device,)] if device.type == "cuda" else [None, ()]  # a thread starts on GPU 0
     with ThreadPoolExecutor(1, initializer=on_device[0], initargs=on_device[1]) as thread:
