@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import Forks
+from forked import Forks, unranked
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ("seppo_fast/train.py",)
 PROMPTS = ("a handwritten one", "a handwritten two", "a handwritten three")
 TRAINS = {"train", "train_on_ranks", "launch", "start", "forks", "quick_compiler"}  # fixtures of slow tests
 SLOW = 3.0  # seconds that a test may take in `make test-fast`
@@ -81,12 +82,10 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
+def quick_collections() -> None:
     """DeepSpeed, caches and every run of ours collect garbage again and again: what is there already need not be searched."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -199,10 +198,11 @@ def train(ranks: Any) -> Any:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """`launch(raw_or_name, *arguments, ranks=1)` runs `deepspeed seppo_fast/train.py` and returns the finished process."""
-    return lambda raw, *arguments, ranks=1: subprocess.run(
-        command(raw, *arguments, ranks=ranks, folder=tmp_path), cwd=ROOT, text=True, capture_output=True, timeout=280,
-        env=unranked())
+    """`launch(raw_or_name, *arguments, ranks=1)` runs `deepspeed seppo_fast/train.py` and returns the finished process; with
+    `program` another one, or `--module` and a module's name."""
+    return lambda raw, *arguments, ranks=1, program=PROGRAM: subprocess.run(
+        command(raw, *arguments, ranks=ranks, folder=tmp_path, program=program), cwd=ROOT, text=True, capture_output=True,
+        timeout=280, env=unranked())
 
 
 @pytest.fixture
@@ -225,20 +225,15 @@ def start(tmp_path: Path) -> Any:
         process.wait()
 
 
-def command(raw: dict[str, Any] | str, *arguments: str, ranks: int | None, folder: Path) -> list[str]:
+def command(raw: dict[str, Any] | str, *arguments: str, ranks: int | None, folder: Path, program: tuple[str, ...] = PROGRAM
+            ) -> list[str]:
     """The command line for a configuration (a dictionary, or a shipped file's name)."""
     if isinstance(raw, dict):
         file = folder / f"config-{len(list(folder.glob('config-*.json')))}.json"
         file.write_text(json.dumps(raw))
         raw = str(file)
     launcher = [] if ranks is None else ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", free_port()]
-    return [sys.executable, *launcher, "seppo_fast/train.py", "--config", raw, *arguments]
-
-
-def unranked() -> dict[str, str]:
-    """This environment without what says that this process, which trains too, is a rank."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in ours}
+    return [sys.executable, *launcher, *program, "--config", raw, *arguments]
 
 
 def free_port() -> str:

@@ -67,6 +67,12 @@ class Result:
         return self.statuses[0]
 
 
+def unranked() -> dict[str, str]:
+    """This environment without what says that this process, which trains too, is a rank."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 class Forks:
     """The client: one server process until `close`."""
 
@@ -75,7 +81,7 @@ class Forks:
         estimates = Path(self._folder.name) / "estimates"
         estimates.mkdir()
         self._server = subprocess.Popen([sys.executable, __file__, str(estimates)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                        stdout=subprocess.PIPE, env=unranked() | {"OMP_NUM_THREADS": "1"})
 
     def run(self, raw: dict[str, Any] | list[dict[str, Any]] | str, *arguments: str, ranks: int = 1, strike: Strike | None = None,
             file_limit: int | None = None, timeout: float = 120, module: str = "seppo_fast.train") -> Result:

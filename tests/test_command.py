@@ -225,14 +225,15 @@ def test_one_rank_killed_ends_the_other_with_a_word(place: str, settings: Callab
 
 def test_the_launcher_prints_the_first_cause_once_and_does_not_hang(settings: Callable[..., dict[str, Any]], launch: Any,
                                                                     tmp_path: Path) -> None:
-    """Rank 1 alone meets what is wrong: the second half of the images, which it encodes, are torn."""
+    """Rank 1 alone meets what is wrong: the second half of the images, which it encodes, are torn. By the module's name."""
     data = make_demonstrations(tmp_path / "data", 1024)
     for number in range(256, 512):
         (data / f"{number}.png").write_bytes(b"torn")
     raw = settings(**{"seppo.data.source": str(data), "seppo.data.cache_dir": str(tmp_path / "cache")})
-    result = launch(raw, ranks=2)
+    result = launch(raw, ranks=2, program=("--module", "seppo_fast.train"))
     output = result.stdout + result.stderr
     assert result.returncode == 2, output[-3000:]
+    assert "seppo_fast 0.1.0: the plan" in result.stdout
     assert output.count("seppo_fast: ") == 1 and "cannot be used" in output and "Traceback" not in output
     assert "rows so far cannot be used, so the rest was not read" in output
 

@@ -2,10 +2,9 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, unranked
+from conftest import ROOT
 
 from seppo_fast import __version__
 from seppo_fast.__main__ import COMMANDS, main
@@ -48,15 +47,3 @@ def test_each_command_shows_the_help_of_its_module(name: str, capsys: pytest.Cap
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     assert end.value.code == 0 and f"usage: seppo-fast {name} " in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_launcher_takes_the_modules_name(sd: Path, demonstrations: Path, tmp_path: Path) -> None:
-    """The literal command, with the launcher of this environment and a port of its own."""
-    done = subprocess.run([sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", free_port(),
-                           "--module", "seppo_fast.train", "--config", "quickstart.json", "--dry-run", "--set",
-                           f"seppo.model.path={sd}", f"seppo.data.source={demonstrations}",
-                           f"seppo.output_dir={tmp_path / 'run'}"],
-                          cwd=ROOT, text=True, capture_output=True, timeout=280, env=unranked())
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "seppo_fast 0.1.0: the plan" in done.stdout and "dry run: nothing was trained or written" in done.stdout

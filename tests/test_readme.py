@@ -55,8 +55,8 @@ def test_the_example_of_the_loss_runs() -> None:
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
-    network = {"sample_size": 64, "block_out_channels": (32, 32), "layers_per_block": 1, "cross_attention_dim": 8,
-               "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    network = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "cross_attention_dim": 8,
+               "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
     names = {"scheduler": DDPMScheduler(), "prompt_embeds": torch.randn(8, 4, 8)}
     names |= {name: UNet2DConditionModel(**network) for name in ("unet", "ref_unet")}
     exec(re.search(r"## Only the loss\n\n```python\n(.*?)```", README.read_text(), re.DOTALL)[1], names)

@@ -13,7 +13,7 @@ from tiny import tiny_adapter
 from seppo_fast.compiler import transformer_blocks
 from seppo_fast.config import Lora, Model
 from seppo_fast.errors import UserError
-from seppo_fast.models import AnimateDiff, open_model, prepare
+from seppo_fast.models import AnimateDiff, open_model
 from seppo_fast.models.animatediff import motion_adapter
 from seppo_fast.models.attention import layers
 from seppo_fast.models.export import save_pipeline
@@ -216,19 +216,10 @@ def test_the_attention_layers_that_are_measured_are_the_networks_own(model):
     assert {layer.tokens for layer in found} > {FRAMES, 64}
 
 
-def test_compiled_blocks_compute_the_same(model, quick_compiler, monkeypatch):
-    """Of one level, whose blocks, of pictures and of motion, have one width: fewer kernels to compile.
-
-    Without those of the trial's backward pass, which are test_prepare's: a motion block is traced and differentiated there.
-    """
-    trial, compiled = prepare._compiles, torch.nn.Module.compile
-
-    def without_kernels(*given):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.Module, "compile", partialmethod(compiled, backend="aot_eager"))
-            return trial(*given)
-
-    monkeypatch.setattr(prepare, "_compiles", without_kernels)
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(model, monkeypatch):
+    """Traced, differentiated and taken apart, but no kernels are made: test_prepare makes them, of the same transformer block."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     torch.manual_seed(0)
     unet = UNetMotionModel(
         sample_size=8, block_out_channels=(32,), norm_num_groups=8, cross_attention_dim=32, num_attention_heads=4,
