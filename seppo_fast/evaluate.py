@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m seppo_fast.evalua
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the tables."""
     from seppo_fast.evaluation.arguments import wanted_of
+    from seppo_fast.evaluation.report.table import markdown
     from seppo_fast.evaluation.run import evaluate
-    from seppo_fast.evaluation.table import markdown
     from seppo_fast.ranks import join
 
     ranks = join()

@@ -12,10 +12,10 @@ from typing import Any
 
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.generate import Drawing, generate, share_of
-from seppo_fast.evaluation.page import write_page
 from seppo_fast.evaluation.prompts import tell_truncated
+from seppo_fast.evaluation.report.page import write_page
+from seppo_fast.evaluation.report.table import markdown, tabulate, write_csv
 from seppo_fast.evaluation.scoring import Job, Sample, Scored, score_all
-from seppo_fast.evaluation.table import markdown, tabulate, write_csv
 from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.machine import commit, machine
 from seppo_fast.opening import read_object

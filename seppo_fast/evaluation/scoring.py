@@ -17,10 +17,10 @@ from tqdm import tqdm
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.files import clip_file, read_image, read_video
 from seppo_fast.evaluation.prompts import Prompt
+from seppo_fast.evaluation.report.table import in_group
 from seppo_fast.evaluation.scores import IMAGE_SCORES
 from seppo_fast.evaluation.scores.base import Score
 from seppo_fast.evaluation.scores.vendi import VENDI, SetScore
-from seppo_fast.evaluation.table import in_group
 from seppo_fast.evaluation.video.frechet import Moments, frechet
 from seppo_fast.evaluation.video.real import read_clip
 from seppo_fast.evaluation.video.scores import VIDEO_SCORES, VideoScore

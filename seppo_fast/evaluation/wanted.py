@@ -7,7 +7,7 @@ from pathlib import Path
 from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.evaluation.generate import Drawing
 from seppo_fast.evaluation.prompts import Prompt
-from seppo_fast.evaluation.table import groups_of
+from seppo_fast.evaluation.report.table import groups_of
 
 
 @dataclass(frozen=True)

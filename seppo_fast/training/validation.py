@@ -17,9 +17,9 @@ from seppo_fast.evaluation.arguments import check_real, check_weights, chosen
 from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.evaluation.generate import Drawing, Renderer, render, share_of
 from seppo_fast.evaluation.prompts import Prompt, read_prompts, tell_truncated
+from seppo_fast.evaluation.report.table import ALL, tabulate
 from seppo_fast.evaluation.run import own_samples
 from seppo_fast.evaluation.scoring import Job, find_all, score_all, scores_of
-from seppo_fast.evaluation.table import ALL, tabulate
 from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.models import Conditions, Model
 from seppo_fast.ranks import Ranks

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation.browser import CORRUPT, COUNT, GONE, MODELS, NAN, NEVER, ODD, WHY, Page, chromium, demo, missing, value
+from evaluation.report.browser import CORRUPT, COUNT, GONE, MODELS, NAN, NEVER, ODD, WHY, Page, chromium, demo, missing, value
 from PIL import Image
 
 from seppo_fast.errors import UserError
-from seppo_fast.evaluation.page import write_page
+from seppo_fast.evaluation.report.page import write_page
 
 in_a_browser = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from seppo_fast.evaluation.statistics import is_finite, mean_of, win_rate
+from seppo_fast.evaluation.report.statistics import is_finite, mean_of, win_rate
 
 ALL = "all"
 ARROWS = {"higher": "↑", "lower": "↓"}
