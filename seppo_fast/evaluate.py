@@ -62,14 +62,14 @@ def main(argv: list[str] | None = None, prog: str = "python -m seppo_fast.evalua
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the tables."""
-    from seppo_fast.evaluation.arguments import wanted_of
+    from seppo_fast.evaluation.arguments import request_of
     from seppo_fast.evaluation.report.table import markdown
     from seppo_fast.evaluation.run import evaluate
     from seppo_fast.ranks import join
 
     ranks = join()
     say = print if ranks.rank == 0 else lambda line: None
-    result = evaluate(wanted_of(arguments, ranks, say), ranks, say)
+    result = evaluate(request_of(arguments, ranks, say), ranks, say)
     if result is not None:
         print(f"\n{markdown(result)}\n{arguments.out / 'index.html'}", flush=True)
 

@@ -1,4 +1,4 @@
-"""The command line of an evaluation as what is wanted, checked."""
+"""The command line of an evaluation, checked, as a request."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +11,15 @@ from seppo_fast.errors import UserError
 from seppo_fast.evaluation.candidates import open_candidates
 from seppo_fast.evaluation.generate import Drawing
 from seppo_fast.evaluation.prompts import read_prompts
+from seppo_fast.evaluation.request import Request
 from seppo_fast.evaluation.scoring import scores_of
-from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
 from seppo_fast.ranks import Ranks
 
 
-def wanted_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> Wanted:
-    """All that can be checked before anything is loaded; a hub id is fetched by rank 0 first."""
+def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> Request:
+    """The request, with all checked that can be before anything is loaded; rank 0 fetches hub ids first."""
     for turn in (ranks.rank == 0, ranks.rank != 0):
         if turn:
             candidates = open_candidates(arguments.models, arguments.variant, arguments.motion_adapter, arguments.frames)
@@ -31,8 +31,9 @@ def wanted_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], 
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
     drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
                       dtype_of(arguments.dtype, ranks.device), sampler)
-    return Wanted(candidates, read_prompts(arguments.prompts, arguments.limit, say), scores, weights_of(arguments.weights), drawing,
-                  arguments.out, arguments.real, arguments.score_batch_size)
+    prompts = read_prompts(arguments.prompts, arguments.limit, say)
+    return Request(candidates, prompts, scores, weights_of(arguments.weights), drawing, arguments.out, arguments.real,
+                   arguments.score_batch_size)
 
 
 def chosen(given: Sequence[str] | None, video: bool, flag: str) -> list[str]:

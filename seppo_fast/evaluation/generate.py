@@ -108,8 +108,8 @@ def render(todo: Sequence[Slot], prompts: Sequence[Prompt], seed: int, out: Path
     return problems
 
 
-def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, wanted: int, say: Callable[[str], None]) -> Renderer:
-    """The candidate on this rank's device, in the drawing's precision."""
+def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: int, say: Callable[[str], None]) -> Renderer:
+    """The candidate on this rank's device, in the drawing's precision, for `count` samples."""
     model, dtype = candidate.model, drawing.dtype
     vae, shape = model.load_vae(ranks.device), latent_shape(model, drawing)
     text = candidate.load_text(ranks.device)
@@ -122,7 +122,7 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, wanted: 
         set_processors(unet)
     table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps, "--steps").to(ranks.device)
     sampler = Sampler(unet, model.denoise, table, embed([""]), drawing.sampler, dtype, say=say)
-    sampler.fit(shape, wanted)
+    sampler.fit(shape, count)
     return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device)
 
 

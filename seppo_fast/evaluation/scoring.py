@@ -18,13 +18,13 @@ from seppo_fast.errors import UserError
 from seppo_fast.evaluation.files import clip_file, read_image, read_video
 from seppo_fast.evaluation.prompts import Prompt
 from seppo_fast.evaluation.report.table import in_group
+from seppo_fast.evaluation.request import Request
 from seppo_fast.evaluation.scores import IMAGE_SCORES
 from seppo_fast.evaluation.scores.base import Score
 from seppo_fast.evaluation.scores.vendi import VENDI, SetScore
 from seppo_fast.evaluation.video.frechet import Moments, frechet
 from seppo_fast.evaluation.video.real import read_clip
 from seppo_fast.evaluation.video.scores import VIDEO_SCORES, VideoScore
-from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.evaluation.weights import locate, source
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
@@ -44,9 +44,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class Job:
-    """What is wanted, and this rank's share of all models' samples."""
+    """A request, and this rank's share of all models' samples."""
 
-    wanted: Wanted
+    request: Request
     samples: list[Sample]
     ranks: Ranks
 
@@ -55,10 +55,10 @@ class Job:
         return lambda sample: sample["model"] == model and in_group(self.prompt(sample).sets, group)
 
     def prompt(self, sample: Sample) -> Prompt:
-        return self.wanted.prompts[sample["prompt"]]
+        return self.request.prompts[sample["prompt"]]
 
     def path(self, sample: Sample) -> Path:
-        return self.wanted.out / sample["file"]
+        return self.request.out / sample["file"]
 
 
 def scores_of(video: bool) -> tuple[AnyScore, ...]:
@@ -68,17 +68,17 @@ def scores_of(video: bool) -> tuple[AnyScore, ...]:
 
 def score_all(job: Job) -> Scored:
     """Every rank calls with its share; the first has all of the result."""
-    wanted, about, set_rows = job.wanted, [], []
-    for score in (score for score in scores_of(wanted.video) if score.name in wanted.scores):
+    request, about, set_rows = job.request, [], []
+    for score in (score for score in scores_of(request.video) if score.name in request.scores):
         missing = None
         try:
             set_rows += apply(score, loaded(score, job), job)
         except UserError as error:  # on all ranks alike
             missing = str(error)
         about.append({"name": score.name, "label": score.label, "better": score.better, "kind": kind_of(score),
-                      "weights": {part: source(score, part, wanted.weights) for part in score.wants}, "missing": missing})
+                      "weights": {part: source(score, part, request.weights) for part in score.wants}, "missing": missing})
     together = [sample for share in job.ranks.objects(job.samples) for sample in share]
-    place = {name: index for index, name in enumerate(wanted.models)}
+    place = {name: index for index, name in enumerate(request.models)}
     together.sort(key=lambda sample: (place[sample["model"]], sample["prompt"], sample["sample"]))
     return Scored(about, together, set_rows)
 
@@ -109,26 +109,26 @@ def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 def loaded(score: AnyScore, job: Job) -> Any:
     """The score's network."""
-    return in_turn(job.ranks, lambda: score.load(found(score, job.wanted), job.ranks.device))
+    return in_turn(job.ranks, lambda: score.load(found(score, job.request), job.ranks.device))
 
 
-def find_all(wanted: Wanted, ranks: Ranks) -> dict[str, str]:
+def find_all(request: Request, ranks: Ranks) -> dict[str, str]:
     """Score -> why it cannot be given, for those that lack something; what is on the hub is fetched. Every rank must call."""
     missing = {}
-    for score in (score for score in scores_of(wanted.video) if score.name in wanted.scores):
+    for score in (score for score in scores_of(request.video) if score.name in request.scores):
         try:
-            in_turn(ranks, lambda score=score: found(score, wanted))
+            in_turn(ranks, lambda score=score: found(score, request))
         except UserError as error:
             missing[score.name] = str(error)
     return missing
 
 
-def found(score: AnyScore, wanted: Wanted) -> dict[str, Path]:
+def found(score: AnyScore, request: Request) -> dict[str, Path]:
     """The parts of its weights; a UserError where anything that it needs is not there."""
-    if isinstance(score, VideoScore) and wanted.real is None:
+    if isinstance(score, VideoScore) and request.real is None:
         raise UserError(f"{score.label} compares with real clips: give their folder by --real")
     check_packages(score)
-    return locate(score, wanted.weights)
+    return locate(score, request.weights)
 
 
 def check_packages(score: AnyScore) -> None:
@@ -187,7 +187,7 @@ def note(sample: Sample, problem: str) -> None:
 
 def images_of(label: str, job: Job) -> Iterator[tuple[list[Image.Image], list[Sample]]]:
     """Batches of the samples that can be read."""
-    batches = list(chunks(job.samples, job.wanted.batch))
+    batches = list(chunks(job.samples, job.request.batch))
     for batch in tqdm(batches, desc=label, unit="batch", disable=job.ranks.rank != 0):
         read = [(image, sample) for sample in batch
                 if (image := given(sample, lambda sample=sample: read_image(job.path(sample)))) is not None]
@@ -203,7 +203,7 @@ def pairs_of(label: str, job: Job) -> Iterator[tuple[Tensor, Tensor, Sample]]:
     read_once = lru_cache(maxsize=1)(read_clip)
     samples = sorted(job.samples, key=lambda sample: sample["prompt"])
     for sample in tqdm(samples, desc=label, unit="clip", disable=job.ranks.rank != 0):
-        generated = given(sample, lambda sample=sample: read_video(job.path(sample), job.wanted.drawing.frames))
+        generated = given(sample, lambda sample=sample: read_video(job.path(sample), job.request.drawing.frames))
         if generated is None:
             continue
         frames, *_, side = generated.shape
@@ -217,7 +217,7 @@ def real_file(job: Job, sample: Sample) -> Path:
     clip = job.prompt(sample).clip
     if clip is None:
         raise UserError("its prompt names no real clip (a column videoid or file_name)")
-    return clip_file(job.wanted.real, clip)
+    return clip_file(job.request.real, clip)
 
 
 def given(sample: Sample, read: Callable[[], Any]) -> Any:
@@ -239,8 +239,8 @@ def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor]
                                       if usable(score, sample, vector)])
     every = [pair for share in job.ranks.objects(mine) for pair in share]
     rows = []
-    for model in job.wanted.models:
-        for group in job.wanted.groups:
+    for model in job.request.models:
+        for group in job.request.groups:
             vectors = [vector for sample, vector in every if job.of(model, group)(sample)]
             rows.append(set_row(score, model, group, len(vectors), score.of(torch.stack(vectors)) if vectors else None))
     return rows
@@ -252,7 +252,7 @@ def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job
     if job.ranks.rank != 0:  # only the first reports, and the root of a large covariance takes a core seconds
         return []
     rows = []
-    for key in ((model, group) for model in job.wanted.models for group in job.wanted.groups):
+    for key in ((model, group) for model in job.request.models for group in job.request.groups):
         parts = [share[key] for share in shares if key in share]
         both = [reduce(add, side) for side in zip(*parts, strict=True)]
         enough = bool(both) and min(side.count for side in both) > 1
@@ -269,7 +269,7 @@ def moments_of(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job
         if not usable(score, sample, found):
             continue
         one, other = Moments.of(found), of_real(real)
-        for group in (group for group in job.wanted.groups if job.of(sample["model"], group)(sample)):
+        for group in (group for group in job.request.groups if job.of(sample["model"], group)(sample)):
             key = sample["model"], group
             sums[key] = (sums[key][0] + one, sums[key][1] + other) if key in sums else (one, other)
     return sums
