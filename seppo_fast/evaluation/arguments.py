@@ -37,7 +37,7 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
 
 
 def chosen(given: Sequence[str] | None, video: bool, flag: str) -> list[str]:
-    """The scores that were asked for, in their own order; all if none were."""
+    """The names of the scores that were given, in the tables' order; of all scores if none was given."""
     known = [score.name for score in scores_of(video)]
     unknown = [name for name in given or () if name not in known]
     if unknown:
@@ -47,7 +47,7 @@ def chosen(given: Sequence[str] | None, video: bool, flag: str) -> list[str]:
 
 
 def check_real(folder: Path | None, model: Model, flag: str) -> None:
-    """UserError unless the real clips, if any, are there and of use."""
+    """UserError where a folder of real clips is given that does not exist, or for a model of images."""
     if folder is not None and not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
     if folder is not None and not model.video:
@@ -55,7 +55,7 @@ def check_real(folder: Path | None, model: Model, flag: str) -> None:
 
 
 def weights_of(given: Sequence[str]) -> dict[str, str]:
-    """`SCORE=PATH` and `SCORE.PART=PATH`."""
+    """Score or score.part -> path, of `SCORE=PATH` and `SCORE.PART=PATH`."""
     found = {}
     for argument in given:
         name, equals, path = argument.partition("=")

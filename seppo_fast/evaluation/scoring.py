@@ -1,7 +1,7 @@
-"""Samples to values: every rank scores its share; what a score lacks, and what could not be scored, is said in its place."""
+"""Samples to values: every rank scores its share. The result names what a score lacks and what could not be scored."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from importlib import import_module
@@ -62,21 +62,28 @@ class Job:
 
 
 def scores_of(video: bool) -> tuple[AnyScore, ...]:
-    """All there are of images, or of videos."""
+    """All scores of images, or of videos."""
     return VIDEO_SCORES if video else (*IMAGE_SCORES, VENDI)
 
 
-def score_all(job: Job) -> Scored:
-    """Every rank calls with its share; the first has all of the result."""
+def requested(request: Request) -> list[AnyScore]:
+    """The scores of the request, in their own order."""
+    return [score for score in scores_of(request.video) if score.name in request.scores]
+
+
+def score_all(job: Job, missing: Mapping[str, str] | None = None) -> Scored:
+    """The first rank has all of the result; every rank calls with its share. `missing`: the scores to leave out, and why."""
     request, about, set_rows = job.request, [], []
-    for score in (score for score in scores_of(request.video) if score.name in request.scores):
-        missing = None
-        try:
-            set_rows += apply(score, loaded(score, job), job)
-        except UserError as error:  # on all ranks alike
-            missing = str(error)
+    for score in requested(request):
+        why = (missing or {}).get(score.name)
+        if why is None:
+            try:
+                set_rows += apply(score, loaded(score, job), job)
+            except UserError as error:  # on all ranks alike
+                why = str(error)
         about.append({"name": score.name, "label": score.label, "better": score.better, "kind": kind_of(score),
-                      "weights": {part: source(score, part, request.weights) for part in score.wants}, "missing": missing})
+                      "weights": {part: source(score, part, request.weights) for part in score.wants},
+                      "published": dict(score.wants), "missing": why})
     together = [sample for share in job.ranks.objects(job.samples) for sample in share]
     place = {name: index for index, name in enumerate(request.models)}
     together.sort(key=lambda sample: (place[sample["model"]], sample["prompt"], sample["sample"]))
@@ -89,7 +96,7 @@ def kind_of(score: AnyScore) -> str:
 
 
 def agreed(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """What `work` gives on this rank; a UserError on any rank is one on all, so that they stay in step. Every rank must call."""
+    """What `work` gives on this rank. A UserError on one rank is raised on all, so that they stay in step; every rank must call."""
     found, why = None, None
     try:
         found = work()
@@ -102,7 +109,7 @@ def agreed(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 
 def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """The same, the first rank before the others: it fetches what is on the hub."""
+    """The same, but the first rank works before the others: it fetches what is on the hub."""
     first = agreed(ranks, lambda: work() if ranks.rank == 0 else None)
     return agreed(ranks, lambda: first if ranks.rank == 0 else work())
 
@@ -113,9 +120,9 @@ def loaded(score: AnyScore, job: Job) -> Any:
 
 
 def find_all(request: Request, ranks: Ranks) -> dict[str, str]:
-    """Score -> why it cannot be given, for those that lack something; what is on the hub is fetched. Every rank must call."""
+    """Score -> what it lacks, for those that lack something; what is on the hub is fetched. Every rank must call."""
     missing = {}
-    for score in (score for score in scores_of(request.video) if score.name in request.scores):
+    for score in requested(request):
         try:
             in_turn(ranks, lambda score=score: found(score, request))
         except UserError as error:
@@ -124,7 +131,7 @@ def find_all(request: Request, ranks: Ranks) -> dict[str, str]:
 
 
 def found(score: AnyScore, request: Request) -> dict[str, Path]:
-    """The parts of its weights; a UserError where anything that it needs is not there."""
+    """The parts of its weights; a UserError where something that it needs is missing."""
     if isinstance(score, VideoScore) and request.real is None:
         raise UserError(f"{score.label} compares with real clips: give their folder by --real")
     check_packages(score)
@@ -132,7 +139,7 @@ def found(score: AnyScore, request: Request) -> dict[str, Path]:
 
 
 def check_packages(score: AnyScore) -> None:
-    """Before gigabytes of weights are fetched."""
+    """UserError that names a package which a score needs and which is not installed."""
     for name in score.packages:
         try:
             import_module(name)
@@ -142,7 +149,7 @@ def check_packages(score: AnyScore) -> None:
 
 
 def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:
-    """The samples get their values, if no rank's scorer refuses; on the first, the rows of a score that has one value a set."""
+    """On the first rank the table's rows of a score that has one value a set; else none. Writes the values into the samples."""
     if isinstance(score, SetScore):
         return score_sets(score, scorer, job)
     if isinstance(score, VideoScore) and score.kind == "set":
@@ -163,7 +170,7 @@ def values_of(score: Score | VideoScore, scorer: Any, job: Job) -> Iterator[tupl
 
 
 def put(score: AnyScore, samples: Sequence[Sample], values: Tensor) -> None:
-    """Values into their samples; one that is no number is none, and a problem."""
+    """Write values into their samples; a value that is not finite is left out and noted as a problem."""
     for sample, value in zip(samples, values.tolist(), strict=True):
         sample["values"][score.name] = value if math.isfinite(value) else None
         if not math.isfinite(value):
@@ -171,7 +178,7 @@ def put(score: AnyScore, samples: Sequence[Sample], values: Tensor) -> None:
 
 
 def usable(score: AnyScore, sample: Sample, features: Tensor) -> bool:
-    """Whether a sample's features are numbers; else it is left out, with a note, and its set has a value all the same."""
+    """Whether a sample's features are finite; if not, the sample is left out with a note, and its set still has a value."""
     finite = bool(features.isfinite().all())
     if not finite:
         note(sample, f"{score.label}: its features are not finite")
@@ -179,7 +186,7 @@ def usable(score: AnyScore, sample: Sample, features: Tensor) -> bool:
 
 
 def note(sample: Sample, problem: str) -> None:
-    """Once each."""
+    """Add a problem to a sample, each one once."""
     known = sample["problem"] or ""
     if problem not in known:
         sample["problem"] = f"{known}; {problem}".removeprefix("; ")
@@ -232,7 +239,7 @@ def given(sample: Sample, read: Callable[[], Any]) -> Any:
 
 
 def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor], job: Job) -> list[dict[str, Any]]:
-    """One value a model and group, of all ranks' images."""
+    """The table's rows, one a model and group, of all ranks' images."""
     mine = agreed(job.ranks, lambda: [({name: sample[name] for name in ("model", "prompt")}, vector)
                                       for images, samples in images_of(score.label, job)
                                       for sample, vector in zip(samples, embed(images), strict=True)
@@ -247,7 +254,7 @@ def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor]
 
 
 def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job) -> list[dict[str, Any]]:
-    """The Frechet distance of each model's clips of a group to the real clips of the same prompts."""
+    """The table's rows: the Frechet distance of each model's clips of a group to the real clips of the same prompts."""
     shares = job.ranks.objects(agreed(job.ranks, lambda: moments_of(score, features, job)))
     if job.ranks.rank != 0:  # only the first reports, and the root of a large covariance takes a core seconds
         return []
@@ -276,7 +283,8 @@ def moments_of(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job
 
 
 def set_row(score: AnyScore, model: str, group: str, count: int, value: float | None) -> dict[str, Any]:
-    """A row of the table. One value has no interval that a bootstrap could give: resampled sets are less diverse."""
+    """A row of the table. One value has no interval that a bootstrap could give (resampled sets are less diverse), so it is
+    never called the best."""
     value = value if value is not None and math.isfinite(value) else None
     return {"model": model, "group": group, "score": score.name, "mean": value, "low": None, "high": None, "count": count,
-            "win_rate": None}
+            "win_rate": None, "best": False}
