@@ -1,7 +1,8 @@
 """Did the model get better? `python -m seppo_fast.evaluate --models base=PATH tuned=PATH --prompts FILE ... --out DIR`.
 
 Draws samples of every prompt by every model from the same noise, scores them and writes scores.json, scores.csv, table.md and
-index.html. What was interrupted goes on with the same command; models, prompts and scores may be added to it. On several GPUs:
+index.html. The same command goes on after an interruption; models, prompts and scores may be added to it. A score that lacks its
+weights is told at once and left out; where all are missing, the exit status is 2. On several GPUs:
 `deepspeed seppo_fast/evaluate.py --models ...`.
 """
 
