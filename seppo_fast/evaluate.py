@@ -1,12 +1,14 @@
 """Did the model get better? `python -m seppo_fast.evaluate --models base=PATH tuned=PATH --prompts FILE ... --out DIR`.
 
 Draws samples of every prompt by every model from the same noise, scores them and writes scores.json, scores.csv, table.md and
-index.html. What was interrupted goes on with the same command; models, prompts and scores may be added to it. On several GPUs:
+index.html. The same command goes on after an interruption; models, prompts and scores may be added to it. A score that lacks its
+weights is told at once and left out; where all are missing, the exit status is 2. On several GPUs:
 `deepspeed seppo_fast/evaluate.py --models ...`.
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # see train.py
@@ -61,17 +63,21 @@ def main(argv: list[str] | None = None, prog: str = "python -m seppo_fast.evalua
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate, and print the tables."""
-    from seppo_fast.evaluation.arguments import wanted_of
-    from seppo_fast.evaluation.run import evaluate
-    from seppo_fast.evaluation.table import markdown
+    """Evaluate, and print the tables; UserError on every rank where each score that was asked for is missing."""
+    from seppo_fast.errors import UserError
+    from seppo_fast.evaluation.arguments import request_of
+    from seppo_fast.evaluation.report.table import markdown
+    from seppo_fast.evaluation.run import evaluate, nothing_scored
     from seppo_fast.ranks import join
 
     ranks = join()
-    say = print if ranks.rank == 0 else lambda line: None
-    result = evaluate(wanted_of(arguments, ranks, say), ranks, say)
+    say = partial(print, flush=True) if ranks.rank == 0 else lambda line: None  # into a pipe, too, before hours of drawing
+    result = evaluate(request_of(arguments, ranks, say), ranks, say)
     if result is not None:
         print(f"\n{markdown(result)}\n{arguments.out / 'index.html'}", flush=True)
+    if ranks.objects(result is not None and nothing_scored(result))[0]:
+        raise UserError(f"every score that was asked for is missing; what each lacks is said above. The samples are kept in"
+                        f" {arguments.out}, and the same command scores them once it is there")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from seppo_fast.data.order import split
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.disk import complete_or_not
 from seppo_fast.errors import UserError
-from seppo_fast.evaluation.wanted import Wanted
+from seppo_fast.evaluation.request import Request
 from seppo_fast.machine import cores, too_many_threads
 from seppo_fast.models import Model, open_model
 from seppo_fast.models.engines import same_with_gradients
@@ -258,7 +258,7 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunF
     return Grids(folder.path / "samples", model, samples, conditions, cache.shape, ranks.device)
 
 
-def open_wanted(config: Config, model: Model, ranks: Ranks) -> Wanted | None:
+def open_wanted(config: Config, model: Model, ranks: Ranks) -> Request | None:
     """What is to be evaluated on the way, checked and its weights found; None when nothing is."""
     if not config.seppo.evaluation.draws:
         return None
@@ -267,7 +267,7 @@ def open_wanted(config: Config, model: Model, ranks: Ranks) -> Wanted | None:
     return wanted
 
 
-def prepare_validation(wanted: Wanted | None, model: Model, shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks
+def prepare_validation(wanted: Request | None, model: Model, shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks
                        ) -> Validation | None:
     """What evaluates the policy on the way, on every rank."""
     return None if wanted is None else open_validation(wanted, model, dtype, shape, ranks)

@@ -1,1 +1,1 @@
-"""The field's scores and pictures, for any checkpoint."""
+"""Scores and pictures of models, side by side."""

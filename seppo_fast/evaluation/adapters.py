@@ -1,4 +1,4 @@
-"""LoRA files as people have them, put on a model whole or not at all: diffusers' own, kohya's, with text encoders, with alphas."""
+"""LoRA files (diffusers' or kohya's names, text encoders, alphas), put on a model as a whole or refused."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True)
 class Adapter:
-    """The tensors of a LoRA file by their diffusers names, alphas multiplied in, and what its metadata say."""
+    """The tensors of a LoRA file by their diffusers names, with alphas multiplied in, and its metadata."""
 
     file: Path
     tensors: Mapping[str, Tensor]
@@ -51,7 +51,7 @@ class Adapter:
 
 
 def read_adapter(file: Path, model: Model) -> Adapter:
-    """The LoRA in a safetensors file, for a model of this family; `UserError` where a part of it would have to be left out."""
+    """The LoRA in a safetensors file, for a model of this family; `UserError` where a part of it would be left out."""
     check_tensors(file)
     loader = StableDiffusionXLLoraLoaderMixin if isinstance(model, StableDiffusionXL) else StableDiffusionLoraLoaderMixin
     unet = FrozenDict({"layers_per_block": 2} | model.directory.configs["unet"])
@@ -95,7 +95,7 @@ def content_of(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def scaled(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each layer's up matrix times alpha / rank, no alphas: what the loaders make of these depends on how they name the layers."""
+    """The tensors without alphas: each layer's up matrix is multiplied by alpha / rank. Loaders differ in how they treat alphas."""
     alphas = {name.removesuffix(".alpha"): float(value) for name, value in tensors.items() if name.endswith(".alpha")}
     found = {}
     for name, value in tensors.items():
@@ -109,7 +109,7 @@ def scaled(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Its warnings of what it leaves out are errors of ours, with the file's name."""
+    """No warnings by diffusers: what it would leave out is an error here, with the file's name."""
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.ERROR)

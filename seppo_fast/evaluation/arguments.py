@@ -1,4 +1,4 @@
-"""The command line of an evaluation as what is wanted, checked."""
+"""The command line of an evaluation, checked, as a request."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +11,15 @@ from seppo_fast.errors import UserError
 from seppo_fast.evaluation.candidates import open_candidates
 from seppo_fast.evaluation.generate import Drawing
 from seppo_fast.evaluation.prompts import read_prompts
+from seppo_fast.evaluation.request import Request
 from seppo_fast.evaluation.scoring import scores_of
-from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
 from seppo_fast.ranks import Ranks
 
 
-def wanted_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> Wanted:
-    """All that can be checked before anything is loaded; a hub id is fetched by rank 0 first."""
+def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> Request:
+    """The request, with all checked that can be before anything is loaded; rank 0 fetches hub ids first."""
     for turn in (ranks.rank == 0, ranks.rank != 0):
         if turn:
             candidates = open_candidates(arguments.models, arguments.variant, arguments.motion_adapter, arguments.frames)
@@ -31,12 +31,13 @@ def wanted_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], 
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
     drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
                       dtype_of(arguments.dtype, ranks.device), sampler)
-    return Wanted(candidates, read_prompts(arguments.prompts, arguments.limit, say), scores, weights_of(arguments.weights), drawing,
-                  arguments.out, arguments.real, arguments.score_batch_size)
+    prompts = read_prompts(arguments.prompts, arguments.limit, say)
+    return Request(candidates, prompts, scores, weights_of(arguments.weights), drawing, arguments.out, arguments.real,
+                   arguments.score_batch_size)
 
 
 def chosen(given: Sequence[str] | None, video: bool, flag: str) -> list[str]:
-    """The scores that were asked for, in their own order; all if none were."""
+    """The names of the scores that were given, in the tables' order; of all scores if none was given."""
     known = [score.name for score in scores_of(video)]
     unknown = [name for name in given or () if name not in known]
     if unknown:
@@ -46,7 +47,7 @@ def chosen(given: Sequence[str] | None, video: bool, flag: str) -> list[str]:
 
 
 def check_real(folder: Path | None, model: Model, flag: str) -> None:
-    """UserError unless the real clips, if any, are there and of use."""
+    """UserError where a folder of real clips is given that does not exist, or for a model of images."""
     if folder is not None and not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
     if folder is not None and not model.video:
@@ -54,7 +55,7 @@ def check_real(folder: Path | None, model: Model, flag: str) -> None:
 
 
 def weights_of(given: Sequence[str]) -> dict[str, str]:
-    """`SCORE=PATH` and `SCORE.PART=PATH`."""
+    """Score or score.part -> path, of `SCORE=PATH` and `SCORE.PART=PATH`."""
     found = {}
     for argument in given:
         name, equals, path = argument.partition("=")

@@ -30,6 +30,11 @@ class Candidate:
     model: Model
     lora: Path | None
 
+    @property
+    def local(self) -> bool:
+        """Whether it comes from files on this machine, so that nothing tells what is in them."""
+        return self.lora is not None or expanded(self.given).exists()
+
     def load_unet(self, dtype: torch.dtype) -> UNet:
         """The network from disk, on the CPU, for inference; adapters stay beside the weights, as in training."""
         unet = self.model.load_unet(dtype)
@@ -44,7 +49,7 @@ class Candidate:
         return self.model.load_text(device, adapt=lambda part, encoder: adapter.put_on(part, encoder) if adapter else None)
 
     def fingerprint(self) -> str:
-        """A digest of the files' names, sizes and times: whether the samples in a folder are this model's."""
+        """A digest of the files' names, sizes and times. It tells whether the samples in a folder are this model's."""
         directories = [self.model.directory, *filter(None, [getattr(self.model, "adapter", None)])]
         files = [file for directory in directories for weights in directory.weights.values() for file in weights.files]
         stamps = [[file.name, stamp_of(file)] for file in sorted({*files, *filter(None, [self.lora])})]
@@ -68,7 +73,7 @@ def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: s
             model = found[0].model if pipeline is None else open_model(
                 pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames, labels=FLAGS)
             if lora is not None:
-                read_adapter(lora, model)  # what is wrong with it is said before anything is drawn
+                read_adapter(lora, model)  # an error in it should not wait until the first model is drawn
             else:
                 run_unet(model)
         except UserError as error:

@@ -1,4 +1,4 @@
-"""The samples as files: written whole or not at all, read with a word on those that cannot be."""
+"""The samples as files: written whole or not at all; one that cannot be read is named."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_video(path: Path, frames: int) -> Tensor:
-    """`(F, 3, H, W)` in [0, 1]. WebP has frames that do not differ as one that lasts longer."""
+    """`(F, 3, H, W)` in [0, 1]. WebP stores equal frames as one that lasts longer."""
     with _explained(path), Image.open(path) as image:
         shown = [(torch.from_numpy(np.array(frame.convert("RGB"))), frame.info.get("duration", 0) // MILLISECONDS)
                  for frame in ImageSequence.Iterator(image)]
@@ -68,5 +68,5 @@ def clip_file(folder: Path, clip: str) -> Path:
 
 @lru_cache(maxsize=1)
 def _names_in(folder: Path, changed: int) -> dict[str, str]:
-    """Of a folder that was last `changed` then: a run may look into it for days."""
+    """The names in a folder. `changed` is the folder's time of change, so that a changed folder is read again."""
     return listing(folder)

@@ -1,4 +1,4 @@
-"""Samples of every prompt by every model, from the same noise, as files that an interrupted run finds again."""
+"""Samples of every prompt by every model, from the same noise, in files that a later run finds again."""
 
 import hashlib
 import re
@@ -30,7 +30,7 @@ READABLE = 40  # characters of the prompt in a file's name
 
 @dataclass(frozen=True)
 class Drawing:
-    """How samples are drawn: everything that decides them but model and prompt. `frames` is None for images."""
+    """How samples are drawn: all that decides them except model and prompt. `frames` is None for images."""
 
     seed: int
     per_prompt: int
@@ -42,7 +42,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Slot:
-    """One sample to be: of which prompt, the how manieth, and its file below the output folder."""
+    """One sample that is to be drawn: the index of its prompt, its number there, and its file below the output folder."""
 
     prompt: int
     sample: int
@@ -62,7 +62,7 @@ def share_of(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, 
 
 
 def stem(text: str) -> str:
-    """The prompt's first words, and what tells it from others that begin alike."""
+    """The prompt's first words and a hash, for prompts that begin alike."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower())[:READABLE].strip("-")
     return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:10]}".lstrip("-")
 
@@ -81,7 +81,7 @@ class Renderer:
 
 def generate(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, out: Path, ranks: Ranks,
              say: Callable[[str], None] = print) -> dict[str, str]:
-    """Draw what this rank's share of the samples still lacks; file -> why there is none, where the model's output is not finite."""
+    """File -> why it could not be made, where the model's output is not finite. Draws this rank's samples that have no file."""
     todo = [slot for slot in share_of(candidate, prompts, drawing, ranks) if not (out / slot.file).is_file()]
     if not todo:
         return {}
@@ -92,7 +92,7 @@ def generate(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, 
 
 def render(todo: Sequence[Slot], prompts: Sequence[Prompt], seed: int, out: Path, renderer: Renderer,
            progress: Callable[[], Any]) -> dict[str, str]:
-    """Make the samples' files in `out`; file -> why there is none, where the model's output is not finite."""
+    """File -> why it could not be made, where the model's output is not finite. Makes the samples' files in `out`."""
     problems = {}
     for some in chunks(todo, renderer.batch_size):
         noise = torch.stack([initial_noise(renderer.shape, seed, prompts[slot.prompt].text, slot.sample) for slot in some])
@@ -108,8 +108,8 @@ def render(todo: Sequence[Slot], prompts: Sequence[Prompt], seed: int, out: Path
     return problems
 
 
-def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, wanted: int, say: Callable[[str], None]) -> Renderer:
-    """The candidate on this rank's device, in the drawing's precision."""
+def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: int, say: Callable[[str], None]) -> Renderer:
+    """The candidate on this rank's device, in the drawing's precision, for `count` samples."""
     model, dtype = candidate.model, drawing.dtype
     vae, shape = model.load_vae(ranks.device), latent_shape(model, drawing)
     text = candidate.load_text(ranks.device)
@@ -122,12 +122,12 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, wanted: 
         set_processors(unet)
     table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps, "--steps").to(ranks.device)
     sampler = Sampler(unet, model.denoise, table, embed([""]), drawing.sampler, dtype, say=say)
-    sampler.fit(shape, wanted)
+    sampler.fit(shape, count)
     return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device)
 
 
 def latent_shape(model: Model, drawing: Drawing) -> tuple[int, ...]:
-    """(C, h, w) of an image's latents, (C, F, h, w) of a video's; at the model's own size unless another is wanted."""
+    """(C, h, w) of an image's latents, (C, F, h, w) of a video's; at the model's own size unless the drawing has another."""
     side = drawing.resolution or own_side(model) * model.vae_scale_factor
     if side % model.vae_scale_factor:
         raise UserError(f"--resolution {side} is no multiple of {model.vae_scale_factor}, by which the VAE in {model.path} shrinks"
@@ -141,7 +141,7 @@ def own_side(model: Model) -> int:
     size = model.directory.configs["unet"].get("sample_size")
     sides = set(size if isinstance(size, list) else [size])
     if len(sides) != 1 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"{model.path / 'unet' / 'config.json'}: sample_size is {size!r}, which does not tell the size of a square"
+        raise UserError(f"{model.path / 'unet' / 'config.json'}: sample_size is {size!r}, which does not give the size of a square"
                         " picture; give --resolution")
     return sides.pop()
 

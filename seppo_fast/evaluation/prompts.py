@@ -27,7 +27,7 @@ FORMS = ".txt, .jsonl, .csv, .tsv, .json, .parquet, or a folder of HPSv2's .json
 
 @dataclass(frozen=True)
 class Prompt:
-    """`sets`: the groups it counts in, from the whole file to a part of it; `clip`: the real clip's id or file name."""
+    """`sets`: the groups that it is in, the whole file first, then a part of it; `clip`: the real clip's id or file name."""
 
     text: str
     sets: tuple[str, ...]
@@ -47,7 +47,7 @@ class Line:
 @readable()
 def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[str], None] = print, flag: str = "--prompts"
                  ) -> list[Prompt]:
-    """The prompts of all sets, `FILE` or `NAME=FILE`, at most `limit` of each; one that comes again is left out, which is said."""
+    """The prompts of all sets, `FILE` or `NAME=FILE`, at most `limit` of each. A repeated prompt is left out with a message."""
     prompts: dict[str, Prompt] = {}
     names: set[str] = set()
     for argument in given:
@@ -84,7 +84,7 @@ def named_file(argument: str, flag: str) -> tuple[str, Path]:
 
 
 def checked(line: Line) -> str:
-    """The prompt without space around it."""
+    """The prompt without space around it; `UserError` where it is empty or no text."""
     if not isinstance(line.text, str) or not line.text.strip():
         raise UserError(f"{line.where}: {line.text!r} is no prompt; put one there or remove the row")
     return line.text.strip()
@@ -172,7 +172,7 @@ def listed(path: Path, prompts: Sequence[Any], group: str | None) -> Iterator[Li
 
 
 def parquet_rows(path: Path) -> Iterator[Line]:
-    """Pick-a-Pic's validation set has a row a pair of images, and so each prompt several times: it counts once."""
+    """Each prompt once: Pick-a-Pic's validation set has a row for each pair of images, and so several for a prompt."""
     check_readable(path)
     try:
         file = pyarrow.parquet.ParquetFile(path.absolute())  # Arrow would take `a:b/c` for a URI
@@ -209,7 +209,7 @@ def simple(name: str) -> str:
 
 
 def parsed(where: str, text: str, why: Callable[[str, ValueError], str] = lambda text, error: "") -> Any:
-    """A JSON value; `UserError` when there is none, which `why` may explain, or an object has a key twice."""
+    """A JSON value; `UserError` where the text has none (`why` may explain it), or an object has a key twice."""
     try:
         return parse_json(text)
     except GivenTwice as error:
@@ -223,7 +223,7 @@ def no_column(where: str, columns: Sequence[str]) -> UserError:
 
 
 def content(path: Path) -> str:
-    """The file's text, with line ends as "\n"; what is neither UTF-8 nor marked as UTF-16 is refused."""
+    """The file's text, with line ends as "\n". Text that is neither UTF-8 nor marked as UTF-16 is refused."""
     try:
         with open_data(path) as stream:
             wide = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -3,20 +3,21 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from seppo_fast.errors import UserError
+from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.evaluation.generate import Drawing, generate, share_of
-from seppo_fast.evaluation.page import write_page
 from seppo_fast.evaluation.prompts import tell_truncated
-from seppo_fast.evaluation.scoring import Job, Sample, Scored, score_all
-from seppo_fast.evaluation.table import markdown, tabulate, write_csv
-from seppo_fast.evaluation.wanted import Wanted
+from seppo_fast.evaluation.report.page import write_page
+from seppo_fast.evaluation.report.table import markdown, tabulate, write_csv
+from seppo_fast.evaluation.request import Request
+from seppo_fast.evaluation.scoring import Job, Sample, Scored, find_all, score_all
 from seppo_fast.machine import commit, machine
 from seppo_fast.opening import read_object
 from seppo_fast.ranks import Ranks
@@ -25,91 +26,127 @@ PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics")
 SETTINGS = "evaluation.json"
 
 
-def evaluate(wanted: Wanted, ranks: Ranks, say: Callable[[str], None] = print) -> dict[str, Any] | None:
-    """Draw, score and report; every rank calls, and the first gets the result, which is in scores.json too."""
-    seconds: dict[str, float] = {}
+def evaluate(request: Request, ranks: Ranks, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The result, which is in scores.json too, on the first rank; every rank calls. Draws, scores and reports."""
     if ranks.rank == 0:
-        remember(wanted)
+        remember(request)
     ranks.barrier()
+    missing = find_all(request, ranks)  # drawing may take hours, and what a score lacks need not wait for it
+    tell_missing(missing, request, say)
     problems: dict[str, str] = {}
-    for candidate in wanted.candidates:
-        start = time.perf_counter()
-        tell_truncated(wanted.prompts, candidate.model, say, f" by {candidate.name}")
-        problems |= generate(candidate, wanted.prompts, wanted.drawing, wanted.out, ranks, say)
-        seconds[f"samples of {candidate.name}"] = round(time.perf_counter() - start, 1)
+    for candidate in request.candidates:
+        tell_truncated(request.prompts, candidate.model, say, f" by {candidate.name}")
+        with timed(request.out, candidate) if ranks.rank == 0 else nullcontext():
+            problems |= generate(candidate, request.prompts, request.drawing, request.out, ranks, say)
     ranks.barrier()
     start = time.perf_counter()
-    scored = score_all(Job(wanted, own_samples(wanted, problems, ranks), ranks))
-    seconds["scores"] = round(time.perf_counter() - start, 1)
+    scored = score_all(Job(request, own_samples(request, problems, ranks), ranks), missing)
     if ranks.rank != 0:
         return None
-    result = result_of(wanted, scored, seconds)
-    write(result, wanted.out)
+    spent = read_object(request.out / SETTINGS)["seconds"]
+    seconds = {f"samples of {name}": round(spent.get(name, 0.0), 1) for name in request.models}
+    seconds["scores"] = round(time.perf_counter() - start, 1)
+    result = result_of(request, scored, seconds)
+    write(result, request.out)
     return result
 
 
-def own_samples(wanted: Wanted, problems: Mapping[str, str], ranks: Ranks) -> list[Sample]:
-    """This rank's share of what there is to score; a sample that was not made has no file."""
+def tell_missing(missing: Mapping[str, str], request: Request, say: Callable[[str], None]) -> None:
+    """Says what the scores lack, and what happens without them."""
+    for why in missing.values():
+        say(f"missing: {why}")
+    if len(missing) == len(request.scores):
+        say("no score can be given; samples and page are made all the same, and the same command scores them later")
+
+
+def nothing_scored(result: Mapping[str, Any]) -> bool:
+    """Whether every score that was asked for is missing."""
+    return all(score["missing"] for score in result["scores"])
+
+
+@contextmanager
+def timed(out: Path, candidate: Candidate) -> Iterator[None]:
+    """Add the block's seconds to those that the candidate's samples took in earlier runs, also when it is interrupted."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - start
+        with suppress(OSError, UserError):  # on a full disk the block's own error is the one to be told
+            noted = read_object(out / SETTINGS)
+            total = noted["seconds"].get(candidate.name, 0.0) + seconds
+            write_whole(out / SETTINGS, noted | {"seconds": noted["seconds"] | {candidate.name: round(total, 3)}})
+
+
+def own_samples(request: Request, problems: Mapping[str, str], ranks: Ranks) -> list[Sample]:
+    """This rank's samples, ready to be scored; one that could not be drawn has no file."""
     return [{"prompt": slot.prompt, "sample": slot.sample, "model": candidate.name,
              "file": None if slot.file in problems else slot.file, "values": {}, "problem": problems.get(slot.file)}
-            for candidate in wanted.candidates
-            for slot in share_of(candidate, wanted.prompts, wanted.drawing, ranks)]
+            for candidate in request.candidates
+            for slot in share_of(candidate, request.prompts, request.drawing, ranks)]
 
 
-def remember(wanted: Wanted) -> None:
-    """Note in the output folder what its samples are of; a UserError where it holds samples of something else."""
-    file = wanted.out / SETTINGS
+def remember(request: Request) -> None:
+    """Notes settings and models in the output folder; a UserError where it holds samples of other ones."""
+    file = request.out / SETTINGS
     try:
-        wanted.out.mkdir(parents=True, exist_ok=True)
+        request.out.mkdir(parents=True, exist_ok=True)
         before = read_object(file) if os.path.lexists(file) else {"drawing": None, "models": {}}
-        if not (isinstance(before["models"], dict) and isinstance(before["drawing"], dict | None)):
+        seconds = before.get("seconds", {})  # an earlier version noted none
+        if not (isinstance(before["models"], dict) and isinstance(before["drawing"], dict | None) and isinstance(seconds, dict)
+                and all(isinstance(value, int | float) for value in seconds.values())):
             raise ValueError
-        drawing = settings_of(wanted.drawing)
+        drawing = settings_of(request.drawing)
         if before["drawing"] is not None and (differing := sorted(
                 name for name in drawing if before["drawing"].get(name) != drawing[name])):
             name = differing[0]
-            raise UserError(f"--out {wanted.out} holds samples with {name} {before['drawing'].get(name)!r}, and now it is"
+            raise UserError(f"--out {request.out} holds samples with {name} {before['drawing'].get(name)!r}, and now it is"
                             f" {drawing[name]!r}: give another folder, or the same {name}")
-        models = {candidate.name: candidate.fingerprint() for candidate in wanted.candidates}
+        models = {candidate.name: candidate.fingerprint() for candidate in request.candidates}
         for name, digest in models.items():
             if before["models"].get(name, digest) != digest:
-                raise UserError(f"--out {wanted.out} holds samples of another model called {name!r} (or its files have changed):"
-                                f" give another name or folder, or remove {wanted.out / 'samples' / name} and {file}")
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"drawing": drawing, "models": before["models"] | models}, indent=1) + "\n")
-        temporary.replace(file)
+                raise UserError(f"--out {request.out} holds samples of another model called {name!r} (or its files have changed):"
+                                f" give another name or folder, or remove {request.out / 'samples' / name} and {file}")
+        write_whole(file, {"drawing": drawing, "models": before["models"] | models, "seconds": seconds})
     except OSError as error:
-        raise UserError(f"--out {wanted.out}: {error.strerror}; choose another folder") from error
+        raise UserError(f"--out {request.out}: {error.strerror}; choose another folder") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged, so it is not known what the samples there are of: choose another --out") from error
 
 
+def write_whole(file: Path, value: Mapping[str, Any]) -> None:
+    """`value` as JSON in `file`; all of it or nothing."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(file)
+
+
 def settings_of(drawing: Drawing) -> dict[str, Any]:
-    """What decides the samples, in JSON's words; not in how large batches they are drawn, nor how many there are."""
+    """The settings that decide a sample, as JSON; batch size and number of samples do not."""
     sampler = {name: getattr(drawing.sampler, name) for name in ("solver", "steps", "guidance_scale")}
     return {"seed": drawing.seed, "resolution": drawing.resolution, "frames": drawing.frames,
             "dtype": str(drawing.dtype).removeprefix("torch."), **sampler}
 
 
-def result_of(wanted: Wanted, scored: Scored, seconds: dict[str, float]) -> dict[str, Any]:
-    """The contract of scores.json."""
-    sets = [prompt.sets for prompt in wanted.prompts]
+def result_of(request: Request, scored: Scored, seconds: dict[str, float]) -> dict[str, Any]:
+    """The content of scores.json."""
+    sets = [prompt.sets for prompt in request.prompts]
     result = {
         "about": {"machine": machine(), "versions": versions(), "commit": commit(),
                   "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                  "settings": {**settings_of(wanted.drawing), "per_prompt": wanted.drawing.per_prompt}, "seconds": seconds},
-        "models": [{"name": candidate.name, "path": candidate.given} for candidate in wanted.candidates],
+                  "settings": {**settings_of(request.drawing), "per_prompt": request.drawing.per_prompt}, "seconds": seconds},
+        "models": [{"name": candidate.name, "path": candidate.given, "local": candidate.local} for candidate in request.candidates],
         "scores": scored.scores,
-        "groups": wanted.groups,
-        "prompts": [{"index": index, "text": prompt.text, "group": prompt.sets[-1] if prompt.sets[-1] in wanted.groups else None,
-                     "id": str(index)} for index, prompt in enumerate(wanted.prompts)],
+        "groups": request.groups,
+        "prompts": [{"index": index, "text": prompt.text, "group": prompt.sets[-1] if prompt.sets[-1] in request.groups else None,
+                     "id": str(index)} for index, prompt in enumerate(request.prompts)],
         "samples": scored.samples,
     }
     return {**result, "table": [*tabulate(result, sets), *scored.set_rows]}
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
+    """Library -> version, of the libraries that are installed."""
     found = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -118,7 +155,7 @@ def versions() -> dict[str, str]:
 
 
 def write(result: dict[str, Any], out: Path) -> None:
-    """scores.json, scores.csv, table.md and index.html."""
+    """Writes scores.json, scores.csv, table.md and index.html."""
     (out / "scores.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     (out / "table.md").write_text(markdown(result), encoding="utf-8")
     write_csv(result, out / "scores.csv")

@@ -1,7 +1,7 @@
-"""Samples to values: every rank scores its share; what a score lacks, and what could not be scored, is said in its place."""
+"""Samples to values: every rank scores its share. The result names what a score lacks and what could not be scored."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from importlib import import_module
@@ -17,14 +17,14 @@ from tqdm import tqdm
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.files import clip_file, read_image, read_video
 from seppo_fast.evaluation.prompts import Prompt
+from seppo_fast.evaluation.report.table import in_group
+from seppo_fast.evaluation.request import Request
 from seppo_fast.evaluation.scores import IMAGE_SCORES
 from seppo_fast.evaluation.scores.base import Score
 from seppo_fast.evaluation.scores.vendi import VENDI, SetScore
-from seppo_fast.evaluation.table import in_group
 from seppo_fast.evaluation.video.frechet import Moments, frechet
 from seppo_fast.evaluation.video.real import read_clip
 from seppo_fast.evaluation.video.scores import VIDEO_SCORES, VideoScore
-from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.evaluation.weights import locate, source
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
@@ -44,9 +44,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class Job:
-    """What is wanted, and this rank's share of all models' samples."""
+    """A request, and this rank's share of all models' samples."""
 
-    wanted: Wanted
+    request: Request
     samples: list[Sample]
     ranks: Ranks
 
@@ -55,30 +55,37 @@ class Job:
         return lambda sample: sample["model"] == model and in_group(self.prompt(sample).sets, group)
 
     def prompt(self, sample: Sample) -> Prompt:
-        return self.wanted.prompts[sample["prompt"]]
+        return self.request.prompts[sample["prompt"]]
 
     def path(self, sample: Sample) -> Path:
-        return self.wanted.out / sample["file"]
+        return self.request.out / sample["file"]
 
 
 def scores_of(video: bool) -> tuple[AnyScore, ...]:
-    """All there are of images, or of videos."""
+    """All scores of images, or of videos."""
     return VIDEO_SCORES if video else (*IMAGE_SCORES, VENDI)
 
 
-def score_all(job: Job) -> Scored:
-    """Every rank calls with its share; the first has all of the result."""
-    wanted, about, set_rows = job.wanted, [], []
-    for score in (score for score in scores_of(wanted.video) if score.name in wanted.scores):
-        missing = None
-        try:
-            set_rows += apply(score, loaded(score, job), job)
-        except UserError as error:  # on all ranks alike
-            missing = str(error)
+def requested(request: Request) -> list[AnyScore]:
+    """The scores of the request, in their own order."""
+    return [score for score in scores_of(request.video) if score.name in request.scores]
+
+
+def score_all(job: Job, missing: Mapping[str, str] | None = None) -> Scored:
+    """The first rank has all of the result; every rank calls with its share. `missing`: the scores to leave out, and why."""
+    request, about, set_rows = job.request, [], []
+    for score in requested(request):
+        why = (missing or {}).get(score.name)
+        if why is None:
+            try:
+                set_rows += apply(score, loaded(score, job), job)
+            except UserError as error:  # on all ranks alike
+                why = str(error)
         about.append({"name": score.name, "label": score.label, "better": score.better, "kind": kind_of(score),
-                      "weights": {part: source(score, part, wanted.weights) for part in score.wants}, "missing": missing})
+                      "weights": {part: source(score, part, request.weights) for part in score.wants},
+                      "published": dict(score.wants), "missing": why})
     together = [sample for share in job.ranks.objects(job.samples) for sample in share]
-    place = {name: index for index, name in enumerate(wanted.models)}
+    place = {name: index for index, name in enumerate(request.models)}
     together.sort(key=lambda sample: (place[sample["model"]], sample["prompt"], sample["sample"]))
     return Scored(about, together, set_rows)
 
@@ -89,7 +96,7 @@ def kind_of(score: AnyScore) -> str:
 
 
 def agreed(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """What `work` gives on this rank; a UserError on any rank is one on all, so that they stay in step. Every rank must call."""
+    """What `work` gives on this rank. A UserError on one rank is raised on all, so that they stay in step; every rank must call."""
     found, why = None, None
     try:
         found = work()
@@ -102,37 +109,37 @@ def agreed(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 
 def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """The same, the first rank before the others: it fetches what is on the hub."""
+    """The same, but the first rank works before the others: it fetches what is on the hub."""
     first = agreed(ranks, lambda: work() if ranks.rank == 0 else None)
     return agreed(ranks, lambda: first if ranks.rank == 0 else work())
 
 
 def loaded(score: AnyScore, job: Job) -> Any:
     """The score's network."""
-    return in_turn(job.ranks, lambda: score.load(found(score, job.wanted), job.ranks.device))
+    return in_turn(job.ranks, lambda: score.load(found(score, job.request), job.ranks.device))
 
 
-def find_all(wanted: Wanted, ranks: Ranks) -> dict[str, str]:
-    """Score -> why it cannot be given, for those that lack something; what is on the hub is fetched. Every rank must call."""
+def find_all(request: Request, ranks: Ranks) -> dict[str, str]:
+    """Score -> what it lacks, for those that lack something; what is on the hub is fetched. Every rank must call."""
     missing = {}
-    for score in (score for score in scores_of(wanted.video) if score.name in wanted.scores):
+    for score in requested(request):
         try:
-            in_turn(ranks, lambda score=score: found(score, wanted))
+            in_turn(ranks, lambda score=score: found(score, request))
         except UserError as error:
             missing[score.name] = str(error)
     return missing
 
 
-def found(score: AnyScore, wanted: Wanted) -> dict[str, Path]:
-    """The parts of its weights; a UserError where anything that it needs is not there."""
-    if isinstance(score, VideoScore) and wanted.real is None:
+def found(score: AnyScore, request: Request) -> dict[str, Path]:
+    """The parts of its weights; a UserError where something that it needs is missing."""
+    if isinstance(score, VideoScore) and request.real is None:
         raise UserError(f"{score.label} compares with real clips: give their folder by --real")
     check_packages(score)
-    return locate(score, wanted.weights)
+    return locate(score, request.weights)
 
 
 def check_packages(score: AnyScore) -> None:
-    """Before gigabytes of weights are fetched."""
+    """UserError that names a package which a score needs and which is not installed."""
     for name in score.packages:
         try:
             import_module(name)
@@ -142,7 +149,7 @@ def check_packages(score: AnyScore) -> None:
 
 
 def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:
-    """The samples get their values, if no rank's scorer refuses; on the first, the rows of a score that has one value a set."""
+    """On the first rank the table's rows of a score that has one value a set; else none. Writes the values into the samples."""
     if isinstance(score, SetScore):
         return score_sets(score, scorer, job)
     if isinstance(score, VideoScore) and score.kind == "set":
@@ -163,7 +170,7 @@ def values_of(score: Score | VideoScore, scorer: Any, job: Job) -> Iterator[tupl
 
 
 def put(score: AnyScore, samples: Sequence[Sample], values: Tensor) -> None:
-    """Values into their samples; one that is no number is none, and a problem."""
+    """Write values into their samples; a value that is not finite is left out and noted as a problem."""
     for sample, value in zip(samples, values.tolist(), strict=True):
         sample["values"][score.name] = value if math.isfinite(value) else None
         if not math.isfinite(value):
@@ -171,7 +178,7 @@ def put(score: AnyScore, samples: Sequence[Sample], values: Tensor) -> None:
 
 
 def usable(score: AnyScore, sample: Sample, features: Tensor) -> bool:
-    """Whether a sample's features are numbers; else it is left out, with a note, and its set has a value all the same."""
+    """Whether a sample's features are finite; if not, the sample is left out with a note, and its set still has a value."""
     finite = bool(features.isfinite().all())
     if not finite:
         note(sample, f"{score.label}: its features are not finite")
@@ -179,7 +186,7 @@ def usable(score: AnyScore, sample: Sample, features: Tensor) -> bool:
 
 
 def note(sample: Sample, problem: str) -> None:
-    """Once each."""
+    """Add a problem to a sample, each one once."""
     known = sample["problem"] or ""
     if problem not in known:
         sample["problem"] = f"{known}; {problem}".removeprefix("; ")
@@ -187,7 +194,7 @@ def note(sample: Sample, problem: str) -> None:
 
 def images_of(label: str, job: Job) -> Iterator[tuple[list[Image.Image], list[Sample]]]:
     """Batches of the samples that can be read."""
-    batches = list(chunks(job.samples, job.wanted.batch))
+    batches = list(chunks(job.samples, job.request.batch))
     for batch in tqdm(batches, desc=label, unit="batch", disable=job.ranks.rank != 0):
         read = [(image, sample) for sample in batch
                 if (image := given(sample, lambda sample=sample: read_image(job.path(sample)))) is not None]
@@ -203,7 +210,7 @@ def pairs_of(label: str, job: Job) -> Iterator[tuple[Tensor, Tensor, Sample]]:
     read_once = lru_cache(maxsize=1)(read_clip)
     samples = sorted(job.samples, key=lambda sample: sample["prompt"])
     for sample in tqdm(samples, desc=label, unit="clip", disable=job.ranks.rank != 0):
-        generated = given(sample, lambda sample=sample: read_video(job.path(sample), job.wanted.drawing.frames))
+        generated = given(sample, lambda sample=sample: read_video(job.path(sample), job.request.drawing.frames))
         if generated is None:
             continue
         frames, *_, side = generated.shape
@@ -217,7 +224,7 @@ def real_file(job: Job, sample: Sample) -> Path:
     clip = job.prompt(sample).clip
     if clip is None:
         raise UserError("its prompt names no real clip (a column videoid or file_name)")
-    return clip_file(job.wanted.real, clip)
+    return clip_file(job.request.real, clip)
 
 
 def given(sample: Sample, read: Callable[[], Any]) -> Any:
@@ -232,27 +239,27 @@ def given(sample: Sample, read: Callable[[], Any]) -> Any:
 
 
 def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor], job: Job) -> list[dict[str, Any]]:
-    """One value a model and group, of all ranks' images."""
+    """The table's rows, one a model and group, of all ranks' images."""
     mine = agreed(job.ranks, lambda: [({name: sample[name] for name in ("model", "prompt")}, vector)
                                       for images, samples in images_of(score.label, job)
                                       for sample, vector in zip(samples, embed(images), strict=True)
                                       if usable(score, sample, vector)])
     every = [pair for share in job.ranks.objects(mine) for pair in share]
     rows = []
-    for model in job.wanted.models:
-        for group in job.wanted.groups:
+    for model in job.request.models:
+        for group in job.request.groups:
             vectors = [vector for sample, vector in every if job.of(model, group)(sample)]
             rows.append(set_row(score, model, group, len(vectors), score.of(torch.stack(vectors)) if vectors else None))
     return rows
 
 
 def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job) -> list[dict[str, Any]]:
-    """The Frechet distance of each model's clips of a group to the real clips of the same prompts."""
+    """The table's rows: the Frechet distance of each model's clips of a group to the real clips of the same prompts."""
     shares = job.ranks.objects(agreed(job.ranks, lambda: moments_of(score, features, job)))
     if job.ranks.rank != 0:  # only the first reports, and the root of a large covariance takes a core seconds
         return []
     rows = []
-    for key in ((model, group) for model in job.wanted.models for group in job.wanted.groups):
+    for key in ((model, group) for model in job.request.models for group in job.request.groups):
         parts = [share[key] for share in shares if key in share]
         both = [reduce(add, side) for side in zip(*parts, strict=True)]
         enough = bool(both) and min(side.count for side in both) > 1
@@ -269,14 +276,15 @@ def moments_of(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job
         if not usable(score, sample, found):
             continue
         one, other = Moments.of(found), of_real(real)
-        for group in (group for group in job.wanted.groups if job.of(sample["model"], group)(sample)):
+        for group in (group for group in job.request.groups if job.of(sample["model"], group)(sample)):
             key = sample["model"], group
             sums[key] = (sums[key][0] + one, sums[key][1] + other) if key in sums else (one, other)
     return sums
 
 
 def set_row(score: AnyScore, model: str, group: str, count: int, value: float | None) -> dict[str, Any]:
-    """A row of the table. One value has no interval that a bootstrap could give: resampled sets are less diverse."""
+    """A row of the table. One value has no interval that a bootstrap could give (resampled sets are less diverse), so it is
+    never called the best."""
     value = value if value is not None and math.isfinite(value) else None
     return {"model": model, "group": group, "score": score.name, "mean": value, "low": None, "high": None, "count": count,
-            "win_rate": None}
+            "win_rate": None, "best": False}

@@ -21,8 +21,8 @@ class MissingWeights(UserError):
     """A score cannot be given: says which part is missing, where it is published, and the flag to give it by."""
 
 
-class Wanting(Protocol):
-    """What has weights to find: a score of images or of sets of them."""
+class NeedsWeights(Protocol):
+    """What has weights to find: any score."""
 
     @property
     def name(self) -> str: ...
@@ -32,20 +32,20 @@ class Wanting(Protocol):
     def wants(self) -> Mapping[str, str]: ...
 
 
-def flags(score: Wanting, part: str) -> tuple[str, ...]:
+def flags(score: NeedsWeights, part: str) -> tuple[str, ...]:
     """What a part is called after --weights, the usual name first."""
     return (score.name, f"{score.name}.{part}") if part == "model" else (f"{score.name}.{part}",)
 
 
-def source(score: Wanting, part: str, given: Mapping[str, str]) -> str:
+def source(score: NeedsWeights, part: str, given: Mapping[str, str]) -> str:
     """Where a part comes from: a path that the user gave, or where it is published."""
     return _path(score, part, given) or score.wants[part]
 
 
-def locate(score: Wanting, given: Mapping[str, str]) -> dict[str, Path]:
+def locate(score: NeedsWeights, given: Mapping[str, str]) -> dict[str, Path]:
     """Part -> its file or folder: `given["name"]` for the part "model", `given["name.part"]` for any, else the hub's.
 
-    A tokenizer that lies in the folder given for the model is taken from there.
+    A tokenizer that lies with the model that was given is taken from there.
     """
     return {part: _part(score, part, given) for part in score.wants}
 
@@ -77,22 +77,29 @@ def _shape(tensor: Any) -> str:
     return str(tuple(tensor.shape)) if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
 
 
-def _part(score: Wanting, part: str, given: Mapping[str, str]) -> Path:
+def _part(score: NeedsWeights, part: str, given: Mapping[str, str]) -> Path:
     usual, *_ = flags(score, part)
     path = _path(score, part, given)
     return _local(score, part, usual, expanded(path)) if path else _hub(score, part, usual)
 
 
-def _path(score: Wanting, part: str, given: Mapping[str, str]) -> str | None:
+def _path(score: NeedsWeights, part: str, given: Mapping[str, str]) -> str | None:
     """The user's path of a part, if there is one."""
     path = next((given[flag] for flag in flags(score, part) if flag in given), None)
-    if path is None and part == TOKENIZER and (folder := _path(score, "model", given)):
-        return folder if any((expanded(folder) / name).is_file() for name in VOCABULARIES) else None
+    if path is None and part == TOKENIZER and (model := _path(score, "model", given)):
+        return next((str(folder) for folder in _tokenizer_folders(expanded(model))
+                     if any((folder / name).is_file() for name in VOCABULARIES)), None)
     return path
 
 
-def _local(score: Wanting, part: str, flag: str, path: Path) -> Path:
-    """The path that the user gave, if it is a folder or file as wanted, or a folder that has the file."""
+def _tokenizer_folders(model: Path) -> tuple[Path, Path]:
+    """Where a tokenizer may lie: the model's folder, or that of its file, and a `tokenizer` in it."""
+    folder = model.parent if model.is_file() else model
+    return folder, folder / TOKENIZER
+
+
+def _local(score: NeedsWeights, part: str, flag: str, path: Path) -> Path:
+    """The path that the user gave, if it is of the right kind, folder or file, or a folder that has the file."""
     _, file = _source(score, part)
     if file and path.is_dir():
         path = path / file
@@ -101,7 +108,7 @@ def _local(score: Wanting, part: str, flag: str, path: Path) -> Path:
     return path
 
 
-def _hub(score: Wanting, part: str, flag: str) -> Path:
+def _hub(score: NeedsWeights, part: str, flag: str) -> Path:
     """The hub's file or snapshot; without a connection, the one left in the hub's cache."""
     if score.wants[part].startswith("https://"):
         raise MissingWeights(_message(score, part, flag, "it is not on the hub"))
@@ -129,15 +136,15 @@ def needed(names: list[str], part: str) -> list[str]:
     return sorted(small_files(top) + ([] if part == TOKENIZER else one_set(top, "transformers", None)))
 
 
-def _source(score: Wanting, part: str) -> tuple[str, str]:
-    """Repository and file; the file is "" where a whole repository is wanted. Of a URL, itself and its last part."""
+def _source(score: NeedsWeights, part: str) -> tuple[str, str]:
+    """Repository and file; the file is "" where the part is a whole repository. Of a URL, itself and its last part."""
     if score.wants[part].startswith("https://"):
         return score.wants[part], score.wants[part].rsplit("/", 1)[1]
     owner, name, *file = score.wants[part].split("/", 2)
     return f"{owner}/{name}", "".join(file)
 
 
-def _message(score: Wanting, part: str, flag: str, reason: str) -> str:
+def _message(score: NeedsWeights, part: str, flag: str, reason: str) -> str:
     repository, file = _source(score, part)
     form = f"the file {file}" if file else f"the folder of {repository}"
     place = repository if repository.startswith("https://") else f"https://huggingface.co/{repository}"

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 scanned digits (8x8, 17 grey levels) as captioned pictures; the sloppy crawl the base gets."""
+"""scikit-learn's 1,797 scanned digits (8x8, 17 grey levels) as captioned pictures; the sloppy crawl that the base learns from."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What both quickstarts make a base with: a tiny text encoder, a training loop, and a folder that is made once."""
+"""The parts of a base model that both quickstarts need: a tiny text encoder, a training loop, a folder that is made once."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def make_once(folder: Path, recipe: Any, code: Iterable[str], train: Callable[[A
 
 
 def _made_of(recipe: Any, code: Iterable[str]) -> dict[str, object]:
-    """What decides the base's bytes: the recipe, this code and the libraries."""
+    """The recipe, hashes of the code and the libraries' versions, which together decide the base's bytes."""
     here = Path(__file__).parent
     return {
         "recipe": asdict(recipe),

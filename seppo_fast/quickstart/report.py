@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the backend: there may be no display)
 
 RATES = "AAF rate: share of pairs with sign -1 (App. B.2); implicit accuracy: share with logit > 0."
-SAID = ("loss", "aaf_rate", "implicit_acc")
+FIGURES = ("loss", "aaf_rate", "implicit_acc")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -33,14 +33,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def iteration_mean(rows: Sequence[Mapping[str, Any]], key: str, which: int) -> float:
     """Mean of `key` over the first (`which=0`) or the last (`which=-1`) iteration's updates; NaN where none has it."""
-    wanted = sorted({row["iteration"] for row in rows})[which]
+    iteration = sorted({row["iteration"] for row in rows})[which]
     # Numbers that were not finite are null in the file.
-    values = [row[key] for row in rows if row["iteration"] == wanted and row[key] is not None]
+    values = [row[key] for row in rows if row["iteration"] == iteration and row[key] is not None]
     return sum(values) / len(values) if values else float("nan")
 
 
 def table(base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Before and after, and what the training said of itself, as text."""
+    """Scores before and after, and the training's own figures, as text."""
     lines = ["", f"{'':<22}{'base':>8}{'SePPO':>9}{'change':>10}"]
     for name in ("prompt_accuracy", "cleanliness"):
         before, after = 100 * getattr(base, name), 100 * getattr(trained, name)
@@ -57,7 +57,7 @@ def table(base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[st
 
 
 def iterations(rows: Sequence[Mapping[str, Any]], *widths: int) -> list[str]:
-    """What the training said of its first and its last iteration, in two columns of these widths."""
+    """The training's figures of its first and its last iteration, in two columns of these widths."""
     ends = [f"k={rows[which]['iteration']:.0f}" for which in (0, -1)]
     lines = ["", f"{'':<22}" + "".join(f"{end:>{width}}" for end, width in zip(ends, widths, strict=True))
              + "    (means over an iteration)"]
@@ -115,7 +115,7 @@ def write_result(
     path: Path, base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[str, Any]],
     seconds: Mapping[str, float], settings: Mapping[str, Any],
 ) -> None:
-    """Everything that was measured, and on what, as JSON."""
+    """Writes all measured values, and machine and settings, as JSON."""
     result = about_run(rows, seconds, settings) | {
         "judge": {"accuracy_on_real_digits": judge.accuracy, "distance_threshold": judge.threshold},
         "base": asdict(base),
@@ -126,7 +126,7 @@ def write_result(
 
 def about_run(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], settings: Mapping[str, Any],
               *modules: ModuleType) -> dict[str, Any]:
-    """What every result says beside its scores; of `modules` the versions, too."""
+    """The part of a result beside its scores: machine, versions (also of `modules`), settings, times, training."""
     return {
         "machine": machine(),
         "versions": {module.__name__: module.__version__
@@ -137,7 +137,7 @@ def about_run(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], s
         "seconds_in_training": {
             name: round(sum(row[f"seconds_{name}"] for row in rows), 1) for name in ("sampling", "training", "data")
         },
-        "first_iteration": {key: iteration_mean(rows, key, 0) for key in SAID},
-        "last_iteration": {key: iteration_mean(rows, key, -1) for key in SAID},
+        "first_iteration": {key: iteration_mean(rows, key, 0) for key in FIGURES},
+        "last_iteration": {key: iteration_mean(rows, key, -1) for key in FIGURES},
         "updates": len(rows),
     }

@@ -26,7 +26,7 @@ def arguments(argv: list[str] | None, program: str, about: str, out: str) -> arg
 
 
 def explained(main: Callable[..., int]) -> Callable[..., int]:
-    """`main`, whose exit status is 2 for a UserError, after its message."""
+    """`main`, but a UserError is printed as its message, with exit status 2."""
     @wraps(main)
     def run(argv: list[str] | None = None) -> int:
         try:
@@ -39,7 +39,7 @@ def explained(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def own_folder(out: Path) -> None:
-    """Make `out`, and mark it as the quickstart's; a UserError where it holds other things."""
+    """Makes `out` and marks it as the quickstart's; a UserError where it holds other files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()) and not (out / OURS).exists():
@@ -51,7 +51,7 @@ def own_folder(out: Path) -> None:
 
 
 def overrides(out: Path, seed: int) -> list[str]:
-    """What a shipped configuration leaves to be said: where the model and the data are, and where the run goes."""
+    """The settings that a shipped configuration leaves open: the paths of model, data and run, and the seed."""
     paths = {
         "model.path": out / "base", "data.source": out / "demonstrations",
         "data.cache_dir": out / "cache", "output_dir": out / "run",
@@ -60,7 +60,7 @@ def overrides(out: Path, seed: int) -> list[str]:
 
 
 def align(out: Path, config: str, settings: Sequence[str], seconds: dict[str, float]) -> int:
-    """SePPO into `out`/run, whose time goes to `seconds`; the training's exit status, said where it is not 0."""
+    """The exit status of the training into `out`/run, with a message where it is not 0. Its time goes to `seconds`."""
     say("3/4  SePPO")
     with timed(seconds, "training"):
         # The base is what takes long; a run folder is never written over by the trainer itself.
@@ -72,7 +72,7 @@ def align(out: Path, config: str, settings: Sequence[str], seconds: dict[str, fl
 
 
 def train(config: str, settings: Sequence[str]) -> int:
-    """Run `deepspeed seppo_fast/train.py --config CONFIG --set ...`, its output passed on; the exit status."""
+    """The exit status of `deepspeed seppo_fast/train.py --config CONFIG --set ...`; its output is passed on."""
     script = Path(seppo_fast.__file__).parent / "train.py"
     # One process and a free port: the result must not depend on the machine's NUMA nodes, nor fail beside another job.
     launcher = ["--num_gpus", "1", "--master_port", str(free_port())]

@@ -17,10 +17,10 @@ from seppo_fast.evaluation.arguments import check_real, check_weights, chosen
 from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.evaluation.generate import Drawing, Renderer, render, share_of
 from seppo_fast.evaluation.prompts import Prompt, read_prompts, tell_truncated
+from seppo_fast.evaluation.report.table import ALL, tabulate
+from seppo_fast.evaluation.request import Request
 from seppo_fast.evaluation.run import own_samples
 from seppo_fast.evaluation.scoring import Job, find_all, score_all, scores_of
-from seppo_fast.evaluation.table import ALL, tabulate
-from seppo_fast.evaluation.wanted import Wanted
 from seppo_fast.models import Conditions, Model
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
@@ -34,7 +34,7 @@ SECTION = "seppo.evaluation"
 class Validation:
     """Samples go to `wanted.out`/samples/update_00000030. `embeds`: a prompt's conditions, on the CPU; `shape`: (C, ..., h, w)."""
 
-    wanted: Wanted
+    wanted: Request
     model: Model
     embeds: Mapping[str, Conditions]
     shape: tuple[int, ...]
@@ -83,7 +83,7 @@ class Validation:
         return {score.name: score.better for score in scores_of(self.wanted.video)}
 
 
-def summary(wanted: Wanted, scores: list[dict[str, Any]], samples: list[dict[str, Any]], set_rows: list[dict[str, Any]]
+def summary(wanted: Request, scores: list[dict[str, Any]], samples: list[dict[str, Any]], set_rows: list[dict[str, Any]]
             ) -> tuple[dict[str, Any], list[str]]:
     """The numbers of a row of metrics.jsonl, and what a person should know beside them."""
     result = {"models": [{"name": name} for name in wanted.models], "groups": [ALL], "scores": scores, "samples": samples}
@@ -95,7 +95,7 @@ def summary(wanted: Wanted, scores: list[dict[str, Any]], samples: list[dict[str
     return row, said
 
 
-def what_is_wanted(config: Config, model: Model, say: Callable[[str], None]) -> Wanted:
+def what_is_wanted(config: Config, model: Model, say: Callable[[str], None]) -> Request:
     """The section as an evaluation in the run folder's `evaluation`, checked without loading or fetching anything."""
     ours = config.seppo
     asked = ours.evaluation
@@ -107,7 +107,7 @@ def what_is_wanted(config: Config, model: Model, say: Callable[[str], None]) -> 
                       precision(config.deepspeed).dtype, ours.sampler)
     prompts = prompts_of(config, say)
     tell_truncated(prompts, model, say)
-    return Wanted([], prompts, scores, dict(asked.weights), drawing,
+    return Request([], prompts, scores, dict(asked.weights), drawing,
                   Path(ours.output_dir) / "evaluation", real, asked.batch_size)
 
 
@@ -122,14 +122,14 @@ def prompts_of(config: Config, say: Callable[[str], None]) -> list[Prompt]:
     return [Prompt(text, ("prompts",)) for text in texts]
 
 
-def check_scores(wanted: Wanted, ranks: Ranks) -> None:
+def check_scores(wanted: Request, ranks: Ranks) -> None:
     """Find what the scores need, on the hub too; every rank calls. A UserError says which score lacks what."""
     if missing := find_all(wanted, ranks):
         raise UserError(f"{SECTION}.scores: {' '.join(missing.values())} In a configuration the flags are keys of {SECTION}, e.g."
                         f' {SECTION}.weights {{"SCORE": "PATH"}}; or leave the score out')
 
 
-def open_validation(wanted: Wanted, model: Model, dtype: torch.dtype, shape: tuple[int, ...], ranks: Ranks) -> Validation:
+def open_validation(wanted: Request, model: Model, dtype: torch.dtype, shape: tuple[int, ...], ranks: Ranks) -> Validation:
     """Embed this rank's prompts."""
     mine = share_of(Candidate("policy", model.path, model, lora=None), wanted.prompts, wanted.drawing, ranks)
     texts = list(dict.fromkeys(wanted.prompts[slot.prompt].text for slot in mine))

@@ -48,7 +48,7 @@ def evaluated(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
 
     from seppo_fast.evaluate import parse_arguments
-    from seppo_fast.evaluation.arguments import wanted_of
+    from seppo_fast.evaluation.arguments import request_of
     from seppo_fast.evaluation.run import evaluate
 
-    return lambda arguments: evaluate(wanted_of(parse_arguments(arguments), ranks, print), ranks, lambda line: None)
+    return lambda arguments: evaluate(request_of(parse_arguments(arguments), ranks, print), ranks, lambda line: None)

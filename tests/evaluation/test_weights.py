@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
@@ -86,6 +87,17 @@ def test_a_tokenizer_in_the_models_folder_is_taken_from_there(tmp_path, offline,
         assert source(REWARD, "tokenizer", given) == str(tmp_path)
     other = tmp_path / "weights"
     assert locate(REWARD, {"reward": str(tmp_path), "reward.tokenizer": str(other)})["tokenizer"] == other
+
+
+@pytest.mark.parametrize("given", ["weights/model.pt", "weights"])
+@pytest.mark.parametrize("place", ["weights", "weights/tokenizer"])
+def test_a_tokenizer_that_lies_with_the_models_file_is_taken_from_there(tmp_path, offline, given, place):
+    score = replace(REWARD, wants={"model": "tiny/reward/model.pt", "tokenizer": "tiny/words"})
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "weights" / "model.pt").write_text("")
+    (tmp_path / place / "vocab.json").write_text("{}")
+    assert locate(score, {"reward": str(tmp_path / given)}) == {
+        "model": tmp_path / "weights" / "model.pt", "tokenizer": tmp_path / place}
 
 
 @pytest.mark.parametrize(("given", "names"), [

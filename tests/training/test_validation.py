@@ -18,7 +18,7 @@ from tiny import tiny_clip, tiny_sd
 from seppo_fast.configfile import parse_config
 from seppo_fast.errors import UserError
 from seppo_fast.evaluate import parse_arguments
-from seppo_fast.evaluation.arguments import wanted_of
+from seppo_fast.evaluation.arguments import request_of
 from seppo_fast.evaluation.run import evaluate
 from seppo_fast.planning.dry_run import dry_run
 
@@ -65,7 +65,7 @@ def values_by_command(models: dict[str, Path], clip: Path, out: Path, ranks: Any
     arguments = ["--models", *(f"{name}={path}" for name, path in models.items()), "--prompts", str(out.parent / "prompts.txt"),
                  "--out", str(out), "--steps", "3", "--guidance-scale", "2", "--resolution", "16", "--per-prompt", "2", "--scores",
                  "pickscore", "--weights", f"pickscore={clip}", f"pickscore.tokenizer={clip}"]
-    result = evaluate(wanted_of(parse_arguments(arguments), ranks, print), ranks, lambda line: None)
+    result = evaluate(request_of(parse_arguments(arguments), ranks, print), ranks, lambda line: None)
     return [row["mean"] for row in result["table"]]
 
 

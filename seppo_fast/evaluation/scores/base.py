@@ -1,4 +1,4 @@
-"""What a score of single images is."""
+"""A score of single images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -192,7 +192,7 @@ def _levels(image: Image.Image) -> Tensor:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Whatever transformers raises while it loads becomes a message that names the path; no bars meanwhile."""
+    """Errors that transformers raises while it loads become a UserError that names the path; no progress bars."""
     try:
         with without_bars():
             yield

@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023): a BLIP that reads the prompt while it looks at the image, and an MLP on what it makes of that."""
+"""ImageReward (Xu et al. 2023): a BLIP that reads the prompt while it looks at the image, and an MLP on its output."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ def load(parts: Mapping[str, Path], device: torch.device) -> Scorer:
 
 
 class Reward(nn.Module):
-    """The network of the public file, under its names but for those that `public_name` translates."""
+    """The network of the public file, with its names except those that `public_name` translates."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig):
         super().__init__()

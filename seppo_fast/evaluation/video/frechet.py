@@ -64,7 +64,7 @@ def frechet(generated: Moments, real: Moments) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """L (D, rank) with covariance = L L^T; what is zero but for rounding is left out."""
+    """L (D, rank) with covariance = L L^T; directions that are zero up to rounding are left out."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()

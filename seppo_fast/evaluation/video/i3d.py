@@ -42,7 +42,7 @@ class Unit(nn.Module):
 
 
 def pooled(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Maxima; what is pooled comes from ReLUs, so that zeros around it change nothing."""
+    """Maxima. The input comes from ReLUs, so that a padding of zeros changes nothing."""
     return F.max_pool3d(same(x, kernel, stride), kernel, stride)
 
 

@@ -51,7 +51,7 @@ class Block(nn.Module):
         self.branches = [self.built(before, branch) for branch in branches]
 
     def built(self, channels: int, branch: Sequence[Step]) -> list[list[Pool]]:
-        """What is to be done after one another, and in each step side by side."""
+        """The steps, one after another; the branches of a step side by side."""
         steps: list[list[Pool]] = []
         for step in branch:
             if not isinstance(step, tuple):

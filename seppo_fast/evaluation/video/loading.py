@@ -27,7 +27,7 @@ def load_network(build: Callable[[], Network], file: Path, what: str, device: to
 
 
 def without(weights: Mapping[str, Any], unused: tuple[str, ...]) -> dict[str, Any]:
-    """Less those of unused layers, and less the batches counted, which files from before PyTorch 0.4.1 do not have."""
+    """The weights without those of unused layers and without batch counters, which files from before PyTorch 0.4.1 lack."""
     named = {str(name): value for name, value in weights.items()}  # another pickle's names may be numbers
     return {name: value for name, value in named.items()
             if not name.startswith(unused) and not name.endswith(".num_batches_tracked")}

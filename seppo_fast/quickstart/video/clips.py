@@ -1,4 +1,4 @@
-"""Clips of scikit-learn's digits that travel over a dark canvas, with captions; the sloppy crawl that the base gets."""
+"""Clips of scikit-learn's digits that travel over a dark canvas, with captions; the sloppy crawl that the base learns from."""
 
 from dataclasses import dataclass
 
@@ -45,7 +45,7 @@ def random_clips(digits: Digits, count: int, random: torch.Generator) -> Clips:
 
 
 def spoiled(clips: Clips, wrong_directions: float, bad_motion: float, degraded: float, seed: int) -> Clips:
-    """The clips as a sloppy crawl has them: a share captioned with another direction, a share that moves badly, or is degraded."""
+    """A sloppy crawl of the clips: shares of them have the wrong direction in the caption, move badly, or are degraded."""
     random, count = generator(seed, "video crawl"), len(clips)
     pixels, labels = clips.pixels.clone(), clips.labels.clone()
     bad = torch.rand(count, generator=random) < bad_motion
@@ -59,7 +59,7 @@ def spoiled(clips: Clips, wrong_directions: float, bad_motion: float, degraded: 
 
 
 def spoil_motion(pixels: Tensor, random: torch.Generator) -> Tensor:
-    """Half of the clips stand still at a random frame, half jump: their frames in a random order."""
+    """The clips with spoiled motion: half stand still at a random frame, half have their frames in a random order."""
     count = len(pixels)
     frozen = torch.randint(FRAMES, (count, 1), generator=random).expand(-1, FRAMES)
     shuffled = torch.rand(count, FRAMES, generator=random).argsort(dim=1)

@@ -18,7 +18,7 @@ from seppo_fast.seeds import generator, normal
 
 FEATURES = 64
 HELD_OUT = 200  # digits, each in four directions: about twenty clips a caption
-STILL = TRAVEL / 4  # pixels in a clip; what travels less is not said to move
+STILL = TRAVEL / 4  # pixels in a clip; a digit that travels less does not move
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Scores:
 
 
 class Judge:
-    """Direction by the centroid's way; Frechet distance, SSIM and PSNR to clips of digits that no model saw.
+    """Scores by the centroid's direction, and by Frechet distance, SSIM and PSNR to clips of digits that no model saw.
 
     `accuracy` is the direction accuracy on those held-out clips, `real` the scores of clean clips of the models' own digits:
     what a perfect model would get.
     """
 
     def __init__(self, held_out: Digits, others: Digits, samples: int, seed: int = 0):
-        """`samples`: how many clips `real` is of; as many as will be judged, since the Frechet distance depends on it."""
+        """`samples`: the number of clips in `real`. It should be the number judged: the Frechet distance depends on it."""
         random = generator(seed, "video judge")
         self.held_out = every_direction(Digits(held_out.pixels[:HELD_OUT], held_out.labels[:HELD_OUT]))
         self.features = Features(seed)
@@ -51,11 +51,11 @@ class Judge:
 
     def score(self, pixels: Tensor, labels: Sequence[int]) -> Scores:
         """Judge clips `(N, 16, 1, 32, 32)` in [0, 1] of the prompts `CAPTIONS[labels]`."""
-        wanted = torch.tensor(labels)
+        asked = torch.tensor(labels)
         found = direction(pixels)
-        ssim, psnr = likeness(pixels, self.nearest(pixels, wanted))
+        ssim, psnr = likeness(pixels, self.nearest(pixels, asked))
         return Scores(
-            direction_accuracy=float((found == wanted % len(DIRECTIONS)).float().mean()),
+            direction_accuracy=float((found == asked % len(DIRECTIONS)).float().mean()),
             moving=float((found >= 0).float().mean()), frechet_distance=self.distance(pixels), ssim=ssim, psnr=psnr,
             samples=len(labels),
         )
@@ -68,7 +68,7 @@ class Judge:
         return float(metric.compute())
 
     def nearest(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """The pairing: for each clip that held-out clip of its caption whose squared error to it is least, in the same shape."""
+        """For each clip the nearest held-out clip of its caption, by squared error, in the same shape."""
         pairs = torch.empty_like(pixels)
         for label in labels.unique():
             candidates = self.held_out.pixels[self.held_out.labels == label]
@@ -101,9 +101,9 @@ def every_direction(digits: Digits) -> Clips:
 
 
 def travel(pixels: Tensor) -> Tensor:
-    """The way of what is bright, `(N, 2)`: x and y in pixels from first to last frame, by least squares on all frames' centroids.
+    """How far the bright pixels travel, `(N, 2)`: x and y in pixels from first to last frame, by least squares on the centroids.
 
-    What is brighter than its frame's median by at least a quarter of what the brightest pixel of the clip is counts.
+    A pixel counts if it is brighter than its frame's median by at least a quarter of the largest such difference in the clip.
     """
     frames = pixels[:, :, 0].float()
     ink = (frames - frames.flatten(2).median(dim=2).values[..., None, None]).clamp(min=0)

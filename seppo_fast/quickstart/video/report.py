@@ -33,7 +33,7 @@ MEASURES = (
 
 
 def table(base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Before and after, what clean clips get, and what the training said of itself, as text."""
+    """Scores before and after and of clean clips, and the training's own figures, as text."""
     lines = ["", f"{'':<22}{'base':>10}{'SePPO':>11}{'change':>10}{'clean clips':>14}"]
     for name, label, form, change, unit in MEASURES:
         before, after, real = (unit * getattr(scores, name) for scores in (base, trained, judge.real))
@@ -42,8 +42,8 @@ def table(base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[st
     lines += [
         *iterations(rows, 10, 11),
         "",
-        f"direction accuracy: share of {base.samples} samples whose brightness travels in the prompt's direction, by least squares",
-        f"  on the frames' centroids (right for {100 * judge.accuracy:.1f}% of the held-out clips); what travels less than",
+        f"direction accuracy: share of {base.samples} samples whose digit travels in the prompt's direction, by least squares",
+        f"  on the frames' centroids (right for {100 * judge.accuracy:.1f}% of the held-out clips); a digit that travels less than",
         f"  {STILL:.0f} pixels does not move. Frechet distance (less is better): to clips of held-out digits, on {FEATURES} random",
         "  projections of 8x8 frames and of their differences. SSIM and PSNR: to the held-out clip of the same prompt whose",
         "  squared error is least. Clean clips: the same measures of as many real clips of the models' own digits.",
@@ -100,7 +100,7 @@ def write_result(
     path: Path, base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[str, Any]],
     seconds: Mapping[str, float], settings: Mapping[str, Any],
 ) -> None:
-    """Everything that was measured, and on what, as JSON."""
+    """Writes all measured values, and machine and settings, as JSON."""
     result = about_run(rows, seconds, settings, torchmetrics, av) | {
         "judge": {"accuracy_on_held_out_clips": judge.accuracy, "clean_clips": asdict(judge.real), "still": STILL,
                   "features": FEATURES},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from seppo_fast.evaluation.statistics import mean_of, win_rate
+from seppo_fast.evaluation.report.statistics import mean_of, win_rate
 
 
 def test_the_interval_is_scipys() -> None:

@@ -63,7 +63,8 @@ def row(model: str, group: str, score: dict[str, Any], g: int, m: int) -> dict[s
     rate = {"pickscore": 0.6, "lpips": (0.5, 0.3, 0.7)[g]}.get(score["name"])
     won = {"mean": rate, "low": rate and rate - 0.05, "high": rate and rate + 0.05, "count": COUNT} if m and not one else None
     return {"model": model, "group": group, "score": score["name"], "mean": mean, "low": None if one else mean - 0.5,
-            "high": None if one else mean + 0.5, "count": COUNT, "win_rate": won}
+            "high": None if one else mean + 0.5, "count": COUNT, "win_rate": won,
+            "best": mean is not None and m == (0 if score["better"] == "lower" else 2)}
 
 
 def missing() -> str | None:
@@ -106,6 +107,8 @@ class Page:
         """From nothing: an address that differs in its view alone would not load anew."""
         self.driver.get("about:blank")
         self.driver.get(self.address + view)
+        # The driver may be back before the page's own script has drawn the rows.
+        self.wait(lambda: self.script("location.protocol === 'file:' && document.readyState === 'complete'"))
         return self
 
     def script(self, expression: str, *arguments: Any) -> Any:
@@ -149,4 +152,4 @@ class Page:
         """The addresses asked for since the last call, without what pages have in themselves and the browser's own."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         asked = [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
-        return [address for address in asked if not address.startswith(("data:", "chrome:", "about:"))]
+        return [address for address in asked if not address.startswith(("data:", "chrome:", "chrome-untrusted:", "about:"))]

@@ -10,6 +10,9 @@ const sign = score => score.better === "lower" ? -1 : 1;
 const key = (...parts) => parts.join("\n");
 const cells = new Map(result.table.map(row => [key(row.model, row.group, row.score), row]));
 const PAGE = 50;
+const nothingScored = scores.every(score => score.missing);
+const given = scores.filter(score => !score.missing).flatMap(score => Object.entries(score.weights ?? {})
+  .filter(([part, place]) => place !== score.published?.[part]).map(([part, place]) => ({score, part, place})));
 
 // A row is a prompt and a sample's index, with the samples of all models: the same noise for each.
 const prompts = new Map(result.prompts.map(prompt => [prompt.index, {...prompt, words: folded(prompt.text)}]));
@@ -91,7 +94,8 @@ function drawAbout() {
     .map(([name, value]) => h("span", {class: "fact"}, `${name.replaceAll("_", " ")} `, h("b", {}, String(value))));
   const sizes = groups.slice(1).map(group => `${group} ${result.prompts.filter(prompt => member(prompt, group)).length}`);
   const facts = {
-    Models: models.map(model => h("div", {}, swatch(model.name), h("b", {}, model.name), " ", h("code", {}, model.path))),
+    Models: models.map(model => h("div", {}, swatch(model.name), h("b", {}, model.name), " ", h("code", {}, model.path),
+      model.local && h("span", {class: "note"}, " (local files)"))),
     Prompts: [plural(result.prompts.length, "prompt"), sizes.length && ` (${sizes.join(", ")})`,
               per_prompt && `, ${plural(per_prompt, "sample")} a prompt`],
     Sampler: flat(sampler), Seed: [known(seed) && String(seed)], Date: [about.date],
@@ -104,28 +108,28 @@ function drawAbout() {
 
 // The table: models down, scores across.
 function drawTable() {
-  const best = new Map(scores.map(score => {
-    const means = models.map(model => cell(model.name, score)?.mean).filter(known);
-    return [score, means.length > 1 ? sign(score) * Math.max(...means.map(mean => sign(score) * mean)) : null];
-  }));
   const heads = scores.map(score => h("th", {scope: "col"}, score.label, arrow(score)));
   const body = models.map(({name}) => h("tr", {}, h("th", {scope: "row"}, swatch(name), name),
     scores.map(score => score.missing ? h("td", {class: "none", "aria-describedby": `missing-${score.name}`}, "missing")
-                                      : figures(name, score, best.get(score)))));
-  const legend = `Prompts: ${state.group}. Mean, best in bold; below it its 95\u00a0% interval` + (!others.length ? "." :
+                                      : figures(name, score))));
+  const legend = `Prompts: ${state.group}. Mean; below it its 95\u00a0% interval` + (!others.length ? "." :
     `, then the win rate: the share of samples that are better than ${first}’s from the same noise.` +
-    " Better and worse: the whole interval of the win rate is above or below 50\u00a0%.");
+    " Better and worse: the whole interval of the win rate is above or below 50\u00a0%." +
+    " Bold: the 95\u00a0% interval of the difference to every other model is clear of zero.");
   fill("scores-note", legend);
   fill("table", h("thead", {}, h("tr", {}, h("th", {scope: "col"}, "Model"), heads)), h("tbody", {}, body));
+  fill("given", given.length > 0 && [h("p", {}, "Weights given by path, not compared with the published ones:"),
+    h("ul", {}, given.map(({score, part, place}) => h("li", {}, `${score.label}, ${part}: `, h("code", {}, place),
+      score.published?.[part] && [" (published: ", h("code", {}, score.published[part]), ")"])))]);
   fill("missing", scores.filter(score => score.missing).map(score => h("li", {id: `missing-${score.name}`},
     h("b", {}, `${score.label} is missing: `), score.missing)));
 }
 
-function figures(model, score, best) {
+function figures(model, score) {
   const row = cell(model, score);
   if (!known(row?.mean)) return h("td", {class: "none"}, "no value");
   const most = Math.max(...models.map(each => cell(each.name, score)?.count ?? 0));
-  return h("td", {}, h(row.mean === best ? "strong" : "span", {}, number(row.mean)),
+  return h("td", {}, h(row.best ? "strong" : "span", {}, number(row.mean)),
     known(row.low) && h("small", {}, between(row)),
     judged(row.win_rate) && h("small", {class: judged(row.win_rate)}, `${percent(row.win_rate.mean)} (${shares(row.win_rate)})`),
     row.count < most && h("small", {}, `${row.count} of ${most} samples`));
@@ -353,6 +357,13 @@ fill("score", scores.filter(score => score.kind === "sample").map(
 fill("sort", option("prompt", "prompt order"), option("gain", others.length ? "largest gain first" : "best first"),
      option("loss", others.length ? "largest loss first" : "worst first"));
 document.getElementById("groups").hidden = groups.length < 2;
+if (nothingScored) {  // the pictures are all that there is to see
+  const part = id => document.getElementById(id).parentElement, link = id => document.querySelector(`nav a[href='#${id}']`);
+  document.querySelector("main").prepend(part("samples"));
+  link("scores").before(link("samples"), " ");
+  for (const id of ["wins", "distributions"]) part(id).hidden = link(id).hidden = true;
+  for (const id of ["score", "model", "sort"]) part(id).hidden = true;
+}
 const search = document.getElementById("q");
 search.addEventListener("input", later(120, () => change({q: search.value})));
 for (const name of ["group", "score", "model", "sort"]) {

@@ -23,7 +23,7 @@ class Interval:
 
 
 def mean_of(values: Sequence[float | None], prompts: Sequence[int]) -> Interval:
-    """The mean of the values that are finite. Samples of one prompt are alike: what is drawn anew is prompts, not samples."""
+    """The mean of the finite values. The bootstrap resamples prompts, not samples, since samples of one prompt are alike."""
     known = [(value, prompt) for value, prompt in zip(values, prompts, strict=True) if is_finite(value)]
     if not known:
         return Interval(None, None, None, 0)
@@ -43,7 +43,7 @@ def win_rate(values: Sequence[float | None], others: Sequence[float | None], pro
 
 
 def bootstrap(values: Tensor, owner: Tensor) -> tuple[float, float]:
-    """Bounds of the mean of `values` (N,) when their owners, numbered from 0, are drawn with replacement; a fixed seed."""
+    """Bounds of the mean of `values` (N,) when their owners, numbered from 0, are resampled; with a fixed seed."""
     count = int(owner.max()) + 1
     sums = torch.zeros(count, dtype=torch.double).index_add_(0, owner, values)
     sizes = torch.zeros(count, dtype=torch.double).index_add_(0, owner, torch.ones_like(values))

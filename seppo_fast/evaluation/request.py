@@ -1,4 +1,4 @@
-"""What an evaluation is asked for."""
+"""The request: what an evaluation draws and scores."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,11 +7,11 @@ from pathlib import Path
 from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.evaluation.generate import Drawing
 from seppo_fast.evaluation.prompts import Prompt
-from seppo_fast.evaluation.table import groups_of
+from seppo_fast.evaluation.report.table import groups_of
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Request:
     """What the command line asks for. `weights`: score or score.part -> file or folder; `real`: the folder of the real clips."""
 
     candidates: list[Candidate]

@@ -88,7 +88,7 @@ def pictures_of(samples: Sequence[Mapping[str, Any]], folder: Path) -> list[Pict
 
 
 def picture_of(sample: Mapping[str, Any], folder: Path) -> Picture | str | None:
-    """A small picture of the sample, or why there is none; None for a sample that was never made, whose problem says why."""
+    """A small picture of the sample, or why there is none. None for a sample that was not made; its problem says why."""
     if sample["file"] is None:
         return None
     try:

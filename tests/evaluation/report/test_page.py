@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation.browser import CORRUPT, COUNT, GONE, MODELS, NAN, NEVER, ODD, WHY, Page, chromium, demo, missing, value
+from evaluation.report.browser import CORRUPT, COUNT, GONE, MODELS, NAN, NEVER, ODD, WHY, Page, chromium, demo, missing, value
 from PIL import Image
 
 from seppo_fast.errors import UserError
-from seppo_fast.evaluation.page import write_page
+from seppo_fast.evaluation.report.page import write_page
 
 in_a_browser = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
@@ -337,3 +337,42 @@ def test_one_model_is_ordered_by_its_values_and_clips_play(driver: Any, tmp_path
     assert page.prompts() == [2, 1, 0] and page.text("#wins-note") == "There is one model, and nothing to compare it with."
     page.wait(lambda: page.script("document.querySelector('#rows img').naturalWidth") == 192)
     assert page.complaints() == []
+
+
+@in_a_browser
+def test_without_scores_the_pictures_come_first(driver: Any, tmp_path: Path) -> None:
+    made = demo(tmp_path)
+    write_page(made | {"scores": [score | {"missing": WHY} for score in made["scores"]], "table": [],
+                       "samples": [sample | {"values": {}} for sample in made["samples"]]}, tmp_path)
+    page = Page(driver, tmp_path / "index.html").open()
+    assert page.texts("main section:not([hidden]) h2") == ["Samples", "Scores"]
+    assert page.texts("nav a:not([hidden])") == ["Samples", "Scores"] and len(page.texts("#missing li")) == 4
+    assert page.prompts() == list(range(50)) and page.texts("form label:not([hidden])") == ["Search prompts"]
+    assert page.complaints() == []
+
+
+@in_a_browser
+def test_weights_and_models_of_ones_own_are_named(driver: Any, tmp_path: Path) -> None:
+    made = demo(tmp_path)
+    made["models"][1]["local"] = True
+    made["scores"][0] |= {"weights": {"model": "/clip", "tokenizer": "a/b"}, "published": {"model": "c/d", "tokenizer": "a/b"}}
+    write_page(made, tmp_path)
+    page = Page(driver, tmp_path / "index.html").open()
+    assert page.texts("#given li") == ["PickScore, model: /clip (published: c/d)"]
+    assert page.texts("#about dd:first-of-type div")[:2] == ["base runs/base/final", "tuned runs/tuned/final (local files)"]
+
+
+@in_a_browser
+def test_the_table_scrolls_on_a_phone(page: Page) -> None:
+    try:
+        page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                                    {"width": 360, "height": 640, "deviceScaleFactor": 3, "mobile": True})
+        page.open()
+        assert page.script("document.documentElement.scrollWidth") == page.script("innerWidth") == 360
+        left, seen, most = page.script("""(box => { box.scrollLeft = 1e4;
+            const side = query => box.querySelector(query).getBoundingClientRect();
+            return [side("tbody td:last-child").right, side("tbody th").right, box.getBoundingClientRect().right]; }
+            )(document.querySelector('.scroll'))""")
+        assert left <= most + 1 and seen < most / 2  # the last column is in sight, and the models' names leave room for it
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

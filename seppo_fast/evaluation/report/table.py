@@ -6,10 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from seppo_fast.evaluation.statistics import is_finite, mean_of, win_rate
+from seppo_fast.evaluation.report.statistics import is_finite, mean_of, win_rate
 
 ALL = "all"
 ARROWS = {"higher": "↑", "lower": "↓"}
+BOLD = "Bold: the 95 % interval of the difference to every other model is clear of zero."
+
+Values = Mapping[tuple[int, int], float | None]  # prompt and sample -> a model's value of a score
 
 
 def groups_of(sets: Sequence[tuple[str, ...]]) -> list[str]:
@@ -28,24 +31,56 @@ def tabulate(result: Mapping[str, Any], sets: Sequence[tuple[str, ...]]) -> list
     rows = []
     by_model = {model["name"]: [sample for sample in result["samples"] if sample["model"] == model["name"]]
                 for model in result["models"]}
-    first = next(iter(by_model))
     for group in result["groups"]:
-        for score in result["scores"]:
-            if score["kind"] != "sample":
-                continue
-            name = score["name"]
-            of_first = {(sample["prompt"], sample["sample"]): sample["values"].get(name) for sample in by_model[first]}
-            for model, every in by_model.items():
-                samples = [sample for sample in every if in_group(sets[sample["prompt"]], group)]
-                values, owners = [sample["values"].get(name) for sample in samples], [sample["prompt"] for sample in samples]
-                others = [of_first.get((sample["prompt"], sample["sample"])) for sample in samples]
-                won = None if model == first else asdict(win_rate(values, others, owners, score["better"]))
-                rows.append({"model": model, "group": group, "score": name, **asdict(mean_of(values, owners)), "win_rate": won})
+        inside = {model: [sample for sample in samples if in_group(sets[sample["prompt"]], group)]
+                  for model, samples in by_model.items()}
+        for score in (score for score in result["scores"] if score["kind"] == "sample"):
+            values = {model: {(sample["prompt"], sample["sample"]): sample["values"].get(score["name"]) for sample in samples}
+                      for model, samples in inside.items()}
+            rows += rows_of(values, group, score)
     return rows
 
 
+def rows_of(values: Mapping[str, Values], group: str, score: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a model, of its values of one score in one group. `best`: clearly better than every other model."""
+    rows, first = [], next(iter(values))
+    means = {model: mean_of([*own.values()], [prompt for prompt, _ in own]) for model, own in values.items()}
+    best = clearly_best(values, {model: found.mean for model, found in means.items()}, score["better"])
+    for model, own in values.items():
+        owners = [prompt for prompt, _ in own]
+        won = None if model == first else asdict(win_rate([*own.values()], paired(own, values[first]), owners, score["better"]))
+        rows.append({"model": model, "group": group, "score": score["name"], **asdict(means[model]), "win_rate": won,
+                     "best": model == best})
+    return rows
+
+
+def paired(own: Values, other: Values) -> list[float | None]:
+    """The other model's values from the same noise."""
+    return [other.get(slot) for slot in own]
+
+
+def clearly_best(values: Mapping[str, Values], means: Mapping[str, float | None], better: str) -> str | None:
+    """The model whose difference to each other one has a 95 % interval above zero, or below where lower is better.
+
+    None where there is no such model, or one model, or one prompt that two have values of: its interval would have no width.
+    """
+    sign = 1 if better == "higher" else -1
+    known = [model for model, mean in means.items() if mean is not None]
+    if len(known) < 2:
+        return None
+    best = max(known, key=lambda model: sign * means[model])
+    for model in (model for model in known if model != best):
+        both = [slot for slot, value in values[best].items() if is_finite(value) and is_finite(values[model].get(slot))]
+        owners = [prompt for prompt, _ in both]
+        found = mean_of([sign * (values[best][slot] - values[model][slot]) for slot in both], owners)
+        if len(set(owners)) < 2 or found.low <= 0:
+            return None
+    return best
+
+
 def markdown(result: Mapping[str, Any]) -> str:
-    """Means as in Tables 1 and 2 (models down, scores and sets across, the best bold), then intervals and win rates."""
+    """Means as in Tables 1 and 2 (models down, scores and sets across, what is clearly best bold), then intervals, win rates,
+    weights that were given by path, and what is missing."""
     groups = result["groups"][1:] or result["groups"]
     columns = [(score, group) for score in result["scores"] for group in groups]
     cells = {(row["model"], row["group"], row["score"]): row for row in result["table"]}
@@ -53,30 +88,30 @@ def markdown(result: Mapping[str, Any]) -> str:
     names = [f"{score['label']} {ARROWS[score['better']]}{f' {group}' if several else ''}" for score, group in columns]
     lines = ["| Model | " + " | ".join(names) + " |", "|---" * (len(columns) + 1) + "|"]
     for model in result["models"]:
-        shown = [mean_cell(cells, result["models"], model["name"], group, score) for score, group in columns]
+        shown = [mean_cell(cells.get((model["name"], group, score["name"])), score) for score, group in columns]
         lines.append(f"| {escaped(model['name'])} | " + " | ".join(shown) + " |")
     first = result["models"][0]["name"]
     heading = ("Model", "Prompts", "Score", "Mean", "95 % interval", f"Better than {escaped(first)}", "95 % interval")
+    lines += ["", BOLD] if any(row["best"] for row in result["table"]) else []
     lines += ["", "| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     labels = {score["name"]: score["label"] for score in result["scores"]}
     for row in result["table"]:
         won = row["win_rate"] or {"mean": None, "low": None, "high": None}
         lines.append(f"| {escaped(row['model'])} | {escaped(row['group'])} | {labels[row['score']]} | {number(row['mean'])}"
                      f" | {between(row)} | {share(won['mean'])} | {between(won, share)} |")
+    given = [f"- {score['label']}, {part}: {place} (published: {score['published'][part]})" for score in result["scores"]
+             if not score["missing"] for part, place in score["weights"].items() if place != score["published"][part]]
     missing = [f"- {score['label']}: {score['missing']}" for score in result["scores"] if score["missing"]]
+    lines += ["", "Weights given by path, not compared with the published ones:", *given] if given else []
     return "\n".join([*lines, *(["", "Missing:", *missing] if missing else [])]) + "\n"
 
 
-def mean_cell(cells: Mapping[tuple[str, str, str], Mapping[str, Any]], models: Sequence[Mapping[str, str]], model: str, group: str,
-              score: Mapping[str, Any]) -> str:
-    """One mean, bold where no model's is better."""
+def mean_cell(row: Mapping[str, Any] | None, score: Mapping[str, Any]) -> str:
+    """One mean, bold where it is clearly the best."""
     if score["missing"]:
         return "missing"
-    means = {each["name"]: cells.get((each["name"], group, score["name"]), {"mean": None})["mean"] for each in models}
-    known = [mean for mean in means.values() if is_finite(mean)]
-    best = (max if score["better"] == "higher" else min)(known, default=None)
-    text = number(means[model])
-    return f"**{text}**" if len(known) > 1 and means[model] == best else text
+    text = number(row["mean"] if row else None)
+    return f"**{text}**" if row and row["best"] else text
 
 
 def write_csv(result: Mapping[str, Any], path: Path) -> None:
