@@ -14,8 +14,8 @@ from seppo_fast.models import Conditions
 from seppo_fast.seeds import generator, normal
 from seppo_fast.training.objective import Pairs
 
-# A slot's rollout, on the CPU: "loser", its sample (C, h, w), scaled latents; "ref_mse" (2,) fp32, its
-# errors on the pair's winner and loser, where they are computed ahead of the training.
+# A slot's rollout, on the CPU: "loser", the reference's sample (C, h, w), scaled latents; "ref_mse" (2,) fp32, its errors on the
+# pair's winner and loser, where they are computed ahead of the training.
 Rollouts = Mapping[int, dict[str, Tensor]]
 
 
