@@ -29,6 +29,7 @@ sys.path[:0] = {paths}
 import torch.distributed as dist
 from seppo_fast import train
 from seppo_fast.errors import UserError
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal: a shell's background jobs ignore it
 raw, out = json.loads(Path("raw.json").read_text()), Path("runs").absolute()
 before, handlers = dict(os.environ), [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
 

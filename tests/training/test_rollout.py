@@ -89,25 +89,25 @@ def test_the_reference_leaves_the_device_while_nobody_asks_it(changes: dict[str,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU there is nowhere to go; seen here is where it was sent last when it is asked and when the policy is trained."""
     sent, seen = ["device"], []
-    to, ask, update = UNet2DConditionModel.to, Trainer.ask, Trainer.update_policy
+    to, draw, update = UNet2DConditionModel.to, Trainer.draw, Trainer.update_policy
 
     def moved(self: UNet2DConditionModel, where: Any) -> Any:
         sent.append("host" if where == "cpu" else "device")
         return to(self, where)
 
-    def asked(self: Trainer, slots: Any) -> Any:
+    def drawn(self: Trainer, slots: Any) -> Any:
         monkeypatch.setattr(UNet2DConditionModel, "to", moved)  # from here on only the trainer moves a model
-        seen.append(("asked", sent[-1]))
-        return ask(self, slots)
+        seen.append(("drawn", sent[-1]))
+        return draw(self, slots)
 
     def updated(self: Trainer, number: int) -> Any:
         seen.append(("trained", sent[-1]))
         return update(self, number)
 
-    monkeypatch.setattr(Trainer, "ask", asked)
+    monkeypatch.setattr(Trainer, "draw", drawn)
     monkeypatch.setattr(Trainer, "update_policy", updated)
     train(settings(**changes))
-    assert set(seen) == {("asked", "device"), ("trained", "host" if rests else "device")}
+    assert set(seen) == {("drawn", "device"), ("trained", "host" if rests else "device")}
 
 
 def test_a_resting_reference_is_fetched_once_an_iteration(settings: Any, train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
