@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from seppo_fast.disk import complete_or_not
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.evaluation.generate import Drawing, generate, share_of
@@ -116,9 +117,8 @@ def remember(request: Request) -> None:
 
 def write_whole(file: Path, value: Mapping[str, Any]) -> None:
     """`value` as JSON in `file`; all of it or nothing."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(file)
+    with complete_or_not(file) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def settings_of(drawing: Drawing) -> dict[str, Any]:
