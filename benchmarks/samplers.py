@@ -31,7 +31,7 @@ from benchmarks.ways import Way
 from seppo_fast.config import Sampler as Settings
 from seppo_fast.models.layout import convolve_in_channels_last
 from seppo_fast.profiling.report import operator_table, operators
-from seppo_fast.reference import Sampler, solver_table
+from seppo_fast.reference import Sampler, classifier_free, solver_table
 
 GUIDANCE = 7.5
 Draw = Callable[[], Tensor]
@@ -70,7 +70,7 @@ def ours(name: str, batch: int, steps: int, device: str, **settings: object) -> 
         convolve_in_channels_last(unet)
     table = solver_table(DDIMScheduler(**schedule(name)).config, "ddim", steps).to(device)
     noise, given, unconditional = inputs(name, batch, device, dtype)
-    sampler = Sampler(unet, denoise, table, unconditional,
+    sampler = Sampler(unet, denoise, table, unconditional, classifier_free(GUIDANCE, unconditional),
                       Settings(solver="ddim", steps=steps, guidance_scale=GUIDANCE, batch_size=batch, **settings), dtype)
     return lambda: sampler.draw(noise, given)
 

@@ -31,6 +31,7 @@ from seppo_fast.ops import available_backends
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
+from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, solver_table
@@ -80,7 +81,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     started = {}
     if ours.model.start_from and folder.resume_from is None:
         started, state.started_from = start.read(ours.model.start_from, model, ours.model, ours.seed)
-    cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].losers == "data",
+    cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].needs_losers,
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
                         progress=ranks.rank == 0, output_dir=folder.path)
     trained_on, held = split(len(cache), ours.data.hold_out, ours.seed)
@@ -135,7 +136,7 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Source]:
         if turn:
             model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
                                motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames)
-            source = open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed, video=model.video)
+            source = open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed, video=model.video)
         ranks.barrier()
     return model, source
 
@@ -221,7 +222,8 @@ def open_sampler(config: Config, batch: Batch, objective: Objective, reference: 
                  ranks: Ranks) -> Sampler:
     """What draws from `reference`. All ranks take the smallest of their batch sizes: each step asks all of them for signals."""
     ours = config.seppo
-    sampler = Sampler(reference, objective.denoise, table.to(ranks.device), pairs.unconditional, ours.sampler, objective.dtype,
+    sampler = Sampler(reference, objective.denoise, table.to(ranks.device), pairs.unconditional,
+                      classifier_free(ours.sampler.guidance_scale, pairs.unconditional), ours.sampler, objective.dtype,
                       objective.autocast, teller(ranks))
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
     sampler.fit(pairs.cache.shape, updates * batch.size // batch.world, agree=lambda size: -ranks.largest(-size))

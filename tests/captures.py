@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from seppo_fast.config import Sampler as Settings
-from seppo_fast.reference import Sampler, sample, solver_table
+from seppo_fast.reference import Sampler, classifier_free, sample, solver_table
 
 SCHEDULE = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
             "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1}
@@ -43,13 +43,14 @@ UNCONDITIONAL = {"prompt_embeds": torch.randn(1, 5, 12, generator=torch.Generato
 def captured(unet, denoise, solver="ddim", autocast=None, say=lambda text: None, **settings):
     settings = Settings(**{"guidance_scale": 2.5, "batch_size": 4} | settings)
     table = solver_table(SCHEDULE, solver, 5).to("cuda")
-    return Sampler(unet, denoise, table, UNCONDITIONAL, settings, torch.float32, autocast, say)
+    branches = classifier_free(settings.guidance_scale, UNCONDITIONAL)
+    return Sampler(unet, denoise, table, UNCONDITIONAL, branches, settings, torch.float32, autocast, say)
 
 
 def expected(unet, noise, conditions, guidance=2.5, solver="ddim", autocast=None):
     with torch.autocast("cuda", autocast, enabled=autocast is not None):
         return sample(lambda *args: Denoise()(unet, *args), solver_table(SCHEDULE, solver, 5).to("cuda"), noise, conditions,
-                      UNCONDITIONAL, guidance, torch.float32)
+                      UNCONDITIONAL, classifier_free(guidance, UNCONDITIONAL), torch.float32)
 
 
 def close(got, want, tolerance=1e-3):

@@ -21,6 +21,7 @@ from seppo_fast.models import Conditions, Model
 from seppo_fast.models.launches import set_processors
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
+from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.seeds import generator
@@ -121,7 +122,9 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
     if ranks.device.type == "cuda":
         set_processors(unet)
     table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps, "--steps").to(ranks.device)
-    sampler = Sampler(unet, model.denoise, table, embed([""]), drawing.sampler, dtype, say=say)
+    empty = embed([""])
+    branches = classifier_free(drawing.sampler.guidance_scale, empty)
+    sampler = Sampler(unet, model.denoise, table, empty, branches, drawing.sampler, dtype, say=say)
     sampler.fit(shape, count)
     return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device)
 

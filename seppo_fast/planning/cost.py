@@ -15,6 +15,7 @@ from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_p
 from seppo_fast.models.trial import explained
 from seppo_fast.planning.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.planning.network_memory import inference, micro_batch
+from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.training.engine import precision
 from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
 
@@ -102,8 +103,8 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     weights = sum(weight.nbytes for weight in unet.parameters())
     method = METHODS[ours.method]
     halves = 1 if method.losers is None else 2
-    generated = method.losers == "reference"
-    guided = 1 if ours.sampler.guidance_scale == 1 else 2
+    generated = method.draws
+    guided = len(classifier_free(ours.sampler.guidance_scale, ()))
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return _inputs(unet, latent_shape(model, ours.data), samples, dtype)

@@ -80,6 +80,6 @@ def _source(config: Config, model: Model | None, missing: list[str]) -> Source |
     elif is_hub_dataset(ours.data):
         missing.append(f"seppo.data.source {ours.data.source} is no file or folder here: it will be downloaded from the hub")
     else:
-        return open_source(ours.data, needs_loser=METHODS[ours.method].losers == "data", seed=ours.seed,
+        return open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed,
                            video=None if model is None else model.video)
     return None

@@ -29,7 +29,7 @@ STREAMED = ("prompts alone: clips are decoded and encoded while it trains, with 
 def cache_bytes(model: Model, config: Config) -> int:
     """Bytes that a demonstration's latents take in the cache; prompt embeddings come on top, once for each prompt."""
     data = config.seppo.data
-    tensors = 4 if METHODS[config.seppo.method].losers == "data" else 2  # mean and standard deviation, of each image
+    tensors = 4 if METHODS[config.seppo.method].needs_losers else 2  # mean and standard deviation, of each image
     return tensors * prod(latent_shape(model, data)) * getattr(torch, data.cache_dtype).itemsize
 
 
@@ -43,7 +43,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     streamed = source is not None and streams(source, ours.data, video)
     method = METHODS[ours.method]
     updates = ours.updates
-    samples = updates * batch.size if method.losers == "reference" else 0
+    samples = updates * batch.size if method.draws else 0
     lines = {
         "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {ours.beta:g}, noise"
                                  f" {ours.noise}" if ours.flipper else ""),

@@ -159,7 +159,7 @@ def _changes(config: Config, cost: Cost, model: Model, work: Work, rate: Rate) -
     """A table of hours in all: a row for each thing that can be changed, a column for each number of GPUs."""
     ours = config.seppo
     rows = {"as configured": work}
-    if METHODS[ours.method].losers == "reference":
+    if METHODS[ours.method].draws:
         calls = len(solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps).timesteps)
         for solver, steps in [(ours.sampler.solver, steps) for steps in STEPS] + [("pndm", STEPS[0])]:
             if steps > model.num_train_timesteps:

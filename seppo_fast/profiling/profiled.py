@@ -134,7 +134,7 @@ class ProfiledTrainer(Trainer):
         if self.state.update == 1:
             self.clock.restart()
         super().draw_rollouts(k, update)
-        if self.last and METHODS[self.settings.method].losers == "reference":
+        if self.last and METHODS[self.settings.method].draws:
             slots = list(self.slots(update))
             slots = slots[:even(len(slots), self.sampler.batch_size)]
             noise, conditions = self.pairs.initial_noise(slots), self.pairs.prompts(slots)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seppo_fast.reference.guidance import Branches
 from seppo_fast.reference.solver import SolverTable
 
 Conditions = dict[str, Tensor]
@@ -16,16 +17,16 @@ Denoise = Callable[[Tensor, Tensor, Conditions], Tensor]
 class Loop:
     """Batches of B samples of one shape. No address changes from step to step or batch to batch, and no value is read.
 
-    `denoise(latents, timesteps, conditions)` sees `dtype`; the weighted sums are fp32. Guidance
-    (`u + guidance_scale * (c - u)`) runs both in one doubled batch, unconditional first, and not at all at scale 1.
+    `denoise(latents, timesteps, conditions)` sees `dtype`; the weighted sums are fp32. The G branches of the guidance are
+    predicted in one batch of G * B, a branch after the other.
     """
 
     denoise: Denoise
     table: SolverTable
-    guidance_scale: float
+    branches: Branches
     dtype: torch.dtype
     known: Tensor  # (S + 1, B, C, h, w) fp32: the noise, then each output
-    conditions: Conditions  # (B, ...), or (2B, ...) with guidance
+    conditions: Conditions  # (G * B, ...), each row as its branch has it
     number: Tensor  # (1,) long: the step that is next
 
     def start(self, noise: Tensor, conditions: Conditions) -> None:
@@ -34,7 +35,9 @@ class Loop:
         self.known.zero_()  # each sum runs over all terms, and 0 * a NaN of the batch before would be NaN
         self.known[0].copy_(noise, non_blocking=True)
         for name, value in conditions.items():
-            self.conditions[name][-len(value):].copy_(value, non_blocking=True)
+            for branch, rows in zip(self.branches, self.conditions[name].chunk(len(self.branches)), strict=True):
+                if name not in branch.empty:
+                    rows.copy_(value, non_blocking=True)
 
     def step(self) -> None:
         """The network's next call."""
@@ -48,34 +51,32 @@ class Loop:
         return _weighted_sum(self.table.outputs[-1], self.known)
 
     def _predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        if self.guidance_scale == 1:
-            return self.denoise(latents.to(self.dtype), timestep.expand(len(latents)), self.conditions).float()
-        twice = torch.cat([latents, latents]).to(self.dtype)
-        without, given = self.denoise(twice, timestep.expand(len(twice)), self.conditions).float().chunk(2)
-        return without + self.guidance_scale * (given - without)
+        repeated = torch.cat([latents] * len(self.branches)).to(self.dtype)
+        outputs = self.denoise(repeated, timestep.expand(len(repeated)), self.conditions).float().chunk(len(self.branches))
+        first, *others = [branch.weight * output for branch, output in zip(self.branches, outputs, strict=True)]
+        return sum(others, first)
 
 
-def open_loop(denoise: Denoise, table: SolverTable, batch: tuple[int, ...], unconditional: Conditions, guidance_scale: float,
+def open_loop(denoise: Denoise, table: SolverTable, batch: tuple[int, ...], empty: Conditions, branches: Branches,
               dtype: torch.dtype) -> Loop:
-    """A loop for batches of shape `(B, C, h, w)` on the table's device; `unconditional` has batch 1."""
+    """A loop for batches of shape `(B, C, h, w)` on the table's device; `empty`, of batch 1, is what branches leave empty."""
     device, size = table.inputs.device, batch[0]
     conditions = {}
-    for name, value in unconditional.items():
-        rows = size if guidance_scale == 1 else 2 * size
-        conditions[name] = value.to(device, dtype).expand(rows, *value.shape[1:]).contiguous()
+    for name, value in empty.items():
+        conditions[name] = value.to(device, dtype).expand(len(branches) * size, *value.shape[1:]).contiguous()
     known = torch.empty(len(table.inputs) + 1, *batch, dtype=torch.float32, device=device)
-    return Loop(denoise, table, guidance_scale, dtype, known, conditions, torch.zeros(1, dtype=torch.long, device=device))
+    return Loop(denoise, table, branches, dtype, known, conditions, torch.zeros(1, dtype=torch.long, device=device))
 
 
 @torch.no_grad()
-def sample(denoise: Denoise, table: SolverTable, noise: Tensor, conditions: Conditions, unconditional: Conditions,
-           guidance_scale: float, dtype: torch.dtype, before_step: Callable[[], None] = lambda: None) -> Tensor:
+def sample(denoise: Denoise, table: SolverTable, noise: Tensor, conditions: Conditions, empty: Conditions,
+           branches: Branches, dtype: torch.dtype, before_step: Callable[[], None] = lambda: None) -> Tensor:
     """Latents `(B, C, h, w)` fp32 that the solver in `table` makes of `noise` `(B, C, h, w)`: the loop as it is.
 
-    `conditions` have batch B and `unconditional` batch 1; `table` is on the device of `noise`. `before_step` may raise to
+    `conditions` have batch B and `empty` batch 1; `table` is on the device of `noise`. `before_step` may raise to
     give up.
     """
-    loop = open_loop(denoise, table, tuple(noise.shape), unconditional, guidance_scale, dtype)
+    loop = open_loop(denoise, table, tuple(noise.shape), empty, branches, dtype)
     return run(loop, loop.step, noise, conditions, before_step)
 
 

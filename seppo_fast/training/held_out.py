@@ -50,7 +50,7 @@ class HeldOut:
         """Samples of the initial model, in the module of `sampler`, for these prompts, and its errors on all pairs."""
         slots, row_of = self.slots, self.pairs.order.row
         rollouts: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
-        if METHODS[self.pairs.settings.method].losers == "reference":
+        if METHODS[self.pairs.settings.method].draws:
             first, samples = {row_of(slot): slot for slot in reversed(slots)}, {}
             for some in self._in_step(list(first.values()), sampler.batch_size, check):
                 latents = sampler.draw(self.pairs.initial_noise(some), self.pairs.prompts(some))

@@ -103,7 +103,7 @@ class Trainer:
 
     def draw_rollouts(self, k: int, update: int) -> None:
         """Line 3: the reference's samples, and its scores if `rollout`, for this update or for what is left of the iteration."""
-        if METHODS[self.settings.method].losers != "reference" and self.settings.reference_score == "online":
+        if not METHODS[self.settings.method].draws and self.settings.reference_score == "online":
             return
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
         window = [slot for u in range(update, last) for slot in self.slots(u)]
@@ -118,7 +118,7 @@ class Trainer:
     def draw(self, slots: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         """The rollouts of a batch of slots, on the CPU; scored in batches as large as those in which they are drawn."""
         rollouts: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
-        if METHODS[self.settings.method].losers == "reference":
+        if METHODS[self.settings.method].draws:
             latents = self.sampler.draw(self.pairs.initial_noise(slots), self.pairs.prompts(slots), self.check_signals)
             for slot, loser in zip(slots, latents.cpu(), strict=True):
                 rollouts[slot]["loser"] = loser

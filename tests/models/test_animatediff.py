@@ -20,6 +20,7 @@ from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
 from seppo_fast.models.published import published_model
+from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.loop import sample
 from seppo_fast.reference.solver import solver_table
 
@@ -109,7 +110,8 @@ def test_samples_are_those_of_the_pipeline(model, animatediff_folder):
                       output_type="latent").frames
     embed, unet = model.load_text("cpu"), model.load_unet(torch.float32).eval()
     table = solver_table(model.scheduler_config, "ddim", 4)
-    ours = sample(lambda *given: model.denoise(unet, *given), table, noise, embed(prompts), embed([""]), 3.0, torch.float32)
+    ours = sample(lambda *given: model.denoise(unet, *given), table, noise, embed(prompts), embed([""]),
+                  classifier_free(3.0, embed([""])), torch.float32)
     assert ours.shape == theirs.shape == (2, 4, FRAMES, 8, 8)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from seppo_fast.config import Lora
 from seppo_fast.models.lora import add_lora
-from seppo_fast.reference import Pool, sample, solver_table
+from seppo_fast.reference import Pool, classifier_free, sample, solver_table
 from seppo_fast.reference.cuda_graph import fingerprint
 
 
@@ -268,7 +268,8 @@ def test_videos_are_captured_and_their_adapters_swapped(tmp_path, settings):
         seen.append(drawing.draw(noise, conditions))
         assert len(calls) == before, "nothing but replays"
         table = solver_table(SCHEDULE, "ddim", 5).to("cuda")
-        plain = sample(lambda *args: denoise(unet, *args), table, noise, conditions, UNCONDITIONAL, 2.5, torch.float32)
+        plain = sample(lambda *args: denoise(unet, *args), table, noise, conditions, UNCONDITIONAL,
+                       classifier_free(2.5, UNCONDITIONAL), torch.float32)
         close(seen[-1], plain)
         before = len(calls)
     assert (seen[0] - seen[1]).abs().max() > 0.01 and torch.equal(seen[0], seen[2])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from seppo_fast.reference import SolverTable, sample, solver_table
+from seppo_fast.reference import SolverTable, classifier_free, sample, solver_table
 
 SCHEDULE = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
             "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1}
@@ -40,8 +40,8 @@ def test_equals_the_loop_of_a_diffusers_pipeline(unet, guidance):
             c = unet(latents, t, encoder_hidden_states=conditions["prompt_embeds"]).sample
             u = unet(latents, t, encoder_hidden_states=unconditional["prompt_embeds"].expand(3, -1, -1)).sample
             latents = scheduler.step(u + guidance * (c - u), t, latents, return_dict=False)[0]
-    got = sample(denoiser(unet), solver_table(SCHEDULE, "ddim", 8), noise, conditions, unconditional, guidance,
-                 torch.float32)
+    got = sample(denoiser(unet), solver_table(SCHEDULE, "ddim", 8), noise, conditions, unconditional,
+                 classifier_free(guidance, unconditional), torch.float32)
     torch.testing.assert_close(got, latents, rtol=1e-4, atol=1e-4)
     assert (got - noise).abs().max() > 0.1
 
@@ -59,7 +59,7 @@ def test_what_the_network_is_given(solver, calls, guidance, factor):
     conditions = {"prompt_embeds": torch.full((3, 5, 12), 2.0), "pooled": torch.full((3, 7), 3.0)}
     unconditional = {"prompt_embeds": torch.zeros(1, 5, 12), "pooled": torch.ones(1, 7)}
     table = solver_table(SCHEDULE, solver, 4)
-    got = sample(denoise, table, noise, conditions, unconditional, guidance, torch.bfloat16)
+    got = sample(denoise, table, noise, conditions, unconditional, classifier_free(guidance, unconditional), torch.bfloat16)
     assert got.dtype == torch.float32 and got.shape == noise.shape
     assert len(seen) == calls
     for i, (latents, timesteps, c) in enumerate(seen):
@@ -76,10 +76,11 @@ def test_what_the_network_is_given(solver, calls, guidance, factor):
 def test_a_sample_does_not_depend_on_its_batch(unet):
     noise, conditions, unconditional = given(5)
     table = solver_table(SCHEDULE, "dpmsolver++", 6)
-    whole = sample(denoiser(unet), table, noise, conditions, unconditional, 3.0, torch.float32)
+    whole = sample(denoiser(unet), table, noise, conditions, unconditional, classifier_free(3.0, unconditional), torch.float32)
     for i in range(5):
         one = {"prompt_embeds": conditions["prompt_embeds"][i:i + 1]}
-        alone = sample(denoiser(unet), table, noise[i:i + 1], one, unconditional, 3.0, torch.float32)
+        alone = sample(denoiser(unet), table, noise[i:i + 1], one, unconditional, classifier_free(3.0, unconditional),
+                       torch.float32)
         torch.testing.assert_close(alone[0], whole[i], rtol=1e-4, atol=1e-4)
 
 
@@ -89,7 +90,7 @@ def test_sums_are_fp32_under_autocast_and_low_precision():
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     want = table.outputs[-1, 0].double() * noise.double() + table.outputs[-1, 1:].double().sum()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = sample(lambda x, t, c: torch.ones_like(x), table, noise, {}, {}, 1.0, torch.bfloat16)
+        got = sample(lambda x, t, c: torch.ones_like(x), table, noise, {}, {}, classifier_free(1.0, ()), torch.bfloat16)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -97,7 +98,7 @@ def test_no_graph_is_kept_and_inputs_are_left_alone(unet):
     noise, conditions, unconditional = given(2)
     copies = noise.clone(), conditions["prompt_embeds"].clone()
     table = solver_table(SCHEDULE, "ddim", 3)
-    got = sample(denoiser(unet), table, noise, conditions, unconditional, 2.0, torch.float32)
+    got = sample(denoiser(unet), table, noise, conditions, unconditional, classifier_free(2.0, unconditional), torch.float32)
     assert not got.requires_grad and got.grad_fn is None
     assert torch.equal(noise, copies[0]) and torch.equal(conditions["prompt_embeds"], copies[1])
 
@@ -105,8 +106,9 @@ def test_no_graph_is_kept_and_inputs_are_left_alone(unet):
 def test_video_latents():
     noise = torch.randn(2, 4, 3, 8, 8)
     table = solver_table(SCHEDULE, "ddim", 4)
-    frames = sample(lambda x, t, c: torch.tanh(x), table, noise, {}, {}, 1.0, torch.float32)
-    each = [sample(lambda x, t, c: torch.tanh(x), table, noise[:, :, f], {}, {}, 1.0, torch.float32) for f in range(3)]
+    frames = sample(lambda x, t, c: torch.tanh(x), table, noise, {}, {}, classifier_free(1.0, ()), torch.float32)
+    each = [sample(lambda x, t, c: torch.tanh(x), table, noise[:, :, f], {}, {}, classifier_free(1.0, ()), torch.float32)
+            for f in range(3)]
     torch.testing.assert_close(frames, torch.stack(each, 2))
 
 
@@ -122,5 +124,5 @@ def test_it_never_reads_a_value(guidance):
             sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=12,
             attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    got = sample(denoiser(unet), table, noise, conditions, unconditional, guidance, torch.float32)
+    got = sample(denoiser(unet), table, noise, conditions, unconditional, classifier_free(guidance, unconditional), torch.float32)
     assert got.device.type == "meta" and got.shape == noise.shape

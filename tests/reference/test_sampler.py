@@ -13,7 +13,7 @@ from seppo_fast.config import Lora
 from seppo_fast.config import Sampler as Settings
 from seppo_fast.errors import UserError
 from seppo_fast.models.lora import add_lora
-from seppo_fast.reference import Pool, Sampler, sample, solver_table
+from seppo_fast.reference import Pool, Sampler, classifier_free, sample, solver_table
 
 SCHEDULE = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
             "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1}
@@ -55,11 +55,13 @@ def given(count, seed=0):
 
 def sampler(unet, denoise=denoise, autocast=None, say=lambda text: None, **settings):
     settings = Settings(**{"steps": 3, "guidance_scale": 2.5, "batch_size": 4} | settings)
-    return Sampler(unet, denoise, TABLE, UNCONDITIONAL, settings, torch.float32, autocast, say)
+    branches = classifier_free(settings.guidance_scale, UNCONDITIONAL)
+    return Sampler(unet, denoise, TABLE, UNCONDITIONAL, branches, settings, torch.float32, autocast, say)
 
 
 def expected(unet, noise, conditions, guidance=2.5):
-    return sample(lambda *given: denoise(unet, *given), TABLE, noise, conditions, UNCONDITIONAL, guidance, torch.float32)
+    return sample(lambda *given: denoise(unet, *given), TABLE, noise, conditions, UNCONDITIONAL,
+                  classifier_free(guidance, UNCONDITIONAL), torch.float32)
 
 
 def close(got, want):

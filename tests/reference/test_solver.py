@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from seppo_fast.errors import UserError
-from seppo_fast.reference import sample, solver_table
+from seppo_fast.reference import classifier_free, sample, solver_table
 
 # As in the published directories' scheduler_config.json.
 SCHEDULES = {
@@ -70,7 +70,7 @@ def test_equals_the_schedulers_own_loop(schedule, solver, steps):
     table = solver_table(config, solver, steps)
     assert torch.equal(table.timesteps.double(), timesteps.double())
     assert want.abs().max() < 100, "the network must not make the solver run away"
-    got = sample(network, table, noise.float(), {}, {}, 1.0, torch.float32)
+    got = sample(network, table, noise.float(), {}, {}, classifier_free(1.0, ()), torch.float32)
     assert got.dtype == torch.float32
     # Rounding in fp32: weights as large as 1/sqrt(alpha_T) = 14.6 cancel, and the network passes errors on.
     torch.testing.assert_close(got.double(), want.double(), rtol=1e-4, atol=1e-4)

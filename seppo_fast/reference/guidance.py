@@ -1,0 +1,33 @@
+"""Guidance as a weighted sum over branches: a branch is the network's output under some of the conditions."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+IMAGE = "image_latents"  # the condition that is an image; all others come from the prompt
+
+
+@dataclass(frozen=True)
+class Branch:
+    """`weight` times the output, with the conditions in `empty` replaced by what they are for no prompt, or no image."""
+
+    weight: float
+    empty: frozenset[str] = frozenset()
+
+
+Branches = tuple[Branch, ...]
+
+
+def classifier_free(scale: float, conditions: Iterable[str]) -> Branches:
+    """`u + scale * (t - u)`, t with the prompt and u without."""
+    return _needed(Branch(1 - scale, frozenset(conditions)), Branch(scale))
+
+
+def double(text_scale: float, image_scale: float, conditions: Iterable[str]) -> Branches:
+    """`u + s_I (i - u) + s_T (t - i)`: t with image and prompt, i with the image alone, u with neither (Eq. 9)."""
+    every = frozenset(conditions)
+    return _needed(Branch(1 - image_scale, every), Branch(image_scale - text_scale, every - {IMAGE}), Branch(text_scale))
+
+
+def _needed(*branches: Branch) -> Branches:
+    """Without emptied ones that have no weight: at a scale of 1 there is nothing to subtract."""
+    return tuple(branch for branch in branches if branch.weight != 0 or not branch.empty)
