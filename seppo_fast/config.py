@@ -151,7 +151,7 @@ class Sampler(Section):
     steps: Positive = 50
     """Denoising steps of a sample."""
     guidance_scale: Annotated[float, Field(ge=0)] = 7.5
-    """Strength of classifier-free guidance; 1 or less is none."""
+    """Strength of classifier-free guidance; 1 is none."""
     batch_size: Positive | Literal["auto"] = 16
     """Samples that are drawn at once; `auto` is measured."""
     cuda_graph: bool = True
@@ -249,19 +249,34 @@ class Checkpoint(Section):
 
 
 class Method(Section):
-    """A row of the methods' table: where losers come from, and what reference and flipper it may have (default first)."""
+    """A row of the methods' table: where winners and losers come from, what reference and flipper it may have (default first).
 
+    Losers are drawn by the `reference`, whichever it is, or are those of the `data`; None: the method has none.
+    """
+
+    winners: Literal["data"]
     losers: Literal["reference", "data"] | None
     references: list[str]
     flippers: list[str]
 
+    @property
+    def draws(self) -> bool:
+        """Whether past policies draw the losers."""
+        return self.losers not in (None, "data")
+
+    @property
+    def needs_losers(self) -> bool:
+        """Whether the data must have losers."""
+        return self.losers == "data"
+
 
 METHODS = {
-    "seppo": Method(losers="reference", references=["uniform", "initial", "latest"], flippers=["aaf", "indicator", "none"]),
-    "spin": Method(losers="reference", references=["latest"], flippers=["none"]),
-    "ditto": Method(losers="reference", references=["initial"], flippers=["none"]),
-    "dpo": Method(losers="data", references=["initial"], flippers=["none"]),
-    "sft": Method(losers=None, references=[], flippers=[]),
+    "seppo": Method(winners="data", losers="reference", references=["uniform", "initial", "latest"],
+                    flippers=["aaf", "indicator", "none"]),
+    "spin": Method(winners="data", losers="reference", references=["latest"], flippers=["none"]),
+    "ditto": Method(winners="data", losers="reference", references=["initial"], flippers=["none"]),
+    "dpo": Method(winners="data", losers="data", references=["initial"], flippers=["none"]),
+    "sft": Method(winners="data", losers=None, references=[], flippers=[]),
 }
 
 

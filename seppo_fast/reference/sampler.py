@@ -40,9 +40,10 @@ class Ready:
 class Sampler:
     """Draws latents with the network in `module`; `denoise(module, latents, timesteps, conditions)` is its output.
 
-    `table` is on the module's device; `empty`, of batch 1, holds the conditions as they are for no prompt (and no image), where
-    a branch of the guidance leaves them empty; `dtype` is what the network is given. The loop runs under `autocast`, or none,
-    whatever the caller's, and with cuDNN's attention where this was allowed when the sampler was made. `batch_size` is None until an "auto" is measured, by `fit` or the first draw.
+    `table` is on the module's device; `empty`, of batch 1, holds the conditions for no prompt (and no image), which `branches`
+    of the guidance may have; `dtype` is what the network is given. The loop runs under `autocast`, or none, whatever the
+    caller's, and with cuDNN's attention where this was allowed when the sampler was made. `batch_size` is None until an "auto"
+    is measured, by `fit` or the first draw.
     """
 
     def __init__(self, module: nn.Module, denoise: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor], table: SolverTable,
