@@ -1,11 +1,9 @@
-"""How calls are timed and their memory counted, on the CPU and on a GPU, and what is said about the machine."""
+"""How calls are timed and their memory counted, on the CPU and on a GPU."""
 
 import itertools
 import json
 import os
-import platform
 import random
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -107,24 +105,3 @@ def free_memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def machine(device: str) -> dict[str, object]:
-    """The processor, the cores and threads, what else was running, and the GPU where that is what is measured."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    cpu = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")),
-               platform.processor())
-    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "avx512": "avx512bw" in text,
-            "cache_mb": last_level_cache(device) >> 20, "load_average_at_start": round(os.getloadavg()[0], 2), **gpu}
-
-
-def commit() -> str:
-    """The commit, with "+" when the tree has changes; empty outside a checkout."""
-    try:
-        run = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], capture_output=True,
-                             text=True, cwd=Path(__file__).parent, check=False)
-    except FileNotFoundError:
-        return ""
-    return run.stdout.strip()

@@ -1,6 +1,5 @@
 """The pages' figures are those of the result files; their links lead somewhere."""
 
-import copy
 import json
 import re
 from collections.abc import Iterator
@@ -12,17 +11,16 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from benchmarks.config_keys import keys
-from benchmarks.loss_summary import ratios, targets
-from benchmarks.readme import BENCHMARKS, CONFIGS, PAGES, README, RESULTS, filled, loss, quickstart
+from benchmarks.readme.config_keys import keys
+from benchmarks.readme.pages import BENCHMARKS, CONFIGS, PAGES, README, RESULTS, TABLES, filled
 from seppo_fast import __version__
 from seppo_fast.config import Seppo
 
 
 def test_the_tables_are_what_the_result_files_give() -> None:
     """Out of date? `make readme`."""
-    assert quickstart() in README.read_text()
-    assert loss() in BENCHMARKS.read_text()
+    assert TABLES["quickstart"]() in README.read_text()
+    assert TABLES["loss"]() in BENCHMARKS.read_text()
     for page in PAGES:
         assert filled(page.read_text()) == page.read_text(), page
 
@@ -68,62 +66,6 @@ def test_the_quickstart_result_names_its_machine_and_names_no_path_of_it() -> No
     assert result["machine"]["cpu"] and result["versions"]["torch"] and result["commit"]
     paths = result["settings"]["config"]["seppo"]
     assert not any(path.startswith("/") for path in (paths["model"]["path"], paths["data"]["source"], paths["output_dir"]))
-
-
-def loss_result() -> dict:
-    """What benchmarks/loss.py writes, of 2 pairs in bf16: native 10 us, eager 61, compile 25, copy 8."""
-    label = {"what": "forward_backward", "shape": "sd15", "pairs": 2, "dtype": "bf16", "floor_bytes": 524_288}
-    rows = [label | {"implementation": name, "median_us": us, "p10_us": us, "calls": 9, "peak_gradients": 1.0}
-            for name, us in (("eager", 61.0), ("compile", 25.0), ("liger_style", 20.0), ("native", 10.0), ("copy", 8.0))]
-    rows[0]["peak_gradients"] = 10.0
-    del rows[-1]["peak_gradients"]
-    found = ratios(rows)
-    return {"machine": {"cpu": "Some CPU", "cores": 4, "threads": 2, "load_average_at_start": 0.1, "load_average_at_end": 1.9},
-            "versions": {"torch": "2.99"}, "commit": "abc123", "settings": {"rotate_mb": 960}, "rows": rows, "ratios": found,
-            "targets": targets(found, "cpu")}
-
-
-def test_the_loss_block_of_a_machine_that_measured_nothing_says_so(tmp_path) -> None:
-    assert loss(tmp_path).startswith("On the CPU: not measured yet")
-
-
-def test_the_loss_block_has_the_measured_figures(tmp_path) -> None:
-    result = loss_result()
-    (tmp_path / "loss_cpu.json").write_text(json.dumps(result))
-    text = loss(tmp_path)
-    assert "| SD-1.5, 512x512: 2 | 10 | 6.1x | 2.5x | 1.25 |" in text.splitlines()
-    assert "in gradient tensors: fused loss 1.00, eager 10.00, compile 1.00." in text
-    assert "- at least 5x faster than eager, 2 to 64 pairs: not measured to the end, worst 6.10 at 2 pairs bf16" in text
-    assert "Some CPU, 2 of 4 cores, torch 2.99, commit `abc123`, load average 0.1 to 1.9" in text
-    slower = copy.deepcopy(result)
-    slower["ratios"][0]["eager_over_fused"] = 4.9
-    slower["targets"] = targets(slower["ratios"], "cpu")
-    (tmp_path / "loss_cpu.json").write_text(json.dumps(slower))
-    assert "2 to 64 pairs: **missed**, worst 4.90 at 2 pairs bf16" in loss(tmp_path)
-
-
-def test_the_loss_block_has_a_table_for_each_gpu(tmp_path) -> None:
-    suite = {"machine": {"gpu": "Some GPU", "torch": "2.99", "driver": "1.2"}, "commit": "abc123",
-             "baselines": {"rows": [{"shape": "sd15", "pairs": 8, "dtype": "bf16", "us":
-                                     {"eager": 700.0, "compile": 150.0, "liger_style": 140.0, "native": 70.0, "copy": 9.0}}]},
-             "bandwidth": {"rows": [{"shape": "sd15", "pairs": 1024, "dtype": "bf16", "native_us": 95.0, "triton_us": 90.0,
-                                     "copy_us": 93.0}]},
-             "memory": {"rows": [{"shape": "sd15", "pairs": 256, "dtype": "bf16", "implementation": name, "gradients": value}
-                                 for name, value in (("eager", 10.0), ("native", 1.0), ("triton", 1.5))]}}
-    (tmp_path / "gpu_suite_some.json").write_text(json.dumps(suite))
-    lines = loss(tmp_path).splitlines()
-    assert any("Some GPU" in line for line in lines)
-    assert "Peak memory beyond the inputs, in gradient tensors: fused loss 1.00, eager 10.00." in lines
-    for row in ("8 | 70 | 10.0x | 2.1x | - |", "1024 | - | - | - | 1.02 |"):
-        assert f"| SD-1.5, 512x512: {row}" in lines
-    assert "- at least 8x faster than eager, 1 to 8 pairs: not measured to the end, worst 10.00 at 8 pairs bf16" in lines
-
-
-@pytest.mark.parametrize("partial", ["baselines", "bandwidth", "memory"])
-def test_a_gpu_suite_cut_short_still_makes_a_block(tmp_path, partial) -> None:
-    (tmp_path / "gpu_suite.json").write_text(json.dumps({"machine": {"gpu": "Some GPU", "torch": "2.99", "driver": ""},
-                                                         "commit": "abc", partial: {"outcome": "stopped after 9 s"}}))
-    assert loss(tmp_path).count("not measured to the end") == 4
 
 
 def keys_of(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:

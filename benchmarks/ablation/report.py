@@ -1,0 +1,191 @@
+"""What ablation.json says, for its own text and the README: the table, and where the digits disagree with the paper."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from scipy.stats import t
+
+from benchmarks.ablation.runs import BASE, METHODS
+
+MEASURES = {"prompt_accuracy": "prompt accuracy", "cleanliness": "cleanliness"}
+MAIN = "seppo_w"
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and half the width of its 95 % t-interval; None where one value says nothing about its spread."""
+
+    mean: float
+    half: float | None
+
+    @property
+    def low(self) -> float:
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.mean + (self.half or 0.0)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean of one value a seed."""
+    count = len(values)
+    if count < 2:
+        return Interval(mean(values), None)
+    return Interval(mean(values), float(t.ppf(0.975, count - 1)) * stdev(values) / count**0.5)
+
+
+def runs_of(result: Result, method: str) -> list[Mapping[str, Any]]:
+    """A method's runs, by seed."""
+    return sorted((run for run in result["runs"] if run["method"] == method), key=lambda run: run["seed"])
+
+
+def ends(result: Result, method: str, measure: str) -> list[float]:
+    """A measure of the last policy of each seed."""
+    return [run["points"][-1][measure] for run in runs_of(result, method)]
+
+
+def late_changes(result: Result, method: str, measure: str) -> list[float]:
+    """The last policy's measure minus that of the policy in the middle of the training."""
+    return [run["points"][-1][measure] - run["points"][(len(run["points"]) - 1) // 2][measure] for run in runs_of(result, method)]
+
+
+def restlessness(result: Result, method: str, measure: str) -> list[float]:
+    """How far a measure moves from one past policy to the next, on average."""
+    every = [[point[measure] for point in run["points"]] for run in runs_of(result, method)]
+    return [mean([abs(b - a) for a, b in zip(points, points[1:], strict=False)] or [0.0]) for points in every]
+
+
+def rises(result: Result, method: str, measure: str) -> list[float]:
+    """The rate of the last iteration minus that of the first."""
+    return [run[measure][-1] - run[measure][0] for run in runs_of(result, method)]
+
+
+def minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """Paired by seed."""
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper found, as a value a seed that is positive where the digits agree; `alike`: where it is zero."""
+
+    said: str
+    needs: tuple[str, ...]
+    value: Callable[[Result, str], list[float]]
+    alike: bool = False
+    measures: tuple[str, ...] = tuple(MEASURES)
+
+
+def above(better: str, worse: str) -> Callable[[Result, str], list[float]]:
+    return lambda result, measure: minus(ends(result, better, measure), ends(result, worse, measure))
+
+
+CLAIMS = (
+    Claim("SePPO-w is better than the base (Table 1)", (MAIN,), above(MAIN, BASE)),
+    Claim("SFT is better than the base (Table 1)", ("sft",), above("sft", BASE)),
+    Claim("SePPO-w is better than SFT (Table 1)", (MAIN, "sft"), above(MAIN, "sft")),
+    Claim("SePPO-w is better than SePPO-r (Table 1)", (MAIN, "seppo_r"), above(MAIN, "seppo_r")),
+    Claim("SePPO-r is better than SFT (Table 1, three scores of four)", ("seppo_r", "sft"), above("seppo_r", "sft")),
+    Claim("SePPO-w is better than without AAF (Table 4)", (MAIN, "no_aaf"), above(MAIN, "no_aaf")),
+    Claim("the indicator is as good as the sign (Table 4)", (MAIN, "indicator"), above(MAIN, "indicator"), alike=True),
+    Claim("uniform is better than reference = initial (Table 4)", (MAIN, "initial"), above(MAIN, "initial")),
+    Claim("uniform is better than reference = latest (Table 4)", (MAIN, "latest"), above(MAIN, "latest")),
+    Claim("reference = initial falls in the second half of the training (Figure 2)", ("initial",),
+          lambda result, measure: [-change for change in late_changes(result, "initial", measure)]),
+    Claim("reference = latest is less steady than uniform (Figure 2)", (MAIN, "latest"),
+          lambda result, measure: minus(restlessness(result, "latest", measure), restlessness(result, MAIN, measure))),
+    Claim("SePPO's AAF rate rises from the first to the last iteration (Figure 3, left)", (MAIN,),
+          lambda result, measure: rises(result, MAIN, measure), measures=("aaf_rate",)),
+    Claim("SePPO still improves in the second half of the training (Figure 3, right)", (MAIN,),
+          lambda result, measure: late_changes(result, MAIN, measure)),
+    Claim("SFT no longer improves in the second half of the training (Figure 3, right)", ("sft",),
+          lambda result, measure: late_changes(result, "sft", measure), alike=True),
+)
+
+
+def verdict(found: Interval, alike: bool) -> str:
+    """`agrees`, `disagrees` or `open`: an interval that holds zero tells nothing, but where zero is what was expected."""
+    if found.half is None:
+        return "open"
+    if found.low <= 0 <= found.high:
+        return "agrees" if alike else "open"
+    return "agrees" if found.low > 0 and not alike else "disagrees"
+
+
+def judged(result: Result) -> list[tuple[str, str]]:
+    """(verdict, sentence) of each claim and measure for which there are runs."""
+    there = {run["method"] for run in result["runs"]}
+    said = []
+    for claim in CLAIMS:
+        for measure in claim.measures if there.issuperset(claim.needs) else ():
+            found = interval(claim.value(result, measure))
+            said.append((verdict(found, claim.alike), f"{claim.said}: {MEASURES.get(measure, 'AAF rate')} {points(found)}"))
+    return said
+
+
+def points(found: Interval) -> str:
+    """A difference of shares in points of a hundred, with its interval."""
+    text = f"{100 * found.mean:+.1f}"
+    return text if found.half is None else f"{text} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def agreement(result: Result) -> str:
+    """Where the digits disagree with the paper's order, where they do not tell, and where they agree."""
+    said, lines = judged(result), []
+    for name, heading in (("disagrees", "Where the digits disagree with the paper:"),
+                          ("open", "Where these seeds do not tell (the interval holds zero, or there is one seed):"),
+                          ("agrees", "Where they agree:")):
+        found = [f"- {sentence}" for each, sentence in said if each == name]
+        lines += [heading, "", *(found or ["- nowhere"]), ""]
+    return "\n".join([
+        "The paper's findings, each with the difference that would be positive (zero where two are said to be alike, or to stay) if"
+        " it held here, in points, and its 95 % t-interval over the seeds, paired by seed.", "", *lines]).rstrip()
+
+
+def table(result: Result) -> str:
+    """Table 4's form: a row a method; shares of the last policy's samples, and rates of the last iteration."""
+    methods = [BASE, *(method for method in METHODS if runs_of(result, method))]
+    compared = bool(runs_of(result, MAIN))
+    lines = ["| | prompt accuracy | to SePPO-w | cleanliness | to SePPO-w | AAF rate | implicit accuracy |", "|---" * 7 + "|"]
+    for method in methods:
+        cells = []
+        for measure in MEASURES:
+            cells.append(share(interval(ends(result, method, measure))))
+            cells.append(points(interval(above(method, MAIN)(result, measure))) if compared and method != MAIN else "")
+        for rate in ("aaf_rate", "implicit_acc"):
+            values = [run[rate][-1] for run in runs_of(result, method) if rate in run]
+            cells.append(f"{mean(values):.2f}" if values else "")
+        lines.append(f"| {METHODS[method].label if method != BASE else 'base'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def share(found: Interval) -> str:
+    return f"{found.mean:.1%}" + ("" if found.half is None else f" ± {100 * found.half:.1f}")
+
+
+def about(result: Result) -> str:
+    """How it was measured."""
+    settings, machine = result["settings"], result["machine"]
+    seeds = f"{settings['seeds']} seeds" if settings["seeds"] > 1 else "one seed (so no intervals)"
+    return (
+        f"Means over {seeds}, each with a base model, data and trainings of its own; ± and [ ] are 95 % t-intervals over the seeds,"
+        " those in [ ] of the differences paired by seed. SFT and SePPO-w train on the preferred pictures of the pairs, SePPO-r on"
+        " one of each pair at random, where the other is a bad scan, a wrong digit, or both, as in what the base learnt from; all"
+        f" other rows are SePPO-w with one change. {settings['iterations']} iterations of {settings['updates']} updates of"
+        f" {settings['batch_size']} pairs, learning rate {settings['lr']:g}, beta {settings['beta']:g}, reference samples in"
+        f" {settings['sampler_steps']} steps at guidance {settings['guidance_scale']:g}. Prompt accuracy and cleanliness: the"
+        f" quickstart's judge on {settings['judge_samples']} samples of the last policy in {settings['judge_steps']} steps, from"
+        " the same noise for all policies of a seed. AAF rate: share of pairs with sign -1 (App. B.2); implicit accuracy: share of"
+        f" logits > 0; both in the last iteration. {result['seconds']['processor'] / 60:.0f} minutes of processor time on"
+        f" {machine['cpu']}, {settings['side_by_side']} runs side by side; torch {result['versions']['torch']},"
+        f" commit `{'`, `'.join(result['commits_of_runs'])}`."
+    )
+
+
+def report(result: Result) -> str:
+    """The whole text, as Markdown."""
+    return "\n\n".join([table(result), about(result), agreement(result)]) + "\n"

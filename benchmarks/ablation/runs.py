@@ -1,0 +1,228 @@
+"""One run of the ablation in a process of its own: `python -m benchmarks.ablation.runs WORK SEED METHOD`.
+
+The method "base" makes the seed's base model and its data; the others train from them and judge the past policies.
+
+    WORK/settings.json             what everything in WORK was made with
+    WORK/seed_0/base/              a pipeline directory
+    WORK/seed_0/pairs.parquet      the data, as in Pick-a-Pic
+    WORK/seed_0/indicator/         the trainer's run folder
+    WORK/seed_0/indicator.json     what is reported of it; it is there when the run is finished
+"""
+
+import io
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the command itself and the README need none of the networks
+    from torch import Tensor
+
+    from seppo_fast.quickstart.base import Recipe
+    from seppo_fast.quickstart.digits import Digits
+    from seppo_fast.quickstart.judge import Scores
+
+BASE = "base"
+Run = dict[str, Any]  # seed, method, points, and the rates of each iteration
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The quickstart's but for half its batch and fewer steps of the samplers, to make 40 trainings in an hour; all methods'."""
+
+    vae_steps: int = 240
+    text_steps: int = 500
+    unet_steps: int = 700
+    iterations: int = 8
+    updates: int = 12
+    batch_size: int = 32
+    lr: float = 2.5e-4
+    beta: float = 250.0
+    sampler_steps: int = 6
+    guidance_scale: float = 2.0
+    judge_samples: int = 300
+    judge_steps: int = 8
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table. `curve`: all its past policies are judged, for the figures, and not the last one alone."""
+
+    label: str
+    overrides: tuple[str, ...] = ()
+    curve: bool = False
+
+
+METHODS = {
+    "sft": Method("SFT", ("seppo.method=sft",), curve=True),
+    "no_aaf": Method("without AAF", ("seppo.flipper=none",)),
+    "indicator": Method("indicator instead of sign", ("seppo.flipper=indicator",)),
+    "initial": Method("reference = initial", ("seppo.reference=initial",), curve=True),
+    "latest": Method("reference = latest", ("seppo.reference=latest",), curve=True),
+    "seppo_w": Method("SePPO-w (uniform, independent noise)", curve=True),
+    "seppo_r": Method("SePPO-r", ("seppo.data.choose=random",)),
+    "shared": Method("SePPO-w, shared noise", ("seppo.noise=shared",)),
+}
+
+
+def result_file(work: Path, seed: int, method: str) -> Path:
+    return work / f"seed_{seed}" / f"{method}.json"
+
+
+def unfinished(work: Path, seeds: int, methods: Sequence[str]) -> list[tuple[int, str]]:
+    """The runs of these seeds and methods that are not reported yet, in the order in which they are to be made."""
+    return [(seed, method) for seed in range(seeds) for method in methods if not result_file(work, seed, method).exists()]
+
+
+def overrides(work: Path, seed: int, method: str, settings: Settings) -> list[str]:
+    """What a run changes in the quickstart's configuration."""
+    home, total = (work / f"seed_{seed}").resolve(), settings.iterations * settings.updates
+    said = {
+        "train_batch_size": settings.batch_size, "train_micro_batch_size_per_gpu": settings.batch_size,
+        "optimizer.params.lr": settings.lr, "scheduler.params.total_num_steps": total,
+        "scheduler.params.warmup_num_steps": max(2, total // 12),  # the quickstart's share
+        "seppo.model.path": home / "base", "seppo.data.source": home / "pairs.parquet", "seppo.data.cache_dir": home / "cache",
+        "seppo.output_dir": home / method, "seppo.seed": seed, "seppo.beta": settings.beta,
+        "seppo.iterations": settings.iterations, "seppo.updates_per_iteration": settings.updates,
+        "seppo.sampler.steps": settings.sampler_steps, "seppo.sampler.guidance_scale": settings.guidance_scale,
+        # SFT has no pool: its past policies are those of its checkpoints.
+        "seppo.checkpoint.keep_last": settings.iterations if method == "sft" else 1,
+    }
+    return [*(f"{key}={value}" for key, value in said.items()), *METHODS[method].overrides]
+
+
+def policies(run: Path, method: str, settings: Settings) -> dict[int, Path]:
+    """The weights to be judged by the number of updates after which they were the policy."""
+    last = settings.iterations
+    return {k * settings.updates: run / (f"checkpoints/update_{k * settings.updates:08d}/policy.safetensors" if method == "sft"
+                                         else f"pool/policy_{k:05d}.safetensors")
+            for k in range(1 if METHODS[method].curve else last, last + 1)}
+
+
+def recipe_of(seed: int, settings: Settings) -> "Recipe":
+    from seppo_fast.quickstart.base import Recipe
+
+    return Recipe(seed=seed, vae_steps=settings.vae_steps, text_steps=settings.text_steps, unet_steps=settings.unet_steps)
+
+
+def make_base(home: Path, seed: int, settings: Settings) -> Run:
+    """The seed's base and data, and the base's scores."""
+    from seppo_fast.quickstart import base
+    from seppo_fast.quickstart.digits import split_digits
+
+    recipe = recipe_of(seed, settings)
+    base.make_base(home / "base", recipe)
+    write_pairs(home / "pairs.parquet", split_digits(seed)[0], recipe)
+    judged = judge(home / "base", {0: home / "base" / "unet" / "diffusion_pytorch_model.safetensors"}, seed, settings)
+    return {"points": judged}
+
+
+def write_pairs(path: Path, digits: "Digits", recipe: "Recipe") -> None:
+    """Every digit with its caption against a faulty picture that the base's crawl has under this caption, on either side."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    from seppo_fast.quickstart.digits import CAPTIONS, sloppy_crawl
+    from seppo_fast.seeds import generator
+
+    crawl = sloppy_crawl(digits, recipe.seed, recipe.copies, recipe.wrong_captions, recipe.degraded)
+    degraded = (crawl.pixels != digits.pixels.repeat(recipe.copies, 1, 1, 1)).flatten(1).any(dim=1)
+    faulty = degraded | (crawl.labels != digits.labels.repeat(recipe.copies))
+    under = [torch.nonzero(faulty & (crawl.labels == label)).flatten() for label in range(len(CAPTIONS))]
+    random, rows = generator(recipe.seed, "pairs"), []
+    for pixels, label in zip(digits.pixels, digits.labels.tolist(), strict=True):
+        loser = under[label][torch.randint(len(under[label]), (), generator=random)]
+        first = bool(torch.rand((), generator=random) < 0.5)
+        pictures = [png(pixels), png(crawl.pixels[loser])][:: 1 if first else -1]
+        rows.append({"jpg_0": pictures[0], "jpg_1": pictures[1], "label_0": float(first), "caption": CAPTIONS[label]})
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def png(pixels: "Tensor") -> bytes:
+    """A picture `(3, H, W)` in [0, 1] as the file that the quickstart's demonstrations are."""
+    from seppo_fast.pictures import picture
+
+    file = io.BytesIO()
+    picture(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> Run:
+    """A run from wherever an earlier attempt left it; the process ends here when the trainer stops early."""
+    from seppo_fast import train
+    from seppo_fast.quickstart.report import iteration_mean, read_metrics
+
+    run = home / method
+    if not (run / "final").exists():
+        # The command's own function, in this process: importing everything twice would take a twelfth of the time.
+        sys.argv = ["seppo_fast/train.py", "--config", "quickstart.json", "--resume", "auto",
+                    "--set", *overrides(home.parent, seed, method, settings)]
+        status = train.main()
+        if not (run / "final").exists():  # a signal: there is a checkpoint
+            sys.exit(status or 1)
+        for signum in (signal.SIGTERM, signal.SIGINT):  # the trainer would remember them and go on
+            signal.signal(signum, signal.SIG_DFL)
+    rates = {}
+    if method != "sft":
+        rows = read_metrics(run / "metrics.jsonl")
+        rates = {key: [iteration_mean(rows, key, k) for k in range(settings.iterations)] for key in ("aaf_rate", "implicit_acc")
+                 if key in rows[0]}
+    return {"points": judge(home / "base", policies(run, method, settings), seed, settings), **rates}
+
+
+def judge(base: Path, weights: Mapping[int, Path], seed: int, settings: Settings) -> list[dict[str, float]]:
+    """The quickstart's judge on samples of the base with these UNet weights, from the same noise for all."""
+    from seppo_fast.quickstart.digits import CAPTIONS, split_digits
+    from seppo_fast.quickstart.judge import Judge
+
+    digits, held_out = split_digits(seed)
+    judged, points = Judge(held_out, digits, seed), []
+    labels = [index % len(CAPTIONS) for index in range(settings.judge_samples)]
+    for update, file in weights.items():
+        scores = judged.score(draw_with(base, file, labels, seed, settings), labels)
+        points.append(point(update, scores))
+        print(points[-1], flush=True)
+    return points
+
+
+def point(update: int, scores: "Scores") -> dict[str, float]:
+    return {"update": update, "prompt_accuracy": scores.prompt_accuracy, "cleanliness": scores.cleanliness}
+
+
+def draw_with(base: Path, weights: Path, labels: Sequence[int], seed: int, settings: Settings) -> "Tensor":
+    """Samples of the pipeline `base` with other weights in its UNet; a directory of links, for `draw` takes a directory."""
+    from seppo_fast.quickstart.judge import draw
+
+    with tempfile.TemporaryDirectory(prefix="seppo-ablation-") as folder:
+        pipeline = Path(folder)
+        for part in base.resolve().iterdir():
+            if part.name != "unet":
+                (pipeline / part.name).symlink_to(part)
+        (pipeline / "unet").mkdir()
+        (pipeline / "unet" / "config.json").symlink_to(base.resolve() / "unet" / "config.json")
+        (pipeline / "unet" / "diffusion_pytorch_model.safetensors").symlink_to(weights.resolve())
+        return draw(pipeline, labels, seed, settings.judge_steps, settings.guidance_scale)
+
+
+def main(work: Path, seed: int, method: str) -> None:
+    """Make one run's result file."""
+    from benchmarks.result_files import commit
+
+    started, file = time.perf_counter(), result_file(work, seed, method)
+    settings = Settings(**json.loads((work / "settings.json").read_text()))
+    file.parent.mkdir(exist_ok=True)
+    made = make_base(file.parent, seed, settings) if method == BASE else train_and_judge(file.parent, seed, method, settings)
+    about = {"seconds": round(time.perf_counter() - started, 1), "cpu_seconds": round(time.process_time(), 1), "commit": commit()}
+    unready = file.with_suffix(".tmp")
+    unready.write_text(json.dumps({"seed": seed, "method": method, **made, **about}) + "\n")
+    unready.replace(file)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

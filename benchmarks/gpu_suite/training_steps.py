@@ -1,0 +1,47 @@
+"""The steps of the GPU suite that measure sampling and training. Each stores its results so far."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+from benchmarks.result_files import Keep
+
+# Beyond what the steps of the loss need. A machine without them says so rather than fail.
+TRAINING = ("diffusers", "pydantic", "deepspeed", "transformers", "datasets", "peft")
+NEEDED = {"video": (*TRAINING, "av"), **dict.fromkeys(("sampler", "swap"), ("diffusers", "pydantic", "peft", "transformers"))}
+
+
+def step(name: str, out: Path, keep: Keep, limit: float) -> None:
+    """One step of the suite; models and runs are made in `out`/work and stay for the next step that needs them."""
+    missing = [module for module in NEEDED.get(name, TRAINING) if importlib.util.find_spec(module) is None]
+    if missing:
+        return keep({"skipped": f"not installed here: {', '.join(missing)}"})
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    work = out / "work"
+    work.mkdir(exist_ok=True)
+    if name == "sampler":
+        from benchmarks.throughput import samplers
+
+        begun = time.monotonic()
+        samplers.measure("cuda", keep, limit - 100)  # the last point that is begun compiles
+        if time.monotonic() - begun < limit - 40:
+            (out / "sampler_profile.txt").write_text(samplers.profile("cuda") + "\n")
+    elif name == "swap":
+        from benchmarks.throughput import swap
+
+        swap.measure("sd15", "cuda", work / "swap", keep)
+    elif name == "video":
+        from benchmarks.video import training
+
+        training.measure("cuda", work, keep)
+    else:
+        from benchmarks.throughput import loop, profiles, training_memory
+
+        case = loop.sd15_case(work)
+        if name == "training_memory":
+            training_memory.measure(case, keep)
+        else:
+            loop.measure(case, keep)
+            (out / "loop_profile.txt").write_text(profiles.of_training(case, "cuda")["loop"] + "\n")

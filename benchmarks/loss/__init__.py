@@ -1,0 +1,1 @@
+"""How fast the fused loss is, beside plain PyTorch, `torch.compile` and a copy of the same bytes."""

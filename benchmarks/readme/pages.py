@@ -1,0 +1,30 @@
+"""The pages that have generated tables, and their text with fresh tables."""
+
+import re
+from functools import partial
+
+from benchmarks import ROOT
+from benchmarks.ablation.readme import ablation
+from benchmarks.loss.readme import loss
+from benchmarks.readme.config_keys import keys
+from benchmarks.readme.headlines import headlines
+from benchmarks.readme.quickstarts import quickstart, video
+from benchmarks.throughput.readme import throughput
+from benchmarks.video.readme import video as decoding
+
+README = ROOT / "README.md"
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
+CONFIGS = ROOT / "seppo_fast" / "configs" / "README.md"
+PAGES = (README, BENCHMARKS, CONFIGS)
+RESULTS = ROOT / "benchmarks" / "results"
+TABLES = {"keys": keys, **{name: partial(table, RESULTS) for name, table in (
+    ("quickstart", quickstart), ("headlines", headlines), ("quickstart_video", video), ("loss", loss), ("throughput", throughput),
+    ("decoding", decoding), ("ablation", ablation))}}
+
+
+def filled(text: str) -> str:
+    """`text` with fresh tables between `<!-- name -->` and `<!-- /name -->`."""
+    for name, table in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = pattern.sub(lambda found, make=table: found[1] + make() + "\n" + found[2], text)
+    return text

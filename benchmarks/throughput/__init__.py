@@ -1,0 +1,1 @@
+"""How fast training and sampling are, beside a trainer as one would first write it and beside diffusers."""

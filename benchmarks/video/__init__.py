@@ -1,0 +1,1 @@
+"""How fast videos are decoded, and how long training waits for them."""
