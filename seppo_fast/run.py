@@ -11,12 +11,12 @@ import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.monitor.csv_monitor import csvMonitor
 from diffusers import DDPMScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config, batch_plan, parse_config
+from seppo_fast.data import ClipStream, LatentCache
 from seppo_fast.data.cache import build_cache, give_back_memory
-from seppo_fast.data.latents import LatentCache
 from seppo_fast.data.order import split
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.disk import complete_or_not
@@ -32,6 +32,7 @@ from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.guidance import classifier_free
+from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, solver_table
@@ -42,6 +43,7 @@ from seppo_fast.training.engine import check_engine_config, policy_weights, pool
 from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, alone_in, open_folder
 from seppo_fast.training.held_out import open_held_out
+from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
@@ -78,7 +80,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     state = starting_state(folder, config, ranks)
     if folder.resume_from:
         check_past(config, folder.path, state, ranks)
-    started = {}
+    started: dict[str, Tensor] = {}
     if ours.model.start_from and folder.resume_from is None:
         started, state.started_from = start.read(ours.model.start_from, model, ours.model, ours.seed)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].needs_losers,
@@ -88,37 +90,42 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     begin(folder, state, cache, ranks)
     teller(ranks)(f"{len(cache)} demonstrations are usable" + (f", of which {len(held)} are held out" if held else ""))
 
-    policy, reference = load_policies(model, config, cache.shape[1:], ranks)
+    policy, second = load_policies(model, config, cache.shape[1:], ranks)
     if started:
         start.put_into(policy, started)
         del started
     engine = start_engine(policy, config, batch)
     shares = trains_a_part(engine.module)
-    if reference is not None and shares:
-        share_frozen(reference, engine.module)  # before it moves: its own base need not fit beside the policy's
-    if reference is not None:
-        reference.to(ranks.device)
+    if second is not None:
+        if shares:
+            share_frozen(second, engine.module)  # before it moves: its own base need not fit beside the policy's
+        second.to(ranks.device)
     objective = Objective(model.denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta,
                           ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
     if objective.flipper:
         teller(ranks)(f"loss: {loss_backend(ranks.device)}")
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype, trained_on)
-    # It keeps to the attention that it is made under. What compiled blocks chose once is used again for what is scored.
+    pool = Pool(folder.path / "pool", pool_dtype(config), int(ours.pool.host_memory_gb * 1e9 / ranks.local_world), state.pool)
+    reference = None
+    # The sampler keeps to the attention that it is made under. What compiled blocks chose once is used again for what is scored.
     with same_with_gradients() if objective.compiled else nullcontext():
-        sampler = open_sampler(config, batch, objective, reference, table, pairs, ranks) if reference is not None else None
+        if second is not None:
+            sampler, size = open_sampler(config, batch, objective, second, table, pairs, ranks)
+            reference = Reference(sampler, size, pool, offloaded=ours.scored_ahead and not shares)
     rollouts = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
         continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
-    trainer = make_trainer(
-        settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs, reference=reference,
-        pool=open_pool(config, folder, engine, state, ranks), sampler=sampler,
-        grids=prepare_grids(model, config, cache, folder, ranks),
-        validation=prepare_validation(wanted, model, cache.shape, objective.dtype, ranks),
-        held_out=open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None,
-        reporter=Reporter(folder.path, ours.iterations * ours.updates_per_iteration, state.update,
-                          engine.monitor, ranks.rank),
-        signals=signals, folder=folder.path, state=state, rollouts=rollouts, reference_offloaded=ours.scored_ahead and not shares,
-    )
+    if ours.reference is not None:
+        fill_pool(pool, engine, state.update // ours.updates_per_iteration if folder.resume_from else None, ranks)
+    reporter = Reporter(folder.path, ours.updates, state.update, engine.monitor, ranks.rank)
+    looks = None
+    if reference is not None and ours.looks:
+        looks = Looks(ours, ranks, engine, reference, prepare_grids(model, config, cache, folder, ranks),
+                      prepare_validation(wanted, model, cache.shape, objective.dtype, ranks),
+                      open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None, reporter, signals, state)
+    trainer = make_trainer(settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs,
+                           reference=reference, looks=looks, reporter=reporter, signals=signals, folder=folder.path, state=state,
+                           rollouts=rollouts)
     try:
         with same_with_gradients():
             trainer.train()
@@ -160,7 +167,7 @@ def measured(config: Config) -> dict[str, Any]:
     return section.model_dump(exclude={"every", "patience", "keep_best", "batch_size", "watch"}) | {"watch": section.watched}
 
 
-def begin(folder: RunFolder, state: State, cache: LatentCache, ranks: Ranks) -> None:
+def begin(folder: RunFolder, state: State, cache: LatentCache | ClipStream, ranks: Ranks) -> None:
     """Make sure that the checkpoint is of these data, remove the run folder's later traces, write config.json."""
     if folder.resume_from:
         checkpoint.check_data(folder.resume_from, state, cache.fingerprint, cache.content)
@@ -210,7 +217,7 @@ def teller(ranks: Ranks) -> Callable[[str], None]:
 
 def loss_backend(device: torch.device) -> str:
     """The backend that the loss takes on a device, and why not a faster one."""
-    lacking = []
+    lacking: list[str] = []
     for name, state in available_backends(device).items():
         if state == "available":
             return f"{name} backend" + (f" ({'; '.join(lacking)})" if lacking else "")
@@ -219,32 +226,27 @@ def loss_backend(device: torch.device) -> str:
 
 
 def open_sampler(config: Config, batch: Batch, objective: Objective, reference: nn.Module, table: SolverTable, pairs: PairSource,
-                 ranks: Ranks) -> Sampler:
-    """What draws from `reference`. All ranks take the smallest of their batch sizes: each step asks all of them for signals."""
+                 ranks: Ranks) -> tuple[Sampler, int]:
+    """What draws from `reference`, and its batch size: the smallest of all ranks', since each step asks all of them for signals."""
     ours = config.seppo
     sampler = Sampler(reference, objective.denoise, table.to(ranks.device), pairs.unconditional,
                       classifier_free(ours.sampler.guidance_scale, pairs.unconditional), ours.sampler, objective.dtype,
                       objective.autocast, teller(ranks))
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
-    sampler.fit(pairs.cache.shape, updates * batch.size // batch.world, agree=lambda size: -ranks.largest(-size))
-    return sampler
+    wanted = updates * batch.size // batch.world
+    return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size))
 
 
-def open_pool(config: Config, folder: RunFolder, engine: DeepSpeedEngine, state: State, ranks: Ranks) -> Pool | None:
-    """The past policies up to the state's iteration, the initial one first; None for SFT."""
-    ours = config.seppo
-    if not METHODS[ours.method].references:
-        return None
-    pool = Pool(folder.path / "pool", pool_dtype(config), int(ours.pool.host_memory_gb * 1e9 / ranks.local_world), state.pool)
+def fill_pool(pool: Pool, engine: DeepSpeedEngine, last: int | None, ranks: Ranks) -> None:
+    """The past policies up to the `last` one of a resumed run, the initial one of a new run."""
     if ranks.rank == 0:
-        pool.truncate(state.update // ours.updates_per_iteration if folder.resume_from else -1)
-    if folder.resume_from is None:
+        pool.truncate(-1 if last is None else last)
+    if last is None:
         pool.add(0, policy_weights(engine), write=ranks.rank == 0)
     pool.checksums.update(ranks.objects(pool.checksums)[0])  # rank 0 wrote
-    return pool
 
 
-def prepare_grids(model: Model, config: Config, cache: LatentCache, folder: RunFolder, ranks: Ranks) -> Grids | None:
+def prepare_grids(model: Model, config: Config, cache: LatentCache | ClipStream, folder: RunFolder, ranks: Ranks) -> Grids | None:
     """What sample grids need, on rank 0, or None when none are wanted. The prompts default to the data's first ones."""
     ours = config.seppo
     if not ours.samples.every or ranks.rank != 0:

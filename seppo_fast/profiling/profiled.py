@@ -134,12 +134,12 @@ class ProfiledTrainer(Trainer):
         if self.state.update == 1:
             self.clock.restart()
         super().draw_rollouts(k, update)
-        if self.last and METHODS[self.settings.method].draws:
+        if self.last and self.reference is not None and METHODS[self.settings.method].draws:
             slots = list(self.slots(update))
-            slots = slots[:even(len(slots), self.sampler.batch_size)]
+            slots = slots[:even(len(slots), self.reference.batch_size)]
             noise, conditions = self.pairs.initial_noise(slots), self.pairs.prompts(slots)
-            with self.reference_on_device(), new_profiler() as profiler:
-                self.sampler.draw(noise, conditions)
+            with self.reference.on_device(), new_profiler() as profiler:
+                self.reference.sampler.draw(noise, conditions)
             self.found["sampling"] = operators(profiler, self.ranks.device), len(slots)
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:

@@ -67,24 +67,21 @@ class Sampler:
 
         `before_step` runs on the host before each step of each batch; it may raise to give up.
         """
-        if self.batch_size is None:
-            self.fit(noise.shape[1:], len(noise))
-        assert self.batch_size is not None  # measured
-        size = even(len(noise), self.batch_size)
+        size = even(len(noise), self.fit(noise.shape[1:], len(noise)))
         parts = [slice(start, start + size) for start in range(0, len(noise), size)]
         return torch.cat([self._draw(noise[part], {name: value[part] for name, value in conditions.items()}, before_step)
                           for part in parts])
 
     @torch.no_grad()
     def fit(self, shape: Sequence[int], wanted: int, agree: Callable[[int], int] = lambda size: size,
-            free: Callable[[torch.device], int] = free_memory) -> None:
-        """Measure "auto" for samples of `shape` (C, h, w), at most `wanted` a batch; a number stays as it is.
+            free: Callable[[torch.device], int] = free_memory) -> int:
+        """`batch_size`; "auto" is measured for samples of `shape` (C, h, w), at most `wanted` a batch.
 
         Ranks may find different sizes. What they draw is the same but for rounding; where they must make the same number of
         steps, `agree` turns a rank's size into everyone's. `free` is the memory left on the device, in bytes.
         """
         if self.batch_size is not None:
-            return
+            return self.batch_size
 
         def step_of(size: int) -> Callable[[], None]:
             loop = self._open((size, *shape), self._plain)
@@ -97,6 +94,7 @@ class Sampler:
             torch.cuda.empty_cache()
         agreed = "" if self.batch_size == size else f", as all ranks agreed; {size} here"
         self.say(f"sampler: batches of {self.batch_size}{agreed}: {why}")
+        return self.batch_size
 
     def release(self) -> None:
         """Give the graphs and their memory back; the next draw makes them anew."""

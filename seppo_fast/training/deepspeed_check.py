@@ -93,7 +93,7 @@ def _optimizer_problems(section: Mapping[str, Any]) -> list[str]:
 def _scheduler_problems(section: Mapping[str, Any]) -> list[str]:
     name, params = section.get("type"), section.get("params", {})
     own = getattr(lr_schedules, str(name), None) or getattr(torch.optim.lr_scheduler, str(name), None)
-    if not inspect.isclass(own):
+    if not isinstance(own, type):
         schedules = {*lr_schedules.VALID_LR_SCHEDULES, *torch.optim.lr_scheduler.__all__}
         return [_not_one_of("scheduler.type", name, schedules)]
     if not isinstance(params, Mapping):

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -73,7 +73,7 @@ class _Files(CheckpointEngine):
         """Write one file, and make sure that `load` will read it."""
         with open(path, "wb") as file:
             hashing = Hashing(file)
-            torch.save(state_dict, hashing)
+            torch.save(state_dict, cast(BinaryIO, hashing))  # it calls `write` and `flush` alone
         self.written[self._name(path)] = Written(size=hashing.size, xxh3_128=hashing.hexdigest())
         with torch.serialization.safe_globals([*KEPT]):
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)

@@ -3,10 +3,10 @@
 import copy
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -31,7 +31,7 @@ class Precision(NamedTuple):
     autocast: torch.dtype | None
 
 
-def precision(deepspeed_config: dict) -> Precision:
+def precision(deepspeed_config: Mapping[str, Any]) -> Precision:
     """The precision mode that DeepSpeed's bf16, fp16 or torch_autocast section asks for; fp32 without any."""
     for key, dtype in HALF.items():
         if deepspeed_config.get(key, {}).get("enabled"):
@@ -49,7 +49,7 @@ def pool_dtype(config: Config) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": auto}[config.seppo.pool.dtype]
 
 
-def engine_config(config: Config, batch: Batch) -> dict:
+def engine_config(config: Config, batch: Batch) -> dict[str, Any]:
     """DeepSpeed's dictionary with all three batch keys filled in."""
     filled = copy.deepcopy(dict(config.deepspeed))
     filled.update(train_batch_size=batch.size, train_micro_batch_size_per_gpu=batch.micro,
@@ -101,7 +101,7 @@ def start_engine(policy: nn.Module, config: Config, batch: Batch) -> DeepSpeedEn
     with wandb_below(config.seppo.output_dir):
         engine, *_ = deepspeed.initialize(model=policy, model_parameters=weights, config=engine_config(config, batch))
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if hasattr(scaler, "raise_error_at_min_scale"):
+    if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such updates are skipped and counted here, and end the run with a message
     return engine
 
@@ -141,7 +141,7 @@ def step(engine: DeepSpeedEngine) -> Step | None:
         return None
     lr = engine.get_lr()[0]  # the step itself moves the schedule on
     if hasattr(engine.optimizer, "overflow"):
-        scale_before = getattr(engine.optimizer, "cur_scale", None) or getattr(engine.optimizer, "loss_scale", 1.0)
+        scale_before = getattr(engine.optimizer, "cur_scale", None) or getattr(engine.optimizer, "loss_scale", None) or 1.0
         engine.step()
         skipped = not engine.was_step_applied()
         norm = engine.get_global_grad_norm()

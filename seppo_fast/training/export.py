@@ -63,7 +63,7 @@ def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, ro
     kept = checkpoint.of_update(trainer.folder / "checkpoints", state.best_update)
     value = f"{ours.evaluation.watched} {state.best}, of the policy after {state.best_update} updates"
     weights = first_whole(kept) if state.best_update else None
-    if weights is None:
+    if weights is None or state.best_update is None:
         shutil.rmtree(best, ignore_errors=True)  # of an earlier end of this run
         why = ("no evaluation gave a value" if state.best_update is None else
                f"none is better than the model that training began with ({value})" if state.best_update == 0 else

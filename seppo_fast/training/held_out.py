@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seppo_fast.config import HELD_OUT, METHODS, Seppo
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
-from seppo_fast.reference.sampler import Sampler
+from seppo_fast.reference.network import Reference
 from seppo_fast.seeds import generator
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
@@ -46,19 +46,20 @@ class HeldOut:
         return [slot for slot in range(DRAWS * len(self.rows)) if self.pairs.order.row(slot) in mine]
 
     @torch.no_grad()
-    def prepare(self, initial: nn.Module, sampler: Sampler, check: Callable[[], None]) -> None:
-        """Samples of the initial model, in the module of `sampler`, for these prompts, and its errors on all pairs."""
+    def prepare(self, reference: Reference, check: Callable[[], None]) -> None:
+        """Samples of the initial model, which the reference holds, for these prompts, and its errors on all pairs."""
         slots, row_of = self.slots, self.pairs.order.row
         rollouts: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
         if METHODS[self.pairs.settings.method].draws:
-            first, samples = {row_of(slot): slot for slot in reversed(slots)}, {}
-            for some in self._in_step(list(first.values()), sampler.batch_size, check):
-                latents = sampler.draw(self.pairs.initial_noise(some), self.pairs.prompts(some))
+            first = {row_of(slot): slot for slot in reversed(slots)}
+            samples: dict[int, Tensor] = {}
+            for some in self._in_step(list(first.values()), reference.batch_size, check):
+                latents = reference.sampler.draw(self.pairs.initial_noise(some), self.pairs.prompts(some))
                 samples |= {row_of(slot): sample for slot, sample in zip(some, latents.cpu(), strict=True)}
             for slot in slots:
                 rollouts[slot]["loser"] = samples[row_of(slot)]
         for some in self._in_step(slots, self.size, check):
-            errors = self.objective.score(initial, self.pairs.pairs(some, rollouts))
+            errors = self.objective.score(reference.module, self.pairs.pairs(some, rollouts))
             for slot, pair in zip(some, errors.cpu(), strict=True):
                 rollouts[slot]["ref_mse"] = pair
         self.rollouts, self.ready = rollouts, True

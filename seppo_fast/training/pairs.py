@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from seppo_fast.config import Seppo
+from seppo_fast.config import METHODS, Seppo
 from seppo_fast.data import ClipStream, LatentCache, Order
 from seppo_fast.models import Conditions
 from seppo_fast.seeds import generator, normal
@@ -37,9 +37,11 @@ class PairSource:
         seed = self.settings.seed
         rows = self.cache.rows(*self._places(slots))
         latents = [self._latents(rows.mean, rows.std, "posterior", slots)]
-        if self.settings.method == "dpo":
+        losers = METHODS[self.settings.method].losers
+        if losers == "data":
+            assert rows.loser_mean is not None and rows.loser_std is not None, "the cache was made without losers"
             latents.append(self._latents(rows.loser_mean, rows.loser_std, "loser posterior", slots))
-        elif self.settings.method != "sft":
+        elif losers == "reference":
             latents.append(torch.stack([rollouts[slot]["loser"] for slot in slots]))
         noise = [normal(self.cache.shape, seed, "noise", slots)]
         if len(latents) == 2 and self.settings.noise == "independent":
@@ -58,7 +60,7 @@ class PairSource:
     def prompts(self, slots: Sequence[int]) -> Conditions:
         """Prompt embeddings of these slots, never dropped: what the reference is asked for."""
         rows = [self.order.row(slot) for slot in slots]
-        return self._embeddings(self.cache.prompts.of_row[rows])
+        return self._embeddings(self.cache.prompts.of_row[rows].tolist())
 
     def initial_noise(self, slots: Sequence[int]) -> Tensor:
         """`(B, C, h, w)` from which the reference samples of these slots start."""

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config
 from seppo_fast.errors import UserError
 from seppo_fast.ranks import Ranks
@@ -15,7 +14,7 @@ from seppo_fast.training.engine import pool_dtype
 def check_past(config: Config, folder: Path, state: State, ranks: Ranks) -> None:
     """Make sure that all past policies are there, and that those that the run will need are as they were written."""
     ours = config.seppo
-    if not METHODS[ours.method].references:
+    if ours.reference is None:
         return
     done = state.update // ours.updates_per_iteration
     pool = Pool(folder / "pool", pool_dtype(config), 0, state.pool)

@@ -1,7 +1,8 @@
 """The next micro-batch is made while this one is trained on."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -10,10 +11,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def prefetched(make: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:
+def prefetched(make: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Generator[Result]:
     """`make(item)` of each item in turn; a thread is at the next one while the caller has this one. Its errors come here."""
-    on_device = [torch.cuda.set_device, (device,)] if device.type == "cuda" else [None, ()]  # a thread starts on GPU 0
-    with ThreadPoolExecutor(1, initializer=on_device[0], initargs=on_device[1]) as thread:
+    on_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # a thread starts on GPU 0
+    with ThreadPoolExecutor(1, initializer=on_device) as thread:
         coming = None
         for item in items:
             present, coming = coming, thread.submit(make, item)

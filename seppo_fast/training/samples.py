@@ -22,6 +22,7 @@ VISIBLE = 128  # pixels to which the longer side of small samples is enlarged
 GAP, CAPTION, FONT = 1, 16, 12  # pixels between samples, of a line of text, and of its letters
 FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
 LONGEST = 1000  # characters of a prompt that are measured
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Layout:
 
 def sheet(images: Tensor, prompts: Sequence[str], columns: int) -> Image.Image:
     """`(N, 3, H, W)` in [0, 1] as one picture: a row of `columns` a prompt, below as much of the prompt as the row is wide."""
-    layout = Layout(*images.shape[-2:], columns)
+    height, width = images.shape[-2:]
+    layout = Layout(height, width, columns)
     canvas = Image.new("RGB", layout.size(len(images)), "white")
     draw, font = ImageDraw.Draw(canvas), letters()
     for index, image in enumerate(images):
@@ -112,7 +114,7 @@ def sheet(images: Tensor, prompts: Sequence[str], columns: int) -> Image.Image:
 
 
 @cache
-def letters() -> ImageFont.FreeTypeFont:
+def letters() -> Font:
     """The first of the fonts of many languages that the system has; else Pillow's own, of English letters."""
     for name in FONTS:
         with suppress(OSError):
@@ -120,7 +122,7 @@ def letters() -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(FONT)
 
 
-def shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def shortened(text: str, width: int, font: Font) -> str:
     """As much of a text as is `width` pixels wide, on one line."""
     text = " ".join(text.split())[:LONGEST]
     if font.getlength(text) <= width:

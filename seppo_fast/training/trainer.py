@@ -3,44 +3,43 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from torch import Tensor, nn
+from torch import Tensor
 
-from seppo_fast.config import HELD_OUT, METHODS, Seppo
+from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch
 from seppo_fast.errors import UserError
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks, even
-from seppo_fast.reference.pool import Pool, pick
-from seppo_fast.reference.sampler import Sampler
+from seppo_fast.reference.network import Reference
+from seppo_fast.reference.pool import pick
 from seppo_fast.seeds import generator
 from seppo_fast.signals import Stop, StopSignals
 from seppo_fast.training import checkpoint
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.divergence import largest_in_range
 from seppo_fast.training.engine import Step, policy_weights, step, upstream_gradient
-from seppo_fast.training.held_out import HeldOut, columns
+from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import peak_memory_gb, summarise
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.prefetch import prefetched
 from seppo_fast.training.reporter import Reporter
-from seppo_fast.training.samples import Grids
-from seppo_fast.training.validation import Validation
 
 PHASES = ("sampling", "training", "data", "evaluation", "grids", "pool", "checkpoints")  # the parts of a row's seconds
 
 
 @dataclass
 class Trainer:
-    """One run. `reference`, `sampler`, `pool` are None for SFT; `rollouts` are those not trained on yet."""
+    """One run. `reference` is None for SFT without `looks`, which is None where the policy is not looked at on the way.
+
+    `rollouts` wait for their update.
+    """
 
     settings: Seppo
     batch: Batch
@@ -48,19 +47,13 @@ class Trainer:
     engine: DeepSpeedEngine
     objective: Objective
     pairs: PairSource
-    reference: nn.Module | None
-    pool: Pool | None
-    sampler: Sampler | None
-    grids: Grids | None
-    validation: Validation | None
-    held_out: HeldOut | None
+    reference: Reference | None
+    looks: Looks | None
     reporter: Reporter
     signals: StopSignals
     folder: Path
     state: State
-    reference_offloaded: bool = False  # outside the device while the policy is trained; a shared base cannot
     rollouts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    reference_index: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     last_row: float = 0.0  # when it was written, by the performance counter
     unproven: int | None = None  # the update of a checkpoint whose policy's error is not known yet
@@ -69,10 +62,12 @@ class Trainer:
         """Algorithm 1 from the state's update on; `Stop` leaves a checkpoint behind."""
         self.signals.deferred = True
         self.last_row = time.perf_counter()
-        self.offload_reference()
+        if self.reference is not None:
+            self.reference.offload()
         try:
-            if self.lacks_grid():
-                self.draw_grid()
+            if self.looks is not None:
+                with self.timed("grids"):
+                    self.looks.draw_missing_grid()
             self.evaluate()
             for k in range(self.iteration_of(self.state.update), self.settings.iterations + 1):  # line 1
                 self.take_reference(k)  # line 2
@@ -94,36 +89,38 @@ class Trainer:
 
     def take_reference(self, k: int) -> None:
         """Line 2: sample a past policy among 0..k-1, the same on every rank, into the one reference model."""
-        if self.pool is not None:
-            self.reference_index = pick(self.settings.reference, k, self.settings.seed)
-            with self.timed("pool"):
-                self.pool.load_into(self.reference_index, self.reference)
-            if k < self.settings.iterations:
-                self.pool.prefetch(pick(self.settings.reference, k + 1, self.settings.seed))
+        strategy, seed = self.settings.reference, self.settings.seed
+        if self.reference is None or strategy is None:
+            return
+        with self.timed("pool"):
+            self.reference.take(pick(strategy, k, seed))
+        if k < self.settings.iterations:
+            self.reference.pool.prefetch(pick(strategy, k + 1, seed))
 
     def draw_rollouts(self, k: int, update: int) -> None:
         """Line 3: the reference's samples, and its scores if `rollout`, for this update or for what is left of the iteration."""
-        if not METHODS[self.settings.method].draws and self.settings.reference_score == "online":
+        draws, scores = METHODS[self.settings.method].draws, self.settings.reference_score == "rollout"
+        if self.reference is None or not (draws or scores):
             return
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
         window = [slot for u in range(update, last) for slot in self.slots(u)]
         slots = [slot for slot in window if slot not in self.rollouts]
         if not slots:  # the reference may stay offloaded
             return
-        with self.timed("sampling"), self.reference_on_device(), self.reporter.sampling(len(slots)) as progress:
-            for some in chunks(slots, even(len(window), self.sampler.batch_size)):
-                self.rollouts.update(self.draw(some))
+        with self.timed("sampling"), self.reference.on_device(), self.reporter.sampling(len(slots)) as progress:
+            for some in chunks(slots, even(len(window), self.reference.batch_size)):
+                self.rollouts.update(self.draw(self.reference, some))
                 progress.update(len(some))
 
-    def draw(self, slots: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+    def draw(self, reference: Reference, slots: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         """The rollouts of a batch of slots, on the CPU; scored in batches as large as those in which they are drawn."""
         rollouts: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
         if METHODS[self.settings.method].draws:
-            latents = self.sampler.draw(self.pairs.initial_noise(slots), self.pairs.prompts(slots), self.check_signals)
+            latents = reference.sampler.draw(self.pairs.initial_noise(slots), self.pairs.prompts(slots), self.check_signals)
             for slot, loser in zip(slots, latents.cpu(), strict=True):
                 rollouts[slot]["loser"] = loser
         if self.settings.reference_score == "rollout":
-            errors = self.objective.score(self.reference, self.pairs.pairs(slots, rollouts))
+            errors = self.objective.score(reference.module, self.pairs.pairs(slots, rollouts))
             for slot, pair in zip(slots, errors.cpu(), strict=True):
                 rollouts[slot]["ref_mse"] = pair
         return rollouts
@@ -132,7 +129,8 @@ class Trainer:
         """Line 4: one optimizer update over the accumulation window; returns how it went and all ranks' per-pair table."""
         # For dropout: an update that is begun anew after a stop in its middle must draw the same.
         torch.manual_seed(generator(self.settings.seed, "dropout", update, self.ranks.rank).initial_seed())
-        tables, done, reference = [], None, None if self.still_is_reference(update) else self.reference
+        tables, done = [], None
+        reference = None if self.reference is None or self.still_is_reference(update) else self.reference.module
         micro_batches = prefetched(lambda slots: self.pairs.pairs(slots, self.rollouts),
                                    chunks(self.slots(update), self.batch.micro), self.ranks.device)
         with closing(micro_batches):
@@ -155,10 +153,13 @@ class Trainer:
         There every pair is a tie by definition. Two computations of the same error in batches of other sizes would be told
         apart by their rounding, and the flipper would take that for an answer.
         """
-        exact = self.pool is not None and torch.promote_types(self.pool.dtype, self.objective.dtype) == self.pool.dtype
+        if self.reference is None or self.settings.reference_score != "rollout":
+            return False
+        kept = self.reference.pool.dtype
+        exact = torch.promote_types(kept, self.objective.dtype) == kept
         drops = self.settings.model.lora is not None and self.settings.model.lora.dropout > 0
-        same = self.state.unmoved and self.reference_index == self.iteration_of(update) - 1
-        return self.settings.reference_score == "rollout" and exact and same and not drops
+        same = self.state.unmoved and self.reference.index == self.iteration_of(update) - 1
+        return exact and same and not drops
 
     def finish_update(self, k: int, done: Step, table: Tensor) -> None:
         """Count the update, report it, and at its turn add the policy to the pool, write a checkpoint, draw a grid."""
@@ -174,12 +175,8 @@ class Trainer:
         self.give_up_if_lost()
 
         end_of_iteration = self.state.update == k * self.settings.updates_per_iteration
-        if end_of_iteration and self.pool is not None:
-            with self.timed("pool"):
-                self.pool.add(k, policy_weights(self.engine), write=self.ranks.rank == 0)
-                self.ranks.barrier()
-            self.state.unmoved = True
-            self.pool.checksums.update(self.ranks.objects(self.pool.checksums)[0])  # rank 0 wrote
+        if end_of_iteration:
+            self.add_to_pool(k)
         self.evaluate()
         every = self.settings.checkpoint.every
         is_best = self.settings.evaluation.keep_best and self.state.best_update == self.state.update
@@ -187,9 +184,27 @@ class Trainer:
             with self.timed("checkpoints"):
                 self.save()
             self.unproven = self.state.update
-        if self.settings.samples.every and self.state.update % self.settings.samples.every == 0:
-            self.draw_grid()
+        if self.looks is not None:
+            with self.timed("grids"):
+                self.looks.draw_grid()
         self.check_signals()
+
+    def add_to_pool(self, k: int) -> None:
+        """Let the policy join the past ones, as the one of iteration k."""
+        if self.reference is None or self.settings.reference is None:
+            return
+        pool = self.reference.pool
+        with self.timed("pool"):
+            pool.add(k, policy_weights(self.engine), write=self.ranks.rank == 0)
+            self.ranks.barrier()
+        self.state.unmoved = True
+        pool.checksums.update(self.ranks.objects(pool.checksums)[0])  # rank 0 wrote
+
+    def evaluate(self) -> None:
+        """Measure the present policy, if it is its turn."""
+        if self.looks is not None:
+            with self.timed("evaluation"):
+                self.looks.evaluate()
 
     def slots(self, update: int) -> range:
         """This rank's share of an update's slots."""
@@ -201,75 +216,10 @@ class Trainer:
         """Raise `Stop` on all ranks once one of them was signalled."""
         self.signals.check(self.ranks)
 
-    def draw_grid(self) -> None:
-        """Samples of the present policy from fixed prompts and noise."""
-        if self.settings.samples.every:
-            with self.timed("grids"), self.policy_in_reference(here=self.grids is not None):
-                if self.grids is not None:
-                    with suppress(Stop):  # it draws alone: all ranks stop together, at the next check
-                        draw = partial(self.sampler.draw, before_step=self.signals.check_alone)
-                        self.reporter.grid(self.state.update, self.grids.write(self.state.update, draw))
-
-    def lacks_grid(self) -> bool:
-        """Whether it is this update's turn for a grid and there is none: the run is new, or was cut off before it was drawn."""
-        every, update = self.settings.samples.every, self.state.update
-        if not every or update % every:
-            return False
-        return bool(self.ranks.largest(self.grids is not None and (update == 0 or not self.grids.drawn(update))))
-
-    def evaluate(self) -> None:
-        """Measure the present policy at its turn, unless that is done; what a stop interrupts, a resumed run begins with."""
-        every, update = self.settings.evaluation.every, self.state.update
-        if not every or update % every or self.state.evaluated == update:
-            return
-        started, watched = time.perf_counter(), self.settings.evaluation.watched
-        row: dict[str, Any] = {}
-        said: list[str] = []
-        with self.timed("evaluation"):
-            self.prepare_held_out()
-            with self.policy_in_reference():
-                if self.validation is not None:
-                    row, said = self.validation(update, self.sampler, self.check_signals)
-                if self.held_out is not None:
-                    error, accuracy = self.held_out(self.reference, self.check_signals)
-                    if update == 0:
-                        self.state.heldout_error = error
-                    row |= columns(error, accuracy, self.state.heldout_error)
-        if watched in HELD_OUT:
-            self.state.judge(row[watched], "higher")
-        else:
-            self.state.judge(row.get(f"eval_{watched}"), self.validation.better[watched])
-        seconds = round(time.perf_counter() - started, 4)
-        self.reporter.evaluation({"update": update, **row, "seconds_evaluation": seconds}, said)
-
-    def prepare_held_out(self) -> None:
-        """Once: what the initial model makes of the held-out demonstrations."""
-        if self.held_out is not None and self.pool is not None and not self.held_out.ready:
-            with self.reference_on_device():
-                self.pool.load_into(0, self.reference)
-                self.held_out.prepare(self.reference, self.sampler, self.check_signals)
-
     def gets_no_better(self) -> bool:
         """Whether the last `patience` evaluations brought no better policy."""
         patience = self.settings.evaluation.patience
         return patience is not None and self.state.not_better >= patience
-
-    @contextmanager
-    def policy_in_reference(self, here: bool = True) -> Iterator[None]:
-        """The policy's weights pass through the reference model's storage; on ranks that are not `here` nothing happens."""
-        weights = policy_weights(self.engine, keep=here)
-        if here:
-            with torch.no_grad():
-                for name, parameter in self.reference.named_parameters():
-                    if name in weights:
-                        parameter.copy_(weights[name])
-            with self.reference_on_device():
-                yield
-            if self.reference_index is not None:
-                self.pool.load_into(self.reference_index, self.reference)
-        else:
-            yield
-        self.ranks.barrier()
 
     def save(self) -> Path:
         """A checkpoint of this moment; in the middle of a window, of the window's start and its rollouts."""
@@ -287,7 +237,7 @@ class Trainer:
         own = [wall, *parts, max(0.0, wall - sum(parts)), peak_memory_gb(self.ranks.device)]
         everyone = self.ranks.gather(torch.tensor([own], dtype=torch.double))
         wall, *parts, _ = everyone.mean(dim=0).tolist()
-        row = {"update": self.state.update, "iteration": k, "reference": self.reference_index,
+        row = {"update": self.state.update, "iteration": k, "reference": None if self.reference is None else self.reference.index,
                **summarise(table, self.settings.flips), "grad_norm": done.grad_norm, "lr": done.lr,
                "skipped_steps": self.state.skipped,
                "pairs_per_s": round(self.batch.size / max(wall, 1e-9), 3),
@@ -300,7 +250,7 @@ class Trainer:
         error, sound = table[:, 0].double().mean().item(), self.state.sound
         known = sound is not None and sound < self.state.update - 2  # by the update before this one
         if self.state.watch(error):
-            if self.unproven is not None and self.unproven <= self.state.sound:
+            if self.unproven is not None and self.unproven < self.state.update:
                 self.remove_old_checkpoints()
         elif not known and math.isfinite(error):
             good = checkpoint.last_sound(self.folder / "checkpoints", self.state)
@@ -330,19 +280,6 @@ class Trainer:
             " optimizer.params.lr or seppo.beta, clip gradients, or train in bf16 or fp32: "
             + (checkpoint.anew(good) if good else "begin anew in another seppo.output_dir")
         )
-
-    @contextmanager
-    def reference_on_device(self) -> Iterator[None]:
-        """The reference on this rank's device, and offloaded afterwards."""
-        self.reference.to(self.ranks.device)
-        yield
-        self.offload_reference()
-
-    def offload_reference(self) -> None:
-        """Put the reference into host memory if it is not needed before the next iteration."""
-        if self.reference_offloaded:
-            self.sampler.release()
-            self.reference.to("cpu")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -24,7 +24,7 @@ from seppo_fast.evaluation.scoring import Job, find_all, score_all, scores_of
 from seppo_fast.models import Conditions, Model
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
-from seppo_fast.reference.sampler import Sampler
+from seppo_fast.reference.network import Reference
 from seppo_fast.training.engine import precision
 
 SECTION = "seppo.evaluation"
@@ -40,13 +40,13 @@ class Validation:
     shape: tuple[int, ...]
     ranks: Ranks
 
-    def __call__(self, update: int, sampler: Sampler, check: Callable[[], None]) -> tuple[dict[str, Any], list[str]]:
-        """Draw from the sampler's network and score: the means, how many samples have a problem, and what is to be said.
+    def __call__(self, update: int, reference: Reference, check: Callable[[], None]) -> tuple[dict[str, Any], list[str]]:
+        """Draw from the reference's network and score: the means, how many samples have a problem, and what is to be said.
 
         Every rank calls. `check` is called between batches by all ranks alike, and may raise.
         """
         ranks = self.ranks
-        policy = Candidate(f"update_{update:08d}", self.model.path, self.model, lora=None)
+        policy = Candidate(f"update_{update:08d}", str(self.model.path), self.model, lora=None)
         wanted = replace(self.wanted, candidates=[policy])
         folder = wanted.out / "samples" / policy.name
         if ranks.rank == 0:
@@ -56,13 +56,13 @@ class Validation:
 
         def draw(noise: Tensor, conditions: Conditions) -> Tensor:
             check()
-            return sampler.draw(noise, conditions)
+            return reference.sampler.draw(noise, conditions)
 
         todo = share_of(policy, wanted.prompts, wanted.drawing, ranks)
-        batches = -(-len(todo) // sampler.batch_size)
+        batches = -(-len(todo) // reference.batch_size)
         more = ranks.largest(batches) - batches  # another rank draws, and asks, more often
         vae = self.model.load_vae(ranks.device)
-        renderer = Renderer(self.shape, self.embed, draw, partial(self.model.decode, vae), sampler.batch_size, ranks.device)
+        renderer = Renderer(self.shape, self.embed, draw, partial(self.model.decode, vae), reference.batch_size, ranks.device)
         problems = render(todo, wanted.prompts, wanted.drawing.seed, wanted.out, renderer, lambda: None)
         for _ in range(more):
             check()
@@ -131,12 +131,12 @@ def check_scores(wanted: Request, ranks: Ranks) -> None:
 
 def open_validation(wanted: Request, model: Model, dtype: torch.dtype, shape: tuple[int, ...], ranks: Ranks) -> Validation:
     """Embed this rank's prompts."""
-    mine = share_of(Candidate("policy", model.path, model, lora=None), wanted.prompts, wanted.drawing, ranks)
+    mine = share_of(Candidate("policy", str(model.path), model, lora=None), wanted.prompts, wanted.drawing, ranks)
     texts = list(dict.fromkeys(wanted.prompts[slot.prompt].text for slot in mine))
     embed = model.load_text(ranks.device)
     embeds: dict[str, Conditions] = {}
     for some in chunks(texts, wanted.batch):
-        batch = {name: value.to("cpu", dtype) for name, value in embed(some).items()}
+        batch = {name: value.to("cpu", dtype) for name, value in embed(list(some)).items()}
         embeds |= {text: {name: value[i].clone() for name, value in batch.items()} for i, text in enumerate(some)}
     del embed
     give_back_memory()

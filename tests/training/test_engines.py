@@ -48,7 +48,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[frozenset[s
     train = Trainer.train
 
     def watched(self: Trainer) -> None:
-        hooks = [block.register_forward_pre_hook(looks) for module in (self.engine.module, self.reference)
+        hooks = [block.register_forward_pre_hook(looks) for module in (self.engine.module, self.reference.module)
                  for block in module.modules() if isinstance(block, BasicTransformerBlock)]
         try:
             train(self)

@@ -131,7 +131,7 @@ def test_reference_shares_the_base(settings: Callable[..., dict[str, Any]], trai
     monkeypatch.setattr(Trainer, "train", lambda self: (trainers.append(self), loop(self)))
     train(settings(**{"seppo.model.lora": LORA}))
     (trainer,) = trainers
-    policy, reference = dict(trainer.engine.module.named_parameters()), dict(trainer.reference.named_parameters())
+    policy, reference = dict(trainer.engine.module.named_parameters()), dict(trainer.reference.module.named_parameters())
     assert policy.keys() == reference.keys()
     for name, weight in policy.items():
         assert (weight.data_ptr() == reference[name].data_ptr()) == (not weight.requires_grad), name

@@ -51,7 +51,7 @@ def test_training_calls_no_reference(settings: Any, train: Any, monkeypatch: pyt
         return score(self, reference, pairs)
 
     def without_reference(self: Trainer, number: int) -> Any:
-        hook = self.reference.register_forward_hook(lambda *_: asked.append(number))
+        hook = self.reference.module.register_forward_hook(lambda *_: asked.append(number))
         try:
             return update(self, number)
         finally:
@@ -95,10 +95,10 @@ def test_the_reference_leaves_the_device_while_nobody_asks_it(changes: dict[str,
         sent.append("host" if where == "cpu" else "device")
         return to(self, where)
 
-    def drawn(self: Trainer, slots: Any) -> Any:
+    def drawn(self: Trainer, *given: Any) -> Any:
         monkeypatch.setattr(UNet2DConditionModel, "to", moved)  # from here on only the trainer moves a model
         seen.append(("drawn", sent[-1]))
-        return draw(self, slots)
+        return draw(self, *given)
 
     def updated(self: Trainer, number: int) -> Any:
         seen.append(("trained", sent[-1]))

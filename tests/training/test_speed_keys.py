@@ -50,13 +50,13 @@ def test_a_compiled_reference_gets_the_policys_kernels(settings: Any, train: Any
     asked, update = [], Trainer.update_policy
 
     def watched(self: Trainer, number: int) -> Any:
-        block = next(part for part in self.reference.modules() if isinstance(part, BasicTransformerBlock))
+        block = next(part for part in self.reference.module.modules() if isinstance(part, BasicTransformerBlock))
         hook = block.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
         try:
             return update(self, number)
         finally:
             hook.remove()
-            assert all(weight.grad is None for weight in self.reference.parameters())
+            assert all(weight.grad is None for weight in self.reference.module.parameters())
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: None)
     monkeypatch.setattr(Trainer, "update_policy", watched)

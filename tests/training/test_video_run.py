@@ -219,8 +219,8 @@ def test_the_adapter_loads_in_plain_diffusers_and_draws_the_trainers_own_sample(
     assert sorted(path.name for path in (run / "final").iterdir()) == ["README.md", "pytorch_lora_weights.safetensors"]
     noise = normal((4, FRAMES, 8, 8), 0, "grid", range(2))  # the grid's
     settings = trainer.settings.sampler
-    trainer.pool.load_into(2, trainer.reference)
-    own = trainer.sampler.draw(noise, trainer.grids.conditions)
+    trainer.reference.take(2)
+    own = trainer.reference.sampler.draw(noise, trainer.looks.grids.conditions)
 
     pipeline = AnimateDiffPipeline.from_pretrained(animatediff)
     pipeline.set_progress_bar_config(disable=True)
@@ -240,15 +240,15 @@ def test_the_adapter_loads_in_plain_diffusers_and_draws_the_trainers_own_sample(
 
 def test_a_swap_changes_the_samples_and_nothing_else(trained: tuple[Trainer, Path]) -> None:
     trainer, _ = trained
-    policy, reference = dict(trainer.engine.module.named_parameters()), dict(trainer.reference.named_parameters())
+    policy, reference = dict(trainer.engine.module.named_parameters()), dict(trainer.reference.module.named_parameters())
     for name, weight in policy.items():
         assert (weight.data_ptr() == reference[name].data_ptr()) == ("lora_" not in name), f"{name}: one base, two adapters"
     before = {name: weight.detach().clone() for name, weight in (policy | {"": torch.get_rng_state()}).items()}
     frozen = {name: weight.detach().clone() for name, weight in reference.items() if "lora_" not in name}
     noise, samples = normal((4, FRAMES, 8, 8), 1, "any", range(2)), []
     for index in (0, 2, 0):
-        trainer.pool.load_into(index, trainer.reference)
-        samples.append(trainer.sampler.draw(noise, trainer.grids.conditions))
+        trainer.reference.take(index)
+        samples.append(trainer.reference.sampler.draw(noise, trainer.looks.grids.conditions))
     assert torch.equal(samples[0], samples[2]) and (samples[0] - samples[1]).abs().max() > 1e-4
     assert torch.equal(before.pop(""), torch.get_rng_state())
     assert all(torch.equal(weight, policy[name]) for name, weight in before.items())

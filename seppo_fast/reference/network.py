@@ -1,0 +1,61 @@
+"""The network beside the policy, in which past policies are loaded one after another, to draw samples and to be compared with."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from seppo_fast.reference.pool import Pool
+from seppo_fast.reference.sampler import Sampler
+
+
+@dataclass
+class Reference:
+    """A network of the policy's architecture, which holds past policy `index` and draws `batch_size` samples at once.
+
+    `pool` stays empty where the method has no reference: then the network only shows the present policy. `offloaded`: it is in host
+    memory except within `on_device` and `holding`.
+    """
+
+    sampler: Sampler
+    batch_size: int
+    pool: Pool
+    offloaded: bool
+    index: int | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The network."""
+        return self.sampler.module
+
+    def take(self, index: int) -> None:
+        """Load a past policy."""
+        self.pool.load_into(index, self.module)
+        self.index = index
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The network on the sampler's device, and offloaded afterwards."""
+        self.module.to(self.sampler.device)
+        yield
+        self.offload()
+
+    def offload(self) -> None:
+        """Move the network to host memory, where that is its place."""
+        if self.offloaded:
+            self.sampler.release()
+            self.module.to("cpu")
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The network on the device with other weights by name; afterwards it holds its past policy again."""
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                if name in weights:
+                    parameter.copy_(weights[name])
+        with self.on_device():
+            yield
+        if self.index is not None:
+            self.pool.load_into(self.index, self.module)
