@@ -43,3 +43,8 @@ def checksum(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def checksum_of(data: Any) -> str:
+    """The checksum of a buffer's bytes, 32 hexadecimal digits."""
+    return xxhash.xxh3_128(data).hexdigest()

@@ -162,6 +162,8 @@ class Sampler(Section):
     """Query, key and value in one product, in the sampling network alone."""
     window: Literal["update", "iteration"] = "update"
     """How much is sampled ahead of training: one update or a whole iteration."""
+    samples_per_iteration: Positive | None = None
+    """Samples that are drawn at an iteration's start, of all ranks, and then used in epochs; null draws one for each pair."""
 
 
 class Pool(Section):
@@ -251,11 +253,12 @@ class Checkpoint(Section):
 class Method(Section):
     """A row of the methods' table: where winners and losers come from, what reference and flipper it may have (default first).
 
-    Losers are drawn by the `reference`, whichever it is, or are those of the `data`; None: the method has none.
+    Losers are drawn by the `reference`, whichever it is, or by the `latest` policy, whichever the reference is, or are those of the
+    `data`; None: the method has none.
     """
 
     winners: Literal["data"]
-    losers: Literal["reference", "data"] | None
+    losers: Literal["reference", "latest", "data"] | None
     references: list[str]
     flippers: list[str]
 
@@ -352,6 +355,13 @@ class Seppo(Section):
                                  " method='seppo' takes every reference and flipper")
             elif not allowed:
                 raise ValueError(f"{key}={filled[key]!r} does not go with method={method!r}, which has no {key}")
+        sampler = filled.get("sampler")
+        if isinstance(sampler, dict) and sampler.get("samples_per_iteration") is not None:
+            if not row.draws:
+                raise ValueError(f"sampler.samples_per_iteration does not go with method={method!r}, which draws no samples")
+            if filled.get("reference_score") == "rollout":
+                raise ValueError("reference_score='rollout' does not go with sampler.samples_per_iteration: a sample is used more"
+                                 " than once, each time with another timestep and noise")
         if not row.references and filled.get("reference_score") == "rollout":
             raise ValueError(f"reference_score='rollout' does not go with method={method!r}, which has no reference")
         return filled

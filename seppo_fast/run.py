@@ -33,7 +33,7 @@ from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.network import Reference
-from seppo_fast.reference.pool import Pool
+from seppo_fast.reference.pool import Pool, pick
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, solver_table
 from seppo_fast.signals import StopSignals
@@ -46,9 +46,10 @@ from seppo_fast.training.held_out import open_held_out
 from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective
-from seppo_fast.training.pairs import PairSource
+from seppo_fast.training.pairs import PairSource, Rollout
 from seppo_fast.training.past import check_past
 from seppo_fast.training.reporter import Reporter
+from seppo_fast.training.rollouts import OneUse, SampleSet
 from seppo_fast.training.samples import PROMPTS, Grids
 from seppo_fast.training.trainer import Trainer
 from seppo_fast.training.validation import Validation, check_scores, open_validation, what_is_wanted
@@ -125,7 +126,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                       open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None, reporter, signals, state)
     trainer = make_trainer(settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs,
                            reference=reference, looks=looks, reporter=reporter, signals=signals, folder=folder.path, state=state,
-                           rollouts=rollouts)
+                           rollouts=open_rollouts(rollouts, config, batch, folder, pool, ranks))
     try:
         with same_with_gradients():
             trainer.train()
@@ -235,6 +236,23 @@ def open_sampler(config: Config, batch: Batch, objective: Objective, reference: 
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
     wanted = updates * batch.size // batch.world
     return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size))
+
+
+def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, folder: RunFolder, pool: Pool, ranks: Ranks
+                  ) -> OneUse | SampleSet:
+    """Where rollouts are kept; `unused` are those of the checkpoint from which the run goes on."""
+    ours = config.seppo
+    strategy, seed = ours.reference, ours.seed
+    if ours.sampler.samples_per_iteration is None or strategy is None:
+        return OneUse(unused)
+
+    def origin(k: int) -> dict[str, str]:
+        """What draws in iteration k: a run's settings never change."""
+        drawer = k - 1 if METHODS[ours.method].losers == "latest" else pick(strategy, k, seed)
+        return {"run": folder.run_id, "policy": pool.checksums[pool.path(drawer).name]}
+
+    return SampleSet(folder.path / "rollouts", ours.sampler.samples_per_iteration, ours.updates_per_iteration * batch.size,
+                     batch.size, ours.seed, ranks, origin, teller(ranks))
 
 
 def fill_pool(pool: Pool, engine: DeepSpeedEngine, last: int | None, ranks: Ranks) -> None:

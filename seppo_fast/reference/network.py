@@ -36,6 +36,15 @@ class Reference:
         self.index = index
 
     @contextmanager
+    def drawing(self, index: int | None) -> Iterator[None]:
+        """The network on the device, holding past policy `index` where one is given, and what it held again afterwards."""
+        with self.on_device():
+            if index is not None and index != self.index:
+                self.pool.load_into(index, self.module)
+            yield
+            self.restore()
+
+    @contextmanager
     def on_device(self) -> Iterator[None]:
         """The network on the sampler's device, and offloaded afterwards."""
         self.module.to(self.sampler.device)
@@ -57,5 +66,9 @@ class Reference:
                     parameter.copy_(weights[name])
         with self.on_device():
             yield
+        self.restore()
+
+    def restore(self) -> None:
+        """The policy that was taken last."""
         if self.index is not None:
             self.pool.load_into(self.index, self.module)

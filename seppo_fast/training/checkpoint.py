@@ -35,7 +35,7 @@ from seppo_fast.training import deepspeed_files
 from seppo_fast.training.divergence import REMEMBERED, largest_in_range
 from seppo_fast.training.engine import policy_weights
 from seppo_fast.training.marker import MARKER, Written, damaged, declare, differs, first_problem, listed, missing
-from seppo_fast.training.pairs import Rollouts
+from seppo_fast.training.pairs import Rollout
 
 POLICY = "policy.safetensors"
 
@@ -108,7 +108,7 @@ class State:
         self.best, self.best_update, self.not_better = None, None, 0
 
 
-def save(folder: Path, engine: DeepSpeedEngine, state: State, rollouts: Rollouts, ranks: Ranks, keep_last: int,
+def save(folder: Path, engine: DeepSpeedEngine, state: State, rollouts: dict[int, Rollout], ranks: Ranks, keep_last: int,
          keep_best: bool = False) -> Path:
     """Write a checkpoint; every rank must call. A crash, a kill or a full disk leaves the earlier ones as they were.
 
@@ -313,7 +313,7 @@ def check_data(path: Path, state: State, data: str, content: str | None) -> None
                         f" restore seppo.data.source and seppo.model.path; {anew(path)}")
 
 
-def _rank_tensors(rollouts: Rollouts) -> dict[str, Tensor]:
+def _rank_tensors(rollouts: dict[int, Rollout]) -> dict[str, Tensor]:
     tensors = {"rng_cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()

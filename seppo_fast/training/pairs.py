@@ -3,7 +3,8 @@
 A slot numbers one pair of one update: `update * batch.size + position`. The iteration is a function of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +15,16 @@ from seppo_fast.models import Conditions
 from seppo_fast.seeds import generator, normal
 from seppo_fast.training.objective import Pairs
 
-# A slot's rollout, on the CPU: "loser", the reference's sample (C, h, w), scaled latents; "ref_mse" (2,) fp32, its errors on the
-# pair's winner and loser, where they are computed ahead of the training.
-Rollouts = Mapping[int, dict[str, Tensor]]
+# A slot's rollout, on the CPU: "loser", a past policy's sample (C, h, w), scaled latents; "ref_mse" (2,) fp32, the reference's
+# errors on the pair's winner and loser, where they are computed ahead of the training; "number" (), the sample's, if not the slot.
+Rollout = dict[str, Tensor]
+
+
+class Rollouts(Protocol):
+    """Rollouts by slot."""
+
+    def get(self, slot: int, default: Rollout, /) -> Rollout:
+        """A slot's rollout, or the default where it has none."""
 
 
 class PairSource:
@@ -34,46 +42,47 @@ class PairSource:
 
     def pairs(self, slots: Sequence[int], rollouts: Rollouts) -> Pairs:
         """The micro-batch of these slots, with their rollouts; copied without waiting for the device."""
-        seed = self.settings.seed
-        rows = self.cache.rows(*self._places(slots))
+        seed, method = self.settings.seed, METHODS[self.settings.method]
+        drawn = [rollouts.get(slot, {}) for slot in slots]
+        numbers = [int(rollout.get("number", slot)) for slot, rollout in zip(slots, drawn, strict=True)]
+        rows = self.cache.rows(*self._places(numbers))
         latents = [self._latents(rows.mean, rows.std, "posterior", slots)]
-        losers = METHODS[self.settings.method].losers
-        if losers == "data":
+        if method.needs_losers:
             assert rows.loser_mean is not None and rows.loser_std is not None, "the cache was made without losers"
             latents.append(self._latents(rows.loser_mean, rows.loser_std, "loser posterior", slots))
-        elif losers == "reference":
-            latents.append(torch.stack([rollouts[slot]["loser"] for slot in slots]))
+        elif method.draws:
+            latents.append(torch.stack([rollout["loser"] for rollout in drawn]))
         noise = [normal(self.cache.shape, seed, "noise", slots)]
         if len(latents) == 2 and self.settings.noise == "independent":
             noise.append(normal(self.cache.shape, seed, "loser noise", slots))
         timesteps = [torch.randint(self.num_timesteps, (), generator=generator(seed, "timestep", slot)) for slot in slots]
         prompts = [0 if self._dropped(slot) else prompt for slot, prompt in zip(slots, rows.prompts, strict=True)]
-        scores = [rollouts[slot]["ref_mse"] for slot in slots if "ref_mse" in rollouts.get(slot, ())]
+        scores = [rollout["ref_mse"] for rollout in drawn if "ref_mse" in rollout]
         return Pairs(self._to_device(torch.cat(latents)), self._to_device(torch.cat(noise)),
                      self._to_device(torch.stack(timesteps)), self._embeddings(prompts),
                      self._to_device(torch.stack(scores, dim=1).flatten()) if scores else None)
 
-    def prefetch(self, slots: Sequence[int]) -> None:
-        """A hint that the pairs of these slots come next, for clips that are decoded while something else goes on."""
-        self.cache.prefetch(*self._places(slots))
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """A hint that pairs of these samples come next, for clips that are decoded while something else goes on."""
+        self.cache.prefetch(*self._places(numbers))
 
-    def prompts(self, slots: Sequence[int]) -> Conditions:
-        """Prompt embeddings of these slots, never dropped: what the reference is asked for."""
-        rows = [self.order.row(slot) for slot in slots]
+    def prompts(self, numbers: Sequence[int]) -> Conditions:
+        """Prompt embeddings of these samples, never dropped: what they are drawn for."""
+        rows = [self.order.row(number) for number in numbers]
         return self._embeddings(self.cache.prompts.of_row[rows].tolist())
 
-    def initial_noise(self, slots: Sequence[int]) -> Tensor:
-        """`(B, C, h, w)` from which the reference samples of these slots start."""
-        return self._to_device(normal(self.cache.shape, self.settings.seed, "initial noise", slots))
+    def initial_noise(self, numbers: Sequence[int]) -> Tensor:
+        """`(B, C, h, w)` from which these samples start."""
+        return self._to_device(normal(self.cache.shape, self.settings.seed, "initial noise", numbers))
 
     def _latents(self, mean: Tensor, std: Tensor, purpose: str, slots: Sequence[int]) -> Tensor:
         if self.settings.data.posterior == "sample":
             mean = mean + std * normal(self.cache.shape, self.settings.seed, purpose, slots)
         return mean * self.scaling_factor
 
-    def _places(self, slots: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The rows of these slots, and their epochs."""
-        places = [self.order.place(slot) for slot in slots]
+    def _places(self, numbers: Iterable[int]) -> tuple[list[int], list[int]]:
+        """The rows of these samples, and their epochs."""
+        places = [self.order.place(number) for number in numbers]
         return [row for _, row in places], [epoch for epoch, _ in places]
 
     def _dropped(self, slot: int) -> bool:

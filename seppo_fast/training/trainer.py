@@ -15,7 +15,7 @@ from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch
 from seppo_fast.errors import UserError
 from seppo_fast.ranks import Ranks
-from seppo_fast.reference.batching import chunks, even
+from seppo_fast.reference.batching import chunks
 from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import pick
 from seppo_fast.seeds import generator
@@ -30,6 +30,7 @@ from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.prefetch import prefetched
 from seppo_fast.training.reporter import Reporter
+from seppo_fast.training.rollouts import OneUse, SampleSet
 
 PHASES = ("sampling", "training", "data", "evaluation", "grids", "pool", "checkpoints")  # the parts of a row's seconds
 
@@ -38,7 +39,7 @@ PHASES = ("sampling", "training", "data", "evaluation", "grids", "pool", "checkp
 class Trainer:
     """One run. `reference` is None for SFT without `looks`, which is None where the policy is not looked at on the way.
 
-    `rollouts` wait for their update.
+    `rollouts` are what past policies drew for the updates to come.
     """
 
     settings: Seppo
@@ -53,7 +54,7 @@ class Trainer:
     signals: StopSignals
     folder: Path
     state: State
-    rollouts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    rollouts: OneUse | SampleSet = field(default_factory=OneUse)
     seconds: dict[str, float] = field(default_factory=dict)
     last_row: float = 0.0  # when it was written, by the performance counter
     unproven: int | None = None  # the update of a checkpoint whose policy's error is not known yet
@@ -74,7 +75,7 @@ class Trainer:
                 for update in range(self.state.update, k * self.settings.updates_per_iteration):
                     if self.gets_no_better():
                         return
-                    self.pairs.prefetch(self.slots(update))  # videos: decoded while the reference samples
+                    self.pairs.prefetch(map(self.rollouts.number, self.slots(update)))  # videos: decoded meanwhile
                     self.draw_rollouts(k, update)  # line 3
                     done = self.update_policy(update)  # line 4
                     self.finish_update(k, *done)
@@ -98,32 +99,29 @@ class Trainer:
             self.reference.pool.prefetch(pick(strategy, k + 1, seed))
 
     def draw_rollouts(self, k: int, update: int) -> None:
-        """Line 3: the reference's samples, and its scores if `rollout`, for this update or for what is left of the iteration."""
-        draws, scores = METHODS[self.settings.method].draws, self.settings.reference_score == "rollout"
-        if self.reference is None or not (draws or scores):
+        """Line 3: samples of past policies, and the reference's scores if `rollout`: what this update, or iteration, lacks."""
+        method, scores = METHODS[self.settings.method], self.settings.reference_score == "rollout"
+        if self.reference is None or not (method.draws or scores):
             return
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
         window = [slot for u in range(update, last) for slot in self.slots(u)]
-        slots = [slot for slot in window if slot not in self.rollouts]
-        if not slots:  # the reference may stay offloaded
-            return
-        with self.timed("sampling"), self.reference.on_device(), self.reporter.sampling(len(slots)) as progress:
-            for some in chunks(slots, even(len(window), self.reference.batch_size)):
-                self.rollouts.update(self.draw(self.reference, some))
-                progress.update(len(some))
+        while batches := self.rollouts.missing(k, window, self.reference.batch_size):  # where there are none it stays offloaded
+            with (self.timed("sampling"), self.reference.drawing(k - 1 if method.losers == "latest" else None),
+                  self.reporter.sampling(sum(map(len, batches))) as progress):
+                for numbers in batches:
+                    self.rollouts.add(numbers, self.draw(self.reference, numbers))
+                    progress.update(len(numbers))
 
-    def draw(self, reference: Reference, slots: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        """The rollouts of a batch of slots, on the CPU; scored in batches as large as those in which they are drawn."""
-        rollouts: dict[int, dict[str, Tensor]] = {slot: {} for slot in slots}
+    def draw(self, reference: Reference, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """A batch of rollouts, on the CPU; scored in batches as large as those in which they are drawn."""
+        drawn: dict[str, Tensor] = {}
         if METHODS[self.settings.method].draws:
-            latents = reference.sampler.draw(self.pairs.initial_noise(slots), self.pairs.prompts(slots), self.check_signals)
-            for slot, loser in zip(slots, latents.cpu(), strict=True):
-                rollouts[slot]["loser"] = loser
+            losers = reference.sampler.draw(self.pairs.initial_noise(numbers), self.pairs.prompts(numbers), self.check_signals)
+            drawn["loser"] = losers.cpu()
         if self.settings.reference_score == "rollout":
-            errors = self.objective.score(reference.module, self.pairs.pairs(slots, rollouts))
-            for slot, pair in zip(slots, errors.cpu(), strict=True):
-                rollouts[slot]["ref_mse"] = pair
-        return rollouts
+            rollouts = {number: {name: value[i] for name, value in drawn.items()} for i, number in enumerate(numbers)}
+            drawn["ref_mse"] = self.objective.score(reference.module, self.pairs.pairs(numbers, rollouts)).cpu()
+        return drawn
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:
         """Line 4: one optimizer update over the accumulation window; returns how it went and all ranks' per-pair table."""
@@ -163,8 +161,7 @@ class Trainer:
 
     def finish_update(self, k: int, done: Step, table: Tensor) -> None:
         """Count the update, report it, and at its turn add the policy to the pool, write a checkpoint, draw a grid."""
-        for slot in self.slots(self.state.update):
-            self.rollouts.pop(slot, None)
+        self.rollouts.forget(self.slots(self.state.update))
         self.state.update += 1
         self.state.skipped += done.skipped
         self.state.unmoved &= done.skipped
@@ -223,8 +220,10 @@ class Trainer:
 
     def save(self) -> Path:
         """A checkpoint of this moment; in the middle of a window, of the window's start and its rollouts."""
-        return checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.rollouts, self.ranks,
+        path = checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.rollouts.unused, self.ranks,
                                self.settings.checkpoint.keep_last, self.settings.evaluation.keep_best)
+        self.remove_old_rollouts()
+        return path
 
     def report(self, k: int, done: Step, table: Tensor) -> None:
         """One row of metrics.jsonl; seconds are means over the ranks, memory is the largest.
@@ -267,6 +266,13 @@ class Trainer:
                 sound = checkpoint.last_sound(folder, self.state) if self.state.diverged else None
                 checkpoint.remove_old(folder, self.state, self.settings.checkpoint.keep_last,
                                       self.settings.evaluation.keep_best, sound)
+                self.remove_old_rollouts()
+
+    def remove_old_rollouts(self) -> None:
+        """Those of iterations that neither a checkpoint nor this run goes on with."""
+        if self.ranks.rank == 0:
+            updates = [self.state.update, *map(checkpoint.update_of, checkpoint.complete(self.folder / "checkpoints"))]
+            self.rollouts.remove_old(map(self.iteration_of, updates))
 
     def give_up_if_lost(self) -> None:
         """Stop when too many updates in a row were skipped because loss or gradients were not finite."""

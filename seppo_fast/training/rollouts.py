@@ -1,0 +1,200 @@
+"""Rollouts: what past policies drew for training.
+
+`OneUse` has one for each slot, in memory, and forgets it after its update. `SampleSet` has a set for each iteration, in files,
+and walks through it in seeded epochs.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from seppo_fast.checksums import checksum_of
+from seppo_fast.data.order import Order
+from seppo_fast.disk import complete_or_not, follow_umask
+from seppo_fast.errors import UserError
+from seppo_fast.ranks import Ranks
+from seppo_fast.reference.batching import chunks, even
+from seppo_fast.seeds import generator
+from seppo_fast.training.pairs import Rollout
+
+
+class OneUse(dict[int, Rollout]):
+    """A rollout for each slot of an update, drawn for it alone."""
+
+    @property
+    def unused(self) -> dict[int, Rollout]:
+        """What a checkpoint must hold."""
+        return self
+
+    def number(self, slot: int) -> int:
+        """The sample that a slot trains on: its prompt and noise follow from this number."""
+        return slot
+
+    def missing(self, k: int, window: Sequence[int], most: int) -> list[Sequence[int]]:
+        """The slots of a window that have none, in batches of at most `most`."""
+        return list(chunks([slot for slot in window if slot not in self], even(len(window), most)))
+
+    def add(self, numbers: Sequence[int], drawn: dict[str, Tensor]) -> None:
+        """Take a batch in: of each name a tensor (B, ...)."""
+        for i, slot in enumerate(numbers):
+            self[slot] = {name: tensor[i] for name, tensor in drawn.items()}
+
+    def forget(self, slots: Iterable[int]) -> None:
+        """These slots' update is made."""
+        for slot in slots:
+            self.pop(slot, None)
+
+    def remove_old(self, iterations: Iterable[int]) -> None:
+        """Nothing of past iterations is kept."""
+
+
+class SampleSet:
+    """`size` samples for each iteration, each rank's equal share drawn by itself, in `folder/iteration_00001/`.
+
+    A file holds a batch, is complete or absent, and says what drew it: the answer of `origin(k)`. What is damaged, or of another
+    origin, is drawn anew. A sample that is not finite is dropped. Reading maps one file at a time, so that memory does not grow
+    with the set.
+    """
+
+    unused: dict[int, Rollout] = {}  # a checkpoint refers to the files
+
+    def __init__(self, folder: Path, size: int, slots_per_iteration: int, least: int, seed: int, ranks: Ranks,
+                 origin: Callable[[int], dict[str, Any]], say: Callable[[str], None]) -> None:
+        self.folder, self.size, self.slots_per_iteration, self.least = folder, size, slots_per_iteration, least
+        self.seed, self.ranks, self.origin, self.say = seed, ranks, origin, say
+        self.share = size // ranks.world
+        self.batch = 0  # samples of a file, but for each share's last one
+        self.iteration: int | None = None  # the one whose set is complete
+        self._walk(1, range(size))
+        self._dropped: dict[int, list[int]] = {}  # by the first number of a file that is known to be right
+
+    def number(self, slot: int) -> int:
+        """The sample that a slot trains on: its prompt and noise follow from this number. Before its set is drawn, a guess."""
+        iteration, place = divmod(slot, self.slots_per_iteration)
+        if self._order_of != iteration + 1:
+            self._walk(iteration + 1, range(self.size))
+        return iteration * self.size + self._order.row(place)
+
+    def missing(self, k: int, window: Sequence[int], most: int) -> list[Sequence[int]]:
+        """What this rank has to draw for iteration k, in batches; empty once every rank has drawn. Every rank must call."""
+        if self.iteration == k:
+            return []
+        if self.iteration is not None or not self.batch:
+            self.iteration, self._dropped = None, {}
+            self.batch = self.ranks.objects(self._batch_of_files(k) or even(self.share, most))[0]
+        first = (k - 1) * self.size + self.ranks.rank * self.share
+        batches = list(chunks(range(first, first + self.share), self.batch))
+        # Each step asks all ranks for signals: a batch that one of them lacks is drawn by all, which changes nothing.
+        own = [i for i, batch in enumerate(batches) if not self._intact(k, batch)]
+        if lacking := {i for each in self.ranks.objects(own) for i in each}:
+            return [batches[i] for i in sorted(lacking)]
+        self._open(k)
+        return []
+
+    def add(self, numbers: Sequence[int], drawn: dict[str, Tensor]) -> None:
+        """Write a batch: of each name a tensor (B, ...)."""
+        k = numbers[0] // self.size + 1
+        path = self._path(numbers[0])
+        tensors = {name: tensor.contiguous() for name, tensor in drawn.items()}
+        finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors.values()]).all(0)
+        dropped = [number for number, good in zip(numbers, finite.tolist(), strict=True) if not good]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with complete_or_not(path) as temporary:
+                # One key of metadata: safetensors writes several in no fixed order, and the bytes must repeat.
+                save_file(tensors, temporary, {"rollouts": json.dumps(self._written(k, numbers, tensors), sort_keys=True)})
+                follow_umask([temporary])
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: the samples of iteration {k} cannot be written ({error}); make room under {self.folder} and"
+                            " resume: the checkpoints so far are valid, and what is drawn is not drawn again") from error
+        self._dropped[numbers[0]] = dropped
+
+    def get(self, slot: int, default: Rollout | None = None, /) -> Rollout:
+        """The rollout that a slot trains on, in epochs over the set."""
+        number = self.number(slot)
+        place = number % self.size
+        start = place % self.share // self.batch * self.batch  # of its file, within its rank's share
+        first = number - (place % self.share - start)
+        try:
+            with safe_open(self._path(first), framework="pt") as file:
+                rollout = {name: file.get_slice(name)[number - first] for name in file.keys()}
+        except (OSError, SafetensorError, IndexError) as error:
+            raise UserError(f"{self._path(first)}: cannot be read ({error}); go on with --resume auto, which draws it"
+                            " again") from error
+        return rollout | {"number": torch.tensor(number)}
+
+    def __getitem__(self, slot: int) -> Rollout:
+        return self.get(slot)
+
+    def forget(self, slots: Iterable[int]) -> None:
+        """Each sample is used again."""
+
+    def remove_old(self, iterations: Iterable[int]) -> None:
+        """Remove the sets of all iterations but these, those of the kept checkpoints and the present one."""
+        for path in self.folder.glob("iteration_*"):
+            if path.name not in {self._folder(k).name for k in iterations}:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _open(self, k: int) -> None:
+        """Iteration k's set is drawn by all ranks: agree on what is usable of it."""
+        dropped = {number for each in self.ranks.objects(self._dropped) for numbers in each.values() for number in numbers}
+        first = (k - 1) * self.size
+        usable = [place for place in range(self.size) if first + place not in dropped]
+        if dropped:
+            self.say(f"iteration {k}: {len(dropped)} of {self.size} samples are not finite, and are dropped")
+        if len(usable) < self.least:
+            raise UserError(f"iteration {k}: only {len(usable)} of {self.size} samples are finite, fewer than the {self.least}"
+                            " pairs of an update. Try bf16 or fp32, a lower guidance scale, or look at the improvement model's pictures")
+        self.iteration = k
+        self._walk(k, usable)
+
+    def _walk(self, k: int, usable: Sequence[int]) -> None:
+        """Iteration k goes through these places of its set, in seeded epochs."""
+        self._order_of, self._order = k, Order(self.size, generator(self.seed, "samples", k).initial_seed(), usable)
+
+    def _intact(self, k: int, numbers: Sequence[int]) -> bool:
+        """Whether a batch's file is there, as it was written, and of this origin; what this process wrote is not read again."""
+        if numbers[0] in self._dropped:
+            return True
+        try:
+            with safe_open(self._path(numbers[0]), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                written = json.loads((file.metadata() or {}).get("rollouts", "null"))
+        except (OSError, SafetensorError, ValueError):
+            return False
+        if written != self._written(k, numbers, tensors):
+            return False
+        finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors.values()]).all(0)
+        self._dropped[numbers[0]] = [number for number, good in zip(numbers, finite.tolist(), strict=True) if not good]
+        return True
+
+    def _written(self, k: int, numbers: Sequence[int], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """What a file says of itself."""
+        sums = {name: checksum_of(tensor.numpy()) for name, tensor in sorted(tensors.items())}
+        return {"origin": self.origin(k), "samples": [numbers[0], numbers[-1]], "xxh3_128": sums}
+
+    def _batch_of_files(self, k: int) -> int:
+        """The samples of a file of iteration k, where there is one already: a resumed run may draw in batches of another size."""
+        for path in sorted(self._folder(k).glob("[0-9]*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    first, last = json.loads((file.metadata() or {})["rollouts"])["samples"]
+                if 0 < last + 1 - first <= self.share:
+                    return int(last + 1 - first)
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                continue
+        return 0
+
+    def _folder(self, k: int) -> Path:
+        return self.folder / f"iteration_{k:05d}"
+
+    def _path(self, first: int) -> Path:
+        """The file whose first sample is this."""
+        return self._folder(first // self.size + 1) / f"{first:010d}.safetensors"
