@@ -151,7 +151,7 @@ class SampleSet:
             self.say(f"iteration {k}: {len(dropped)} of {self.size} samples are not finite, and are dropped")
         if len(usable) < self.least:
             raise UserError(f"iteration {k}: only {len(usable)} of {self.size} samples are finite, fewer than the {self.least}"
-                            " pairs of an update. Try bf16 or fp32, a lower guidance scale, or look at the improvement model's pictures")
+                            " pairs of an update. Try bf16 or fp32, or a lower guidance scale")
         self.iteration = k
         self._walk(k, usable)
 
