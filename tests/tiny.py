@@ -11,7 +11,9 @@ from diffusers import (
     EulerDiscreteScheduler,
     MotionAdapter,
     PNDMScheduler,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNetMotionModel,
@@ -111,6 +113,16 @@ def tiny_sdxl(folder: Path | str, prediction_type: str = "epsilon", seed: int = 
             force_zeros_for_empty_prompt=True, add_watermarker=False,
         )
         pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_pix2pix(folder: Path | str, name: str = "sd", seed: int = 0, **overrides) -> Path:
+    """A random InstructPix2Pix pipeline's directory of the shapes of `tiny_sd` or `tiny_sdxl`; its network sees the image."""
+    make, kind = {"sd": (tiny_sd, StableDiffusionInstructPix2PixPipeline),
+                  "sdxl": (tiny_sdxl, StableDiffusionXLInstructPix2PixPipeline)}[name]
+    with tempfile.TemporaryDirectory() as parts:
+        source = make(parts, seed=seed, **{"in_channels": 2 * LATENTS[0]} | overrides)
+        kind.from_pretrained(source).save_pretrained(folder)
     return Path(folder)
 
 

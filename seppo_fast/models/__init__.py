@@ -4,39 +4,67 @@ from seppo_fast import broken_xformers  # noqa: F401  before diffusers' models
 from seppo_fast.errors import UserError
 from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.common import Conditions, UNet, alphas_cumprod
-from seppo_fast.models.directory import is_hub_id, locate, read_adapter, read_directory
+from seppo_fast.models.directory import Directory, is_hub_id, locate, read_adapter, read_directory
 from seppo_fast.models.labels import KEYS, Labels
+from seppo_fast.models.pix2pix import PIPELINES, with_image_condition
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sdxl import StableDiffusionXL
 from seppo_fast.models.trial import make_networks
 
 __all__ = ["AnimateDiff", "Labels", "Conditions", "Model", "StableDiffusion", "StableDiffusionXL", "UNet", "alphas_cumprod",
-           "is_hub_id", "open_model"]
+           "is_hub_id", "open_improvement_model", "open_model"]
 
 Model = StableDiffusion | StableDiffusionXL | AnimateDiff
 
 
 def open_model(path: str, *, revision: str | None = None, variant: str | None = None, motion_adapter: str | None = None,
-               frames: int = 1, labels: Labels = KEYS) -> Model:
+               frames: int = 1, image_condition: bool = False, labels: Labels = KEYS) -> Model:
     """A diffusers pipeline directory, or a hub id, checked as far as that goes without loading weights.
 
     With a `motion_adapter`, a directory or hub id too, Stable Diffusion becomes an AnimateDiff. `frames` is what a video model
-    must have positions for. `labels` is what messages call all these.
+    must have positions for. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not see the
+    image yet; those that are such models already stay as they are. `labels` is what messages call all these.
     """
-    model = _open(path, revision, variant, motion_adapter, frames, labels)
+    directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
+    family = directory.index["_class_name"]
+    if not image_condition and family in PIPELINES.values():
+        raise UserError(f"{labels.path}: {path} is a {family}: it changes a given image, and cannot draw from a prompt alone. Give"
+                        ' a text-to-image model; only method "improvement" trains such a model further')
+    model = _open(directory, path, variant, motion_adapter, frames, labels)
+    make_networks(model)
+    return add_image_condition(model) if image_condition else model
+
+
+def open_improvement_model(path: str, *, revision: str | None = None, variant: str | None = None, labels: Labels = KEYS) -> Model:
+    """A trained InstructPix2Pix pipeline's directory, or a hub id, as it is: what makes winners of losers."""
+    directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
+    family = directory.index["_class_name"]
+    if family not in PIPELINES.values():
+        raise UserError(f"{labels.path}: {path} is a {family}, which is given no image that it could improve. Give the final folder"
+                        f' of a run with method "improvement", or another {" or ".join(PIPELINES.values())}')
+    model = _open(directory, path, variant, None, 1, labels)
     make_networks(model)
     return model
 
 
-def _open(path: str, revision: str | None, variant: str | None, motion_adapter: str | None, frames: int, labels: Labels) -> Model:
-    directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
+def add_image_condition(model: Model) -> Model:
+    """The same model with an image as a condition beside the prompt, which its network does not heed yet."""
+    if model.image_condition:
+        return model
+    if isinstance(model, AnimateDiff):
+        raise UserError(f"{model.directory.labels.path}: {model.path} is a video model, and an improvement model is one of images:"
+                        " give a Stable Diffusion or SDXL pipeline, and no motion adapter")
+    return type(model)(with_image_condition(model.directory, model.name))
+
+
+def _open(directory: Directory, path: str, variant: str | None, motion_adapter: str | None, frames: int, labels: Labels) -> Model:
     family = directory.index["_class_name"]
     if motion_adapter is not None and family != "StableDiffusionPipeline":
         has = ", and this has its motion modules already: leave it out" if family == "AnimateDiffPipeline" else ""
         raise UserError(f"{labels.motion_adapter}: {path} is a {family}; motion adapters go with Stable Diffusion 1.x{has}")
-    if family == "StableDiffusionXLPipeline":
+    if family.startswith("StableDiffusionXL"):
         return StableDiffusionXL(directory)
-    if motion_adapter is None and family == "StableDiffusionPipeline":
+    if motion_adapter is None and family.startswith("StableDiffusion"):
         return StableDiffusion(directory)
     adapter = None
     if motion_adapter is not None:

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from seppo_fast.errors import UserError, few, reason
 from seppo_fast.models.directory import Directory
 from seppo_fast.models.finite import check_finite
+from seppo_fast.models.pix2pix import has_image_condition, widen
 from seppo_fast.models.values import ADVICE, check_values
 
 Conditions = dict[str, Tensor]
@@ -93,12 +94,14 @@ def check_unet(directory: Directory, text_width: int, addition: str | None) -> N
     unet, vae = directory.configs["unet"], directory.configs["vae"]
     file = directory.path / "unet" / "config.json"
     latents = vae.get("latent_channels", 4)
-    for key in ("in_channels", "out_channels"):
+    edits = has_image_condition(directory)
+    for key, wanted in (("in_channels", 2 * latents if edits else latents), ("out_channels", latents)):
         channels = unet.get(key, 4)
-        if channels != latents:
+        if channels != wanted:
             hint = {9: " (inpainting)", 8: " (image editing, or a predicted variance)"}.get(channels, "")
-            raise UserError(f"{file}: {key} is {channels}{hint}, but the VAE's latents have {latents} channels. "
-                            "Only text-to-image models can be trained.")
+            kind = f"{directory.index['_class_name']} models" if edits else "text-to-image models"
+            raise UserError(f"{file}: {key} is {channels}{hint}, but the VAE's latents have {latents} channels, so that {wanted}"
+                            f" are needed. Only {kind} can be trained.")
     widths = unet.get("cross_attention_dim", 1280)
     if any(width != text_width for width in (widths if isinstance(widths, list) else [widths])):
         raise UserError(f"{file}: cross_attention_dim is {widths}, but the text encoding is {text_width} wide. "
@@ -161,7 +164,11 @@ def load_component(directory: Directory, component: str, kind: type[nn.Module], 
 
 
 def load_unet(directory: Directory, dtype: torch.dtype) -> UNet2DConditionModel:
-    return load_component(directory, "unet", UNet2DConditionModel, dtype)
+    """The UNet from disk; with new input channels where the directory was given an image condition that its file has not."""
+    unet = load_component(directory, "unet", UNet2DConditionModel, dtype)
+    if directory.configs["unet"].get("in_channels", 4) != unet.config.in_channels:
+        widen(unet)
+    return unet
 
 
 def empty_unet(directory: Directory) -> UNet2DConditionModel:

@@ -16,7 +16,7 @@ from seppo_fast.models.labels import KEYS, Labels
 from seppo_fast.models.values import check_values
 from seppo_fast.opening import expanded
 
-# pipeline class -> component -> the classes it may have (empty: whichever)
+# text-to-image pipeline class -> component -> the classes it may have (empty: whichever)
 FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
     "StableDiffusionPipeline": {
         "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
@@ -32,6 +32,9 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
         "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
     },
 }
+# The same for all that can be opened: those with an image as a condition have the components of those without.
+COMPONENTS = FAMILIES | {"StableDiffusionInstructPix2PixPipeline": FAMILIES["StableDiffusionPipeline"],
+                         "StableDiffusionXLInstructPix2PixPipeline": FAMILIES["StableDiffusionXLPipeline"]}
 CLASSES: dict[str, type] = {"UNet2DConditionModel": UNet2DConditionModel, "UNetMotionModel": UNetMotionModel,
                             "AutoencoderKL": AutoencoderKL, "CLIPTextModel": CLIPTextConfig,
                             "CLIPTextModelWithProjection": CLIPTextConfig}  # whose arguments a component's configuration gives
@@ -76,7 +79,7 @@ def read_directory(path: Path, variant: str | None, labels: Labels = KEYS) -> Di
         hint = " It looks like one component of a pipeline: give its parent." if one else ""
         raise UserError(f"{path} has no model_index.json, so it is no diffusers pipeline directory.{hint}")
     index = read_index(path / "model_index.json")
-    family = FAMILIES.get(str(index.get("_class_name")))
+    family = COMPONENTS.get(str(index.get("_class_name")))
     if family is None:
         raise UserError(f"{path / 'model_index.json'}: _class_name is {index.get('_class_name')!r}; "
                         f"what can be trained is {' and '.join(FAMILIES)}.")

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from seppo_fast.config import Lora
 from seppo_fast.disk import flush_tree, follow_umask
-from seppo_fast.errors import UserError
+from seppo_fast.errors import UserError, few
 from seppo_fast.models import Model
 from seppo_fast.models.animatediff import AnimateDiff, motion_adapter
-from seppo_fast.models.directory import FAMILIES
+from seppo_fast.models.directory import COMPONENTS
 from seppo_fast.models.files import SMALL, entry_point, read_json, shards
-from seppo_fast.models.lora import ADAPTER, lora_config
+from seppo_fast.models.lora import ADAPTER, choose_trained, lora_config, trainable_weights
 
 TRAINED = ("unet", "motion_adapter")
 
@@ -31,18 +31,19 @@ def save_pipeline(
 ) -> None:
     """Write all of `folder` or nothing: `pytorch_lora_weights.safetensors`, or the pipeline; `card` is README.md.
 
-    `unet_weights` are those that were trained: all of an image model's, a video model's motion modules, or an adapter's.
+    `unet_weights` are those that were trained: all of an image model's, a video model's motion modules, or an adapter's. Of a
+    model with an image condition it is always the pipeline: no LoRA file could bring its first convolution along.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in unet_weights.items()}
     with replacing(Path(folder)) as temporary:
-        if lora is None:
+        if lora is not None and not model.image_condition:
+            save_lora(model, weights, temporary, lora)
+        else:
             copy_components(model, temporary)
             if isinstance(model, AnimateDiff):
                 save_motion(model, weights, temporary)
             else:
-                save_unet(model, weights, temporary / "unet")
-        else:
-            save_lora(model, weights, temporary, lora)
+                save_unet(model, weights if lora is None else merged(model, weights, lora), temporary / "unet")
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -52,6 +53,18 @@ def save_unet(model: Model, weights: Mapping[str, Tensor], folder: Path) -> None
         unet = model.empty_unet()
     unet.load_state_dict(dict(weights), strict=True, assign=True)
     unet.save_pretrained(folder, safe_serialization=True)
+
+
+def merged(model: Model, weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+    """The UNet's weights with the trained adapter's in them, in fp32: in half precision a small adapter would be rounded away."""
+    unet = model.load_unet(torch.float32)
+    choose_trained(unet, lora, seed=0)
+    if trainable_weights(unet).keys() != weights.keys():
+        raise ValueError(f"not the weights that are trained: {few(trainable_weights(unet).keys() ^ weights.keys())}")
+    unet.load_state_dict(dict(weights), strict=False)
+    unet.fuse_lora()
+    unet.unload_lora()
+    return dict(unet.state_dict())
 
 
 def save_motion(model: AnimateDiff, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -97,7 +110,7 @@ def copy_components(model: Model, folder: Path) -> None:
     for component, value in model.directory.index.items():
         if component in TRAINED or not (isinstance(value, list) and value and value[0]):
             continue
-        if component in FAMILIES[index["_class_name"]] or (source / component).is_dir():
+        if component in COMPONENTS[index["_class_name"]] or (source / component).is_dir():
             library = "diffusers" if value[0] == "diffusers" else "transformers"
             copy_component(source / component, folder / component, library, model, component)
         else:  # an optional one (the safety checker) that is not in the source either

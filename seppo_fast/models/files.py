@@ -25,7 +25,7 @@ STEMS = {
 }
 SMALL = (".json", ".txt", ".model")  # configurations and vocabularies
 MOST_HEADER = 100_000_000  # the safetensors library's own limit
-ZEROS = "force_zeros_for_empty_prompt"  # SDXL's switch in model_index.json
+SWITCHES = ("force_zeros_for_empty_prompt", "is_cosxl_edit")  # SDXL's in model_index.json
 REFETCH = "The download is probably incomplete: fetch the model again"
 
 
@@ -119,8 +119,9 @@ def read_index(file: Path) -> dict[str, Any]:
             raise UserError(f"{file}: {name} is {value!r}, where [library, class] is expected. {REFETCH}.")
         if isinstance(value, list) and not name.isidentifier():
             raise UserError(f"{file}: {name!r} is no name of a component. {REFETCH}.")
-    if not isinstance(index.get(ZEROS, True), bool):
-        raise UserError(f"{file}: {ZEROS} is {index[ZEROS]!r}, where true or false is expected. {REFETCH}.")
+    for switch in SWITCHES:
+        if not isinstance(index.get(switch, True), bool):
+            raise UserError(f"{file}: {switch} is {index[switch]!r}, where true or false is expected. {REFETCH}.")
     return index
 
 

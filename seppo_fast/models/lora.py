@@ -13,16 +13,30 @@ from seppo_fast.config import Lora
 from seppo_fast.errors import UserError
 from seppo_fast.models.animatediff import MOTION
 from seppo_fast.models.common import UNet
+from seppo_fast.models.pix2pix import sees_image
 
 ADAPTER = "default"
 
 
 def choose_trained(unet: UNet, lora: Lora | None, seed: int) -> None:
-    """Leave trainable what is to be trained: an adapter, the motion modules of a video model, or all of an image model."""
+    """Leave trainable what is to be trained: an adapter, the motion modules of a video model, or all of an image model.
+
+    Beside an adapter the first convolution is trained in full where it is given an image: its new weights are zero.
+    """
     if lora is not None:
         add_lora(unet, lora, seed)
+        if sees_image(unet):
+            train_first_convolution(unet)
     elif isinstance(unet, UNetMotionModel):
         unet.freeze_unet2d_params()
+
+
+def train_first_convolution(unet: UNet) -> None:
+    """Train all weights of the first convolution; `UserError` where LoRA has been put on it."""
+    if not isinstance(unet.conv_in, nn.Conv2d):
+        raise UserError("seppo.model.lora.targets: the first convolution (conv_in) is trained in full in a model that is given an"
+                        " image; leave out the target that matches it")
+    unet.conv_in.requires_grad_(True)
 
 
 def trains_a_part(unet: nn.Module) -> bool:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from seppo_fast.models import Model
+from seppo_fast.models import Model, add_image_condition
 from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.directory import FAMILIES, HERE, Directory
 from seppo_fast.models.sd import StableDiffusion
@@ -51,8 +51,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def published_model(path: str, motion_adapter: str | None = None) -> Model | None:
+def published_model(path: str, motion_adapter: str | None = None, image_condition: bool = False) -> Model | None:
     """The model of these hub ids, without weights: it can be planned with, not loaded. None where its shape is not known."""
+    model = _published(path, motion_adapter)
+    return add_image_condition(model) if model is not None and image_condition else model
+
+
+def _published(path: str, motion_adapter: str | None) -> Model | None:
     if path not in PUBLISHED or motion_adapter is not None and (motion_adapter not in ADAPTERS or PUBLISHED[path] is SDXL):
         return None
     directory = Directory(Path(path), {}, PUBLISHED[path], {})

@@ -12,10 +12,14 @@ from transformers import CLIPTextModel
 from seppo_fast.models import common
 from seppo_fast.models.common import Conditions
 from seppo_fast.models.directory import Directory
+from seppo_fast.models.pix2pix import has_image_condition, network_input
 
 
 class StableDiffusion:
-    """A Stable Diffusion pipeline directory. Conditions: `prompt_embeds` (B, 77, D)."""
+    """A Stable Diffusion pipeline directory. Conditions: `prompt_embeds` (B, 77, D).
+
+    With an `image_condition` also `image_latents` (B, C, h, w), unscaled: then it is, or will be, an InstructPix2Pix pipeline.
+    """
 
     name = "sd"
     video = False
@@ -30,6 +34,7 @@ class StableDiffusion:
         self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]
         self.prediction_type: str = self.scheduler_config.get("prediction_type", "epsilon")
         self.num_train_timesteps = len(common.alphas_cumprod(self.scheduler_config))
+        self.image_condition = has_image_condition(directory)
         self.latent_channels, self.vae_scale_factor, self.scaling_factor = common.vae_facts(directory)
 
     def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -77,7 +82,8 @@ class StableDiffusion:
 
     def denoise(self, unet: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The network's output (B, C, h, w) for latents (B, C, h, w) at timesteps (B,)."""
-        return unet(latents, timesteps, encoder_hidden_states=conditions["prompt_embeds"], return_dict=False)[0]
+        return unet(network_input(latents, conditions), timesteps, encoder_hidden_states=conditions["prompt_embeds"],
+                    return_dict=False)[0]
 
     def fingerprint_files(self) -> list[Path]:
         """The files whose content decides cached latents and embeddings."""

@@ -13,12 +13,16 @@ from seppo_fast.errors import UserError
 from seppo_fast.models import common
 from seppo_fast.models.common import Conditions
 from seppo_fast.models.directory import Directory
+from seppo_fast.models.pix2pix import SCALES, has_image_condition, network_input
 
 TIME_IDS = 6
 
 
 class StableDiffusionXL:
-    """A Stable Diffusion XL base directory. Conditions: `prompt_embeds` (B, 77, D1 + D2) and `pooled` (B, P)."""
+    """A Stable Diffusion XL base directory. Conditions: `prompt_embeds` (B, 77, D1 + D2) and `pooled` (B, P).
+
+    With an `image_condition` also `image_latents` (B, C, h, w), unscaled: then it is, or will be, an InstructPix2Pix pipeline.
+    """
 
     name = "sdxl"
     video = False
@@ -49,6 +53,8 @@ class StableDiffusionXL:
         self.prediction_type: str = self.scheduler_config.get("prediction_type", "epsilon")
         self.num_train_timesteps = len(common.alphas_cumprod(self.scheduler_config))
         self.latent_channels, self.vae_scale_factor, self.scaling_factor = common.vae_facts(directory)
+        self.image_condition = has_image_condition(directory)
+        self.image_scale = self.scaling_factor if directory.index.get(SCALES) else 1.0
         self.zeros_for_empty_prompt: bool = directory.index.get("force_zeros_for_empty_prompt", True)
 
     def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -106,8 +112,8 @@ class StableDiffusionXL:
     def denoise(self, unet: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The network's output (B, C, h, w) for latents (B, C, h, w) at timesteps (B,)."""
         size = {"text_embeds": conditions["pooled"], "time_ids": self.time_ids(latents)}
-        return unet(latents, timesteps, encoder_hidden_states=conditions["prompt_embeds"], added_cond_kwargs=size,
-                    return_dict=False)[0]
+        return unet(network_input(latents, conditions, self.image_scale), timesteps,
+                    encoder_hidden_states=conditions["prompt_embeds"], added_cond_kwargs=size, return_dict=False)[0]
 
     def time_ids(self, latents: Tensor) -> Tensor:
         """(B, 6) fp32: original size, crop corner, target size in pixels, as if nothing were cropped (DiffusionDPO)."""

@@ -15,6 +15,7 @@ from seppo_fast.errors import UserError, reason
 from seppo_fast.models import common
 from seppo_fast.models.directory import HERE, Directory
 from seppo_fast.models.files import shapes
+from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.models.values import ADVICE
 
 TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -54,7 +55,8 @@ def run_unet(model: Any) -> None:
         unet = model.empty_unet()
         side = 2 ** len(unet.down_blocks)
         noise = torch.zeros(1, model.latent_channels, *(2,) * model.video, side, side)
-        found = model.denoise(unet, noise, torch.zeros(1, dtype=torch.long), blank_conditions(model.directory))
+        conditions = blank_conditions(model.directory) | ({IMAGE: noise} if model.image_condition else {})
+        found = model.denoise(unet, noise, torch.zeros(1, dtype=torch.long), conditions)
         if found.shape != noise.shape:
             raise ValueError(f"it gives {tuple(found.shape)} for latents {tuple(noise.shape)}")
 

@@ -12,6 +12,7 @@ from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.models import Model, UNet
 from seppo_fast.models.layout import convolve_in_channels_last
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
+from seppo_fast.models.pix2pix import IMAGE, sees_image
 from seppo_fast.models.trial import explained
 from seppo_fast.planning.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.planning.network_memory import inference, micro_batch
@@ -171,5 +172,7 @@ def _inputs(unet: UNet, shape: list[int], samples: int, dtype: torch.dtype) -> t
     if unet.config.addition_embed_type == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         conditions["pooled"] = torch.empty(samples, pooled, **make)
+    if sees_image(unet):
+        conditions[IMAGE] = torch.empty(samples, *shape, **make)
     timesteps = torch.empty(samples, device="meta", dtype=torch.long)
     return torch.empty(samples, *shape, **make), timesteps, conditions

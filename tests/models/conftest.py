@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from tiny import tiny_adapter, tiny_animatediff, tiny_sd, tiny_sdxl
+from tiny import tiny_adapter, tiny_animatediff, tiny_pix2pix, tiny_sd, tiny_sdxl
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +14,16 @@ def sd_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sdxl_folder(tmp_path_factory):
     return tiny_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def pix2pix_folder(tmp_path_factory):
+    return tiny_pix2pix(tmp_path_factory.mktemp("models") / "pix2pix")
+
+
+@pytest.fixture(scope="session")
+def xl_pix2pix_folder(tmp_path_factory):
+    return tiny_pix2pix(tmp_path_factory.mktemp("models") / "xl_pix2pix", "sdxl")
 
 
 @pytest.fixture(scope="session")
