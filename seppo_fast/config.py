@@ -166,6 +166,58 @@ class Sampler(Section):
     """Samples that are drawn at an iteration's start, of all ranks, and then used in epochs; null draws one for each pair."""
 
 
+class Tasks(Section):
+    """Shares of the improvement model's three tasks, which sum to 1 (Eq. 6, 7, 8). The paper does not give them."""
+
+    improve: Share = 0.6
+    """The winner from the loser and the prompt."""
+    reconstruct: Share = 0.2
+    """Either image from itself, without a prompt: so that the image is heeded."""
+    unconditional: Share = 0.2
+    """Either image from nothing."""
+
+    @model_validator(mode="after")
+    def sum_to_one(self) -> "Tasks":
+        """Shares of one whole."""
+        total = self.improve + self.reconstruct + self.unconditional
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares sum to {total:g}, and must sum to 1: give all three")
+        return self
+
+
+class Improvement(Section):
+    """The improvement model, which makes winners of losers.
+
+    `tasks` is for method "improvement", which trains it; the rest for "iterative_dpo", which uses the model in `path`. Sample
+    grids of its training are drawn with the guidance scales, too.
+    """
+
+    path: Name | None = None
+    """The trained improvement model: an InstructPix2Pix pipeline's directory, such as a run's `final/`, or its id on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Which weight files are read, such as `fp16`."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 3.5
+    """Strength of the prompt (s_T of Eq. 9); 1 is none."""
+    image_guidance_scale: Annotated[float, Field(ge=0)] = 3.0
+    """How near the winner stays to its loser (s_I of Eq. 9); 1 is none."""
+    offload: bool = False
+    """Keep the improvement model in host memory while the policy is trained."""
+    tasks: Tasks = Tasks()
+
+
+class ReferenceModel(Section):
+    """Another model of the policy's architecture as the reference, in place of the one that training begins with."""
+
+    path: Name | None = None
+    """A diffusers pipeline's directory, or its id on the hub; null takes the initial policy."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Which weight files are read, such as `fp16`."""
+
+
 class Pool(Section):
     """Past policies. `dtype` auto: the policy's own (fp32 when that is fp16)."""
 
@@ -254,10 +306,11 @@ class Method(Section):
     """A row of the methods' table: where winners and losers come from, what reference and flipper it may have (default first).
 
     Losers are drawn by the `reference`, whichever it is, or by the `latest` policy, whichever the reference is, or are those of the
-    `data`; None: the method has none.
+    `data`; None: the method has none. Winners are the `data`'s, or what an `improvement` model makes of the losers. A method
+    without reference learns by mean squared errors.
     """
 
-    winners: Literal["data"]
+    winners: Literal["data", "improvement"]
     losers: Literal["reference", "latest", "data"] | None
     references: list[str]
     flippers: list[str]
@@ -279,7 +332,9 @@ METHODS = {
     "spin": Method(winners="data", losers="reference", references=["latest"], flippers=["none"]),
     "ditto": Method(winners="data", losers="reference", references=["initial"], flippers=["none"]),
     "dpo": Method(winners="data", losers="data", references=["initial"], flippers=["none"]),
+    "iterative_dpo": Method(winners="improvement", losers="latest", references=["initial"], flippers=["none"]),
     "sft": Method(winners="data", losers=None, references=[], flippers=[]),
+    "improvement": Method(winners="data", losers="data", references=[], flippers=[]),
 }
 
 
@@ -290,7 +345,7 @@ class Seppo(Section):
     data: Data = Data()
     output_dir: Name = "runs/seppo"
     """The run folder."""
-    method: Literal["seppo", "spin", "ditto", "dpo", "sft"] = "seppo"
+    method: Literal["seppo", "spin", "ditto", "dpo", "iterative_dpo", "sft", "improvement"] = "seppo"
     """The training method."""
     reference: Literal["uniform", "latest", "initial"] | None = None
     """Which past policy is the reference; null is the method's own choice."""
@@ -311,6 +366,8 @@ class Seppo(Section):
     seed: Seed = 0
     """Seed of data order, noise and timesteps."""
     sampler: Sampler = Sampler()
+    improvement: Improvement = Improvement()
+    reference_model: ReferenceModel = ReferenceModel()
     pool: Pool = Pool()
     samples: Samples = Samples()
     evaluation: Evaluation = Evaluation()
@@ -378,6 +435,31 @@ class Seppo(Section):
         known = [*(asked.scores if asked.prompts or not held else []), *(self.held_out_measures if held else [])]
         if asked.watch is not None and asked.watch not in known:
             raise ValueError(f"seppo.evaluation.watch={asked.watch!r} is none of the scores ({', '.join(known)})")
+        return self
+
+    @model_validator(mode="after")
+    def improvement_fits(self) -> "Seppo":
+        """The improvement model is there where it makes the winners, and is not named where nothing uses it."""
+        row = METHODS[self.method]
+        if row.winners == "improvement" and self.improvement.path is None:
+            raise ValueError(f"improvement.path is needed with method={self.method!r}: the final folder of a run with"
+                             " method='improvement', or another InstructPix2Pix pipeline")
+        if row.winners != "improvement" and self.improvement.path is not None:
+            raise ValueError(f"improvement.path does not go with method={self.method!r}, whose winners come from the data")
+        if row.losers == "latest" and self.reference_score == "rollout":
+            raise ValueError(f"reference_score='rollout' does not go with method={self.method!r}, whose losers are not drawn by the"
+                             " reference")
+        if self.reference_model.path is not None and self.reference != "initial":
+            raise ValueError("reference_model.path stands for the initial policy as the reference; it goes with methods whose"
+                             f" reference is 'initial', not with {self.method!r} and reference={self.reference!r}")
+        if self.reference_model.path is not None and self.model.lora is not None:
+            raise ValueError("reference_model.path does not go with model.lora: policy and reference share the weights below the"
+                             " adapter; start with model.path of the reference, or train all weights")
+        if self.method == "improvement" and self.evaluation.draws:
+            raise ValueError("evaluation.prompts does not go with method='improvement', whose model draws from an image and a"
+                             " prompt; set data.hold_out, or measure it afterwards with the evaluate command")
+        if self.method == "improvement" and self.samples.prompts:
+            raise ValueError("samples.prompts does not go with method='improvement', whose grids show pairs of the data")
         return self
 
     @property

@@ -23,8 +23,10 @@ from seppo_fast.disk import complete_or_not
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.request import Request
 from seppo_fast.machine import cores, too_many_threads
-from seppo_fast.models import Model, open_model
+from seppo_fast.models import Model, open_improvement_model, open_model
 from seppo_fast.models.engines import same_with_gradients
+from seppo_fast.models.improvement import check_improvement_model as check_fits
+from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
 from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
 from seppo_fast.ops import available_backends
@@ -43,6 +45,7 @@ from seppo_fast.training.engine import check_engine_config, policy_weights, pool
 from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, alone_in, open_folder
 from seppo_fast.training.held_out import open_held_out
+from seppo_fast.training.improving import grids_of_pairs, open_improver, with_image
 from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.objective import Objective
@@ -71,7 +74,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         raise UserError(lacking)
     if ranks.device.type == "cpu" and (hint := too_many_threads(ranks.local_world, torch.get_num_threads(), cores())):
         teller(ranks)(hint)
-    model, source = open_inputs(config, ranks)
+    model, improvement, fixed, source = open_inputs(config, ranks)
     wanted = open_wanted(config, model, ranks)
     table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
     cost = estimate(model, config, batch, len(table.timesteps))
@@ -112,7 +115,11 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     with same_with_gradients() if objective.compiled else nullcontext():
         if second is not None:
             sampler, size = open_sampler(config, batch, objective, second, table, pairs, ranks)
-            reference = Reference(sampler, size, pool, offloaded=ours.scored_ahead and not shares)
+            reference = Reference(sampler, size, pool, offloaded=ours.scored_ahead and not shares,
+                                  fixed=None if fixed is None else hold(fixed, config, folder, ranks))
+        improver = None
+        if improvement is not None:
+            improver = open_improver(improvement, ours, objective, table, pairs, batch, ranks, teller(ranks))
     rollouts = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
         continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
@@ -125,8 +132,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                       prepare_validation(wanted, model, cache.shape, objective.dtype, ranks),
                       open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None, reporter, signals, state)
     trainer = make_trainer(settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs,
-                           reference=reference, looks=looks, reporter=reporter, signals=signals, folder=folder.path, state=state,
-                           rollouts=open_rollouts(rollouts, config, batch, folder, pool, ranks))
+                           reference=reference, improver=improver, looks=looks, reporter=reporter, signals=signals,
+                           folder=folder.path, state=state, rollouts=open_rollouts(rollouts, config, batch, folder, pool, ranks))
     try:
         with same_with_gradients():
             trainer.train()
@@ -137,16 +144,29 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     return export(model, config, batch, trainer, len(trained_on))
 
 
-def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Source]:
-    """The model directory and the demonstrations, checked but not loaded; a hub id is fetched by rank 0 first."""
+def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Model | None, Source]:
+    """The model, the improvement model, the reference model and the demonstrations, checked but not loaded.
+
+    A hub id is fetched by rank 0 first.
+    """
     ours = config.seppo
+    improvement = fixed = None
     for turn in (ranks.rank == 0, ranks.rank != 0):
         if turn:
             model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
-                               motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames)
+                               motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames,
+                               image_condition=ours.method == "improvement")
+            if ours.improvement.path is not None:
+                improvement = open_improvement_model(ours.improvement.path, revision=ours.improvement.revision,
+                                                     variant=ours.improvement.variant, labels=OF_IMPROVEMENT)
+                check_fits(improvement, model, ranks.device)
+            if ours.reference_model.path is not None:
+                fixed = open_model(ours.reference_model.path, revision=ours.reference_model.revision,
+                                   variant=ours.reference_model.variant, labels=OF_REFERENCE)
+                check_fits(fixed, model, ranks.device)
             source = open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed, video=model.video)
         ranks.barrier()
-    return model, source
+    return model, improvement, fixed, source
 
 
 def starting_state(folder: RunFolder, config: Config, ranks: Ranks) -> State:
@@ -229,9 +249,11 @@ def loss_backend(device: torch.device) -> str:
 def open_sampler(config: Config, batch: Batch, objective: Objective, reference: nn.Module, table: SolverTable, pairs: PairSource,
                  ranks: Ranks) -> tuple[Sampler, int]:
     """What draws from `reference`, and its batch size: the smallest of all ranks', since each step asks all of them for signals."""
-    ours = config.seppo
-    sampler = Sampler(reference, objective.denoise, table.to(ranks.device), pairs.unconditional,
-                      classifier_free(ours.sampler.guidance_scale, pairs.unconditional), ours.sampler, objective.dtype,
+    ours, empty = config.seppo, pairs.unconditional
+    branches = classifier_free(ours.sampler.guidance_scale, empty)
+    if ours.method == "improvement":
+        empty, branches = with_image(pairs, ours.improvement)
+    sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, branches, ours.sampler, objective.dtype,
                       objective.autocast, teller(ranks))
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
     wanted = updates * batch.size // batch.world
@@ -255,6 +277,15 @@ def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, fold
                      batch.size, ours.seed, ranks, origin, teller(ranks))
 
 
+def hold(fixed: Model, config: Config, folder: RunFolder, ranks: Ranks) -> Pool:
+    """A pool of one policy, the reference model's, which stands for the initial one."""
+    host_memory = int(config.seppo.pool.host_memory_gb * 1e9 / ranks.local_world)
+    pool = Pool(folder.path / "reference_model", pool_dtype(config), host_memory)
+    pool.add(0, dict(fixed.load_unet(precision(config.deepspeed).dtype).named_parameters()), write=ranks.rank == 0)
+    ranks.barrier()
+    return pool
+
+
 def fill_pool(pool: Pool, engine: DeepSpeedEngine, last: int | None, ranks: Ranks) -> None:
     """The past policies up to the `last` one of a resumed run, the initial one of a new run."""
     if ranks.rank == 0:
@@ -269,6 +300,8 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache | ClipStream,
     ours = config.seppo
     if not ours.samples.every or ranks.rank != 0:
         return None
+    if ours.method == "improvement":
+        return grids_of_pairs(model, ours, cache, folder.path / "samples", precision(config.deepspeed).dtype, ranks.device)
     prompts = ours.samples.prompts or cache.prompts.captions(range(min(PROMPTS, len(cache))))
     samples = ours.samples.model_copy(update={"prompts": prompts})
     embed = model.load_text(ranks.device)

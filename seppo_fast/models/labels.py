@@ -15,3 +15,5 @@ class Labels:
 
 
 KEYS = Labels()
+OF_IMPROVEMENT = Labels("seppo.improvement.path", "seppo.improvement.revision", "seppo.improvement.variant")
+OF_REFERENCE = Labels("seppo.reference_model.path", "seppo.reference_model.revision", "seppo.reference_model.variant")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-IMAGE = "image_latents"  # the condition that is an image; all others come from the prompt
+from seppo_fast.models.pix2pix import IMAGE
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,15 @@ class Reference:
     """A network of the policy's architecture, which holds past policy `index` and draws `batch_size` samples at once.
 
     `pool` stays empty where the method has no reference: then the network only shows the present policy. `offloaded`: it is in host
-    memory except within `on_device` and `holding`.
+    memory except within `on_device` and `holding`. `fixed` holds another model, which is the reference in place of the pool's
+    initial policy.
     """
 
     sampler: Sampler
     batch_size: int
     pool: Pool
     offloaded: bool
+    fixed: Pool | None = None
     index: int | None = None
 
     @property
@@ -32,17 +34,19 @@ class Reference:
 
     def take(self, index: int) -> None:
         """Load a past policy."""
-        self.pool.load_into(index, self.module)
         self.index = index
+        self.restore()
 
     @contextmanager
     def drawing(self, index: int | None) -> Iterator[None]:
         """The network on the device, holding past policy `index` where one is given, and what it held again afterwards."""
         with self.on_device():
-            if index is not None and index != self.index:
+            if index is None or (index == self.index and self.fixed is None):
+                yield
+            else:
                 self.pool.load_into(index, self.module)
-            yield
-            self.restore()
+                yield
+                self.restore()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -69,6 +73,6 @@ class Reference:
         self.restore()
 
     def restore(self) -> None:
-        """The policy that was taken last."""
+        """Load again what was taken last."""
         if self.index is not None:
-            self.pool.load_into(self.index, self.module)
+            (self.fixed or self.pool).load_into(self.index, self.module)

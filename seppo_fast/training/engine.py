@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.errors import UserError
 from seppo_fast.models.lora import trainable_weights
+from seppo_fast.models.pix2pix import sees_image
 from seppo_fast.training.deepspeed_check import problems
 
 FILES_OF_MONITORS = {"tensorboard", "csv_monitor"}
@@ -163,6 +164,18 @@ def step(engine: DeepSpeedEngine) -> Step | None:
     engine.global_steps += 1
     engine.skipped_steps += 1
     return Step(norm, lr, skipped=True, harmless=False)
+
+
+def image_weight_norm(engine: DeepSpeedEngine) -> dict[str, float]:
+    """The norm of the weights by which the network sees its image, as a metric; none of a network that sees none. Every rank calls.
+
+    It begins at zero; near zero the improvement model ignores its image.
+    """
+    if not sees_image(engine.module):
+        return {}
+    weight = next(weight for name, weight in trainable_weights(engine.module).items() if name.endswith("conv_in.weight"))
+    with GatheredParameters([weight], enabled=engine.zero_optimization_partition_weights()):
+        return {"image_weight_norm": float(weight[:, weight.shape[1] // 2:].detach().float().norm())}
 
 
 def policy_weights(engine: DeepSpeedEngine, keep: bool = True) -> dict[str, Tensor]:

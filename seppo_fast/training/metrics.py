@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from seppo_fast.disk import complete_or_not, explained
 from seppo_fast.strict import parse_json
+from seppo_fast.training.tasks import NAMES as TASKS
 
 COLUMNS = ("model_mse_winner", "model_mse_loser", "ref_mse_winner", "ref_mse_loser")
 
@@ -19,10 +20,16 @@ COLUMNS = ("model_mse_winner", "model_mse_loser", "ref_mse_winner", "ref_mse_los
 def summarise(table: Tensor, flips: bool) -> dict[str, float]:
     """Means of a window's `(pairs, 6)` table from the objective, or of SFT's `(pairs, 1)`; names as in metrics.jsonl.
 
+    Of the improvement model's `(pairs, 2)`, means by task; a task that no slot of the window had is left out.
+
     `aaf_rate` is the share of sign == -1, ties included (App. B.2's convention), and left out where nothing `flips`;
     `implicit_acc` of logits > 0.
     """
     table = table.double()
+    if table.shape[1] == 2:  # (error, task)
+        by_task = {name: table[table[:, 1] == kind, 0] for kind, name in enumerate(TASKS)}
+        return {"loss": table[:, 0].mean().item()} | {f"loss_{name}": errors.mean().item() for name, errors in by_task.items()
+                                                      if len(errors)}
     means = dict(zip(COLUMNS, table[:, :4].mean(dim=0).tolist(), strict=False))
     if table.shape[1] == 1:
         return {"loss": means["model_mse_winner"], **means}

@@ -18,13 +18,14 @@ Denoise = Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
 
 @dataclass(frozen=True)
 class Pairs:
-    """A micro-batch of B pairs on the device: winners first, then losers; B winners alone for SFT."""
+    """A micro-batch of B pairs on the device: winners first, then losers; B pictures alone where nothing is compared."""
 
     latents: Tensor  # (2B, C, h, w), scaled
     noise: Tensor  # (2B, C, h, w), or (B, C, h, w) when both halves share it
     timesteps: Tensor  # (B,) one a pair
     conditions: Conditions  # (B, ...)
     ref_mse: Tensor | None = None  # (2B,) fp32, the reference's errors, where they are known already
+    tasks: Tensor | None = None  # (B,) which task each is, for the improvement model
 
 
 class Noised(NamedTuple):
@@ -38,7 +39,7 @@ class Noised(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What turns a micro-batch into a loss; `flipper` None is SFT. `dtype` and `autocast` hold for policy and reference.
+    """What turns a micro-batch into a loss; `flipper` None: mean squared errors. `dtype`, `autocast`: of policy and reference.
 
     `compiled`: a compiler makes other kernels with gradients than without, so the reference runs with them, too. PyTorch's
     attention does likewise: call forward and backward within `same_with_gradients()`.
@@ -53,7 +54,8 @@ class Objective:
     compiled: bool = False
 
     def __call__(self, policy: nn.Module, reference: nn.Module | None, pairs: Pairs, upstream: float) -> tuple[Tensor, Tensor]:
-        """The scalar loss, and `(B, 6)` detached: MSEs of policy (w, l) and reference (w, l), sign, logit; `(B, 1)` for SFT.
+        """The scalar loss, and `(B, 6)` detached: MSEs of policy (w, l) and reference (w, l), sign, logit; `(B, 1)` for SFT,
+        `(B, 2)` with the task for the improvement model.
 
         `upstream` is the gradient that backward will be called with. A loss that is not finite has no finite gradients. The
         reference is not called where the pairs bring its errors. It is None where the policy still is its reference: it
@@ -67,7 +69,8 @@ class Objective:
         model_pred = self._predict(policy, noised)
         if self.flipper is None:
             mse = mse_loss(model_pred.float(), noised.target.float(), reduction="none").flatten(1).mean(dim=1)
-            return finite_or_nan(mse.mean()), mse.detach()[:, None]
+            columns = [mse.detach()] + ([pairs.tasks.to(mse.dtype)] if pairs.tasks is not None else [])
+            return finite_or_nan(mse.mean()), torch.stack(columns, dim=1)
         ref_mse = pairs.ref_mse
         if reference is None:
             ref_pred, ref_mse = model_pred.detach(), None

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from seppo_fast.config import METHODS, Seppo
 from seppo_fast.data import ClipStream, LatentCache, Order
+from seppo_fast.data.latents import CachedRows
 from seppo_fast.models import Conditions
+from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.seeds import generator, normal
 from seppo_fast.training.objective import Pairs
+from seppo_fast.training.tasks import IMPROVE, UNCONDITIONAL, task_of
 
 # A slot's rollout, on the CPU: "loser", a past policy's sample (C, h, w), scaled latents; "ref_mse" (2,) fp32, the reference's
-# errors on the pair's winner and loser, where they are computed ahead of the training; "number" (), the sample's, if not the slot.
+# errors on the pair's winner and loser, where they are computed ahead of the training; "number" (), the sample's, if not the slot;
+# "winner" (C, h, w), what the improvement model made of the loser.
 Rollout = dict[str, Tensor]
 
 
@@ -46,7 +50,11 @@ class PairSource:
         drawn = [rollouts.get(slot, {}) for slot in slots]
         numbers = [int(rollout.get("number", slot)) for slot, rollout in zip(slots, drawn, strict=True)]
         rows = self.cache.rows(*self._places(numbers))
+        if self.settings.method == "improvement":
+            return self._tasks(slots, rows)
         latents = [self._latents(rows.mean, rows.std, "posterior", slots)]
+        if drawn and "winner" in drawn[0]:
+            latents = [torch.stack([rollout["winner"] for rollout in drawn])]
         if method.needs_losers:
             assert rows.loser_mean is not None and rows.loser_std is not None, "the cache was made without losers"
             latents.append(self._latents(rows.loser_mean, rows.loser_std, "loser posterior", slots))
@@ -55,12 +63,31 @@ class PairSource:
         noise = [normal(self.cache.shape, seed, "noise", slots)]
         if len(latents) == 2 and self.settings.noise == "independent":
             noise.append(normal(self.cache.shape, seed, "loser noise", slots))
-        timesteps = [torch.randint(self.num_timesteps, (), generator=generator(seed, "timestep", slot)) for slot in slots]
         prompts = [0 if self._dropped(slot) else prompt for slot, prompt in zip(slots, rows.prompts, strict=True)]
         scores = [rollout["ref_mse"] for rollout in drawn if "ref_mse" in rollout]
-        return Pairs(self._to_device(torch.cat(latents)), self._to_device(torch.cat(noise)),
-                     self._to_device(torch.stack(timesteps)), self._embeddings(prompts),
-                     self._to_device(torch.stack(scores, dim=1).flatten()) if scores else None)
+        return Pairs(self._to_device(torch.cat(latents)), self._to_device(torch.cat(noise)), self._timesteps(slots),
+                     self._embeddings(prompts), self._to_device(torch.stack(scores, dim=1).flatten()) if scores else None)
+
+    def _tasks(self, slots: Sequence[int], rows: CachedRows) -> Pairs:
+        """One picture a slot, with what its task gives: image and prompt, the image alone, or nothing (Eq. 6, 7, 8)."""
+        seed = self.settings.seed
+        assert rows.loser_mean is not None and rows.loser_std is not None, "the cache was made without losers"
+        tasks = [task_of(slot, seed, self.settings.improvement.tasks) for slot in slots]
+        winner = _column([task.winner for task in tasks], rows.mean)
+        mean, std = torch.where(winner, rows.mean, rows.loser_mean), torch.where(winner, rows.std, rows.loser_std)
+        image = torch.where(_column([task.kind == IMPROVE for task in tasks], mean), rows.loser_mean, mean)
+        image = image.masked_fill(_column([task.kind == UNCONDITIONAL for task in tasks], mean), 0)
+        prompts = [prompt if task.kind == IMPROVE and not self._dropped(slot) else 0
+                   for slot, task, prompt in zip(slots, tasks, rows.prompts, strict=True)]
+        return Pairs(self._to_device(self._latents(mean, std, "posterior", slots)),
+                     self._to_device(normal(self.cache.shape, seed, "noise", slots)), self._timesteps(slots),
+                     self._embeddings(prompts) | {IMAGE: self._to_device(image.to(self.dtype))},
+                     tasks=self._to_device(torch.tensor([task.kind for task in tasks])))
+
+    def _timesteps(self, slots: Sequence[int]) -> Tensor:
+        seed = self.settings.seed
+        return self._to_device(torch.stack([torch.randint(self.num_timesteps, (), generator=generator(seed, "timestep", slot))
+                                            for slot in slots]))
 
     def prefetch(self, numbers: Iterable[int]) -> None:
         """A hint that pairs of these samples come next, for clips that are decoded while something else goes on."""
@@ -71,9 +98,9 @@ class PairSource:
         rows = [self.order.row(number) for number in numbers]
         return self._embeddings(self.cache.prompts.of_row[rows].tolist())
 
-    def initial_noise(self, numbers: Sequence[int]) -> Tensor:
+    def initial_noise(self, numbers: Sequence[int], purpose: str = "initial noise") -> Tensor:
         """`(B, C, h, w)` from which these samples start."""
-        return self._to_device(normal(self.cache.shape, self.settings.seed, "initial noise", numbers))
+        return self._to_device(normal(self.cache.shape, self.settings.seed, purpose, numbers))
 
     def _latents(self, mean: Tensor, std: Tensor, purpose: str, slots: Sequence[int]) -> Tensor:
         if self.settings.data.posterior == "sample":
@@ -96,3 +123,8 @@ class PairSource:
         if self.device.type == "cuda":  # from pageable memory the copy would wait for all that the device still has to do
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+
+def _column(values: Sequence[bool], like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ...), to choose rows of a tensor (B, ...) by."""
+    return torch.tensor(values).view(-1, *[1] * (like.dim() - 1))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config
 from seppo_fast.errors import UserError
 from seppo_fast.ranks import Ranks
@@ -19,6 +20,8 @@ def check_past(config: Config, folder: Path, state: State, ranks: Ranks) -> None
     done = state.update // ours.updates_per_iteration
     pool = Pool(folder / "pool", pool_dtype(config), 0, state.pool)
     needed = {pick(ours.reference, k, ours.seed) for k in range(done + 1, ours.iterations + 1)} & {*range(done + 1)}
+    if METHODS[ours.method].losers == "latest":
+        needed.add(done)
     lost = {index: "" for index in range(done + 1) if index not in pool.indices()}
     share = sorted(needed - {*lost})[ranks.rank :: ranks.world]  # it takes as long as the disk needs to read them
     found = ranks.objects((lost, {index: flaw for index in share if (flaw := pool.flaw(index)) is not None}))

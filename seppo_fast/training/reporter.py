@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class Reporter:
         self._rows, self._identity = folder / "metrics.jsonl", folder / "run.json"
         self._monitor = monitor
         self._told_of_ties = False
+        self._tasks: list[dict[str, Any]] = []  # the rows of an iteration that have losses by task
         self._bar = tqdm(total=total_updates, initial=done, desc="training", unit="update", disable=self._silent)
 
     def sampling(self, count: int) -> AbstractContextManager[tqdm]:
@@ -38,6 +40,7 @@ class Reporter:
         if self._silent:
             return
         self._record(row)
+        self.see_whether_the_image_counts(row)
         shown = {"k": row["iteration"], "ref": row["reference"], "loss": f"{row['loss']:.4f}"}
         shown |= {short: f"{row[name]:.2f}" for short, name in (("aaf", "aaf_rate"), ("acc", "implicit_acc")) if name in row}
         shown |= {"pairs/s": f"{row['pairs_per_s']:.1f}", "sampling": f"{row['seconds_sampling'] / max(row['seconds'], 1e-9):.0%}"}
@@ -48,6 +51,19 @@ class Reporter:
                      f" is log 2, acc 0.00 that no pair is decided yet{flips}. It changes with the next updates")
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
+
+    def see_whether_the_image_counts(self, row: dict[str, Any]) -> None:
+        """Say at an iteration's end if the improvement model ignores its image: Eq. 7 is then no easier for it than Eq. 8."""
+        if self._tasks and row.get("iteration") != self._tasks[0]["iteration"]:
+            with_image, without = ([found[name] for found in self._tasks if name in found]
+                                   for name in ("loss_reconstruct", "loss_unconditional"))
+            if with_image and without and not fmean(with_image) < fmean(without):
+                self.say(f"iteration {self._tasks[0]['iteration']}: reconstructing a picture from itself has a loss of"
+                         f" {fmean(with_image):.4f}, and from nothing {fmean(without):.4f}: it ignores its image so far, and"
+                         " cannot improve a picture. Train longer, or raise seppo.improvement.tasks.reconstruct or the learning rate")
+            self._tasks = []
+        if "loss_reconstruct" in row or "loss_unconditional" in row:
+            self._tasks.append(row)
 
     def evaluation(self, row: dict[str, Any], said: Sequence[str]) -> None:
         """Record the scores of an update's policy, and say them with what else there is to say."""
@@ -96,4 +112,5 @@ class Reporter:
 
     def close(self) -> None:
         """Leave the bar as it is and the terminal free."""
+        self.see_whether_the_image_counts({})
         self._bar.close()

@@ -27,7 +27,10 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class Grids:
-    """Draws grids into `folder`; `conditions` are the prompts' embeddings, repeated per sample."""
+    """Draws grids into `folder`; `conditions` are the prompts' embeddings, repeated per sample.
+
+    `pair`: scaled latents, one a prompt, that are shown on the left and on the right of each row of samples.
+    """
 
     folder: Path
     model: Model
@@ -35,17 +38,22 @@ class Grids:
     conditions: Conditions
     shape: tuple[int, ...]
     device: torch.device
+    pair: tuple[Tensor, Tensor] | None = None
 
     def write(self, update: int, draw: Callable[[Tensor, Conditions], Tensor]) -> Path:
         """Draw and decode every sample, write `update_00000030.png`, or .webp where they move."""
         count = len(self.settings.prompts) * self.settings.per_prompt
         noise = normal(self.shape, self.settings.seed, "grid", range(count)).to(self.device)
-        latents = draw(noise, self.conditions)
+        latents, columns = draw(noise, self.conditions), self.settings.per_prompt
+        if self.pair is not None:
+            left, right = (latent.to(latents)[:, None] for latent in self.pair)
+            latents = torch.cat([left, latents.unflatten(0, (-1, columns)), right], dim=1).flatten(0, 1)
+            columns += 2
         vae = self._vae.to(self.device)
         images = [self.model.decode(vae, latent).cpu() for latent in latents.split(1)]  # pixels are large beside a trainer
         vae.to("cpu")  # the memory is the training's
         self.folder.mkdir(parents=True, exist_ok=True)
-        return save_sheet(torch.cat(images), self.settings.prompts, self.settings.per_prompt, self.folder / name(update))
+        return save_sheet(torch.cat(images), self.settings.prompts, columns, self.folder / name(update))
 
     def drawn(self, update: int) -> bool:
         """Whether there is a grid of this update."""

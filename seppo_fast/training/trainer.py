@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from seppo_fast.configfile import Batch
 from seppo_fast.errors import UserError
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
+from seppo_fast.reference.improver import Improver
 from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import pick
 from seppo_fast.seeds import generator
@@ -23,7 +24,7 @@ from seppo_fast.signals import Stop, StopSignals
 from seppo_fast.training import checkpoint
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.divergence import largest_in_range
-from seppo_fast.training.engine import Step, policy_weights, step, upstream_gradient
+from seppo_fast.training.engine import Step, image_weight_norm, policy_weights, step, upstream_gradient
 from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import peak_memory_gb, summarise
 from seppo_fast.training.objective import Objective
@@ -49,6 +50,7 @@ class Trainer:
     objective: Objective
     pairs: PairSource
     reference: Reference | None
+    improver: Improver | None
     looks: Looks | None
     reporter: Reporter
     signals: StopSignals
@@ -99,7 +101,7 @@ class Trainer:
             self.reference.pool.prefetch(pick(strategy, k + 1, seed))
 
     def draw_rollouts(self, k: int, update: int) -> None:
-        """Line 3: samples of past policies, and the reference's scores if `rollout`: what this update, or iteration, lacks."""
+        """Line 3: losers by past policies, their improved winners, scores if `rollout`: what this update, or iteration, lacks."""
         method, scores = METHODS[self.settings.method], self.settings.reference_score == "rollout"
         if self.reference is None or not (method.draws or scores):
             return
@@ -107,6 +109,7 @@ class Trainer:
         window = [slot for u in range(update, last) for slot in self.slots(u)]
         while batches := self.rollouts.missing(k, window, self.reference.batch_size):  # where there are none it stays offloaded
             with (self.timed("sampling"), self.reference.drawing(k - 1 if method.losers == "latest" else None),
+                  self.improver.on_device() if self.improver else nullcontext(),
                   self.reporter.sampling(sum(map(len, batches))) as progress):
                 for numbers in batches:
                     self.rollouts.add(numbers, self.draw(self.reference, numbers))
@@ -116,8 +119,12 @@ class Trainer:
         """A batch of rollouts, on the CPU; scored in batches as large as those in which they are drawn."""
         drawn: dict[str, Tensor] = {}
         if METHODS[self.settings.method].draws:
-            losers = reference.sampler.draw(self.pairs.initial_noise(numbers), self.pairs.prompts(numbers), self.check_signals)
+            prompts = self.pairs.prompts(numbers)
+            losers = reference.sampler.draw(self.pairs.initial_noise(numbers), prompts, self.check_signals)
             drawn["loser"] = losers.cpu()
+            if self.improver is not None:
+                noise = self.pairs.initial_noise(numbers, "improvement noise")
+                drawn["winner"] = self.improver.improve(losers, prompts, noise, self.check_signals).cpu()
         if self.settings.reference_score == "rollout":
             rollouts = {number: {name: value[i] for name, value in drawn.items()} for i, number in enumerate(numbers)}
             drawn["ref_mse"] = self.objective.score(reference.module, self.pairs.pairs(numbers, rollouts)).cpu()
@@ -237,7 +244,8 @@ class Trainer:
         everyone = self.ranks.gather(torch.tensor([own], dtype=torch.double))
         wall, *parts, _ = everyone.mean(dim=0).tolist()
         row = {"update": self.state.update, "iteration": k, "reference": None if self.reference is None else self.reference.index,
-               **summarise(table, self.settings.flips), "grad_norm": done.grad_norm, "lr": done.lr,
+               **summarise(table, self.settings.flips), **image_weight_norm(self.engine),
+               "grad_norm": done.grad_norm, "lr": done.lr,
                "skipped_steps": self.state.skipped,
                "pairs_per_s": round(self.batch.size / max(wall, 1e-9), 3),
                "peak_memory_gb": round(everyone[:, -1].max().item(), 3), "seconds": round(wall, 4),

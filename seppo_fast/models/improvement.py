@@ -1,0 +1,84 @@
+"""Whether an improvement model was made for a policy: for its latents, its prompts and its noise levels."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seppo_fast.checksums import checksum
+from seppo_fast.errors import UserError
+from seppo_fast.models import Model
+from seppo_fast.models.common import alphas_cumprod
+
+PROMPT = "a photograph of a red bicycle in front of a white house"
+SAME = 0.01  # of the norm: weights that are stored in half precision make less difference, other weights more
+
+
+def check_improvement_model(model: Model, policy: Model, device: torch.device | str = "cpu") -> None:
+    """`UserError` that names all in which the improvement `model` does not fit the policy's model.
+
+    VAE and text encoders are the same where their files are. Otherwise both are loaded, and what counts is whether they make
+    the same of a picture and a prompt: a published model's files may be of another format or precision.
+    """
+    problems = [f"{name} is {own!r} and not {other!r}" for name, own, other in _facts(model, policy) if own != other]
+    if not problems:
+        problems = _schedule(model, policy) + _encoders(model, policy, device)
+    if problems:
+        raise UserError(f"{model.directory.labels.path}: {model.path} does not fit the policy's model {policy.path}: "
+                        f"{'; '.join(problems)}. Train an improvement model from the policy's own base (method \"improvement\")")
+
+
+def _facts(model: Model, policy: Model) -> list[tuple[str, object, object]]:
+    """What the configurations say that must be equal: its name, the improvement model's value, the policy's."""
+    facts: list[tuple[str, object, object]] = [
+        ("its kind", model.name, policy.name),
+        ("the number of its latent channels", model.latent_channels, policy.latent_channels),
+        ("its VAE's pixels a latent", model.vae_scale_factor, policy.vae_scale_factor),
+        ("its VAE's scaling_factor", model.scaling_factor, policy.scaling_factor),
+        ("its prediction_type", model.prediction_type, policy.prediction_type),
+    ]
+    own, other = (each.directory.configs["unet"] for each in (model, policy))
+    facts.append(("its text width (cross_attention_dim)", own.get("cross_attention_dim"), other.get("cross_attention_dim")))
+    if own.get("sample_size") and other.get("sample_size"):
+        facts.append(("its image size (the UNet's sample_size)", own["sample_size"], other["sample_size"]))
+    zeros = [getattr(each, "zeros_for_empty_prompt", None) for each in (model, policy)]
+    return [*facts, ("its force_zeros_for_empty_prompt", *zeros)]
+
+
+def _schedule(model: Model, policy: Model) -> list[str]:
+    """What is to be said where noise levels differ."""
+    own, other = alphas_cumprod(model.scheduler_config), alphas_cumprod(policy.scheduler_config)
+    alike = len(own) == len(other) and torch.allclose(own, other, rtol=1e-4, atol=1e-6)
+    return [] if alike else ["its noise schedule (scheduler_config.json) has other noise levels"]
+
+
+def _encoders(model: Model, policy: Model, device: torch.device | str) -> list[str]:
+    """What is to be said where latents or embeddings differ."""
+    problems = []
+    own, other = _files(model), _files(policy)
+    if own["vae"] != other["vae"] and not _alike(*({"": _latents(each, device)} for each in (model, policy))):
+        problems.append("its VAE makes other latents of a picture")
+    if own["text"] != other["text"] and not _alike(*(each.load_text(device)([PROMPT]) for each in (model, policy))):
+        problems.append("its text encoder or tokenizer makes other embeddings of a prompt")
+    return problems
+
+
+def _files(model: Model) -> dict[str, dict[Path, str]]:
+    """The checksums of the files that decide latents ("vae") and embeddings ("text")."""
+    named = {file.relative_to(model.path): file for file in model.fingerprint_files()}
+    parts: dict[str, dict[Path, str]] = {"vae": {}, "text": {}}
+    for name, file in named.items():
+        if len(name.parts) > 1:  # not model_index.json
+            parts["vae" if name.parts[0] == "vae" else "text"][name] = checksum(file)
+    return parts
+
+
+def _latents(model: Model, device: torch.device | str) -> Tensor:
+    """The latents of one picture of noise."""
+    side = 8 * model.vae_scale_factor
+    picture = 2 * torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) - 1
+    return model.encode(model.load_vae(device), picture)[0]
+
+
+def _alike(own: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(own[name].shape == value.shape and (own[name] - value).norm() <= SAME * value.norm() for name, value in other.items())

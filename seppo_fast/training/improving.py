@@ -1,0 +1,56 @@
+"""The improvement model in a run: as what makes winners, and, while it is trained itself, in grids of samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from seppo_fast.config import Improvement, Seppo
+from seppo_fast.configfile import Batch
+from seppo_fast.data import ClipStream, LatentCache
+from seppo_fast.models import Conditions, Model
+from seppo_fast.models.pix2pix import IMAGE
+from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.ranks import Ranks
+from seppo_fast.reference.guidance import Branches, double
+from seppo_fast.reference.improver import Improver
+from seppo_fast.reference.sampler import Sampler
+from seppo_fast.reference.solver import SolverTable
+from seppo_fast.training.objective import Objective
+from seppo_fast.training.pairs import PairSource
+from seppo_fast.training.samples import PROMPTS, Grids
+
+
+def with_image(pairs: PairSource, settings: Improvement) -> tuple[Conditions, Branches]:
+    """The empty conditions with "no image", and the branches of double guidance."""
+    empty = pairs.unconditional | {IMAGE: torch.zeros(1, *pairs.cache.shape, dtype=pairs.dtype, device=pairs.device)}
+    return empty, double(settings.guidance_scale, settings.image_guidance_scale, empty)
+
+
+def open_improver(model: Model, settings: Seppo, objective: Objective, table: SolverTable, pairs: PairSource, batch: Batch,
+                  ranks: Ranks, say: Callable[[str], None]) -> Improver:
+    """The frozen improvement model on this rank's device, in the policy's precision and with its solver."""
+    unet = model.load_unet(objective.dtype).eval().requires_grad_(False)
+    prepare_unets([unet], settings.model, pairs.cache.shape[1:], objective.autocast or objective.dtype, ranks.device, say,
+                  ranks.largest)
+    empty, branches = with_image(pairs, settings.improvement)
+    sampler = Sampler(unet.to(ranks.device), model.denoise, table.to(ranks.device), empty, branches, settings.sampler,
+                      objective.dtype, objective.autocast, say)
+    sampler.fit(pairs.cache.shape, batch.size // batch.world, agree=lambda size: -ranks.largest(-size))
+    improver = Improver(sampler, model.scaling_factor, settings.improvement.offload)
+    improver.offload()
+    return improver
+
+
+def grids_of_pairs(model: Model, settings: Seppo, cache: LatentCache | ClipStream, folder: Path, dtype: torch.dtype,
+                   device: torch.device) -> Grids:
+    """Grids of the data's first pairs: loser, what is made of it, winner."""
+    rows = cache.rows(range(min(PROMPTS, len(cache))), [0] * min(PROMPTS, len(cache)))
+    assert rows.loser_mean is not None, "the cache was made without losers"
+    per_prompt = settings.samples.per_prompt
+    losers = rows.loser_mean.repeat_interleave(per_prompt, 0)
+    prompts = [prompt for prompt in rows.prompts for _ in range(per_prompt)]
+    conditions = {name: value.to(device, dtype) for name, value in (cache.embeddings(prompts) | {IMAGE: losers}).items()}
+    samples = settings.samples.model_copy(update={"prompts": rows.captions})
+    pair = rows.loser_mean * model.scaling_factor, rows.mean * model.scaling_factor
+    return Grids(folder, model, samples, conditions, cache.shape, device, pair)
