@@ -9,26 +9,28 @@ from torch import Tensor, nn
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import latent_shape
-from seppo_fast.models import Model, UNet
+from seppo_fast.models import Model, UNet, add_image_condition
 from seppo_fast.models.layout import convolve_in_channels_last
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
 from seppo_fast.models.pix2pix import IMAGE, sees_image
 from seppo_fast.models.trial import explained
 from seppo_fast.planning.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.planning.network_memory import inference, micro_batch
-from seppo_fast.reference.guidance import classifier_free
+from seppo_fast.reference.guidance import classifier_free, double
 from seppo_fast.training.engine import precision
 from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of one rank. FLOPs are per pair; bytes are as PyTorch allocates them, kernels' workspaces apart."""
+    """Counts of one rank. Bytes are as PyTorch allocates them, kernels' workspaces apart."""
 
     parameters: int
     trained: int
     forward: float  # FLOPs of one network evaluation on one sample
-    sampling: float  # FLOPs of one reference sample
+    sample: float  # FLOPs of one sample of a past policy
+    improved: float  # FLOPs of one sample of the improvement model
+    per_pair: float  # samples that are drawn for a pair: less than one where they are used again
     training: float  # FLOPs of the policy's forward and backward on a pair
     scoring: float  # FLOPs of the reference's forward on a pair
     weights: int
@@ -41,6 +43,8 @@ class Cost:
     score: int  # of scoring the sampler's batch ahead
     sampler: int  # of the sampler's batch at its peak; of one sample where the batch size is "auto"
     kept_gradients: int  # of the gradients' bytes, those that stay while the reference samples
+    improver: int  # the improvement model's weights
+    offloads_improver: bool  # which leave the device while the policy is trained
     grid: int  # the VAE and the decoding of one of a sample grid's samples; 0 where no grid is made
     evaluation: int  # the VAE and the drawing or decoding of an evaluation's samples; 0 where nothing is evaluated
     graph: bool  # a CUDA graph keeps the sampler's bytes from everything else
@@ -49,7 +53,8 @@ class Cost:
     @property
     def standing(self) -> int:
         """Bytes that are there from the first update to the last."""
-        return self.weights + self.optimizer + (0 if self.offloads else self.reference)
+        improver = 0 if self.offloads_improver else self.improver
+        return self.weights + self.optimizer + (0 if self.offloads else self.reference) + improver
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -58,7 +63,8 @@ class Cost:
         # scores are made outside the graph, whose memory is its own
         ahead = self.sampler + self.score if self.graph else max(self.sampler, self.score)
         if ahead:
-            phases["sampling"] = self.kept_gradients + ahead + (self.reference if self.offloads else 0)
+            phases["sampling"] = (self.kept_gradients + ahead + (self.reference if self.offloads else 0)
+                                  + (self.improver if self.offloads_improver else 0))
         back = self.reference + self.sampler * self.graph  # the reference, and its graph
         here = self.kept_gradients + (back if self.offloads else 0)
         looks = {"sample grid": self.grid, "evaluation": self.evaluation}
@@ -77,13 +83,18 @@ class Cost:
         return max(size + (kept if name != "sampling" else 0) for name, size in self.peaks.items())
 
     @property
+    def sampling(self) -> float:
+        """FLOPs of the samples that are drawn for a pair, on average."""
+        return (self.sample + self.improved) * self.per_pair
+
+    @property
     def pair(self) -> float:
         """FLOPs of a pair in all."""
         return self.sampling + self.training + self.scoring
 
     @property
     def sampling_share(self) -> float:
-        """Share of the FLOPs that the reference samples take."""
+        """Share of the FLOPs that the samples take."""
         return self.sampling / self.pair
 
 
@@ -103,9 +114,10 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     trained = sum(weight.numel() for weight in trainable)
     weights = sum(weight.nbytes for weight in unet.parameters())
     method = METHODS[ours.method]
-    halves = 1 if method.losers is None else 2
-    generated = method.draws
-    guided = len(classifier_free(ours.sampler.guidance_scale, ()))
+    halves = 2 if method.references else 1
+    generated, improves = method.draws, method.winners == "improvement"
+    tripled = len(double(ours.improvement.guidance_scale, ours.improvement.image_guidance_scale, ()))
+    guided = tripled if model.image_condition else len(classifier_free(ours.sampler.guidance_scale, ()))
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return _inputs(unet, latent_shape(model, ours.data), samples, dtype)
@@ -139,6 +151,14 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         activations, sampler, score = ((size + weights) // 2 if size else 0 for size in (activations, sampler, score))
 
     sampler += known if draws else 0
+    improver = 0
+    if improves:  # of the policy's architecture, but for its first convolution
+        improvement = add_image_condition(model)
+        with torch.device("meta"):
+            improver = sum(weight.nbytes for weight in nn.Module.to(improvement.empty_unet(), dtype).parameters())
+        improving = inference(lambda: model.denoise(unet, *inputs(tripled * samples))).peak
+        improving = ((improving + weights) // 2 if autocast else improving) + known
+        sampler = sampler + improving if graph else max(sampler, improving)
     vae, decoding = vae_bytes(model, latent_shape(model, ours.data)) if looks else (0, 0)
 
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
@@ -146,7 +166,10 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     own = trainable if shares and stage < 3 else unet.parameters()  # the frozen ones are the policy's
     return Cost(
         parameters=sum(weight.numel() for weight in unet.parameters()), trained=trained, forward=forward,
-        sampling=forward * guided * evaluations if generated else 0.0, training=training, scoring=scoring,
+        sample=forward * guided * evaluations if generated else 0.0, improved=forward * tripled * evaluations if improves else 0.0,
+        per_pair=(ours.sampler.samples_per_iteration or batch.size * ours.updates_per_iteration)
+        / (batch.size * ours.updates_per_iteration), training=training, scoring=scoring,
+        improver=improver, offloads_improver=ours.improvement.offload,
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
         reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.looks else 0,
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,

@@ -9,7 +9,9 @@ from seppo_fast.configfile import Config, batch_plan
 from seppo_fast.data.order import split
 from seppo_fast.data.rows import Source
 from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
-from seppo_fast.models import Model, is_hub_id, open_model
+from seppo_fast.models import Model, is_hub_id, open_improvement_model, open_model
+from seppo_fast.models.improvement import check_improvement_model as check_fits
+from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
 from seppo_fast.models.published import published_model, supported
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
@@ -40,6 +42,7 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
             what_is_wanted(config, model, lambda line: None)
         if ours.model.start_from:
             start.read(ours.model.start_from, model, ours.model, ours.seed)
+    _others(config, model, missing)
     source = _source(config, model, missing)
     held = 0 if source is None or source.count is None else len(split(source.count, ours.data.hold_out, ours.seed)[1])
     cost, times = None, []
@@ -58,18 +61,37 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
 
 def _model(config: Config, missing: list[str]) -> Model | None:
     """The model, or the shape that is known of one on the hub, which is then `missing`: a dry run fetches nothing."""
-    ours = config.seppo.model
+    ours, with_image = config.seppo.model, config.seppo.method == "improvement"
     on_hub = {key: name for key, name in {"path": ours.path, "motion_adapter": ours.motion_adapter}.items()
               if name is not None and is_hub_id(name)}
     if not on_hub:
-        return open_model(ours.path, revision=ours.revision, variant=ours.variant, motion_adapter=ours.motion_adapter)
-    model = published_model(ours.path, ours.motion_adapter)
+        return open_model(ours.path, revision=ours.revision, variant=ours.variant, motion_adapter=ours.motion_adapter,
+                          image_condition=with_image)
+    model = published_model(ours.path, ours.motion_adapter, with_image)
     missing += [f"seppo.model.{key} {name} is no directory here: it will be looked up on the hub, and "
                 + ("compute, memory and time are those of the model published under this name" if model else
                    "compute, memory and time cannot be estimated before") for key, name in on_hub.items()]
     if model is None and "path" in on_hub:
         missing.append(f"seppo.model.path {ours.path}: {supported(ours.path)}")
     return model
+
+
+def _others(config: Config, model: Model | None, missing: list[str]) -> None:
+    """The improvement model and the reference model, checked against the policy's model as far as they are here."""
+    ours = config.seppo
+    for given, labels, opened in ((ours.improvement, OF_IMPROVEMENT, open_improvement_model),
+                                  (ours.reference_model, OF_REFERENCE, open_model)):
+        if given.path is None:
+            continue
+        if is_hub_id(given.path):
+            missing.append(f"{labels.path} {given.path} is no directory here: it will be looked up on the hub, and whether it"
+                           " fits is seen when the run starts")
+        elif not Path(given.path).exists():
+            missing.append(f"{labels.path} {given.path} is not there yet")
+        else:
+            other = opened(given.path, revision=given.revision, variant=given.variant, labels=labels)
+            if model is not None and model.path.is_dir():
+                check_fits(other, model)
 
 
 def _source(config: Config, model: Model | None, missing: list[str]) -> Source | None:

@@ -43,10 +43,11 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     streamed = source is not None and streams(source, ours.data, video)
     method = METHODS[ours.method]
     updates = ours.updates
-    samples = updates * batch.size if method.draws else 0
+    kept = ours.sampler.samples_per_iteration
+    samples = (ours.iterations * kept if kept else updates * batch.size) if method.draws else 0
     lines = {
         "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {ours.beta:g}, noise"
-                                 f" {ours.noise}" if ours.flipper else ""),
+                                 f" {ours.noise}" if ours.flipper else "") + _tasks(ours),
         "model": f"{ours.model.path}{f' with {ours.model.motion_adapter}' * bool(ours.model.motion_adapter)}{_size(cost)}, "
                  + _trained(ours.model, video) + (f", from the policy {ours.model.start_from}" if ours.model.start_from else ""),
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
@@ -68,15 +69,28 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         lines["held out"] = _held_out(ours, rows)
     if samples:
         size = "a size that is measured" if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
-        lines["reference samples"] = (f"{samples} in all, {batch.size} an update, in batches of {size}; {ours.sampler.solver},"
+        each = f"{kept} an iteration, used {updates * batch.size / samples:.3g} times" if kept else f"{batch.size} an update"
+        lines["reference samples"] = (f"{samples} in all, {each}, in batches of {size}; {ours.sampler.solver},"
                                       f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}")
+    if method.winners == "improvement":
+        lines["winners"] = (f"as many, made of the reference samples by {ours.improvement.path}, guidance"
+                            f" {ours.improvement.guidance_scale:g}, image guidance {ours.improvement.image_guidance_scale:g}"
+                            + (", in host memory while the policy is trained" if ours.improvement.offload else ""))
+    if samples and kept and model is not None:
+        tensors = 2 if method.winners == "improvement" else 1
+        lines["sample store"] = (f"{_gb(4 * tensors * kept * prod(latent_shape(model, ours.data)))} an iteration, in"
+                                 f" {ours.output_dir}/rollouts; kept as long as a checkpoint of the iteration")
+    if ours.reference_model.path is not None:
+        lines["reference"] = f"{ours.reference_model.path}, in place of the initial policy"
     if method.references:
         size = "" if cost is None else f", {_gb(cost.trained * pool_dtype(config).itemsize)} each"
         kept = f"{ours.pool.host_memory_gb:g} GB of host memory, the rest on disk"
         lines["pool"] = f"{ours.iterations + 1} past policies at the end{size}; {kept}"
     if cost:
         lines["compute"] = (f"{cost.forward / 1e12:.3g} TFLOP a forward, {cost.pair / 1e12:.3g} a pair,"
-                            f" {cost.sampling_share:.0%} of it for reference samples")
+                            f" {cost.sampling_share:.0%} of it for reference samples"
+                            + (f" and their winners ({cost.sample / 1e12:.3g} and {cost.improved / 1e12:.3g} TFLOP each)"
+                               if cost.improved else ""))
         lines["memory a rank"], lines["of it"] = _memory(config, cost)
     for number, line in enumerate(advice(config, batch, cost), 1):
         lines[f"advice {number}"] = line
@@ -119,6 +133,13 @@ def _precision(config: Config) -> str:
     runs = f", run under autocast in {name[autocast]}" if autocast else ""
     pool = f", past policies kept in {name[pool_dtype(config)]}" if METHODS[config.seppo.method].references else ""
     return f"{whose} in {name[dtype]}{runs}{pool}; VAE and text encoder in fp32, the cache in {config.seppo.data.cache_dtype}"
+
+
+def _tasks(ours: Seppo) -> str:
+    """The shares of the improvement model's tasks, where that is trained."""
+    if ours.method != "improvement":
+        return ""
+    return ", tasks " + ", ".join(f"{name} {share:g}" for name, share in ours.improvement.tasks.model_dump().items())
 
 
 def _trained(model: ModelSettings, video: bool) -> str:

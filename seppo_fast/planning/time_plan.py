@@ -106,7 +106,7 @@ def work_of(config: Config, batch: Batch, cost: Cost, held_out: int = 0) -> Work
 def held_out_flops(config: Config, cost: Cost, count: int) -> tuple[float, float]:
     """Of what the initial model samples once for `count` held-out demonstrations, and of an evaluation of a policy."""
     halves = 2 if config.seppo.flipper else 1
-    return count * cost.sampling, count * DRAWS * halves * cost.forward
+    return count * cost.sample, count * DRAWS * halves * cost.forward
 
 
 def rollout(work: Work, cost: Cost) -> Work:
@@ -171,7 +171,7 @@ def _changes(config: Config, cost: Cost, model: Model, work: Work, rate: Rate) -
         for size in BATCHES:
             if size != work.sampler_batch:
                 rows[f"{size} sampled at a time"] = replace(work, sampler_batch=size)
-    if ours.flipper and ours.reference_score == "online" and cost.sampling:
+    if METHODS[ours.method].losers == "reference" and ours.reference_score == "online" and not ours.sampler.samples_per_iteration:
         rows["reference_score rollout"] = rollout(work, cost)
     width = max(len(name) for name in rows)
     times = {name: [sum(hours(rate, replace(row, gpus=gpus))) for gpus in GPUS] for name, row in rows.items()}
