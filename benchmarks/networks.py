@@ -1,4 +1,4 @@
-"""Networks of the published sizes with random weights, which do not matter for speed; what one evaluation of them costs."""
+"""Networks of published sizes with random weights, on which speed does not depend, and the FLOPs of one evaluation."""
 
 import shutil
 from collections.abc import Callable
@@ -69,14 +69,14 @@ def make_unet(name: str, device: str, dtype: torch.dtype) -> UNet:
         unet = UNet2DConditionModel(**network.config)
         if network.motion is not None:
             unet = UNetMotionModel.from_unet2d(unet, MotionAdapter(**network.motion), load_weights=False)
-    return nn.Module.to(unet, dtype).eval()  # diffusers' own `to` warns of nothing here
+    return nn.Module.to(unet, dtype).eval()  # diffusers' own `to` prints a warning that does not apply here
 
 
 def conditions(name: str, batch: int, device: str, dtype: torch.dtype) -> Conditions:
     """Random prompt embeddings (batch, 77, D), and SDXL's pooled ones."""
     network = NETWORKS[name]
-    made = {"prompt_embeds": torch.randn(batch, 77, network.width, device=device, dtype=dtype)}
-    return made | ({"pooled": torch.randn(batch, network.pooled, device=device, dtype=dtype)} if network.pooled else {})
+    embeds = {"prompt_embeds": torch.randn(batch, 77, network.width, device=device, dtype=dtype)}
+    return embeds | ({"pooled": torch.randn(batch, network.pooled, device=device, dtype=dtype)} if network.pooled else {})
 
 
 def latents(name: str, batch: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,7 +87,7 @@ def latents(name: str, batch: int, device: str, dtype: torch.dtype = torch.float
 
 
 def denoise(unet: nn.Module, noisy: Tensor, timesteps: Tensor, given: Conditions) -> Tensor:
-    """The network's output, as seppo_fast.models calls it; SDXL's time ids are made on the device, so that it can be captured."""
+    """The network's output, as seppo_fast.models calls it; SDXL's time ids are made on the device, as a capture needs it."""
     added = None
     if "pooled" in given:
         ids = torch.full((len(noisy), 6), 8.0 * noisy.shape[-1], device=noisy.device)
@@ -155,13 +155,13 @@ def latent_pipeline(name: str, unet: UNet) -> Callable[..., Tensor]:
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(noise: Tensor, given: Conditions, unconditional: Conditions, steps: int, guidance: float) -> Tensor:
-        said = {"prompt_embeds": given["prompt_embeds"],
-                "negative_prompt_embeds": unconditional["prompt_embeds"].expand_as(given["prompt_embeds"])}
+        prompts = {"prompt_embeds": given["prompt_embeds"],
+                   "negative_prompt_embeds": unconditional["prompt_embeds"].expand_as(given["prompt_embeds"])}
         if "pooled" in given:
-            said |= {"pooled_prompt_embeds": given["pooled"],
-                     "negative_pooled_prompt_embeds": unconditional["pooled"].expand_as(given["pooled"])}
+            prompts |= {"pooled_prompt_embeds": given["pooled"],
+                        "negative_pooled_prompt_embeds": unconditional["pooled"].expand_as(given["pooled"])}
         side = 8 * noise.shape[-1]
-        return pipeline(**said, height=side, width=side, latents=noise, num_inference_steps=steps, guidance_scale=guidance,
+        return pipeline(**prompts, height=side, width=side, latents=noise, num_inference_steps=steps, guidance_scale=guidance,
                         output_type="latent").images
 
     return draw
@@ -188,7 +188,7 @@ def schedule(name: str) -> dict[str, object]:
 
 
 def write_pipeline(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float16) -> None:
-    """A Stable Diffusion 1.5 directory of full size with random weights, once: UNet, VAE, CLIP-L; the tokenizer is a small one."""
+    """Write a full-size Stable Diffusion 1.5 with random weights and a small tokenizer, unless it is there."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from seppo_fast.quickstart.digits import CAPTIONS

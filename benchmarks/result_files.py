@@ -8,10 +8,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from benchmarks import ROOT
 
-Row = dict[str, object]
+Row = dict[str, Any]
 Keep = Callable[[Row], None]  # stores the results so far
 
 

@@ -15,11 +15,12 @@ Calls = dict[str, Callable[[int], object]]
 
 
 def waiter(device: str) -> Callable[[], object]:
+    """A function that returns when the device has finished its work."""
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def first_calls(calls: Calls, device: str = "cpu") -> dict[str, float]:
-    """Seconds of the first call of each, which compiles what is to be compiled."""
+    """Seconds of the first call of each function, compilation included."""
     seconds, wait = {}, waiter(device)
     for name, call in calls.items():
         start = time.perf_counter()
@@ -31,12 +32,12 @@ def first_calls(calls: Calls, device: str = "cpu") -> dict[str, float]:
 
 def in_turn(calls: Calls, seconds: float, *, block: int = 3, together: int = 1, least: int = 4,
             device: str = "cpu") -> dict[str, list[float]]:
-    """Microseconds of one call, `block` figures of each in every turn; a figure is the mean of `together` calls.
+    """Microseconds of a call. In each turn every function gives `block` figures; a figure is the mean of `together` calls.
 
-    The order is another one in every turn: who ran before decides which pages are mapped and what the caches hold. A call's
-    argument is how many calls went before, whoever made them, so that a buffer chosen by it comes back only after all the
-    others. The first call of each block is not counted: it pays for the code and the threads that the one before it left
-    cold. Nor is the first turn.
+    The order changes from turn to turn, because the function before decides which pages are mapped and what the caches hold.
+    A call's argument is the number of all calls before it, so that a buffer chosen by it is used again only after all others.
+    The first call of a block is not counted: it pays for code and threads that the function before left cold. The first turn
+    is not counted either.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, names, index, wait = random.Random(0), list(calls), itertools.count(), waiter(device)
@@ -62,7 +63,7 @@ def in_turn(calls: Calls, seconds: float, *, block: int = 3, together: int = 1, 
 
 def alternated(calls: dict[str, Callable[[], object]], seconds: float, device: str = "cpu",
                least: int = 2) -> dict[str, list[float]]:
-    """Seconds of calls, one of each in turn, `least` of each at least. They last too long for what went before to matter."""
+    """Seconds of calls, one of each in turn, at least `least` of each. For calls so long that the one before does not matter."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     until, wait = time.perf_counter() + seconds, waiter(device)
     while calls and (len(times[next(iter(calls))]) < least or time.perf_counter() < until):
@@ -94,7 +95,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
 
 
 def last_level_cache(device: str) -> int:
-    """Bytes that may still be in a cache when a buffer comes back."""
+    """Bytes of the last cache: what may still be there when a buffer is used again."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -102,6 +103,7 @@ def last_level_cache(device: str) -> int:
 
 
 def free_memory(device: str) -> int:
+    """Bytes that are free."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,9 +1,10 @@
-"""The paper's Table 4 and Figures 2 and 3 in form, on digits: `python -m benchmarks.ablation --out benchmarks/results`.
+"""The paper's Table 4 and Figures 2 and 3 for a toy of digits: `python -m benchmarks.ablation --out benchmarks/results`.
 
-Every seed has a base model, data and trainings of its own, each by the trainer's own command in the quickstart's configuration.
-Writes ablation.json, ablation_table.md, ablation_figure2.png and ablation_figure3.png. What is finished in --work is kept: the same
-command goes on after an interruption, and one with more seeds or methods adds to it. `--set lr=1e-4 beta=500` with another --work
-and --out, perhaps with few --seeds and --methods, is for finding the reason of a result; `--bases` spares it the bases.
+Each seed has its own base model, data and trainings, by the trainer's own command with the quickstart's configuration.
+Writes ablation.json, ablation_table.md, ablation_figure2.png and ablation_figure3.png. Finished runs in --work are kept: after an
+interruption the same command continues, and with more seeds or methods it adds runs. To look for the reason of a result, use
+`--set lr=1e-4 beta=500` with another --work and --out, perhaps with few --seeds and --methods. `--bases` then takes the base models
+of an earlier --work.
 """
 
 import argparse
@@ -23,14 +24,15 @@ from seppo_fast.quickstart.steps import explained
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, with `set` as Settings."""
+    """The checked command line; `settings` are made from --set."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the table, the figures and ablation.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the table, the figures and ablation.json")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--bases", type=Path, metavar="WORK", help="another --work, whose bases and data are used")
-    parser.add_argument("--seeds", type=int, default=5, help="how many: 0, 1, ... (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--bases", type=Path, metavar="WORK", help="another --work, whose base models and data are used")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds: 0, 1, ... (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD",
+                        help=f"any of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
                         help=f"other settings: {' '.join(f'{key}={value}' for key, value in asdict(Settings()).items())}")
     given = parser.parse_args(argv)
@@ -62,7 +64,7 @@ def with_changes(changes: Sequence[str]) -> Settings:
 def result_of(work: Path, seeds: int, methods: Sequence[str], settings: Settings, about: dict[str, Any]) -> dict[str, Any]:
     """What ablation.json holds."""
     runs = [json.loads(result_file(work, seed, method).read_text()) for method in (BASE, *methods) for seed in range(seeds)]
-    # Of a run that was interrupted, what its last process took.
+    # Of a run that was interrupted, the seconds of its last process alone.
     seconds = {"runs": sum(run["seconds"] for run in runs), "processor": sum(run["cpu_seconds"] for run in runs)}
     return about | {
         "settings": asdict(settings) | {"seeds": seeds, "side_by_side": WORKERS, "threads_of_each": 1},
@@ -73,7 +75,7 @@ def result_of(work: Path, seeds: int, methods: Sequence[str], settings: Settings
 
 @explained
 def main(argv: list[str] | None = None) -> int:
-    """Make what is unfinished and report everything. Exit status: 0, 2 with a message, 130 when interrupted."""
+    """Make the unfinished runs and report all. Exit status: 0, 2 with a message, 130 when interrupted."""
     given = arguments(argv)
     out, work = given.out, given.work.resolve()
     try:
@@ -86,19 +88,20 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with alone_in(work) as lock:
-            from benchmarks.ablation.plots import figures  # seconds, which bad input need not wait for
+            from benchmarks.ablation.plots import figures  # this takes seconds, and bad input is refused before
             from benchmarks.ablation.report import report
             from benchmarks.result_files import about
 
-            said, started = about("cpu", "diffusers", "deepspeed"), time.perf_counter()
-            # The bases first, for all else needs them; SFT, the shortest, last, so that both workers end at about the same time.
+            measured_on, started = about("cpu", "diffusers", "deepspeed"), time.perf_counter()
+            # The bases come first, because all other runs need them. SFT, the shortest, comes last, so that both workers end at
+            # about the same time.
             for stage in ([BASE], given.methods[::-1]):
                 workers = Workers(work, lock)
                 make_all(unfinished(work, given.seeds, stage), workers.make, workers.stop)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from here", file=sys.stderr)
         return 130
-    result = result_of(work, given.seeds, given.methods, given.settings, said)
+    result = result_of(work, given.seeds, given.methods, given.settings, measured_on)
     result["seconds"]["command"] = round(time.perf_counter() - started)
     (out / "ablation.json").write_text(json.dumps(result, indent=1) + "\n")
     figures(out, result)

@@ -1,4 +1,4 @@
-"""Draws what ablation.py measured, as in the paper's Figures 2 and 3: `python -m benchmarks.ablation.plots benchmarks/results`."""
+"""Plots of ablation.json, as in the paper's Figures 2 and 3: `python -m benchmarks.ablation.plots benchmarks/results`."""
 
 import json
 import sys

@@ -7,7 +7,7 @@ from benchmarks.ablation.report import Result, report, table
 
 
 def ablation(results: Path) -> str:
-    """The README's block: the runs, and beside them those with other settings; in words where it was not run."""
+    """The block: the runs, then those with other settings, or the sentence that nothing was measured."""
     path = results / "ablation.json"
     if not path.exists():
         return "Not measured yet (`python -m benchmarks.ablation --out benchmarks/results`, then `make readme`)."

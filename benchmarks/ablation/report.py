@@ -1,4 +1,4 @@
-"""What ablation.json says, for its own text and the README: the table, and where the digits disagree with the paper."""
+"""The text on ablation.json: the table, and where the digits agree or disagree with the paper."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and half the width of its 95 % t-interval; None where one value says nothing about its spread."""
+    """A mean and half the width of its 95 % t-interval; None for a single value, which has no spread."""
 
     mean: float
     half: float | None
@@ -31,7 +31,7 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean of one value a seed."""
+    """The mean of the values, one for each seed, with its interval."""
     count = len(values)
     if count < 2:
         return Interval(mean(values), None)
@@ -65,15 +65,15 @@ def rises(result: Result, method: str, measure: str) -> list[float]:
 
 
 def minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """Paired by seed."""
+    """Differences paired by seed."""
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper found, as a value a seed that is positive where the digits agree; `alike`: where it is zero."""
+    """A finding of the paper. Its value for each seed is positive where the digits agree, zero if it says that two are `alike`."""
 
-    said: str
+    sentence: str
     needs: tuple[str, ...]
     value: Callable[[Result, str], list[float]]
     alike: bool = False
@@ -81,6 +81,7 @@ class Claim:
 
 
 def above(better: str, worse: str) -> Callable[[Result, str], list[float]]:
+    """The last policies' difference of two methods, as a claim's value."""
     return lambda result, measure: minus(ends(result, better, measure), ends(result, worse, measure))
 
 
@@ -108,7 +109,7 @@ CLAIMS = (
 
 
 def verdict(found: Interval, alike: bool) -> str:
-    """`agrees`, `disagrees` or `open`: an interval that holds zero tells nothing, but where zero is what was expected."""
+    """`agrees`, `disagrees` or `open`. An interval that contains zero is `open`, and agrees where the paper says `alike`."""
     if found.half is None:
         return "open"
     if found.low <= 0 <= found.high:
@@ -117,37 +118,39 @@ def verdict(found: Interval, alike: bool) -> str:
 
 
 def judged(result: Result) -> list[tuple[str, str]]:
-    """(verdict, sentence) of each claim and measure for which there are runs."""
-    there = {run["method"] for run in result["runs"]}
-    said = []
+    """(verdict, sentence) for each claim and measure that has runs."""
+    methods = {run["method"] for run in result["runs"]}
+    sentences = []
     for claim in CLAIMS:
-        for measure in claim.measures if there.issuperset(claim.needs) else ():
+        for measure in claim.measures if methods.issuperset(claim.needs) else ():
             found = interval(claim.value(result, measure))
-            said.append((verdict(found, claim.alike), f"{claim.said}: {MEASURES.get(measure, 'AAF rate')} {points(found)}"))
-    return said
+            sentence = f"{claim.sentence}: {MEASURES.get(measure, 'AAF rate')} {points(found)}"
+            sentences.append((verdict(found, claim.alike), sentence))
+    return sentences
 
 
 def points(found: Interval) -> str:
-    """A difference of shares in points of a hundred, with its interval."""
+    """A difference of shares in percentage points, with its interval."""
     text = f"{100 * found.mean:+.1f}"
     return text if found.half is None else f"{text} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def agreement(result: Result) -> str:
-    """Where the digits disagree with the paper's order, where they do not tell, and where they agree."""
-    said, lines = judged(result), []
+    """The claims in three lists: the digits disagree with the paper, they do not tell, and they agree."""
+    claims, lines = judged(result), []
     for name, heading in (("disagrees", "Where the digits disagree with the paper:"),
-                          ("open", "Where these seeds do not tell (the interval holds zero, or there is one seed):"),
+                          ("open", "Where these seeds do not tell (the interval contains zero, or there is only one seed):"),
                           ("agrees", "Where they agree:")):
-        found = [f"- {sentence}" for each, sentence in said if each == name]
+        found = [f"- {sentence}" for each, sentence in claims if each == name]
         lines += [heading, "", *(found or ["- nowhere"]), ""]
     return "\n".join([
-        "The paper's findings, each with the difference that would be positive (zero where two are said to be alike, or to stay) if"
-        " it held here, in points, and its 95 % t-interval over the seeds, paired by seed.", "", *lines]).rstrip()
+        "Each line below is a finding of the paper, with a difference measured here in percentage points and its 95 % t-interval"
+        " over the seeds, paired by seed. A positive difference agrees with the finding. Where the finding is \"as good as\" or"
+        " \"no longer improves\", zero agrees with it.", "", *lines]).rstrip()
 
 
 def table(result: Result) -> str:
-    """Table 4's form: a row a method; shares of the last policy's samples, and rates of the last iteration."""
+    """A table like Table 4, a row for each method: shares of the last policy's samples, and rates of the last iteration."""
     methods = [BASE, *(method for method in METHODS if runs_of(result, method))]
     compared = bool(runs_of(result, MAIN))
     lines = ["| | prompt accuracy | to SePPO-w | cleanliness | to SePPO-w | AAF rate | implicit accuracy |", "|---" * 7 + "|"]
@@ -172,17 +175,18 @@ def about(result: Result) -> str:
     settings, machine = result["settings"], result["machine"]
     seeds = f"{settings['seeds']} seeds" if settings["seeds"] > 1 else "one seed (so no intervals)"
     return (
-        f"Means over {seeds}, each with a base model, data and trainings of its own; ± and [ ] are 95 % t-intervals over the seeds,"
-        " those in [ ] of the differences paired by seed. SFT and SePPO-w train on the preferred pictures of the pairs, SePPO-r on"
-        " one of each pair at random, where the other is a bad scan, a wrong digit, or both, as in what the base learnt from; all"
-        f" other rows are SePPO-w with one change. {settings['iterations']} iterations of {settings['updates']} updates of"
-        f" {settings['batch_size']} pairs, learning rate {settings['lr']:g}, beta {settings['beta']:g}, reference samples in"
-        f" {settings['sampler_steps']} steps at guidance {settings['guidance_scale']:g}. Prompt accuracy and cleanliness: the"
-        f" quickstart's judge on {settings['judge_samples']} samples of the last policy in {settings['judge_steps']} steps, from"
-        " the same noise for all policies of a seed. AAF rate: share of pairs with sign -1 (App. B.2); implicit accuracy: share of"
-        f" logits > 0; both in the last iteration. {result['seconds']['processor'] / 60:.0f} minutes of processor time on"
-        f" {machine['cpu']}, {settings['side_by_side']} runs side by side; torch {result['versions']['torch']},"
-        f" commit `{'`, `'.join(result['commits_of_runs'])}`."
+        f"Means over {seeds}; each seed has its own base model, data and trainings. ± and [ ] are 95 % t-intervals over the seeds;"
+        " those in [ ] are of differences paired by seed. SFT and SePPO-w train on the preferred picture of each pair, SePPO-r on"
+        " one picture of each pair at random. A picture that is not preferred is a bad scan, a wrong digit, or both, like some that"
+        " the base learnt from. All other rows are SePPO-w with one change. There are"
+        f" {settings['iterations']} iterations of {settings['updates']} updates of {settings['batch_size']} pairs, with learning"
+        f" rate {settings['lr']:g} and beta {settings['beta']:g}; reference samples take {settings['sampler_steps']} steps at"
+        f" guidance {settings['guidance_scale']:g}. Prompt accuracy and cleanliness: the quickstart's judge on"
+        f" {settings['judge_samples']} samples of the last policy in {settings['judge_steps']} steps, from the same noise for all"
+        " policies of a seed. AAF rate: share of pairs with sign -1 (App. B.2); implicit accuracy: share of logits > 0; both in the"
+        f" last iteration. {result['seconds']['processor'] / 60:.0f} minutes of processor time on {machine['cpu']},"
+        f" {settings['side_by_side']} runs side by side; torch {result['versions']['torch']}, commit"
+        f" `{'`, `'.join(result['commits_of_runs'])}`."
     )
 
 

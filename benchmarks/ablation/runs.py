@@ -2,11 +2,11 @@
 
 The method "base" makes the seed's base model and its data; the others train from them and judge the past policies.
 
-    WORK/settings.json             what everything in WORK was made with
+    WORK/settings.json             the settings of all runs in WORK
     WORK/seed_0/base/              a pipeline directory
     WORK/seed_0/pairs.parquet      the data, as in Pick-a-Pic
     WORK/seed_0/indicator/         the trainer's run folder
-    WORK/seed_0/indicator.json     what is reported of it; it is there when the run is finished
+    WORK/seed_0/indicator.json     its result file; it appears when the run is finished
 """
 
 import io
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the command itself and the README need none of the networks
+if TYPE_CHECKING:  # the command and the README need no network
     from torch import Tensor
 
     from seppo_fast.quickstart.base import Recipe
@@ -33,7 +33,7 @@ Run = dict[str, Any]  # seed, method, points, and the rates of each iteration
 
 @dataclass(frozen=True)
 class Settings:
-    """The quickstart's but for half its batch and fewer steps of the samplers, to make 40 trainings in an hour; all methods'."""
+    """Settings of all methods: the quickstart's with half its batch and fewer sampling steps, so that 40 trainings take an hour."""
 
     vae_steps: int = 240
     text_steps: int = 500
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table. `curve`: all its past policies are judged, for the figures, and not the last one alone."""
+    """A row of the table. `curve`: all past policies are judged, for the figures, not only the last one."""
 
     label: str
     overrides: tuple[str, ...] = ()
@@ -75,14 +75,14 @@ def result_file(work: Path, seed: int, method: str) -> Path:
 
 
 def unfinished(work: Path, seeds: int, methods: Sequence[str]) -> list[tuple[int, str]]:
-    """The runs of these seeds and methods that are not reported yet, in the order in which they are to be made."""
+    """The runs of these seeds and methods that have no result file yet, in the order in which they are made."""
     return [(seed, method) for seed in range(seeds) for method in methods if not result_file(work, seed, method).exists()]
 
 
 def overrides(work: Path, seed: int, method: str, settings: Settings) -> list[str]:
     """What a run changes in the quickstart's configuration."""
     home, total = (work / f"seed_{seed}").resolve(), settings.iterations * settings.updates
-    said = {
+    changes = {
         "train_batch_size": settings.batch_size, "train_micro_batch_size_per_gpu": settings.batch_size,
         "optimizer.params.lr": settings.lr, "scheduler.params.total_num_steps": total,
         "scheduler.params.warmup_num_steps": max(2, total // 12),  # the quickstart's share
@@ -93,11 +93,11 @@ def overrides(work: Path, seed: int, method: str, settings: Settings) -> list[st
         # SFT has no pool: its past policies are those of its checkpoints.
         "seppo.checkpoint.keep_last": settings.iterations if method == "sft" else 1,
     }
-    return [*(f"{key}={value}" for key, value in said.items()), *METHODS[method].overrides]
+    return [*(f"{key}={value}" for key, value in changes.items()), *METHODS[method].overrides]
 
 
 def policies(run: Path, method: str, settings: Settings) -> dict[int, Path]:
-    """The weights to be judged by the number of updates after which they were the policy."""
+    """The files of the weights to judge, by the number of updates that made them."""
     last = settings.iterations
     return {k * settings.updates: run / (f"checkpoints/update_{k * settings.updates:08d}/policy.safetensors" if method == "sft"
                                          else f"pool/policy_{k:05d}.safetensors")
@@ -123,7 +123,7 @@ def make_base(home: Path, seed: int, settings: Settings) -> Run:
 
 
 def write_pairs(path: Path, digits: "Digits", recipe: "Recipe") -> None:
-    """Every digit with its caption against a faulty picture that the base's crawl has under this caption, on either side."""
+    """Write pairs: each digit and a faulty picture that the base's training data has under the same caption, sides at random."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import torch
@@ -145,7 +145,7 @@ def write_pairs(path: Path, digits: "Digits", recipe: "Recipe") -> None:
 
 
 def png(pixels: "Tensor") -> bytes:
-    """A picture `(3, H, W)` in [0, 1] as the file that the quickstart's demonstrations are."""
+    """A picture `(3, H, W)` in [0, 1] as a PNG file, like the quickstart's demonstrations."""
     from seppo_fast.pictures import picture
 
     file = io.BytesIO()
@@ -154,19 +154,19 @@ def png(pixels: "Tensor") -> bytes:
 
 
 def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> Run:
-    """A run from wherever an earlier attempt left it; the process ends here when the trainer stops early."""
+    """Train, from where an earlier attempt stopped, and judge. The process ends here when the trainer stops early."""
     from seppo_fast import train
     from seppo_fast.quickstart.report import iteration_mean, read_metrics
 
     run = home / method
     if not (run / "final").exists():
-        # The command's own function, in this process: importing everything twice would take a twelfth of the time.
+        # Called in this process: a process of its own would import all again, a twelfth of the time.
         sys.argv = ["seppo_fast/train.py", "--config", "quickstart.json", "--resume", "auto",
                     "--set", *overrides(home.parent, seed, method, settings)]
         status = train.main()
-        if not (run / "final").exists():  # a signal: there is a checkpoint
+        if not (run / "final").exists():  # stopped by a signal; there is a checkpoint
             sys.exit(status or 1)
-        for signum in (signal.SIGTERM, signal.SIGINT):  # the trainer would remember them and go on
+        for signum in (signal.SIGTERM, signal.SIGINT):  # the trainer's handlers would only note them
             signal.signal(signum, signal.SIG_DFL)
     rates = {}
     if method != "sft":
@@ -196,7 +196,7 @@ def point(update: int, scores: "Scores") -> dict[str, float]:
 
 
 def draw_with(base: Path, weights: Path, labels: Sequence[int], seed: int, settings: Settings) -> "Tensor":
-    """Samples of the pipeline `base` with other weights in its UNet; a directory of links, for `draw` takes a directory."""
+    """Samples of the pipeline `base` with other weights in its UNet. `draw` takes a directory, so this makes one of links."""
     from seppo_fast.quickstart.judge import draw
 
     with tempfile.TemporaryDirectory(prefix="seppo-ablation-") as folder:
@@ -217,10 +217,10 @@ def main(work: Path, seed: int, method: str) -> None:
     started, file = time.perf_counter(), result_file(work, seed, method)
     settings = Settings(**json.loads((work / "settings.json").read_text()))
     file.parent.mkdir(exist_ok=True)
-    made = make_base(file.parent, seed, settings) if method == BASE else train_and_judge(file.parent, seed, method, settings)
+    found = make_base(file.parent, seed, settings) if method == BASE else train_and_judge(file.parent, seed, method, settings)
     about = {"seconds": round(time.perf_counter() - started, 1), "cpu_seconds": round(time.process_time(), 1), "commit": commit()}
     unready = file.with_suffix(".tmp")
-    unready.write_text(json.dumps({"seed": seed, "method": method, **made, **about}) + "\n")
+    unready.write_text(json.dumps({"seed": seed, "method": method, **found, **about}) + "\n")
     unready.replace(file)
 
 

@@ -22,24 +22,24 @@ OF_BASES = ("vae_steps", "text_steps", "unet_steps", "guidance_scale", "judge_sa
 
 
 def open_work(work: Path, settings: Settings) -> None:
-    """Make the folder of the runs, or make sure that what is in it was made with these settings."""
-    file, wanted = work / "settings.json", asdict(settings)
+    """Make the folder of the runs, or check that its runs were made with these settings."""
+    file, ours = work / "settings.json", asdict(settings)
     try:
         work.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             if any(path.name != ".lock" for path in work.iterdir()):
                 raise UserError(f"--work {work} holds other things; choose an empty or new folder")
-            file.write_text(json.dumps(wanted, indent=1) + "\n")
+            file.write_text(json.dumps(ours, indent=1) + "\n")
         there = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--work {work}: {error}; choose another folder") from error
-    differing = [f"{key} {there.get(key)} there, {value} now" for key, value in wanted.items() if there.get(key) != value]
+    differing = [f"{key} {there.get(key)} there, {value} now" for key, value in ours.items() if there.get(key) != value]
     if differing:
         raise UserError(f"--work {work} was begun with other settings ({'; '.join(differing)}): choose another folder")
 
 
 def take_bases(work: Path, other: Path, seeds: int, settings: Settings) -> None:
-    """Link the bases that another folder of runs has: a base depends on its recipe and its judge alone."""
+    """Link the base models of another folder of runs. A base model depends on its recipe and its judge alone."""
     try:
         there = json.loads((other / "settings.json").read_text())
     except (OSError, ValueError) as error:
@@ -59,7 +59,7 @@ def take_bases(work: Path, other: Path, seeds: int, settings: Settings) -> None:
 
 @contextmanager
 def alone_in(work: Path) -> Iterator[IO[str]]:
-    """The open lock of the folder. The runs inherit it: those of a command that was killed hold it until they end."""
+    """The open lock of the folder. The runs inherit it, so that the runs of a killed command hold it until they end."""
     with (work / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,15 +70,15 @@ def alone_in(work: Path) -> Iterator[IO[str]]:
 
 @dataclass
 class Workers:
-    """Runs in processes of their own, one thread each, as many side by side as there are threads in the pool."""
+    """Makes runs, each in its own process of one thread. Each thread of the caller's pool waits for one."""
 
     work: Path
     lock: IO[str]
-    living: set[subprocess.Popen] = field(default_factory=set)
+    running: set[subprocess.Popen] = field(default_factory=set)
     stopped: bool = False
 
     def make(self, seed: int, method: str) -> dict[str, Any]:
-        """The result of one run; a UserError with its last words when it fails."""
+        """The result of one run. When it fails, a UserError with the end of its log."""
         file = result_file(self.work, seed, method)
         log = file.with_suffix(".log")
         log.parent.mkdir(exist_ok=True)
@@ -86,25 +86,25 @@ class Workers:
         with log.open("a") as output:
             process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, pass_fds=[self.lock.fileno()],
                                        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-            self.living.add(process)
-            if self.stopped:  # between this thread's start and now
+            self.running.add(process)
+            if self.stopped:  # since this thread started
                 process.terminate()
             process.wait()
-            self.living.discard(process)
+            self.running.discard(process)
         if not file.exists():
-            last = log.read_text(errors="replace").strip()[-1500:]
-            raise UserError(f"seed {seed}, {method}, ended with status {process.returncode}; its log {log} ends with:\n{last}")
+            end = log.read_text(errors="replace").strip()[-1500:]
+            raise UserError(f"seed {seed}, {method}, ended with status {process.returncode}; its log {log} ends with:\n{end}")
         return json.loads(file.read_text())
 
     def stop(self) -> None:
-        """Ask the living ones to stop; the trainer leaves a checkpoint."""
+        """Ask the running processes to stop. The trainer leaves a checkpoint."""
         self.stopped = True
-        for process in list(self.living):
+        for process in list(self.running):
             process.terminate()
 
 
 def make_all(todo: Sequence[tuple[int, str]], make: Callable[[int, str], dict[str, Any]], stop: Callable[[], None]) -> None:
-    """Make the runs, `WORKERS` side by side; at the first failure or an interruption the others are stopped."""
+    """Make the runs, `WORKERS` side by side. A failure or an interruption stops the others."""
     started = time.perf_counter()
     with ThreadPoolExecutor(WORKERS) as pool:
         try:

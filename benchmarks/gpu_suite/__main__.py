@@ -1,11 +1,11 @@
 """Everything that needs a GPU: `python -m benchmarks.gpu_suite --out DIR [--only throughput]`, under 9 minutes, no network.
 
-The steps run in the order of what they are worth, each in a process of its own with a time limit, and DIR/gpu_suite.json is
-rewritten after each, so whatever stops the run leaves what came before. A step that fails or times out does not stop the
-others; what it had measured by then is kept. There are three groups, each for a call of its own: `loss` needs nothing but torch,
-triton and pytest, and nvcc for the CUDA library; `throughput` needs diffusers and pydantic too, and the package's other
-requirements for the steps that train; `video` needs PyAV beside these, and DALI to measure what it is for.
-`--wheels [DIR]`, on a machine with a network, fetches what a machine without one lacks and says how large it is.
+The most important steps run first, each in a process of its own with a time limit. DIR/gpu_suite.json is written after each step,
+so that a run that is stopped keeps the steps before. A step that fails or reaches its limit does not stop the others, and keeps
+what it has measured. There are three groups; run each of them in a call of its own. `loss` needs torch, triton and pytest, and nvcc
+for the CUDA library. `throughput` needs diffusers and pydantic too, and the package's other requirements for the steps that train.
+`video` needs PyAV beside these, and DALI, which is what it measures.
+On a machine with a network, `--wheels [DIR]` fetches the wheels that a machine without one lacks and lists their sizes.
 """
 
 import argparse
@@ -31,7 +31,7 @@ GRACE = 8  # seconds between SIGINT, at which a step ends with what it has, and 
 
 
 def ended(process: subprocess.Popen, limit: float) -> str:
-    """How a step ended: by itself, or at `limit` seconds. All that it started gets SIGINT shortly before, and then SIGKILL."""
+    """How a step ended. If it still runs shortly before `limit` seconds, all its processes get SIGINT, and at the limit SIGKILL."""
     grace = min(GRACE, limit / 3)
     try:
         code = process.wait(limit - grace)
@@ -47,10 +47,11 @@ def ended(process: subprocess.Popen, limit: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--wheels", type=Path, nargs="?", const=Path("build/wheels"), metavar="DIR",
-                        help="fetch into DIR (build/wheels) what a GPU machine without a network lacks, list it, and end")
+                        help="fetch into DIR (default: build/wheels) the wheels that a GPU machine without a network lacks")
     parser.add_argument("--python", default="3.12", help="that machine's Python, for --wheels")
     parser.add_argument("--present", nargs="+", default=[], metavar="NAME", help="more packages that it has, for --wheels")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for the whole run")
@@ -75,7 +76,7 @@ def main() -> None:
     for name, limit in {"machine": MACHINE, **STEPS}.items():
         if name not in ("machine", *only):
             continue
-        if only == {name}:  # nobody waits for what it leaves
+        if only == {name}:  # a single step may take the whole time
             limit = arguments.seconds
         result = out / f"{name}.json"
         result.unlink(missing_ok=True)
@@ -94,8 +95,9 @@ def main() -> None:
         print(f"{name}: {outcome}, {summary[name]['seconds']} s {loss_steps.headline(found)}", flush=True)
         if outcome != "done":
             print("".join((out / f"{name}.log").read_text().splitlines(keepends=True)[-15:]), flush=True)
-    shutil.rmtree(out / "work", ignore_errors=True)  # models and runs of the throughput steps
-    bad = [name for name in CHECKS if name in summary and summary[name].get("ok", False) is False]  # no verdict is no success
+    shutil.rmtree(out / "work", ignore_errors=True)  # models and runs of the steps that train
+    # A check without a verdict has not passed.
+    bad = [name for name in CHECKS if name in summary and summary[name].get("ok", False) is False]
     sys.exit(f"failed: {', '.join(bad)}" if bad else 0)
 
 

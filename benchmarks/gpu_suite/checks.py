@@ -16,18 +16,18 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cachep
 
 
 def build(out: Path) -> Row:
-    """The CUDA and CPU libraries in place, by setup.py. What cannot be built leaves the Triton backend."""
+    """Build the CUDA and CPU libraries in place. Where the CUDA library cannot be built, the Triton backend remains."""
     run = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | {"SEPPO_FAST_BUILD": "cuda"})
     library = ROOT / "seppo_fast/_cuda.so"
     return {"ok": run.returncode == 0 and library.exists(), "bytes": library.stat().st_size if library.exists() else 0,
-            "said": (run.stdout + run.stderr)[-2000:]}
+            "output": (run.stdout + run.stderr)[-2000:]}
 
 
 def tests(name: str, out: Path, processes: int = 8) -> Row:
-    """A file's tests on this GPU: of a backend against fp64, bit for bit, in graphs and streams; of the captured sampler.
+    """Counts and failures of a file's tests on this GPU: of a backend of the loss, or of the sampler in a CUDA graph.
 
-    They are dealt to several processes, since most of their time is the compiler's.
+    Several processes share the tests, because most of their time goes to the compiler.
     """
     chosen = "" if name == "tests_sampler" else "not interpreter and not compiled and not spill and not 16_bytes"
     listed = subprocess.run([*PYTEST, "--collect-only", TESTS[name], "-k", chosen], cwd=ROOT, capture_output=True, text=True,
@@ -41,7 +41,7 @@ def tests(name: str, out: Path, processes: int = 8) -> Row:
         report.unlink(missing_ok=True)
     running = [subprocess.Popen([*PYTEST, *found[index::processes], f"--junitxml={report}"], cwd=ROOT)
                for index, report in enumerate(reports)]
-    for process in running:  # interrupted, each writes its report of the tests so far
+    for process in running:  # when interrupted, each reports its tests so far
         while process.poll() is None:
             try:
                 process.wait()
@@ -52,14 +52,14 @@ def tests(name: str, out: Path, processes: int = 8) -> Row:
     failed = [text for part in parts for text in part["failed"]]
     interrupted = any(part["interrupted"] for part in parts)
     skipped = sorted({reason for part in parts for reason in part["skipped_for"]})
-    ran = not any("GPU" in reason for reason in skipped)  # a backend that is not there was not tested, which is no success
+    ran = not any("GPU" in reason for reason in skipped)  # a missing backend was not tested, so this is no success
     ok = ran and not failed and not interrupted and len(found) == counts["tests"] > counts["skipped"]
     return counts | {"found": len(found), "processes": processes, "ok": ok, "interrupted": interrupted, "failed": failed,
                      "skipped_for": skipped}
 
 
 def outcome(status: int, report: Path) -> Row:
-    """What one pytest process reported, and then the report is of no more use."""
+    """What one pytest process reported. The report is deleted."""
     if not report.exists():
         return {"failed": [f"pytest ended with status {status} and no report"], "interrupted": False, "skipped_for": []}
     suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -67,15 +67,15 @@ def outcome(status: int, report: Path) -> Row:
     failed = [f"{case.get('name')}: {bad.get('message')[:300]}" for case in suite.iter("testcase")
               for bad in case if bad.tag in ("failure", "error")]
     return {key: int(suite.get(key)) for key in COUNTS} | {
-        "failed": failed, "interrupted": status == 2,  # pytest's status when it was
+        "failed": failed, "interrupted": status == 2,  # pytest's status for an interruption
         "skipped_for": [bad.get("message", "")[:200] for bad in suite.iter("skipped")]}
 
 
 def sanitize(tool: str, out: Path) -> Row:
-    """compute-sanitizer over a few small calls of each plan; its exit code is its verdict."""
+    """compute-sanitizer's verdict, its exit status, on a few small calls of each plan."""
     run = subprocess.run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
                           sys.executable, "-m", "benchmarks.gpu_suite.loss_steps", "--sanitize"], cwd=ROOT, capture_output=True,
                          text=True, check=False,
                          env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # with the cache it sees whole pools only
-    said = run.stdout + run.stderr
-    return {"ok": run.returncode == 0 and "calls made" in said, "said": said[-1500:]}
+    output = run.stdout + run.stderr
+    return {"ok": run.returncode == 0 and "calls made" in output, "output": output[-1500:]}

@@ -1,7 +1,7 @@
-"""The steps of the GPU suite that measure the loss. Each takes `keep`, which stores what there is so far.
+"""The steps of the GPU suite that measure the loss. Each takes `keep`, which stores the results so far.
 
-Times on the device are of CUDA graphs that hold many calls on buffers rotating through more memory than L2 holds, so that
-neither the host nor the cache is in them. Times of a call are of loops that wait for the device at both ends.
+Times on the device are those of CUDA graphs of many calls. The buffers of the calls together are larger than the L2 cache, so that
+these times contain neither the host nor the cache. Times of a call are those of loops that wait for the device at both ends.
 """
 
 import statistics
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.loss.cases import DTYPES, SHAPES, Case, floor_bytes, forward_backward, losses, make_case, rotating_cases
-from benchmarks.result_files import Keep
+from benchmarks.result_files import Keep, Row
 from benchmarks.timing import Calls, first_calls, in_turn, peak_bytes
 from seppo_fast.ops import available_backends, per_sample_mse, seppo_loss
 
@@ -24,7 +24,8 @@ OPTIONS = (2000.0, 0, 1.0, 1.0, True)  # beta, flipper, scale, weight, wants_gra
 CLUSTERED, COOPERATIVE, IN_PASSES = 1, 2, 3  # enum Plan of csrc/cuda.cu
 
 
-def headline(result: dict[str, object]) -> str:
+def headline(result: Row) -> str:
+    """The part of a step's result that is printed."""
     return str({key: result[key] for key in ("ok", "tests", "failures", "best", "targets") if key in result} or "")
 
 
@@ -33,7 +34,7 @@ def fused_backends() -> list[str]:
 
 
 def buffers(shape: str, pairs: int, dtype: torch.dtype) -> tuple[list[Case], int]:
-    """Sets of inputs that together exceed L2 (48 at most: small ones stay in it), and the bytes that one call cannot do without."""
+    """Sets of inputs, together larger than L2 (48 at most, so small ones stay in it), and the bytes that a call has to move."""
     floor = floor_bytes(shape, pairs, dtype)
     return rotating_cases(shape, pairs, dtype, "cuda", min(48, max(2, ROTATE_BYTES // floor))), floor
 
@@ -75,7 +76,7 @@ def one_call(backend: str, case: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def bandwidth(keep: Keep) -> None:
-    """Bytes of the 4 N floor over time, as a share of what copying the same bytes reaches here."""
+    """Store the bandwidth of the 4 N bytes that the loss has to move, also as a share of a copy's of the same bytes."""
     rows = []
     for dtype_name, dtype in DTYPES.items():
         for shape, pairs in CASES:
@@ -101,7 +102,7 @@ def bandwidth(keep: Keep) -> None:
 
 
 def host(keep: Keep) -> None:
-    """Host time and launches of forward + backward on tensors too small to matter; beside eager's."""
+    """Store the host's time and the launches of forward + backward on tensors too small to matter, beside eager's."""
     case = make_case((4, 4, 1, 1), torch.float32, "cuda")
     functions = {name: f for name, f in losses("cuda").items() if name not in ("compile", "liger_style")}
     times = medians({name: lambda _, f=f: forward_backward(f, case) for name, f in functions.items()}, seconds=8, together=200)
@@ -117,7 +118,7 @@ def host(keep: Keep) -> None:
 
 
 def memory(keep: Keep) -> None:
-    """Peak memory beyond the inputs of forward + backward, in gradient tensors."""
+    """Store the peak memory of forward + backward beyond the inputs, in gradient tensors."""
     rows = []
     for dtype_name, dtype in DTYPES.items():
         case = make_case((2 * 256, *SHAPES["sd15"]), dtype, "cuda")
@@ -133,7 +134,7 @@ def memory(keep: Keep) -> None:
 
 
 def baselines(keep: Keep) -> None:
-    """Forward + backward, the host's time included, against eager, torch.compile and Liger's pattern."""
+    """Store the times of forward + backward, the host's included, beside eager, torch.compile and Liger's pattern."""
     rows = []
     cases = [("sd15", 1), ("sd15", 8), ("sd15", 64), ("sdxl", 4), ("video", 4), ("sd15", 1024)]
     for shape, pairs in cases:
@@ -155,7 +156,7 @@ def baselines(keep: Keep) -> None:
 
 
 def plans(keep: Keep) -> None:
-    """How the native kernel's launch plans compare on the device: what its table should say."""
+    """Store the device's times of the native kernel's launch plans, from which its table of plans is made."""
     if "native" not in fused_backends():
         return keep({"skipped": available_backends("cuda")["native"]})
     largest = 16 if torch.cuda.get_device_capability()[0] >= 9 else 1

@@ -13,8 +13,8 @@ from benchmarks.gpu_suite import checks, loss_steps
 from benchmarks.result_files import Row
 
 SECONDS = 530  # of the whole run
-# name -> seconds at most; the functions that measure are in loss_steps.py and training_steps.py. What a call must end with comes
-# first in its group, and has room: correctness and bandwidth of the loss; the sampler beside diffusers, loop and memory.
+# Name -> seconds at most; the functions that measure are in loss_steps.py and training_steps.py. The most important steps
+# come first in each group and have enough time: the loss's correctness and bandwidth; the sampler beside diffusers, loop, memory.
 LOSS = {"build": 90, "tests_native": 90, "tests_triton": 120, "bandwidth": 70, "memcheck": 70, "racecheck": 70, "host": 40,
         "memory": 20, "baselines": 120, "plans": 40}
 THROUGHPUT = {"tests_sampler": 50, "sampler": 160, "loop": 180, "training_memory": 120, "swap": 30}
@@ -26,7 +26,9 @@ CHECKS = ("tests_native", "tests_triton", "tests_sampler", "memcheck", "racechec
 
 
 def machine() -> Row:
+    """The GPU, the driver and the versions."""
     import triton
+
     index = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(index)
     query = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True,
@@ -43,7 +45,7 @@ def have(program: str) -> bool:
 
 
 def run_step(name: str, out: Path, limit: float) -> None:
-    """In the step's own process: its result goes to DIR/<name>.json, and partial ones before it."""
+    """Run one step in this process. Its result goes to DIR/<name>.json, and so do its partial results before."""
     def keep(result: Row) -> None:
         temporary = out / f".{name}.json"
         temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -54,7 +56,7 @@ def run_step(name: str, out: Path, limit: float) -> None:
     elif name.startswith("tests"):
         keep(checks.tests(name, out))
     elif name in ("memcheck", "racecheck"):
-        keep(checks.sanitize(name, out) if have("compute-sanitizer") else {"ok": None, "said": "there is no compute-sanitizer"})
+        keep(checks.sanitize(name, out) if have("compute-sanitizer") else {"ok": None, "output": "there is no compute-sanitizer"})
     elif name == "machine":
         keep(machine())
     elif name in THROUGHPUT | VIDEO:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from benchmarks.result_files import Keep
 
-# Beyond what the steps of the loss need. A machine without them says so rather than fail.
+# What a step needs beyond the steps of the loss. Where it is missing, the step is skipped and says so.
 TRAINING = ("diffusers", "pydantic", "deepspeed", "transformers", "datasets", "peft")
 NEEDED = {"video": (*TRAINING, "av"), **dict.fromkeys(("sampler", "swap"), ("diffusers", "pydantic", "peft", "transformers"))}
 
 
 def step(name: str, out: Path, keep: Keep, limit: float) -> None:
-    """One step of the suite; models and runs are made in `out`/work and stay for the next step that needs them."""
+    """Run one step. Models and runs are made in `out`/work and stay there for the next step that needs them."""
     missing = [module for module in NEEDED.get(name, TRAINING) if importlib.util.find_spec(module) is None]
     if missing:
         return keep({"skipped": f"not installed here: {', '.join(missing)}"})
@@ -25,7 +25,7 @@ def step(name: str, out: Path, keep: Keep, limit: float) -> None:
         from benchmarks.throughput import samplers
 
         begun = time.monotonic()
-        samplers.measure("cuda", keep, limit - 100)  # the last point that is begun compiles
+        samplers.measure("cuda", keep, limit - 100)  # the last point may compile
         if time.monotonic() - begun < limit - 40:
             (out / "sampler_profile.txt").write_text(samplers.profile("cuda") + "\n")
     elif name == "swap":

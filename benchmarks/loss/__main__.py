@@ -1,8 +1,8 @@
 """Times the loss: `python -m benchmarks.loss --out benchmarks/results`. Writes loss_<device>.json, .csv and two plots.
 
-Forward, forward + backward, peak memory of the latter, and the host's time alone (tensors too small to matter), of every
-implementation in turn, on buffers that rotate through twice the last cache. `copy` copies 2 N elements, N being those of
-model_pred: it reads 2 N and writes 2 N, the 4 N that the loss cannot do without (three tensors read, one written).
+Measured are forward, forward + backward and its peak memory, and the host's time alone (on tensors too small to matter). The
+implementations take turns, on buffers that rotate through twice the size of the last cache. `copy` copies 2 N elements, where N is
+the size of model_pred. It reads 2 N and writes 2 N: the 4 N that the loss cannot do without (three tensors read, one written).
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks.result_files import Row, about, one_row_a_line
 from benchmarks.timing import first_calls, free_memory, in_turn, last_level_cache, peak_bytes
 from seppo_fast.ops import available_backends
 
-# Those of the targets first: a run cut short leaves what it had.
+# The targets' cases come first: a run that is cut short keeps what it has measured.
 CASES = [*(("sd15", pairs) for pairs in (2, 4, 8, 16, 32, 64, 1, 256, 1024)), ("sdxl", 1), ("sdxl", 8), ("video", 2),
          ("video", 8), ("sd3_1024", 2)]
 
@@ -48,7 +48,7 @@ def measure_case(shape: str, pairs: int, dtype_name: str, device: str, seconds: 
         to, source = copies[i % len(copies)]
         to.copy_(source)
 
-    # On a GPU the calls queue up, as in training, and it is waited for only at the end of some of them.
+    # On a GPU the calls queue up, as in training: the host waits for the device only after `together` of them.
     how = {"device": device, "block": 1, "together": 50} if device == "cuda" else {}
     compiling = first_calls(both, device)
     times = in_turn(both | {"copy": copy}, seconds, **how)
@@ -73,7 +73,7 @@ def measure_host(device: str, seconds: float) -> list[Row]:
 
 
 def write(out: Path, device: str, result: Row, rows: list[Row]) -> Row:
-    """The JSON and the CSV of what there is so far."""
+    """Write the results so far as JSON and CSV, and return what the JSON holds."""
     found = ratios(rows)
     ended = {"machine": result["machine"] | {"load_average_at_end": round(os.getloadavg()[0], 2)}}
     result = result | ended | {"targets": targets(found, device), "ratios": found, "rows": rows}
@@ -86,14 +86,15 @@ def write(out: Path, device: str, result: Row, rows: list[Row]) -> Row:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=7.0, help="for forward + backward of a case; forward takes a third more")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many shapes")
-    parser.add_argument("--rotate-mb", type=int, help="of inputs before one comes back; by default twice the last cache")
-    parser.add_argument("--memory-gb", type=float, help="leave out cases that need more; by default half of what is free")
+    parser.add_argument("--seconds", type=float, default=7.0, help="for forward + backward of a case, a third for forward alone")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="measure only the first CASES shapes")
+    parser.add_argument("--rotate-mb", type=int, help="MB of inputs before one is used again (default: twice the last cache)")
+    parser.add_argument("--memory-gb", type=float, help="leave out cases that need more (default: half of the free memory)")
     arguments = parser.parse_args(argv)
     out, device, begun = arguments.out, arguments.device, time.perf_counter()
     torch.set_num_threads(arguments.threads)
@@ -121,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from benchmarks.loss.plots import draw
     except ImportError as error:
-        print(f"no plots ({error}); python -m benchmarks.loss.plots {out / f'loss_{device}.json'} draws them where matplotlib is")
+        print(f"no plots ({error}); where matplotlib is installed,"
+              f" `python -m benchmarks.loss.plots {out / f'loss_{device}.json'}` draws them")
     else:
         draw(out / f"loss_{device}.json")
 

@@ -1,4 +1,4 @@
-"""What the fused loss is measured against: the usual implementation, compiled, gradient made in the forward, and a copy."""
+"""What the fused loss is compared with: the usual implementation, the same compiled, and one whose forward makes the gradient."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ _gradient_and_loss = torch.compile(torch.func.grad_and_value(app_b2), dynamic=Fa
 
 
 class _GradientInForward(torch.autograd.Function):
-    """Liger's pattern for its preference losses: the compiled forward makes the gradient, backward rescales it if it must."""
+    """Liger's pattern for its preference losses: the compiled forward makes the gradient, backward scales it where needed."""
 
     @staticmethod
     def forward(ctx, model_pred, ref_pred, target):

@@ -16,7 +16,7 @@ Case = list[Tensor]
 
 
 def losses(device: str) -> dict[str, Callable[..., Tensor]]:
-    """Name -> function of (model_pred, ref_pred, target); fused backends as far as they run here."""
+    """Name -> function of (model_pred, ref_pred, target); with the fused backends that run here."""
     found: dict[str, Callable[..., Tensor]] = {
         "eager": baselines.app_b2, "compile": baselines.compiled_app_b2, "liger_style": baselines.liger_style}
     for backend in FUSED:
@@ -38,7 +38,7 @@ def make_case(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
 
 
 def floor_bytes(shape: str, pairs: int, dtype: torch.dtype) -> int:
-    """4 N elements: three tensors read, one written."""
+    """Bytes that the loss cannot do without, 4 N elements: three tensors read, one written."""
     return 4 * 2 * pairs * torch.Size(SHAPES[shape]).numel() * dtype.itemsize
 
 
@@ -48,19 +48,19 @@ def sets(rotate: int, each: int) -> int:
 
 
 def rotating_cases(shape: str, pairs: int, dtype: torch.dtype, device: str, count: int) -> list[Case]:
-    """`count` sets of inputs, alike in their values, each tensor on its own."""
+    """`count` copies of one set of inputs; no two tensors share memory."""
     first = make_case((2 * pairs, *SHAPES[shape]), dtype, device)
     return [first, *([x.detach().clone().requires_grad_(x.requires_grad) for x in first] for _ in range(count - 1))]
 
 
 def rotating_copies(floor: int, dtype: torch.dtype, device: str, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (to, from) of 2 N elements, so that one copy reads and writes `floor` bytes; all of it written once already."""
+    """Pairs (to, from) of 2 N elements: one copy reads and writes `floor` bytes. All of the memory has been written once."""
     source = torch.ones(floor // 2 // dtype.itemsize, dtype=dtype, device=device)
     return [(source.clone(), source.clone()) for _ in range(count)]
 
 
 def needed_bytes(shape: str, pairs: int, dtype: torch.dtype, rotate: int) -> int:
-    """Of memory, to measure a case: inputs, copies, and the temporaries of eager (10 N elements in bf16, 5 N in fp32)."""
+    """Bytes of memory that a case takes: inputs, copies, and the temporaries of eager (10 N elements in bf16, 5 N in fp32)."""
     floor = floor_bytes(shape, pairs, dtype)
     inputs = 3 * floor // 4
     return sets(rotate, inputs) * inputs + sets(rotate, floor) * floor + 3 * floor

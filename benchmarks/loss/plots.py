@@ -1,4 +1,4 @@
-"""Draws what loss.py measured: `python -m benchmarks.loss.plots benchmarks/results/loss_cpu.json`."""
+"""Plots of loss_<device>.json: `python -m benchmarks.loss.plots benchmarks/results/loss_cpu.json`."""
 
 import json
 import sys

@@ -12,7 +12,7 @@ SHAPE_NAMES = {"sd15": "SD-1.5, 512x512", "sdxl": "SDXL, 1024x1024", "video": "v
 
 
 def loss(results: Path) -> str:
-    """Figures of the fused loss from loss_cpu.json and, where there is one, the GPU suite's; in words where there is none."""
+    """Figures of the fused loss from loss_cpu.json and from each GPU suite, or a sentence that nothing was measured."""
     return "\n\n".join([loss_on_cpu(results / "loss_cpu.json"), *map(loss_on_gpu, sorted(results.glob("gpu_suite*.json")))])
 
 
@@ -22,25 +22,25 @@ def loss_on_cpu(path: Path) -> str:
     result = json.loads(path.read_text())
     machine, versions = result["machine"], result["versions"]
     load = f"{machine['load_average_at_start']} to {machine['load_average_at_end']}"
-    said = [f"Forward + backward on {machine['cpu']}, {machine['threads']} of {machine['cores']} cores, torch {versions['torch']},"
+    parts = [f"Forward + backward on {machine['cpu']}, {machine['threads']} of {machine['cores']} cores, torch {versions['torch']},"
             f" commit `{result['commit']}`, load average {load}; inputs rotate through {result['settings']['rotate_mb']} MB."
             " Plots: [ratios](results/loss_cpu_ratio.png), [bandwidth](results/loss_cpu_bandwidth.png);"
             " figures: [JSON](results/loss_cpu.json), [CSV](results/loss_cpu.csv).",
             ratio_table(result["ratios"]), target_list(result["targets"])]
-    return "\n\n".join(said)
+    return "\n\n".join(parts)
 
 
 def loss_on_gpu(path: Path) -> str:
     suite = json.loads(path.read_text())
     machine, found = suite["machine"], of_gpu_suite(suite)
-    said = [f"Forward + backward on {machine['gpu']}, torch {machine['torch']}, driver {machine['driver']}, commit"
-            f" `{suite['commit']}`: time of a call with the host's in it; in units of the copy, time on the device."
+    parts = [f"Forward + backward on {machine['gpu']}, torch {machine['torch']}, driver {machine['driver']}, commit"
+            f" `{suite['commit']}`. The time of a call includes the host's; \"of copy\" compares times on the device."
             f" [All figures](results/{path.name}).", ratio_table(found), target_list(targets(found, "cuda"))]
-    return "\n\n".join(said)
+    return "\n\n".join(parts)
 
 
 def ratio_table(found: Sequence[Row]) -> str:
-    """One line a batch, the same columns for each dtype; and one line on memory."""
+    """One line for each batch, with the same columns for each dtype, and one line on memory."""
     rows = {(row["shape"], row["pairs"], row["dtype"]): row for row in found if row["what"] == "forward_backward"}
     dtypes = list(dict.fromkeys(dtype for _, _, dtype in rows))
     batches = sorted({(shape, pairs) for shape, pairs, _ in rows}, key=lambda batch: (list(SHAPE_NAMES).index(batch[0]), batch[1]))
@@ -57,14 +57,14 @@ def ratio_table(found: Sequence[Row]) -> str:
 
 
 def memory_line(found: Sequence[Row]) -> str:
-    """The range over all cases, of each implementation."""
-    said = []
+    """Peak memory of each implementation, from the lowest to the highest of all cases."""
+    ranges = []
     for label, name in (("fused loss", "fused"), ("eager", "eager"), ("compile", "compile")):
         values = [row[f"{name}_gradients"] for row in found if f"{name}_gradients" in row]
         if values:
             low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-            said.append(f"{label} {low}" + f" to {high}" * (high != low))
-    return f"Peak memory beyond the inputs, in gradient tensors: {', '.join(said) or 'not measured'}."
+            ranges.append(f"{label} {low}" + f" to {high}" * (high != low))
+    return f"Peak memory beyond the inputs, in gradient tensors: {', '.join(ranges) or 'not measured'}."
 
 
 def target_list(judged: Sequence[Row]) -> str:

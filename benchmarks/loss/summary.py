@@ -1,4 +1,4 @@
-"""What the measured rows of the loss come to: ratios, and the targets met or missed."""
+"""Ratios and targets, met or missed, from the measured times of the loss."""
 
 import statistics
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ def row_of(labels: Row, implementation: str, times: Sequence[float], **more: obj
 
 
 def ratios(rows: Sequence[Row]) -> list[Row]:
-    """Of each case: the others' times in units of the fused loss's, and that in units of the copy's; peak memory in gradients.
+    """For each case: each baseline's time over the fused loss's, the fused loss's over the copy's, and peak memory in gradients.
 
-    From the medians and, with "_p10", from the tenth percentiles: on a machine shared with others these are the better guess.
+    Ratios are of medians, and with "_p10" of tenth percentiles, which are the better estimate on a machine that others use too.
     """
     cases: dict[tuple, dict[str, Row]] = {}
     for row in rows:
@@ -48,7 +48,7 @@ def ratios(rows: Sequence[Row]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one ratio, in every one of some cases."""
+    """A bound on one ratio, which has to hold in each of the cases."""
 
     name: str
     ratio: str
@@ -85,7 +85,7 @@ TARGETS = {
 
 
 def targets(found: Sequence[Row], device: str) -> list[Row]:
-    """Each target with its worst ratio and where that was. `met` is None where it held, but not every case was measured."""
+    """Each target with its worst ratio and the case of it. `met` is None where the target holds so far, but cases are missing."""
     return [_judged(target, found) for target in TARGETS[device]]
 
 
@@ -111,7 +111,7 @@ def _where(case: tuple[int, str]) -> str:
 
 
 def of_gpu_suite(suite: Row) -> list[Row]:
-    """Ratios, in the form of those above, of what gpu_suite.py stored: calls with the host's time in them, copies on the device."""
+    """Ratios, as `ratios` gives them, from a GPU suite: over baselines with the host's time, over the copy on the device alone."""
     merged: dict[tuple, Row] = {}
 
     def ratio(row: Row) -> Row:

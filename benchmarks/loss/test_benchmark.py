@@ -1,6 +1,6 @@
 """pytest-benchmark suite: `python -m pytest benchmarks --benchmark-only`. Forward + backward on the CPU, two threads.
 
-The caches may hold its inputs, which do not change; in loss.py they cannot.
+Its inputs do not change, so that caches may hold them. In `python -m benchmarks.loss` no cache can.
 """
 
 import pytest

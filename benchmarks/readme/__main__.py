@@ -1,4 +1,4 @@
-"""`python -m benchmarks.readme [--check]`: the tables of the pages, generated from benchmarks/results/ and config.py."""
+"""Makes the tables of the README pages from benchmarks/results/ and config.py: `python -m benchmarks.readme [--check]`."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from benchmarks.readme.pages import PAGES, filled
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the tables into the pages, or with --check say whether they are what the result files give (exit status 1: not)."""
+    """Write the tables into the pages. With --check change nothing; exit status 1 when a page is out of date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 when a page is out of date")
     check = parser.parse_args(argv).check

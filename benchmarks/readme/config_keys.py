@@ -24,7 +24,7 @@ def _rows(section: type[BaseModel], prefix: str) -> list[str]:
     rows = []
     for name, field in section.model_fields.items():
         nested = next((kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)), None)
-        if nested is not field.annotation:  # a section that is always there is told by its keys
+        if nested is not field.annotation:  # a section that is always there needs no row of its own
             cells = (f"`{prefix}{name}`", _type(field.annotation, field.metadata), _default(field), field.description or "")
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         if nested:

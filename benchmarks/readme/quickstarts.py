@@ -25,18 +25,18 @@ def quickstart(results: Path) -> str:
         "",
         f"Measured by `make quickstart` with seed {result['settings']['seed']} on {result['machine']['cpu']},"
         f" {result['machine']['cores']} cores, {result['machine']['threads']} thread{'s' * (result['machine']['threads'] > 1)}:"
-        f" {result['seconds']['total']:.0f} s in all, base model included, installation apart. Prompt accuracy: share of"
-        f" {base['samples']} samples that an independent classifier reads as the prompt's digit. Cleanliness: share of samples as"
-        " close to a held-out real digit as 95% of the real digits are.",
+        f" {result['seconds']['total']:.0f} s, with the training of the base model, without the installation. Prompt accuracy:"
+        f" share of {base['samples']} samples that an independent classifier reads as the prompt's digit. Cleanliness: share of"
+        " samples as close to a held-out real digit as 95% of the real digits are.",
     ]
     return "\n".join(lines)
 
 
-VIDEO_SECONDS = 480  # what the video quickstart is to take
+VIDEO_SECONDS = 480  # the video quickstart's time limit
 
 
 def video(results: Path) -> str:
-    """Before and after, from the video quickstart's result.json, with its loop; in words where it was not run."""
+    """Before and after, from the video quickstart's result.json, with its clips, or the sentence that it was not run."""
     path = results / "quickstart_video" / "result.json"
     if not path.exists():
         return "Not measured yet (`make quickstart-video`, then `make readme`)."
@@ -54,10 +54,10 @@ def video(results: Path) -> str:
           for key, label, form in measures),
         "",
         f"Measured by `make quickstart-video` with seed {result['settings']['seed']} on {machine['cpu']}, {machine['cores']} cores,"
-        f" {machine['threads']} thread{'s' * (machine['threads'] > 1)}: {result['seconds']['total']:.0f} s in all, base model"
-        f" included, installation apart. Direction accuracy: share of {base['samples']} samples whose brightness travels in the"
-        f" prompt's direction (right for {result['judge']['accuracy_on_held_out_clips']:.1%} of real clips). Frechet distance: to"
-        f" clips of held-out digits, on {result['judge']['features']} random projections of small frames and of their differences."
+        f" {machine['threads']} thread{'s' * (machine['threads'] > 1)}: {result['seconds']['total']:.0f} s, with the training of"
+        f" the base model, without the installation. Direction accuracy: share of {base['samples']} samples whose brightness moves"
+        f" in the prompt's direction ({result['judge']['accuracy_on_held_out_clips']:.1%} for real clips). Frechet distance: to"
+        f" clips of held-out digits, in {result['judge']['features']} random projections of small frames and of their differences."
         " SSIM and PSNR: to the held-out clip of the same prompt that is nearest. Clean clips: the same measures of real clips.",
         "",
         f"- at most {VIDEO_SECONDS} s on 2 cores: "

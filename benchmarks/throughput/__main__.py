@@ -1,7 +1,7 @@
 """Training and sampling speed: `python -m benchmarks.throughput --out benchmarks/results [--device cuda] [--only loop sampler]`.
 
-Writes throughput_<cpu or the GPU's name>.json, anew after each part, and throughput_*_profile.txt, which say what takes the time.
-The models have random weights, which do not matter for speed. Under 8 minutes on 2 idle CPU cores.
+Writes throughput_<cpu or the GPU's name>.json after each part, and throughput_*_profile.txt, which show what takes the time.
+The models have random weights; speed does not depend on them. It takes under 8 minutes on 2 idle CPU cores.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Text = Callable[[str, str], None]  # name of a profile, text
 
 
 def measure(part: str, device: str, work: Path, keep: Keep, text: Text, seconds: float) -> None:
-    """One part: its results go to `keep` as they come, its profiles to `text`."""
+    """Measure one part. `keep` gets the results as they come, `text` the profiles."""
     if part == "sampler":
         text("sampler", samplers.profile(device))
         samplers.measure(device, keep, seconds)
@@ -43,12 +43,13 @@ def measure(part: str, device: str, work: Path, keep: Keep, text: Text, seconds:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", nargs="+", choices=sorted({part for parts in PARTS.values() for part in parts}))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, help="after which no batch of the sampler is begun; 100 on the CPU, 300 on a GPU")
+    parser.add_argument("--seconds", type=float, help="after these begin no batch of the sampler (100 on a CPU, 300 on a GPU)")
     given = parser.parse_args(argv)
     out, device = given.out.resolve(), given.device
     out.mkdir(parents=True, exist_ok=True)
@@ -59,13 +60,13 @@ def main(argv: list[str] | None = None) -> None:
     file = out / f"throughput_{name}.json"
     result = about(device, "diffusers", "deepspeed")
     earlier = json.loads(file.read_text()) if file.exists() else {}
-    if given.only:  # the other parts stay as they were, if they are of the same code and machine
+    if given.only:  # keep the other parts, if they are of the same commit and versions
         same = all(earlier.get(key) == result[key] for key in ("commit", "versions"))
         result |= {part: earlier[part] for part in (*PARTS[device], "profiled") if same and part in earlier}
 
-    def text(title: str, said: str) -> None:
+    def text(title: str, profile: str) -> None:
         about_it = f"{result['machine'].get('gpu', result['machine']['cpu'])}, torch {torch.__version__}, commit {result['commit']}"
-        (out / f"throughput_{name}_{title}_profile.txt").write_text(f"{about_it}\n\n{said}\n")
+        (out / f"throughput_{name}_{title}_profile.txt").write_text(f"{about_it}\n\n{profile}\n")
         result["profiled"] = sorted({*result.get("profiled", []), title})
 
     with tempfile.TemporaryDirectory(prefix="seppo-throughput-") as folder:
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
             try:
                 measure(part, device, Path(folder), keep, text, given.seconds or {"cpu": 100, "cuda": 300}[device])
-            except Exception as error:  # the other parts remain
+            except Exception as error:  # the other parts go on
                 traceback.print_exc()
                 keep(result.get(part, {}) | {"failed": str(error)[-2000:]})
             print(f"{part}: {result[part]['seconds_taken']} s {result[part].get('failed', '')}", flush=True)

@@ -1,4 +1,4 @@
-"""The whole training loop, ours by its command and the obvious one, in turn, on the same model, data, batch and steps."""
+"""Times the whole training loop: our command and the obvious trainer in turn, with the same model, data, batch and steps."""
 
 import json
 import statistics
@@ -19,7 +19,7 @@ from benchmarks.result_files import Keep, Row
 
 @dataclass(frozen=True)
 class Case:
-    """What both trainers do. `updates` are those measured, of ours and of the obvious one; `warm_up` come before them."""
+    """What both trainers do. `updates` are measured, of ours and of the obvious one; before ours come `warm_up` others."""
 
     name: str
     base: Path
@@ -42,7 +42,7 @@ class Case:
 
 
 def quickstart_case(work: Path) -> Case:
-    """The quickstart's model, data and settings; its base hardly trained."""
+    """The quickstart's model, data and settings; the base model gets only a few steps of training."""
     from seppo_fast.quickstart.base import Recipe, make_base
     from seppo_fast.quickstart.demonstrations import write_demonstrations
     from seppo_fast.quickstart.digits import split_digits
@@ -71,7 +71,7 @@ def sd15_case(work: Path, device: str = "cuda") -> Case:
 
 
 def measure(case: Case, keep: Keep) -> None:
-    """Rows a run, and the ratios of the medians over all updates of all runs."""
+    """Store a row for each run, and the ratios of the medians over the runs."""
     ways = {"obvious": run_obvious, "ours": run_ours} | ({"obvious_batched": run_batched} if case.batched else {})
     rows: list[Row] = []
     for turn in range(case.rounds):
@@ -87,47 +87,47 @@ def measure(case: Case, keep: Keep) -> None:
 
 
 def summary(case: Case, rows: Sequence[Row]) -> Row:
-    """Medians over the rounds, and ours over each of the others."""
+    """The medians over the rounds, and the ratio of ours to each other trainer."""
     names = dict.fromkeys(row["trainer"] for row in rows)
     rates = {name: statistics.median(row["pairs_per_s"] for row in rows if row["trainer"] == name) for name in names}
     ratios = {f"ours_over_{name}": round(rates["ours"] / rate, 2) for name, rate in rates.items() if name != "ours"} \
         if "ours" in rates else {}
-    said = {key: getattr(case, key) for key in ("name", "device", "resolution", "steps", "guidance", "batch", "micro", "warm_up")}
-    return {"case": said | {"ours": list(case.ours)}, "pairs_per_s": rates, **ratios, "rows": list(rows)}
+    about = {key: getattr(case, key) for key in ("name", "device", "resolution", "steps", "guidance", "batch", "micro", "warm_up")}
+    return {"case": about | {"ours": list(case.ours)}, "pairs_per_s": rates, **ratios, "rows": list(rows)}
 
 
 def run_obvious(case: Case, *more: str) -> list[Row]:
     """The obvious trainer in a process of its own; its first update warms it up."""
     rows = case.work / "obvious.jsonl"
     rows.unlink(missing_ok=True)
-    said = {"base": case.base, "demonstrations": case.demonstrations, "rows": rows, "resolution": case.resolution,
-            "steps": case.steps, "guidance": case.guidance, "batch": case.batch, "micro": case.micro, "beta": case.beta,
-            "lr": case.lr, "updates": 1 + case.updates[1], "device": case.device}
-    arguments = [text for name, value in said.items() for text in (f"--{name}", str(value))]
+    values = {"base": case.base, "demonstrations": case.demonstrations, "rows": rows, "resolution": case.resolution,
+              "steps": case.steps, "guidance": case.guidance, "batch": case.batch, "micro": case.micro, "beta": case.beta,
+              "lr": case.lr, "updates": 1 + case.updates[1], "device": case.device}
+    arguments = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     finish(subprocess.Popen([sys.executable, "-m", "benchmarks.throughput.obvious_trainer", *arguments, *more], cwd=ROOT,
                             stdout=(case.work / "obvious.log").open("w"), stderr=subprocess.STDOUT), case.work / "obvious.log")
     return [row | {"wall": row["seconds"]} for row in map(json.loads, rows.read_text().splitlines())]
 
 
 def run_batched(case: Case) -> list[Row]:
-    """The same, but sampling a micro-batch's prompts in one pipeline call."""
+    """The obvious trainer with one pipeline call for all prompts of a micro-batch."""
     return run_obvious(replace(case, updates=(0, 3 * case.updates[1])), "--batched")
 
 
 def overrides(case: Case, run: Path) -> list[str]:
-    """What makes the shipped configuration the case's."""
+    """The changes that turn the shipped configuration into the case's."""
     updates = case.warm_up + case.updates[0]
-    said = {"train_batch_size": case.batch, "train_micro_batch_size_per_gpu": case.micro, "optimizer.params.lr": case.lr,
-            "seppo.model.path": case.base, "seppo.data.source": case.demonstrations, "seppo.data.cache_dir": case.work / "cache",
-            "seppo.data.resolution": case.resolution, "seppo.output_dir": run, "seppo.beta": case.beta,
-            "seppo.sampler.solver": "ddim", "seppo.sampler.steps": case.steps, "seppo.sampler.guidance_scale": case.guidance,
-            # One iteration: the pool grows and checkpoints are written between them, thirty updates apart in the paper.
-            "seppo.iterations": 1, "seppo.updates_per_iteration": updates, "seppo.checkpoint.every": 10**6}
-    return [*(f"{key}={value}" for key, value in said.items()), *case.ours]
+    changes = {"train_batch_size": case.batch, "train_micro_batch_size_per_gpu": case.micro, "optimizer.params.lr": case.lr,
+               "seppo.model.path": case.base, "seppo.data.source": case.demonstrations, "seppo.data.cache_dir": case.work / "cache",
+               "seppo.data.resolution": case.resolution, "seppo.output_dir": run, "seppo.beta": case.beta,
+               "seppo.sampler.solver": "ddim", "seppo.sampler.steps": case.steps, "seppo.sampler.guidance_scale": case.guidance,
+               # One iteration: between iterations the pool grows and checkpoints are written, in the paper every 30 updates.
+               "seppo.iterations": 1, "seppo.updates_per_iteration": updates, "seppo.checkpoint.every": 10**6}
+    return [*(f"{key}={value}" for key, value in changes.items()), *case.ours]
 
 
 def run_ours(case: Case) -> list[Row]:
-    """Our command in a process of its own. `wall` is the time between two rows of metrics.jsonl, whatever was done in it."""
+    """Our command in a process of its own. `wall` is the time between two rows of metrics.jsonl, everything included."""
     run = fresh(case.work / "run")
     log = case.work / "ours.log"
     process = start_training(case.config, overrides(case, run), log)
@@ -138,7 +138,7 @@ def run_ours(case: Case) -> list[Row]:
 
 
 def watch(process: subprocess.Popen, metrics: Path) -> list[float]:
-    """When each row of `metrics` was there, to 10 ms."""
+    """The times at which the rows of `metrics` appeared, to 10 ms."""
     times: list[float] = []
     while True:
         ended = process.poll() is not None

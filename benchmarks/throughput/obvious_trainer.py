@@ -50,6 +50,7 @@ class ObviousTrainer:
         self.seconds = {"sampling": 0.0, "data": 0.0, "training": 0.0}
 
     def shuffled(self) -> Iterator[tuple[Path, str]]:
+        """Files and prompts without end, in a new random order in each epoch."""
         while True:
             yield from random.sample(self.rows, len(self.rows))
 
@@ -92,7 +93,7 @@ class ObviousTrainer:
         return self.pipeline.vae.encode(pixels).latent_dist.sample() * self.pipeline.vae.config.scaling_factor
 
     def loss(self, latents: Tensor, prompts: list[str]) -> Tensor:
-        """Winners and losers, `(2B, C, h, w)`, at one timestep a pair; each half has noise of its own, as ours has."""
+        """Winners and losers, `(2B, C, h, w)`, at one timestep a pair; each half has its own noise, as in ours."""
         tokens = self.pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
                                          max_length=self.pipeline.tokenizer.model_max_length).input_ids
         with torch.no_grad():
@@ -107,14 +108,15 @@ class ObviousTrainer:
         return app_b2(model_pred, ref_pred, noise, self.beta)
 
     def now(self) -> float:
-        """The time once the device has done what it was given; a trainer that logs its loss waits as well."""
+        """The time when the device has finished its work. A trainer that logs its loss waits for the device too."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput.obvious_trainer", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("base", "demonstrations", "rows"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     for name in ("resolution", "steps", "batch", "micro", "updates"):

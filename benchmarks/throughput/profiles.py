@@ -10,7 +10,7 @@ from seppo_fast.quickstart.steps import free_port
 
 
 def of_training(case: Case, device: str) -> dict[str, str]:
-    """What `seppo_fast.profile_run` says of the loop and, on the CPU, of two ranks."""
+    """Reports by name: of the loop in one process and, on the CPU, of two ranks."""
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     micro = f"train_micro_batch_size_per_gpu={case.batch // 2}"
     ways = {"loop": ([], [], os.environ)} | (

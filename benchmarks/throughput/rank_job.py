@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput.rank_job", description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--core", type=int)
@@ -25,14 +25,14 @@ def main() -> None:
     from seppo_fast.signals import StopSignals
     from seppo_fast.training.trainer import Trainer
 
-    made: list[int] = []
+    samples: list[int] = []
     ended: list[float] = []
-    ask, finish = Trainer.draw_rollouts, Trainer.finish_update
+    draw, finish = Trainer.draw_rollouts, Trainer.finish_update
 
     def counted(self: Trainer, *arguments: int) -> None:
         before = len(self.rollouts)
-        ask(self, *arguments)
-        made.append(len(self.rollouts) - before)
+        draw(self, *arguments)
+        samples.append(len(self.rollouts) - before)
 
     def finished(self: Trainer, *arguments: object) -> None:
         ended.append(time.perf_counter())
@@ -42,7 +42,7 @@ def main() -> None:
     quiet_libraries()
     ranks = join()
     run(parse_config(json.loads(given.config.read_text())), None, ranks, StopSignals())
-    (given.out / f"rank{ranks.rank}.json").write_text(json.dumps({"samples": made, "ended": ended}) + "\n")
+    (given.out / f"rank{ranks.rank}.json").write_text(json.dumps({"samples": samples, "ended": ended}) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from seppo_fast.quickstart.steps import free_port
 
 
 def measure(case: Case, keep: Keep) -> None:
-    """Pairs per second by number of ranks, one thread each, in turn; and the samples that each rank made in each update."""
+    """Store the pairs per second of one and of two ranks, in turn, one thread a rank, and how many samples each rank drew."""
     case = replace(case, micro=case.batch // 2)
     rows: list[Row] = []
     for turn in range(case.rounds):
@@ -31,7 +31,7 @@ def measure(case: Case, keep: Keep) -> None:
 
 
 def summary(rows: list[Row]) -> Row:
-    """The ratio of the medians; `shared_evenly`: every rank made the same number of samples in every update."""
+    """The ratio of the medians; `shared_evenly`: every rank drew the same number of samples in every update."""
     rates = {str(world): statistics.median(row["pairs_per_s"] for row in rows if row["ranks"] == world)
              for world in dict.fromkeys(row["ranks"] for row in rows)}
     ratio = {"two_over_one": round(rates["2"] / rates["1"], 2)} if "2" in rates else {}
@@ -49,14 +49,14 @@ def run_ranks(case: Case, world: int) -> list[Row]:
     cores, log = sorted(os.sched_getaffinity(0)), case.work / "ranks.log"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with log.open("w") as said, ExitStack() as stack:
+    with log.open("w") as output, ExitStack() as stack:
         started = []
         for rank in range(world):
             command = [sys.executable, "-m", "benchmarks.throughput.rank_job", "--config", str(config), "--out", str(out),
                        "--core", str(cores[rank % len(cores)])]
-            started.append(subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT,
+            started.append(subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
                                             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
-            stack.callback(started[-1].kill)  # when another one failed
+            stack.callback(started[-1].kill)  # where another rank failed
         for process in started:
             finish(process, log)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]

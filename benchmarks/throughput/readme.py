@@ -12,19 +12,19 @@ PARTS = ("sampler", "loop", "training_memory", "swap")  # of a GPU suite
 
 
 def throughput(results: Path) -> str:
-    """A part for each device that measured something; in words where none did."""
-    said = {"On the CPU": [], "On a GPU": []}
+    """A part for each device: its figures, or the sentence that nothing was measured on it."""
+    blocks_of = {"On the CPU": [], "On a GPU": []}
     for path in sorted(results.glob("throughput_*.json")):
         result = json.loads(path.read_text())
         device = "On a GPU" if "gpu" in result["machine"] else "On the CPU"
-        said[device].append(block(result, "cuda" if "gpu" in result["machine"] else "cpu", path.name))
+        blocks_of[device].append(block(result, "cuda" if "gpu" in result["machine"] else "cpu", path.name))
     for path in sorted(results.glob("gpu_suite*.json")):
         suite = json.loads(path.read_text())
         if any(part in suite for part in PARTS):
-            said["On a GPU"].append(block(suite, "cuda", path.name))
+            blocks_of["On a GPU"].append(block(suite, "cuda", path.name))
     ways = {"On the CPU": "python -m benchmarks.throughput --out benchmarks/results",
             "On a GPU": "python -m benchmarks.gpu_suite --out DIR --only throughput"}
-    return "\n\n".join(text for device, blocks in said.items()
+    return "\n\n".join(text for device, blocks in blocks_of.items()
                        for text in blocks or [f"{device}: not measured yet (`{ways[device]}`, then `make readme`)."])
 
 
@@ -46,7 +46,7 @@ def block(result: Row, device: str, file: str) -> str:
 
 
 def loop_table(loop: Row) -> str:
-    """Pairs per second of the trainers, and where an update's seconds went."""
+    """Pairs per second of the trainers, and the seconds of an update's phases."""
     if not loop.get("rows"):
         return ""
     case, rates = loop["case"], loop["pairs_per_s"]
@@ -66,7 +66,7 @@ def sampler_table(sampler: Row) -> str:
     """Images per second over the batch."""
     if not sampler.get("ratios"):
         return ""
-    lines = [f"The sampler, guided, beside diffusers as it is and compiled; the device's matrix products reach"
+    lines = [f"The sampler with guidance, beside diffusers as it is and compiled. The device's matrix products reach"
              f" {sampler['matmul_tflops']:.3g} TFLOP/s.", "",
              "| network, steps, batch | images/s | of the matrix-product rate | over diffusers | over diffusers compiled |",
              "|---|---|---|---|---|"]
@@ -83,7 +83,7 @@ def ranks_line(ranks: Row) -> str:
         return ""
     rates = ranks["pairs_per_s"]
     share = "the same number" if ranks["shared_evenly"] else "different numbers"
-    return (f"Ranks: {rates['1']:.1f} pairs/s with one on one core, {rates['2']:.1f} with two on two; both made {share} of"
+    return (f"Ranks: {rates['1']:.1f} pairs/s with one on one core, {rates['2']:.1f} with two on two; both drew {share} of"
             " samples in every update.")
 
 
@@ -97,7 +97,7 @@ def memory_table(memory: Row) -> str:
 
 
 def swap_line(swap: Row) -> str:
-    """A change of reference."""
+    """The time that a change of the reference takes."""
     rows = swap.get("rows", [])
     if not rows:
         return ""

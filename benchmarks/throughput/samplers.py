@@ -1,8 +1,8 @@
 """The sampler alone: images per second and the share of the device's matrix-product rate, ours beside diffusers at its best.
 
-Diffusers' best is what its documentation on speed adds up to: `torch.compile` of the UNet as one graph (with CUDA graphs on a
-GPU), channels_last, fused projections, and the pipeline called with embeddings for the whole batch, latents out. Ours is
-`seppo_fast.reference.Sampler`. Same network, weights, DDIM, steps, guidance, batch, dtype and device.
+Diffusers at its best is all that its documentation on speed recommends: `torch.compile` of the UNet as one graph (with CUDA
+graphs on a GPU), channels_last, fused projections, and the pipeline called with embeddings for the whole batch, latents out. Ours
+is `seppo_fast.reference.Sampler`. Both have the same network, weights, solver (DDIM), steps, guidance, batch, dtype and device.
 """
 
 import statistics
@@ -35,11 +35,11 @@ from seppo_fast.reference import Sampler, classifier_free, solver_table
 
 GUIDANCE = 7.5
 Draw = Callable[[], Tensor]
-# Settings of our sampler by name; the best of them at a point is what a user can have there.
+# Settings of our sampler by name. At each point the best of them counts: it is what a user can have there.
 OURS = {"ours": {}, "ours_regional": {"compile": "regional"}, "ours_eager": {"cuda_graph": False}}
 DIFFUSERS, EAGER = "diffusers", "diffusers_eager"
 Point = tuple[str, int, int, tuple[str, ...]]  # network, batch, steps, ways
-# Whatever ends the run leaves what came before. Each compiled way compiles anew for each batch, for about a minute.
+# The most important come first, for a run that is cut short. Each compiled way compiles for about a minute for each batch.
 POINTS: dict[str, list[Point]] = {
     "cpu": [*(("quickstart", batch, 20, ("ours", EAGER)) for batch in (64, 32, 16, 8, 4, 2, 1)),
             ("quickstart", 64, 50, ("ours", EAGER)), ("quickstart", 64, 20, ("ours", EAGER, "ours_regional", DIFFUSERS))],
@@ -89,7 +89,7 @@ def theirs(name: str, batch: int, steps: int, device: str, compiled: bool) -> Dr
 
 
 def inputs(name: str, batch: int, device: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Noise, conditions and unconditional ones: the same at every call."""
+    """Noise, conditions and unconditional conditions, the same in every call."""
     torch.manual_seed(1)
     return latents(name, batch, device), conditions(name, batch, device, dtype), conditions(name, 1, device, dtype)
 
@@ -101,9 +101,10 @@ def difference(name: str, device: str, steps: int = 5) -> float:
 
 
 def measure(device: str, keep: Keep, seconds: float, repeats: float = 2.0, points: Sequence[Point] | None = None) -> None:
-    """Rows by point and way, no point begun after `seconds`; the ways of a point are timed in turn, `repeats` seconds each.
+    """Store a row for each point and way. The ways of a point are timed in turn, `repeats` seconds each, as are matrix products.
 
-    So are matrix products. Each way has a process of its own. What there is is kept after each way's first draw and each point.
+    No point is begun after `seconds`. Each way has a process of its own. Results are stored after each way's first draw and
+    after each point.
     """
     until = time.perf_counter() + seconds
     result: Row = {"matmul_tflops": round(matmul_rate(device, repeats) / 1e12, 4), "guidance": GUIDANCE, "flops": {},
@@ -142,7 +143,7 @@ def measure(device: str, keep: Keep, seconds: float, repeats: float = 2.0, point
 
 
 def open_way(way: str, name: str, batch: int, steps: int, device: str) -> Draw:
-    """One of ours, or diffusers', by its name."""
+    """What draws in this way, by its name: our sampler or diffusers'."""
     diffusers.utils.logging.set_verbosity_error()
     if way in OURS:
         return ours(name, batch, steps, device, **OURS[way])
@@ -150,7 +151,7 @@ def open_way(way: str, name: str, batch: int, steps: int, device: str) -> Draw:
 
 
 def ratios(rows: Sequence[Row]) -> list[Row]:
-    """Of each point: our best way, and its images per second over diffusers', compiled and as it is."""
+    """For each point our best way, and its images per second over those of diffusers, compiled and as it is."""
     found: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         if "images_per_s" in row:

@@ -1,11 +1,11 @@
-"""What the measured throughput comes to: the targets, met, missed or not measured."""
+"""The targets of the measured throughput: met, missed or not measured."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.result_files import Row
 
-Found = tuple[float, str] | None  # a value and where it was; None where it was not measured
+Found = tuple[float, str] | None  # a value and its case; None where it was not measured
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def two_ranks(result: Row) -> Found:
 
 
 def uneven_ranks(result: Row) -> Found:
-    """0 where every rank made as many samples as the other in every update."""
+    """0 where both ranks drew the same number of samples in every update."""
     ranks = result.get("ranks", {})
     return (float(not ranks["shared_evenly"]), "every update") if "shared_evenly" in ranks else None
 
@@ -79,7 +79,7 @@ def peak(way: str) -> Callable[[Row], Found]:
 
 
 def plan_error(result: Row) -> Found:
-    """How far the plan's estimate is from the measured peak, at worst."""
+    """The largest difference of the plan's estimate from the measured peak, as a share of the peak."""
     rows = result.get("training_memory", {}).get("rows", [])
     if not rows:
         return None

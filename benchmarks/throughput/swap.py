@@ -1,4 +1,4 @@
-"""What a reference costs when it changes: seconds and bytes of `Pool.load_into`, from host memory and from disk."""
+"""What a change of the reference costs: seconds and bytes of `Pool.load_into`, from host memory and from disk."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ from seppo_fast.reference import Pool
 
 
 def measure(name: str, device: str, folder: Path, keep: Keep, repeats: int = 5) -> None:
-    """Two policies loaded in turn, so that each load really brings other weights; the first load of each is told apart."""
+    """Load two policies in turn, so that each load really changes the weights. The first load of each is not in the median."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     unet, wait = make_unet(name, device, dtype), waiter(device)
     weights = {key: weight.detach().cpu() for key, weight in unet.named_parameters()}

@@ -1,4 +1,4 @@
-"""Peak memory of training Stable Diffusion 1.5 in full, beside the plan's estimate: by the command, on one GPU."""
+"""Peak memory of full training of Stable Diffusion 1.5 by our command on one GPU, beside the plan's estimate."""
 
 import json
 from dataclasses import replace

@@ -19,7 +19,7 @@ Open = Callable[[], Callable[[], object]]  # makes the network and what draws wi
 
 
 class Way:
-    """A process that opens points one after the other and draws when it is told to. `device` is where it draws."""
+    """A process on `device` that opens one point after the other and draws when it is told to."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -27,7 +27,7 @@ class Way:
         self._process: multiprocessing.Process | None = None
 
     def open(self, make: Open) -> Row:
-        """Make it and draw once: seconds of both, or why it failed. Whatever was open before is gone."""
+        """Make what draws and draw once: seconds of both, or why it failed. What was open before is freed."""
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
@@ -37,7 +37,7 @@ class Way:
         return self._ask(make)
 
     def draw(self) -> None:
-        """One draw; back when the device has ended it."""
+        """Draw once; returns when the device has finished."""
         failed = self._ask(None).get("failed")
         if failed:
             raise RuntimeError(failed)
@@ -80,11 +80,11 @@ def _serve(connection: Connection, device: str, threads: int) -> None:
             connection.send({})
             continue
         start = time.perf_counter()
-        made: list[Callable[[], object]] = []
-        found = _tried(lambda make=message, made=made: made.append(make()) or wait())
+        opened: list[Callable[[], object]] = []
+        found = _tried(lambda make=message, opened=opened: opened.append(make()) or wait())
         load = time.perf_counter() - start
-        if made:
-            draw = made.pop()
+        if opened:
+            draw = opened.pop()
             found |= _tried(partial(_drawn, draw, wait)) | {"load_s": round(load, 2)}
         if not found.get("failed"):
             found["first_s"] = round(time.perf_counter() - start - load, 2)
@@ -97,7 +97,7 @@ def _drawn(draw: Callable[[], object], wait: Callable[[], object]) -> None:
 
 
 def _tried(call: Callable[[], object]) -> Row:
-    """What failed, the other ways remain: {} where nothing did."""
+    """Why the call failed, {} where it did not. A failure does not stop the other ways."""
     try:
         call()
     except Exception as error:

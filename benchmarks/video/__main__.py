@@ -1,7 +1,7 @@
 """Decoded frames per second of DALI and PyAV: `python -m benchmarks.video --out benchmarks/results`.
 
-Both give what the trainer takes: 16 frames of a clip at 256 pixels, scaled, cut and normalised, on the CPU; a batch has a clip a
-thread. Of each codec, size, number of threads and choice of frames, the two take turns in one run. Writes video_cpu.json. With
+Both give what the trainer takes: 16 frames of a clip at 256 pixels, scaled, cropped and normalised, on the CPU. A batch has one
+clip for each thread. For each codec, size, number of threads and choice of frames the two take turns. Writes video_cpu.json. With
 `--seconds 0.3` it took four and a half minutes on 2 cores.
 """
 
@@ -34,7 +34,7 @@ FRAMES, RESOLUTION, LENGTH = 16, 256, 96
 
 
 def write(file: Path, codec: str, height: int, width: int) -> Path:
-    """A clip of `LENGTH` frames: coloured waves with a grain, which move across the picture."""
+    """Write a clip of `LENGTH` frames: coloured waves with noise, which move across the picture."""
     y, x = (axis[..., None].astype(np.float32) / height for axis in np.mgrid[:height, :width])
     waves = 128 + 90 * np.sin(8 * x + np.arange(3, dtype=np.float32)) * np.cos(6 * y)
     picture = (waves + np.random.default_rng(0).normal(0, 4, (height, width, 1))).clip(0, 255).astype(np.uint8)
@@ -52,7 +52,7 @@ def write(file: Path, codec: str, height: int, width: int) -> Path:
 
 
 def clips_of(file: Path, choice: str, count: int) -> list[Clip]:
-    """A batch: the same file as `count` rows, each with its own window."""
+    """A batch: the same file `count` times, each time with its own choice of frames."""
     data = config.Data(resolution=RESOLUTION, crop="random", video=config.Video(frames=FRAMES, choice=choice))
     facts = probe(file)
     return [clip(str(number), file, facts, False, data, 0, 0) for number in range(count)]
@@ -78,14 +78,15 @@ def measure(folder: Path, threads: int, seconds: float) -> Iterator[Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.video", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for a codec, size, choice and number of threads")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each codec, size, choice and number of threads")
     given = parser.parse_args(argv)
     import nvidia.dali
 
     given.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # PyAV's threads are one a clip
+    torch.set_num_threads(1)  # PyAV has one thread for each clip
     counts = sorted({1, 2, os.cpu_count() or 1})
     result = about("cpu", "av")
     result["versions"] |= {"dali": nvidia.dali.__version__}

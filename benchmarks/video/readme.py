@@ -9,7 +9,7 @@ CHOICES = {"uniform": "whole clip", "window": "window"}
 
 
 def video(results: Path) -> str:
-    """A table for each machine that decoded something, and a line for each that trained on it; in words where none did."""
+    """A table for each machine that decoded videos, a line for each that trained on them, and a sentence where none did."""
     files = sorted(results.glob("video_*.json"))
     tables = [block(json.loads(path.read_text()), path.name) for path in files] or [
         "Decoding: not measured yet (`python -m benchmarks.video --out benchmarks/results`, then `make readme`)."]
@@ -27,7 +27,7 @@ def video(results: Path) -> str:
 
 
 def waiting(found: Row, result: Row, file: str) -> str:
-    """What training on clips that are decoded meanwhile waits for them."""
+    """How long training waits for clips that are decoded meanwhile."""
     machine, seconds = result["machine"], found["seconds"]
     on = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     spent = ", ".join(f"{name} {value:g} s" for name, value in seconds.items())
@@ -37,7 +37,7 @@ def waiting(found: Row, result: Row, file: str) -> str:
 
 
 def block(result: Row, file: str) -> str:
-    """What was measured on one machine: the rows of the most threads, and how it goes with fewer."""
+    """What was measured on one machine, with its largest number of threads."""
     machine, versions, settings = result["machine"], result["versions"], result["settings"]
     most = max(row["threads"] for row in result["rows"])
     head = (f"Decoded frames per second at {settings['resolution']} pixels, {settings['frames']} frames of clips of"

@@ -1,8 +1,9 @@
 """How long training waits for its clips: `python -m benchmarks.video.training --out benchmarks/results [--device cuda]`.
 
-The trainer's own command on clips whose frames are drawn anew in every epoch, so that they are decoded and encoded while it
-trains. On a GPU: AnimateDiff of full size with random weights, the paper's setting, H.264 clips of 640x360. On the CPU: the video
-quickstart's model, hardly trained, and its VP9 clips. Writes waiting_cpu.json, or what `gpu_suite` makes of the step.
+It runs the trainer's command on clips whose frames are chosen anew in every epoch, so that they are decoded and encoded during
+the training. On a GPU: a full-size AnimateDiff with random weights, the paper's setting, H.264 clips of 640x360. On the CPU: the
+video quickstart's model after a few steps of training, and its VP9 clips. Writes waiting_cpu.json or waiting_gpu.json; the step
+`video` of `gpu_suite` stores the same in the suite's file.
 """
 
 import argparse
@@ -56,24 +57,25 @@ def cpu_case(work: Path) -> tuple[str, list[str]]:
 
 
 def measure(device: str, work: Path, keep: Keep) -> None:
-    """One run: the share of its seconds after the warm-up that it waited for clips, and pairs per second."""
+    """Store the share of its time that one run waited for clips, and its pairs per second, both after the warm-up."""
     config, overrides = gpu_case(work) if device == "cuda" else cpu_case(work)
     run, log = work / "run", work / "video.log"
     more = [f"seppo.output_dir={run}", f"seppo.data.cache_dir={work / 'cache'}", "seppo.iterations=1",
             f"seppo.updates_per_iteration={WARM_UP + UPDATES}", "seppo.checkpoint.every=1000000"]
     finish(start_training(config, [*overrides, *more], log), log)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
-    said = [line for line in log.read_text().splitlines() if line.startswith("videos: ")]
+    notes = [line for line in log.read_text().splitlines() if line.startswith("videos: ")]
     seconds = {name: round(statistics.median(row[f"seconds_{name}"] for row in rows), 3) for name in PHASES}
     result: Row = {"config": config, "updates": len(rows), "waiting_share": round(waiting_share(run, WARM_UP), 5),
-                   "seconds": seconds, "decoded_by": said or "DALI",
+                   "seconds": seconds, "decoded_by": notes or "DALI",
                    "pairs_per_s": round(statistics.median(row["pairs_per_s"] for row in rows), 3),
                    "peak_memory_gb": rows[-1]["peak_memory_gb"]}
     keep(result | {"target": "waits for clips in at most 5% of its time", "met": result["waiting_share"] <= 0.05})
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.video.training", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     given = parser.parse_args(argv)

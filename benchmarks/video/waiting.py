@@ -1,4 +1,4 @@
-"""How long a run's trainer waited for its data."""
+"""How long a run waited for its data."""
 
 import json
 from pathlib import Path
