@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from importlib import import_module
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from seppo_fast.evaluation.video.frechet import Moments, frechet
 from seppo_fast.evaluation.video.real import read_clip
 from seppo_fast.evaluation.video.scores import VIDEO_SCORES, VideoScore
 from seppo_fast.evaluation.weights import locate, source
+from seppo_fast.extras import need
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
 
@@ -141,11 +141,7 @@ def found(score: AnyScore, request: Request) -> dict[str, Path]:
 def check_packages(score: AnyScore) -> None:
     """UserError that names a package which a score needs and which is not installed."""
     for name in score.packages:
-        try:
-            import_module(name)
-        except ImportError as error:
-            raise UserError(f"{score.label} ({score.name}) needs the package {name}, which is not here ({error}):"
-                            " pip install 'seppo-fast[evaluation]'") from error
+        need(name, f"{score.label} ({score.name})", "evaluation")
 
 
 def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:
