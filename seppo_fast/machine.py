@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The machine and the source that a result was measured on."""
 
 import math
 import os
@@ -33,7 +33,7 @@ def cores() -> int:
 
 
 def too_many_threads(ranks: int, threads: int, cores: int) -> str:
-    """What to do where the threads of all ranks on a machine are more than its cores, and wait for one another; else empty."""
+    """Advice where all ranks of a machine together have more threads than it has cores; else empty."""
     if ranks * threads <= cores:
         return ""
     each = max(1, cores // ranks)
@@ -42,7 +42,7 @@ def too_many_threads(ranks: int, threads: int, cores: int) -> str:
 
 
 def commit() -> str | None:
-    """The source's git commit, with + when files differ from it; None outside a repository."""
+    """The source's git commit, with "+" where files differ from it; None outside a repository."""
     try:
         described = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"],
