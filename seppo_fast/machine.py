@@ -42,12 +42,16 @@ def too_many_threads(ranks: int, threads: int, cores: int) -> str:
 
 
 def commit() -> str | None:
-    """The source's git commit, with "+" where files differ from it; None outside a repository."""
+    """The source's git commit, with "+" where files differ from it; None outside a repository of this source.
+
+    An installed copy may lie in somebody else's repository, which does not track it.
+    """
+    git, this = ["git", "-C", str(Path(__file__).parent)], Path(__file__).name
     try:
-        described = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"],
-            capture_output=True, text=True,
-        )
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", this], capture_output=True)
+        if tracked.returncode:
+            return None
+        described = subprocess.run([*git, "describe", "--always", "--abbrev=40", "--dirty=+"], capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return described.stdout.strip() or None

@@ -19,11 +19,11 @@ Model = StableDiffusion | StableDiffusionXL | AnimateDiff
 
 def open_model(path: str, *, revision: str | None = None, variant: str | None = None, motion_adapter: str | None = None,
                frames: int = 1, image_condition: bool = False, labels: Labels = KEYS) -> Model:
-    """A diffusers pipeline directory, or a hub id, checked as far as that goes without loading weights.
+    """The model in a diffusers pipeline directory or behind a hub id, checked as far as possible without loading weights.
 
-    With a `motion_adapter`, a directory or hub id too, Stable Diffusion becomes an AnimateDiff. `frames` is what a video model
-    must have positions for. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not see the
-    image yet; those that are such models already stay as they are. `labels` is what messages call all these.
+    With a `motion_adapter` (a directory or hub id), Stable Diffusion becomes an AnimateDiff. A video model must have positions for
+    `frames`. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not see the image yet; models
+    that are InstructPix2Pix already stay as they are. `labels` is what messages call these settings.
     """
     directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
     family = directory.index["_class_name"]

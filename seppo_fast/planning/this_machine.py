@@ -25,10 +25,10 @@ def own_rate(known: Sequence[Rate], gpu: str, dtype: torch.dtype, measure: Measu
         return []
     name = gpu or f"this machine's processor ({about['cpu']}, {about['threads']} thread{'s' * (about['threads'] > 1)})"
     kind = "cuda" if gpu else "cpu"
-    tried = torch.float32 if kind == "cpu" and dtype == torch.float16 else dtype  # which few processors have
+    tried = torch.float32 if kind == "cpu" and dtype == torch.float16 else dtype  # few processors compute in float16
     try:
         tflops = (measure or matmul_tflops)(torch.device(kind), tried)
-    except RuntimeError as error:  # PyTorch's for all that a device refuses; a plan needs no room on it
+    except RuntimeError as error:  # whatever the device refuses; a plan needs no memory on it
         warnings.warn(f"the plan has no line for this machine's {name}, which cannot be tried now: {reason(error)}", stacklevel=2)
         return []
     side = SIDE[kind]

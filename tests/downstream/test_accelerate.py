@@ -30,6 +30,6 @@ def test_the_example_trains(sd: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         AcceleratorState._reset_state(reset_partial_state=True)  # it is the process's, and other tests train in it
     assert names["updates"] == 2 and len(names["history"]) == 4
     assert [bool((stats.logits == 0).all()) for stats in names["history"]] == [True, True, False, False]
-    saved, before = (UNet2DConditionModel.from_pretrained(folder).state_dict() for folder in (tmp_path / "aligned/unet", sd / "unet"))
+    saved, before = (UNet2DConditionModel.from_pretrained(folder / "unet").state_dict() for folder in (tmp_path / "aligned", sd))
     assert any((saved[name] - before[name]).abs().max() > 1e-4 for name in saved)
     assert all(torch.equal(weight, before[name]) for name, weight in names["reference"].state_dict().items())
