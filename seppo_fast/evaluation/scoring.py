@@ -141,7 +141,7 @@ def found(score: AnyScore, request: Request) -> dict[str, Path]:
 def check_packages(score: AnyScore) -> None:
     """UserError where a package that a score needs is not installed."""
     for name in score.packages:
-        need(name, f"{score.label} ({score.name})", "evaluation")
+        need(name, f"{score.label} ({score.name})", "seppo-fast[evaluation]")
 
 
 def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:

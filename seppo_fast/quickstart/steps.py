@@ -21,7 +21,7 @@ def arguments(argv: list[str] | None, program: str, about: str, out: str) -> arg
     """The command line: `--out`, by default `out`, and `--seed`."""
     parser = argparse.ArgumentParser(prog=program, description=about)
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for everything that is made")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="0 by default")
     return parser.parse_args(argv)
 
 

@@ -2,7 +2,6 @@
 
 import re
 import sys
-import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -44,10 +43,3 @@ def test_they_ask_for_all_that_they_import() -> None:
         code = "\n".join(file.read_text() for file in folder.glob("*.py"))
         imported = set(re.findall(rf"^(?:import|from) ({'|'.join(PACKAGES)})\b", code, re.MULTILINE))
         assert imported and imported <= set(import_module(f"{module}.__main__").PACKAGES)
-
-
-def test_extras_that_messages_name_are_there() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for file in (ROOT / "seppo_fast").rglob("*.py"):
-        for named in re.findall(r"seppo-fast\[([\w,]+)\]", file.read_text()):
-            assert set(named.split(",")) <= extras.keys(), file

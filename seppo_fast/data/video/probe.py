@@ -60,7 +60,7 @@ class Facts:
 
 def need_av() -> Any:
     """The `av` module; `UserError` where it is not installed."""
-    return need("av", "reading videos", "video")
+    return need("av", "reading videos", "seppo-fast[video]")
 
 
 def probe(file: Path) -> Facts:

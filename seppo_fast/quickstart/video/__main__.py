@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, or the training's own; 2 where a package is missing or the folder is not the quickstart's."""
     given = arguments(argv, "python -m seppo_fast.quickstart.video", __doc__, "runs/quickstart_video")
     for package in PACKAGES:
-        need(package, "the video quickstart", "quickstart,video")
+        need(package, "the video quickstart", "seppo-fast[quickstart,video]")
     from seppo_fast.quickstart.video.run import run
 
     return run(given.out, given.seed)
