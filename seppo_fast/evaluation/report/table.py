@@ -16,7 +16,7 @@ Values = Mapping[tuple[int, int], float | None]  # prompt and sample -> a model'
 
 
 def groups_of(sets: Sequence[tuple[str, ...]]) -> list[str]:
-    """The groups of prompts: all together first, then the sets and their parts, without groups that are equal to another."""
+    """The groups of prompts: all together first, then the sets and their parts, except those that hold all prompts."""
     names = list(dict.fromkeys(name for own in sets for name in own))
     return [ALL, *(name for name in names if not all(name in own for own in sets))]
 
