@@ -73,7 +73,7 @@ def unreadable(path: Path, error: OSError, advice: str = "") -> UserError:
     """Why a file cannot be read, as a message; `advice` is what to do where it is missing."""
     after = f" {advice}" if advice else ""
     if isinstance(error, FileNotFoundError):
-        target = f": it is a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else ""
+        target = f": it is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
         return UserError(f"{path} is missing{target}.{after}")
     if isinstance(error, PermissionError):
         return UserError(f"{path} cannot be read: {permission(path)}.")

@@ -125,7 +125,7 @@ class Pool:
     def _as_written(self, index: int) -> Iterator[Any]:
         path = self.path(index)
         if path.name in self.checksums and checksum(path) != self.checksums[path.name]:
-            raise OSError("its checksum is not that of the file that was written")
+            raise OSError("its checksum is not the one of what was written")
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
 
