@@ -22,8 +22,8 @@ def open_model(path: str, *, revision: str | None = None, variant: str | None = 
     """The model in a diffusers pipeline directory or behind a hub id, checked as far as possible without loading weights.
 
     With a `motion_adapter` (a directory or hub id), Stable Diffusion becomes an AnimateDiff. A video model must have positions for
-    `frames`. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not see the image yet; models
-    that are InstructPix2Pix already stay as they are. `labels` is what messages call these settings.
+    `frames`. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not use the image yet; a model
+    that is one already stays as it is. `labels` is what messages call these settings.
     """
     directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
     family = directory.index["_class_name"]
@@ -36,7 +36,7 @@ def open_model(path: str, *, revision: str | None = None, variant: str | None = 
 
 
 def open_improvement_model(path: str, *, revision: str | None = None, variant: str | None = None, labels: Labels = KEYS) -> Model:
-    """A trained InstructPix2Pix pipeline's directory, or a hub id, as it is: what makes winners of losers."""
+    """The trained InstructPix2Pix model in a directory or behind a hub id: it makes winners from losers."""
     directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
     family = directory.index["_class_name"]
     if family not in PIPELINES.values():
@@ -48,7 +48,7 @@ def open_improvement_model(path: str, *, revision: str | None = None, variant: s
 
 
 def add_image_condition(model: Model) -> Model:
-    """The same model with an image as a condition beside the prompt, which its network does not heed yet."""
+    """The same model with an image as a condition besides the prompt, which does not change its predictions yet."""
     if model.image_condition:
         return model
     if isinstance(model, AnimateDiff):
