@@ -22,8 +22,8 @@ def open_model(path: str, *, revision: str | None = None, variant: str | None = 
     """The model in a diffusers pipeline directory or behind a hub id, checked as far as possible without loading weights.
 
     With a `motion_adapter` (a directory or hub id), Stable Diffusion becomes an AnimateDiff. A video model must have positions for
-    `frames`. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not use the image yet; a model
-    that is one already stays as it is. `labels` is what messages call these settings.
+    `frames`. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not use the image yet; one
+    that is such a model already stays as it is. `labels` is what messages call these settings.
     """
     directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
     family = directory.index["_class_name"]
