@@ -17,15 +17,15 @@ quickstart-video: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=10
 
-# For the edit loop, in two minutes: all but what trains, compiles or starts processes (tests/conftest.py knows by the fixtures) and
-# what carries @pytest.mark.slow. A test that takes long and is not marked is named at the end.
+# For the edit loop, in two minutes: all tests except those that train, compile or start processes (tests/conftest.py knows them by
+# their fixtures) and those with @pytest.mark.slow. The end of a run names tests that take long and are not marked.
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n logical --dist worksteal -m "not slow"
 
-# Where Python is told to write no bytecode, each worker of each run would rewrite the assertions of all tests anew.
+# If Python writes no bytecode, each worker of each run has to rewrite the assertions of all tests again.
 test test-fast: export PYTHONDONTWRITEBYTECODE :=
 
-# ruff, the direction of imports that pyproject.toml states, and types.
+# ruff, the direction of imports (pyproject.toml), and types.
 lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/lint-imports --no-cache
@@ -35,7 +35,7 @@ lint: $(READY)
 readme: $(READY)
 	$(BIN)/python -m benchmarks.readme
 
-# torch first and pinned: a ranged requirement may bring another build. No build isolation: it would fetch torch once more.
+# torch first and pinned: a range of versions may bring another build. No build isolation, which would download torch again.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,8 @@
 """Builds csrc/ into two plain shared libraries, seppo_fast/_cpu.so and seppo_fast/_cuda.so; the rest is in pyproject.toml.
 
-They use torch's stable ABI and nothing of Python, so one wheel serves every Python and every torch >= 2.10. Build with
-torch installed and `pip install --no-build-isolation`. SEPPO_FAST_BUILD=cpu|cuda|none forces what is built: `cpu` or
-`cuda` (which includes the CPU) fail where they cannot be built; by default what cannot be built is a warning.
+They use torch's stable ABI and nothing of Python, so one wheel works for every Python and every torch >= 2.10. Install torch
+first and build with `pip install --no-build-isolation`. SEPPO_FAST_BUILD=cpu|cuda|none decides what is built: `cpu`, or `cuda`
+(which includes the CPU), fail where they cannot be built. By default, a library that cannot be built is a warning.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CPU_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", TORCH_2_10]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", TORCH_2_10, "-DUSE_CUDA",
               "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
-# libtorch.so stands for libtorch_cpu.so, and in CUDA builds of torch for libtorch_cuda.so too: a library linked against it
-# here, without CUDA, finds everything there.
+# libtorch.so loads libtorch_cpu.so, and in CUDA builds of torch also libtorch_cuda.so: a library that is linked against it on a
+# machine without CUDA finds everything on one with CUDA.
 LINK = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
 
 
@@ -53,7 +53,7 @@ def cxx() -> str:
 
 
 def nvcc() -> str:
-    """nvcc is the gate, never a GPU: machines that build often have none."""
+    """The path of nvcc. It alone decides whether CUDA code is built, because machines that build often have no GPU."""
     home = os.environ.get("CUDA_HOME")
     found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc") or shutil.which(
         "nvcc", path="/usr/local/cuda/bin")
@@ -63,7 +63,7 @@ def nvcc() -> str:
 
 
 def cuda_sources() -> str:
-    """A sum, in hexadecimal, of what _cuda.so is built from: its build id, by which tests know a library of these sources."""
+    """A checksum of _cuda.so's sources and flags. It is the library's build id, by which tests recognise a current one."""
     files = [(ROOT / file).read_bytes() for file in ("csrc/cuda.cu", *HEADERS)]
     return hashlib.sha256(b"\0".join([*files, " ".join(CUDA_FLAGS).encode()])).hexdigest()
 
@@ -88,14 +88,14 @@ class BuildLibraries(build_ext):
         names = {"": ["_cpu", "_cuda"], "cpu": ["_cpu"], "cuda": ["_cpu", "_cuda"], "none": []}[wanted]
         self.extensions = [each for each in self.extensions if each.name.removeprefix("seppo_fast.") in names]
         self.must = bool(wanted)
-        self.copied = bool(self.inplace or self.editable_mode)  # to the source, afterwards; setuptools forgets it meanwhile
+        self.copied = bool(self.inplace or self.editable_mode)  # into the source folder; setuptools changes it while it builds
         super().run()
 
     def build_extension(self, extension: Extension) -> None:
         name = extension.name.removeprefix("seppo_fast.")
         output = Path(self.get_ext_fullpath(extension.name))
         for stale in (output, Path("seppo_fast") / f"{name}.so")[:1 + self.copied]:
-            stale.unlink(missing_ok=True)  # rather none than one of another version
+            stale.unlink(missing_ok=True)  # no library is better than one of another version
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             if sys.platform != "linux":
@@ -110,12 +110,12 @@ class BuildLibraries(build_ext):
             if self.must:
                 raise SystemExit(f"seppo_fast: cannot build {name}.so: {error}") from error
             slower = "'triton' or 'reference'" if name == "_cuda" else "'reference'"
-            # stderr, which pip shows with -v only; seppo_fast.ops.available_backends() says it again.
+            # pip shows stderr only with -v; seppo_fast.ops.available_backends() says it again.
             print(f"\nWARNING: seppo_fast: {name}.so is not built: {error}. The loss will run on the {slower} backend.\n",
                   file=sys.stderr, flush=True)
 
     def get_ext_filename(self, fullname: str) -> str:
-        return fullname.replace(".", "/") + ".so"  # no Python in the name, as there is none in the library
+        return fullname.replace(".", "/") + ".so"  # without Python's version, which the library does not depend on
 
 
 class PlatformWheel(bdist_wheel):

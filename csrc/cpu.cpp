@@ -1,8 +1,8 @@
 // seppo_fast::pair_loss on the CPU. Stable ABI: one binary for every Python and every torch >= 2.10.
 //
-// A pair's sums decide the coefficient of its gradient, so every element is needed twice. What makes it one pass over
-// memory is that a pair (0.4 MB in fp32 for SD-1.5 latents) still lies in the core's L2 when its gradient is written.
-// The sums are made of pieces of kPiece elements added up in order, whoever computes them: the number of threads
+// A pair's sums decide the coefficient of its gradient, so every element is needed twice. It is still one pass over memory,
+// because a pair (0.4 MB in fp32 for SD-1.5 latents) is in the core's L2 when its gradient is written.
+// The sums are added in order from pieces of kPiece elements, whichever thread computes a piece. So the number of threads
 // changes no bit of the result.
 
 #include <torch/csrc/stable/library.h>
@@ -27,9 +27,9 @@ using seppo::dtype_code, seppo::floats, seppo::kBFloat, seppo::kFloat, seppo::kH
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
-struct Scored {};  // in place of a reference's dtype: it is known by its errors alone
+struct Scored {};  // in place of the reference's dtype: only its errors are known
 struct Sums { double difference, model, reference; };
-// Where a thread will read next: each input, and the bytes of its elements; 0 if it will not.
+// What a thread will read next, to prefetch: each input, and the bytes of its elements; 0 for nothing.
 struct Ahead {
   const char* from[3];
   int64_t bytes[3];
@@ -54,13 +54,13 @@ inline uint32_t as_bits(float x) {
   return bits;
 }
 
-// One element at a time, for tails and for machines without the instructions.
+// One element at a time, for the ends of samples and for machines without these instructions.
 inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) { return as_float((uint32_t)x.bits << 16); }
 inline float widen(Float16 x) {
   const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
   if (rest >= 0x7c00) return as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // Inf, NaN
-  // Exponent and mantissa moved into place are the value times 2^-112, subnormals included.
+  // Exponent and mantissa, shifted into place, are the value times 2^-112, also for subnormals.
   return as_float(sign | as_bits(as_float(rest << 13) * 0x1p112f));
 }
 
@@ -121,12 +121,12 @@ Kernels kernels_here(int p, int r, int t) {
   return baseline::kernels_for(p, r, t);
 }
 
-constexpr int64_t kPiece = 16384;          // elements of a sample that are summed as one
-constexpr int64_t kShare = 768 << 10;      // bytes a core may hold between sums and gradient: half of a small L2 and more
-constexpr int64_t kGrain = 8192;           // elements that are worth waking a thread for
-constexpr int64_t kStreamFrom = 4 << 20;   // bytes of traffic from where the gradient bypasses the caches
+constexpr int64_t kPiece = 16384;          // elements of a sample that are summed as one piece
+constexpr int64_t kShare = 768 << 10;      // bytes a core may keep between sums and gradient: more than half of a small L2
+constexpr int64_t kGrain = 8192;           // the fewest elements for which another thread is worth its start
+constexpr int64_t kStreamFrom = 4 << 20;   // bytes of traffic from which on the gradient bypasses the caches
 
-// Streaming stores are not ordered: each thread waits for its own before anybody is told that it is done.
+// Streaming stores are not ordered: each thread waits for its own before it reports that it is done.
 inline void fence(bool streamed) {
 #ifdef __x86_64__
   if (streamed) _mm_sfence();
@@ -142,7 +142,7 @@ struct View {  // dense samples, one after another
 };
 
 struct Problem {
-  View policy, reference, target;  // no bytes of a reference that is known by its errors
+  View policy, reference, target;  // the reference has no bytes where only its errors are known
   const float* given;              // these errors (2 * pairs,), or null
   Kernels kernels;
   int64_t pairs, elements, pieces;
@@ -160,8 +160,8 @@ struct Problem {
                         target.at(sample, elements, offset), length(piece));
   }
 
-  // `more`: the thread goes on with the pair after this one, and its inputs are fetched while this gradient is written,
-  // when the memory has little to do. Half-precision pairs take a tenth less time for it, fp32 ones the same.
+  // `more`: the thread goes on with the next pair. Its inputs are prefetched while this gradient is written, when the memory has
+  // little to do. Half-precision pairs then take a tenth less time, fp32 pairs the same.
   void piece_gradient(int64_t sample, int64_t piece, float coefficient, bool more) const {
     const int64_t offset = piece * kPiece;
     Ahead ahead = {};
@@ -199,7 +199,7 @@ void add(Sums& to, const Sums& more) {
   to.reference += more.reference;
 }
 
-// Many small pairs: each belongs to one thread, and its gradient follows its sums at once.
+// Many small pairs: one thread computes a pair's sums and then, at once, its gradient.
 void one_thread_a_pair(const Problem& problem) {
   const int64_t grain = (kGrain + problem.elements - 1) / problem.elements;
   torch::stable::parallel_for(0, problem.pairs, grain, [&](int64_t begin, int64_t end) {
@@ -213,7 +213,7 @@ void one_thread_a_pair(const Problem& problem) {
       }
       const seppo::PairLoss out = problem.finish_pair(pair, difference[0], difference[1]);
       if (!problem.grad) continue;
-      // Last read, first written: the end of the loser is what the nearest cache still holds.
+      // What was read last is written first: the nearest cache still holds the end of the loser.
       for (int half = 1; half >= 0; half--) {
         const float coefficient = half ? out.loser_coefficient : out.winner_coefficient;
         for (int64_t piece = problem.pieces - 1; piece >= 0; piece--) {

@@ -1,6 +1,6 @@
-// The two inner loops of the CPU backend. Included by cpu.cpp once for each instruction set, inside a namespace of its
-// own, with LANES (floats a vector) and, on x86, the intrinsics' level set: one binary runs well everywhere.
-// No include guard, on purpose.
+// The inner loops of the CPU backend. cpu.cpp includes this file once for each instruction set, each time inside another
+// namespace, with LANES (floats in a vector) and, on x86, the level of the intrinsics set. So one binary is fast everywhere.
+// There is no include guard on purpose.
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef double Doubles __attribute__((vector_size(8 * LANES)));
@@ -13,7 +13,7 @@ static inline Floats load(const float* from) {
   return x;
 }
 
-// Intrinsics, because from __builtin_convertvector GCC makes twice the instructions.
+// Intrinsics, because GCC makes twice as many instructions from __builtin_convertvector.
 static inline Floats load(const BFloat16* from) {
 #if LANES == 16
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
@@ -68,7 +68,7 @@ static inline Halves narrow(Floats x, Float16) {
   return bits;
 }
 
-// `stream`: past the caches, for a gradient that nobody reads before they are full of something else. Wants alignment.
+// `stream`: write past the caches, for a gradient that is read only after they have been filled with other data. Needs alignment.
 template <bool stream, class Vector>
 static inline void store_bits(void* to, Vector x) {
 #ifdef __x86_64__
@@ -90,10 +90,10 @@ static inline void store(float* to, Floats x) { store_bits<stream>(to, x); }
 template <bool stream, class Half>
 static inline void store(Half* to, Floats x) { store_bits<stream>(to, narrow(x, Half{})); }
 
-// The reference's part: nothing where R is Scored, and its errors are known already.
+// The three sums over a sample. Where R is Scored, the reference's errors are known already, and its sums are 0.
 template <class P, class R, class T>
 static Sums sums(const void* policy, const void* reference, const void* target, int64_t count) {
-  // fp32 within a block, fp64 between blocks: a lane adds 16 numbers before it goes over to fp64.
+  // fp32 within a block, fp64 between blocks: a lane adds 16 numbers in fp32, then goes on in fp64.
   constexpr int kBlock = 32 * LANES;
   constexpr bool predicted = !std::is_same_v<R, Scored>;
   const P* p = (const P*)policy;

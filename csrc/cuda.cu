@@ -1,17 +1,17 @@
 // seppo_fast::pair_loss on CUDA GPUs. Stable ABI: one binary for every Python and every torch >= 2.10.
 //
-// A pair's sums decide the coefficient of its gradient, so every element is needed twice; here its error p - t waits in
-// shared memory for the sums, and memory sees each input once and the gradient once. (Waiting in registers, the same
-// number would fit, half of 64, but whatever was tried ptxas spilled some of them.) A thread holds 16 elements of the
-// winner and 16 of the loser, and 8 warps make a group: 4096 elements of each half, 32 KB. SD-1.5's 16384 elements are
+// A pair's sums decide the coefficient of its gradient, so every element is needed twice. Here its error p - t stays in
+// shared memory until the sums are made, so that each input is read once and the gradient written once. (The errors would fit
+// into registers, half of 64, but ptxas spilled some of them in every version that was tried.) A thread holds 16 elements of
+// the winner and 16 of the loser, and 8 warps make a group: 4096 elements of each half, 32 KB. SD-1.5's 16384 elements are
 // 4 groups, SDXL's and a video's 65536 are 16, 16 channels of 128 x 128 are 64.
 //
-// What decides the bits of the result is the order of the sums: a thread's elements, its warp, the 8 warps of its
-// group, the groups. Blocks only choose where groups live, so no launch plan, batch size or chip changes a bit:
+// The order of the sums decides the bits of the result: a thread's elements, its warp, the 8 warps of its group, the groups.
+// Blocks only decide where groups run, so launch plan, batch size and chip change no bit:
 //   clustered    the groups of a pair in one block or in the 2 to 16 blocks of a cluster (sm_90), sums through shared memory
 //   cooperative  all blocks of a resident grid share the pairs, sums through global memory and a counter for each pair
-//   in_passes    three ordinary launches that read p and t twice: a pair too large for the shared memory of the whole chip
-// Whoever finishes the last pair adds up the losses of all, in an order that the number of pairs decides.
+//   in_passes    three ordinary launches that read p and t twice, for a pair too large for the shared memory of the whole chip
+// The block that finishes the last pair adds the losses of all pairs, in an order that only the number of pairs decides.
 
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -62,7 +62,7 @@ struct Input {
 struct Problem {
   Input policy, reference, target;
   const float* given;  // the reference's errors (2 * pairs,) where it is Scored, else null
-  char* grad;  // null: not wanted. The errors are kept all the same, since a branch would part the loads
+  char* grad;  // null: not wanted. The errors are kept anyway, because a branch would separate the loads
   int64_t pairs, elements, groups;
   double weight;
   float beta, scale;
@@ -80,7 +80,7 @@ struct Problem {
   }
 };
 
-// Zero when the library is loaded and after every launch; ticket_of() says who uses which.
+// Zero when the library is loaded and after every launch; ticket_of() says which launch uses which.
 __device__ unsigned tickets[kTickets];
 
 __device__ __forceinline__ float widen(float x) { return x; }
@@ -115,7 +115,7 @@ __device__ __forceinline__ void read_words(uint32_t* to, const char* from) {
   }
 }
 
-// 16 bytes in one store. Written in PTX because the compiler splits it where registers are short.
+// 16 bytes in one store. In PTX, because the compiler splits the store where registers are scarce.
 template <class X>
 __device__ __forceinline__ void write_words(X* to, const X (&from)[16 / sizeof(X)]) {
   uint32_t words[4];
@@ -189,8 +189,8 @@ struct Source {
   }
 };
 
-// Indices are read anew where they are needed: the compiler would rather keep what it derived from them in registers,
-// from the loads to the stores, and there is none to spare.
+// Indices are read again where they are needed. Otherwise the compiler keeps values derived from them in registers, from the
+// loads to the stores, and no registers are free.
 __device__ __forceinline__ int thread() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
@@ -202,7 +202,7 @@ __device__ __forceinline__ int block() {
   return x;
 }
 
-// A thread's part of a pair. Nobody else reads the errors it keeps, so they need no barrier.
+// A thread's part of a pair. No other thread reads the errors that it keeps, so they need no barrier.
 template <class P, class R, class T, bool kVector>
 struct Piece {
   static constexpr int kWidth = 16 / sizeof(P), kSteps = kPerThread / kWidth, kStride = kLanes * kWidth;
@@ -228,7 +228,7 @@ struct Piece {
     constexpr bool kPredicted = kWithSums && !std::is_same_v<R, Scored>;
     const int64_t start = pair * problem.elements + group * kGroup;
     const int offset = first(), end = left(problem, group) - offset;
-#pragma unroll 1  // the loads of one half are in flight at once; those of both would not fit the registers
+#pragma unroll 1  // the loads of one half are in flight together; those of both would not fit into the registers
     for (int half = 0; half < 2; half++) {
       const Source<P> policy(problem.policy, start, half, offset);
       const Source<R> reference(problem.reference, start, half, offset);
@@ -258,7 +258,7 @@ struct Piece {
           for (int i = 0; i < kWidth; i += 4) kept(half, step, i) = make_float4(e[i], e[i + 1], e[i + 2], e[i + 3]);
         }
       }
-      // Not sums[half]: what is indexed at run time is no register.
+      // Not sums[half]: an array that is indexed at run time is not in registers.
       if (half == 0) sums[0] = difference, sums[2] = policy_error, sums[4] = reference_error;
       else sums[1] = difference, sums[3] = policy_error, sums[5] = reference_error;
     }
@@ -294,7 +294,7 @@ struct Piece {
   }
 };
 
-// Six sums over a warp in 9 shuffles, each exchange halving what a lane carries. Lane 4 * i ends with sum i.
+// Six sums over a warp in 9 shuffles; each exchange halves what a lane holds. Lane 4 * i ends with sum i.
 __device__ __forceinline__ float warp_sum(const float (&v)[kSums]) {
   const int lane = threadIdx.x % kLanes;
   const bool upper = lane & 16, middle = lane & 8, lower = lane & 4;
@@ -333,7 +333,7 @@ struct alignas(16) Shared {
   __device__ __forceinline__ void put_totals(int64_t groups, Of of) {
     const int which = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     if (which < kSums) {
-      double lanes = 0;  // one group a lane but for the largest samples, where fp32 would lose digits
+      double lanes = 0;  // a lane has one group, more only for the largest samples, where fp32 would lose digits
 #pragma unroll kUnroll
       for (int64_t group = lane; group < groups; group += kLanes) lanes += of(which, group);
       float sum = (float)lanes;
@@ -371,8 +371,8 @@ struct alignas(16) Shared {
   }
 };
 
-// Called `of` times in a launch by whole blocks, each time when thread 0 has written all that it will to stats. Who takes
-// the last ticket sees what was written before the others were taken, and leaves the count at zero.
+// Whole blocks call it `of` times in a launch, each time when thread 0 has written all its results to stats. The block that
+// takes the last ticket sees what was written before the other tickets were taken, and sets the count back to zero.
 __device__ __forceinline__ void finish_batch(const Problem& problem, unsigned of) {
   if (problem.pairs == 1 || threadIdx.x >= kLanes) return;
   unsigned ticket = 0;
@@ -382,7 +382,7 @@ __device__ __forceinline__ void finish_batch(const Problem& problem, unsigned of
     if (ticket == of - 1) asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
   if (__shfl_sync(kAllLanes, ticket, 0) != of - 1) return;
-  __syncwarp();  // what thread 0 sees, its warp does
+  __syncwarp();  // its warp sees what thread 0 sees
   const float *signs = problem.stats + 4 * problem.pairs, *logits = signs + problem.pairs, *losses = logits + problem.pairs;
   double sums[3] = {};
 #pragma unroll 4
@@ -399,7 +399,7 @@ __device__ __forceinline__ void finish_batch(const Problem& problem, unsigned of
   if (threadIdx.x == 0) problem.put_totals(sums[0], sums[1], sums[2]);
 }
 
-// Nobody waits for them until the sums are made.
+// No thread needs them before the sums are made.
 __device__ __forceinline__ void prefetch_given(const Problem& problem, int64_t pair) {
   if (threadIdx.x < 2) asm volatile("prefetch.global.L1 [%0];" ::"l"(problem.given + pair + threadIdx.x * problem.pairs));
 }
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) clustered(const __grid_constan
   const auto pair = [=] { return (int64_t)(block() >> log_blocks); };
   const auto group = [=] { return rank() * groups_here + thread() / kGroupThreads; };
 #if __CUDA_ARCH__ >= 900
-  // Nobody may write into a block that has not started: the other half of this barrier is after the loads.
+  // No block may write into a block that has not started: the second half of this barrier is after the loads.
   if (log_blocks) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
   constexpr bool kScored = std::is_same_v<R, Scored>;
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) clustered(const __grid_constan
       float* to = &shared.group[which][rank() * groups_here + own];
       *cooperative_groups::this_cluster().map_shared_rank(to, i / mine) = shared.group_sum(which, own);
     }
-    // Once all have arrived nobody touches another block's memory again, so a block may leave at any time.
+    // Once all have arrived, no block accesses another block's memory again, so a block may end at any time.
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
   } else
 #endif
@@ -457,7 +457,7 @@ __device__ __forceinline__ void put_pair_totals(const Problem& problem, Shared& 
   shared.put_totals<kUnroll>(problem.groups, [&](int which, int64_t i) { return __ldcg(partial + i * kSums + which); });
 }
 
-// One group a block. All blocks are resident, and block b works on b, b + grid, ...: whoever waits for its pair waits
+// One group in a block. All blocks are resident, and block b works on b, b + grid, ...: a block that waits for its pair waits
 // for work with a smaller or nearly equal index, so the first unfinished pair always goes on.
 template <class P, class R, class T, bool kVector>
 __global__ void __launch_bounds__(kGroupThreads, 4) cooperative(const __grid_constant__ Problem problem) {
@@ -468,8 +468,8 @@ __global__ void __launch_bounds__(kGroupThreads, 4) cooperative(const __grid_con
     for (int64_t i = threadIdx.x; i < problem.pairs; i += blockDim.x) problem.arrived[i] = 0;
     if (threadIdx.x == 0) *problem.ticket = 0;
   }
-  auto token = grid.barrier_arrive();  // the zeros, seen by all before the first of them is counted up
-  const unsigned all = (unsigned)(problem.pairs * problem.groups);  // choose() sees to it that this fits
+  auto token = grid.barrier_arrive();  // all blocks see the zeros before the first of them is counted up
+  const unsigned all = (unsigned)(problem.pairs * problem.groups);  // choose() makes sure that this fits
   for (unsigned work = blockIdx.x; work < all; work += gridDim.x) {
     const unsigned pair = (unsigned)(work / problem.groups), group = work - pair * (unsigned)problem.groups;
     if constexpr (kScored) prefetch_given(problem, pair);
@@ -604,10 +604,10 @@ struct Launch {
   int threads;
 };
 
-// A fixed table by shape and chip. Blocks are small where a cluster can join them: while one waits for its sums,
-// others on the same multiprocessor load and store.
+// A fixed table by shape and chip. Blocks are small where a cluster can join them: while one block waits for its sums, others
+// on the same multiprocessor load and store.
 Launch choose(int64_t pairs, int64_t groups, const Device& device, int plan, int blocks) {
-  // More than a grid or a 32-bit counter holds.
+  // More than a grid or a 32-bit counter can hold.
   if (pairs * (groups < kMaxCluster ? kMaxCluster : groups) > INT32_MAX) return {kInPasses, 0, kGroupThreads};
   if (plan == kAuto) {
     plan = groups <= device.cluster * device.block_groups ? kClustered : kCooperative;
@@ -657,8 +657,8 @@ struct Config {
   }
 };
 
-// Once for each kernel and device: permission for large blocks and clusters, and whether the largest cluster exists. By the
-// kernel and not by its type, which all instantiations share.
+// Once for each kernel and device: asks for large blocks and clusters, and finds out whether the largest cluster exists. The
+// template parameter is the kernel and not its type, which all instantiations share.
 template <auto kKernel>
 bool largest_cluster_fits(int index) {
   static std::atomic<int8_t> answers[kMaxDevices];  // 0: not asked yet
@@ -682,9 +682,9 @@ bool largest_cluster_fits(int index) {
   return answer > 0;
 }
 
-// Where a launch counts its pairs without a memset before it: a word that belongs to the stream. Two launches never use it
-// at once, since those of one stream follow one another and a stream's id is given to no later stream. Null when every
-// word has its stream, and under capture: a graph runs on whatever stream, beside launches on the one it was captured on.
+// The word in which a launch counts its pairs, without a memset before it. It belongs to the stream. Two launches never use it at
+// once: launches on one stream follow one another, and no later stream gets the same id. Null when every word belongs to another
+// stream, and under capture: a graph may run on any stream, at the same time as launches on the stream of its capture.
 unsigned* ticket_of(cudaStream_t stream, Device& device) {
   cudaStreamCaptureStatus capture;
   STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
@@ -725,7 +725,7 @@ void run(Problem problem, Launch plan, int device_index, cudaStream_t stream) {
     plan.plan = kCooperative;
   }
   const int64_t work = problem.pairs * problem.groups;
-  // Freed on return: the allocator hands it out again in the order of this stream only.
+  // Freed on return: the allocator gives it out again only in the order of this stream.
   const Tensor workspace = seppo::new_floats(work * kSums + problem.pairs * 3 + 1, gpu(device_index));
   problem.partial = floats(workspace);
   problem.coefficients = reinterpret_cast<float2*>(problem.partial + work * kSums);  // an even offset: 8-byte aligned
@@ -856,7 +856,7 @@ void rescale_in_place(const Tensor& grad, const Tensor& upstream, double factor)
 
 extern "C" int seppo_fast_abi() { return SEPPO_ABI; }
 
-// The same op with a launch plan of the caller's, for tests (no plan may change a bit) and measurements.
+// The same op with a launch plan that the caller chooses, for tests (no plan may change a bit) and measurements.
 STABLE_TORCH_LIBRARY_FRAGMENT(seppo_fast, m) {
   m.def(
       "pair_loss_planned(Tensor model_pred, Tensor reference, Tensor target, float beta, int flipper, float scale, "

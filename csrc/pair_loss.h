@@ -1,4 +1,4 @@
-// What follows once the sums of a pair are known: Eq. 8 in the convention of App. B.2, shared by every compiled backend.
+// Loss and coefficients of a pair from its sums: Eq. 8 in the convention of App. B.2, shared by every compiled backend.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 #define SEPPO_HD inline
 #endif
 
-// Counted up with every change of what the operators take; seppo_fast/ops/native.py has the same number.
+// Goes up by one with every change of the operators' arguments; seppo_fast/ops/native.py has the same number.
 #define SEPPO_ABI 4
 
 namespace seppo {
@@ -22,21 +22,21 @@ struct PairLoss {
   float winner_coefficient, loser_coefficient;  // gradient of scale * loss = coefficient * (policy - target)
 };
 
-// The policy's MSE minus the reference's where only these are known. An infinite error of the reference would make a loss of 0
-// and pass for a pair well learnt: Inf - Inf shows it.
+// The policy's MSE minus the reference's where only these are known. An infinite reference error would give a loss of 0, as of a
+// pair learnt perfectly: Inf - Inf makes it NaN.
 SEPPO_HD float excess(float model_mse, float ref_mse) { return model_mse - (ref_mse + (ref_mse - ref_mse)); }
 
-// `winner`, `loser`: the policy's MSE minus the reference's, of a sample with `elements` elements. A tie is -1, and so
-// is NaN: it reaches the logit by itself, and from there the loss and both coefficients.
+// `winner`, `loser`: the policy's MSE minus the reference's, of a sample with `elements` elements. The sign of a tie is -1, and
+// that of NaN, too: NaN reaches the logit anyway, and from there the loss and both coefficients.
 SEPPO_HD PairLoss pair_loss(float winner, float loser, float elements, float beta, int flipper, float scale) {
   const bool worse = winner > 0.0f && flipper != kNone;
   const float sign = !worse ? -1.0f : flipper == kAaf ? 1.0f : 0.0f;
   const float logit = -0.5f * beta * (winner + sign * loser);
-  // exp of a negative number only: neither the loss nor the sigmoid overflows, and both keep their small values.
+  // exp only of a negative number: loss and sigmoid do not overflow, and keep their small values.
   const float e = expf(-fabsf(logit));
   const float loss = (logit < 0.0f ? -logit : 0.0f) + log1pf(e);
   const float slope = (logit < 0.0f ? 1.0f : e) / (1.0f + e);  // -d loss / d logit = sigmoid(-logit)
-  // An infinite reference error makes a loss of 0 and would pass for a pair well learnt: NaN - NaN and Inf - Inf show it.
+  // An infinite reference error gives a loss of 0, as of a pair learnt perfectly: NaN - NaN and Inf - Inf make it NaN.
   const float coefficient = scale * (beta / elements) * slope + (logit - logit);
   return {loss, sign, logit, coefficient, sign * coefficient};
 }

@@ -11,7 +11,7 @@ namespace seppo {
 using torch::stable::Tensor;
 
 struct Place {
-  int32_t type, index;  // of a device, as aoti_torch has them
+  int32_t type, index;  // of a device, in aoti_torch's numbers
 };
 
 enum Dtype { kFloat, kHalf, kBFloat };
@@ -25,7 +25,7 @@ inline int dtype_code(const Tensor& x) {
 }
 
 inline Tensor new_tensor(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, Place place) {
-  AtenTensorHandle handle = nullptr;  // the C call rather than stable::empty, which looks the operator up by name
+  AtenTensorHandle handle = nullptr;  // a C call: stable::empty would look up the operator by name
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, place.type, place.index, &handle));
   return Tensor(handle);
 }

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`seppo_fast.train`, which is imported only where it is asked for: it is a function, and the module of the command."""
+    """`seppo_fast.train`, imported at first use: the module of the command, which can also be called as a function."""
     if name == "train":
         from importlib import import_module
 

@@ -11,7 +11,7 @@ from importlib import import_module
 
 from seppo_fast import __version__
 
-# Each with its module, what is added to the arguments, and what it does.
+# Command -> its module, the arguments that are added, and what it does.
 COMMANDS = {
     "train": ("seppo_fast.train", [], "train a model, or go on with a run"),
     "plan": ("seppo_fast.train", ["--dry-run"], "check a configuration and print batch, memory and hours; train nothing"),

@@ -1,6 +1,6 @@
-"""xformers that is installed and cannot be imported is hidden from diffusers, whose models would fail with it.
+"""Hides an xformers that is installed but cannot be imported: diffusers' models would fail with it.
 
-Imported for its effect, before any of them.
+Import this module before them.
 """
 
 from diffusers.utils import import_utils, is_xformers_available
@@ -9,12 +9,12 @@ from seppo_fast.errors import reason
 
 
 def hide() -> str | None:
-    """Why the installed xformers cannot be imported; None where it can, and where there is none."""
+    """Why the installed xformers cannot be imported; None where it can be, or is not installed."""
     if not is_xformers_available():
         return None
     try:
         import xformers.ops  # noqa: F401
-    except Exception as error:  # a build for another PyTorch or CUDA raises what it likes
+    except Exception as error:  # a build for another PyTorch or CUDA may raise anything
         import_utils._xformers_available = False  # all that is_xformers_available() looks at
         return f"xformers is installed and cannot be imported ({reason(error)})"
     return None

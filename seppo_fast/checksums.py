@@ -1,4 +1,4 @@
-"""Checksums of files: XXH3 with 128 bits, which reads faster than disks do, against damage and not against an enemy."""
+"""Checksums of files: 128-bit XXH3. They find damage, not tampering, and are computed faster than a disk reads."""
 
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +15,7 @@ class Hashing:
         self._stream, self._hash, self.size = stream, xxhash.xxh3_128(), 0
 
     def write(self, data: Any) -> int:
-        """Write the whole of `data`, any buffer, and count it in."""
+        """Write all of `data` (any buffer) and add it to the checksum."""
         self._stream.write(data)
         self._hash.update(data)
         written = memoryview(data).nbytes
@@ -23,12 +23,12 @@ class Hashing:
         return written
 
     def flush(self) -> None:
-        """Flush the stream below."""
+        """Flush the underlying stream."""
         self._stream.flush()
 
     @property
     def closed(self) -> bool:
-        """Whether the stream below is closed; Arrow asks."""
+        """Whether the underlying stream is closed; Arrow asks."""
         return self._stream.closed
 
     def hexdigest(self) -> str:

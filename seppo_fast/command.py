@@ -1,4 +1,4 @@
-"""How a command ends: the same statuses and words for all that have nothing to save."""
+"""How a command ends: the same exit statuses and messages for all commands that have nothing to save."""
 
 import os
 import sys
@@ -11,16 +11,16 @@ from seppo_fast.signals import Stop, StopSignals
 
 
 def announce() -> None:
-    """Rank 0's first line, before what is imported makes the person wait."""
+    """Print rank 0's first line, before the imports that take long."""
     if os.environ.get("RANK", "0") == "0":
         print(f"seppo_fast {__version__}: importing PyTorch, DeepSpeed and diffusers, which may take half a minute ...",
               file=sys.stderr, flush=True)
 
 
 def carried_out(work: Callable[[StopSignals], None], kept: str = "") -> int:
-    """Do `work`, which joins the ranks. Exit status: 0, 2 for bad input, 1 anything else, 128 + the signal's number when stopped.
+    """Do `work`, which joins the ranks. Exit status: 0, 2 for bad input, 1 for any other error, 128 + the number of a signal.
 
-    `kept` is what the person is told of a stop beside the signal's name. Only the first rank to fail speaks.
+    `kept` is printed after the name of a signal that stopped the work. Only the first rank that fails prints.
     """
     failure, signals = FirstFailure(), StopSignals()
     announce()

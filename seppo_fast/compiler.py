@@ -1,4 +1,4 @@
-"""What the process asks of PyTorch's compiler."""
+"""PyTorch's compiler: its limit on graphs in this process, and which blocks it compiles."""
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -8,13 +8,13 @@ GRAPHS = 64  # of one function; PyTorch's own limit is 8
 
 
 def keep_all_graphs() -> None:
-    """Let every width, batch and mode of a block have its graph: beyond the limit PyTorch would run it uncompiled.
+    """Raise the limit on compiled graphs, so that each width, batch size and mode of a block has its own.
 
-    All blocks of a class share one `forward`, and so one limit, whoever compiles them.
+    Above the limit PyTorch runs a block uncompiled. All blocks of a class share one `forward`, and so one limit.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
 
 
 def transformer_blocks(module: nn.Module) -> list[BasicTransformerBlock]:
-    """What is compiled block by block: what diffusers' `compile_repeated_blocks` takes, which knows no UNetMotionModel."""
+    """The blocks to compile one by one, as in diffusers' `compile_repeated_blocks`, which does not know UNetMotionModel."""
     return [part for part in module.modules() if isinstance(part, BasicTransformerBlock)]

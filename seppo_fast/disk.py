@@ -1,4 +1,4 @@
-"""Getting files onto the disk before another file says that they are there."""
+"""Writing files so that they are on the disk before another file refers to them."""
 
 import errno
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from seppo_fast.errors import UserError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError's errno says of a full disk, a quota, a file limit
-TEMPORARY = ".tmp-"  # how the name of a file begins that is not complete yet
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # an OSError's errno for a full disk, a quota, a limit on file sizes
+TEMPORARY = ".tmp-"  # the names of files that are not complete yet begin with it
 
 
 def flush(path: Path) -> None:
@@ -30,8 +30,8 @@ def flush_tree(folder: Path) -> None:
 
 @contextmanager
 def complete_or_not(target: Path) -> Iterator[Path]:
-    """A name beside `target` to write under; the file takes `target`'s place, on the disk, when the block ends well."""
-    temporary = target.with_name(TEMPORARY + target.name)  # the suffix stays, by which some writers know the format
+    """A temporary path beside `target` to write to. When the block ends well, the file is flushed and replaces `target`."""
+    temporary = target.with_name(TEMPORARY + target.name)  # with the same suffix: some writers choose the format by it
     try:
         yield temporary
         flush(temporary)
@@ -44,7 +44,7 @@ def complete_or_not(target: Path) -> Iterator[Path]:
 def follow_umask(files: Iterable[Path]) -> None:
     """Give files the permissions that a new one gets in their folder: safetensors makes its own with 0600."""
     for file in [*files]:
-        probe = file.with_name(TEMPORARY + file.name)  # reading the umask would change it for other threads meanwhile
+        probe = file.with_name(TEMPORARY + file.name)  # os.umask would change it for other threads for a moment
         probe.touch()
         usual = stat.S_IMODE(probe.stat().st_mode)
         probe.unlink()
@@ -54,7 +54,7 @@ def follow_umask(files: Iterable[Path]) -> None:
 
 @contextmanager
 def explained(path: Path, advice: str) -> Iterator[None]:
-    """An OSError over `path` becomes a `UserError` with this advice; a full disk stays one, for which each command has words."""
+    """Turn an OSError about `path` into a `UserError` with this advice. A full disk stays an OSError: each command explains it."""
     try:
         yield
     except OSError as error:

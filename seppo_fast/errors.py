@@ -15,8 +15,8 @@ def reason(error: Exception) -> str:
 
 def warn_fallback(key: str, error: Exception) -> None:
     """One warning that the run goes on without what `key` asks for, and why."""
-    warnings.warn(f"{key} does not work here, and the run goes on without it ({reason(error)}); set it to \"none\" or false to be"
-                  " rid of this warning", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{key} does not work here, and the run goes on without it ({reason(error)}); set it to \"none\" or false to"
+                  " silence this warning", RuntimeWarning, stacklevel=3)
 
 
 def few(names: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
 """Did the model get better? `python -m seppo_fast.evaluate --models base=PATH tuned=PATH --prompts FILE ... --out DIR`.
 
-Draws samples of every prompt by every model from the same noise, scores them and writes scores.json, scores.csv, table.md and
-index.html. The same command goes on after an interruption; models, prompts and scores may be added to it. A score that lacks its
-weights is told at once and left out; where all are missing, the exit status is 2. On several GPUs:
+Draws samples of every prompt with every model from the same noise, scores them and writes scores.json, scores.csv, table.md and
+index.html. After an interruption the same command continues; models, prompts and scores may be added to it. A score that lacks its
+weights is reported at once and left out; if every score is missing, the exit status is 2. On several GPUs:
 `deepspeed seppo_fast/evaluate.py --models ...`.
 """
 
@@ -21,29 +21,29 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="NAME=PATH",
-        help="pipeline directories or hub ids, or LoRA weights, which go on the first model (or say PIPELINE+LORA); win rates are"
-             " against the first")
+        help="pipeline directories or hub ids, or LoRA weights, which are put on the first model (or write PIPELINE+LORA); win"
+             " rates compare with the first model")
     add("--prompts", nargs="+", required=True, metavar="[NAME=]FILE",
         help="text, JSONL, CSV, Parti-prompts' TSV, HPSv2's JSON files or their folder, Pick-a-Pic's parquet")
     add("--out", type=Path, required=True, help="the folder for samples, scores and the page")
-    add("--scores", nargs="+", metavar="SCORE", help="which scores; all that there are for images, or for videos, if left out")
+    add("--scores", nargs="+", metavar="SCORE", help="which scores; by default all for images, or all for videos")
     add("--weights", nargs="+", action="extend", default=[], metavar="SCORE=PATH",
         help="a file or folder with a score's weights, in place of the hub's; SCORE.PART=PATH where there are several")
     add("--real", type=Path, metavar="FOLDER", help="real clips that videos are compared with, named by the prompts' videoid")
     add("--per-prompt", type=int, default=1, help="samples of each prompt")
-    add("--limit", type=int, help="use the first LIMIT prompts of each set only")
-    add("--seed", type=int, default=0)
-    add("--solver", default="ddim", choices=("ddim", "dpmsolver++", "pndm", "unipc", "euler"))
-    add("--steps", type=int, default=50)
-    add("--guidance-scale", type=float, default=7.5)
-    add("--resolution", type=int, help="pixels along a side; the model's own if left out")
-    add("--frames", type=int, default=16, help="of a video")
-    add("--motion-adapter", metavar="PATH", help="makes Stable Diffusion 1.x an AnimateDiff")
-    add("--variant", help='of the weight files, e.g. "fp16"')
+    add("--limit", type=int, help="use only the first LIMIT prompts of each set")
+    add("--seed", type=int, default=0, help="of the noise; 0 by default")
+    add("--solver", default="ddim", choices=("ddim", "dpmsolver++", "pndm", "unipc", "euler"), help="ddim by default")
+    add("--steps", type=int, default=50, help="of the solver; 50 by default")
+    add("--guidance-scale", type=float, default=7.5, help="classifier-free guidance; 7.5 by default, 1 is none")
+    add("--resolution", type=int, help="pixels along a side; by default the model's own")
+    add("--frames", type=int, default=16, help="frames of a video; 16 by default")
+    add("--motion-adapter", metavar="PATH", help="makes an AnimateDiff of Stable Diffusion 1.x")
+    add("--variant", help='variant of the weight files, such as "fp16"')
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="auto: float16 on a GPU, else float32")
-    add("--batch-size", type=int, help="samples drawn at once; measured if left out")
-    add("--score-batch-size", type=int, default=16)
-    add("--compile", choices=("none", "regional", "full"), default="none")
+    add("--batch-size", type=int, help="samples drawn at once; by default it is measured")
+    add("--score-batch-size", type=int, default=16, help="samples scored at once; 16 by default")
+    add("--compile", choices=("none", "regional", "full"), default="none", help="torch.compile of the network; none by default")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     for name, least in (("per_prompt", 1), ("limit", 1), ("steps", 1), ("frames", 1), ("batch_size", 1), ("score_batch_size", 1),

@@ -1,4 +1,4 @@
-"""Why a command failed, said once: when a rank dies, the others die of broken connections."""
+"""Why a command failed, printed once: when one rank dies, the others fail with broken connections."""
 
 import errno
 import fcntl
@@ -18,14 +18,14 @@ from seppo_fast.lock import close, flocked, remove, started
 from seppo_fast.opening import in_words
 
 PREFIX = f"seppo-fast-{os.getuid()}-"
-LATE = 10  # seconds between the first and the last start of one launch's ranks on a machine
+LATE = 10  # the ranks of one launch on a machine start within so many seconds
 
 
 class FirstFailure:
-    """Lets one process of a launch on a machine speak. To be made as early as possible, and closed at the end.
+    """Lets one process of a launch print on each machine. Create it as early as possible, and close it at the end.
 
-    A file in the temporary folder has a line for each rank that came, and one for each that failed. All of them hold a shared lock
-    on it: who gets it alone is the first of a new launch, or the last to leave, who removes it.
+    A file in the temporary folder has a line for each rank that came, and one for each that failed. All ranks hold a shared lock on
+    it. A process that gets the lock alone is the first of a new launch, or the last to leave; the last one removes the file.
     """
 
     def __init__(self) -> None:
@@ -37,11 +37,11 @@ class FirstFailure:
             _clear(folder)
             self._path = folder / f"{PREFIX}{_launch()}"
             self._descriptor = self._enter()
-        except OSError:  # no such folder, or somebody else's file: better said twice than never
+        except OSError:  # no such folder, or another user's file: printing twice is better than never
             self._descriptor = None
 
     def say(self, words: str) -> None:
-        """Print `words` on stderr, unless another rank was faster."""
+        """Print `words` on stderr, unless another rank failed first."""
         if self._is_first():
             print(words, file=sys.stderr, flush=True)
 
@@ -62,10 +62,10 @@ class FirstFailure:
             descriptor = flocked(self._path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._descriptor = descriptor
             if self._all_came() or _age(descriptor) > LATE:
-                os.ftruncate(descriptor, 0)  # of an earlier launch, which was killed
+                os.ftruncate(descriptor, 0)  # left by an earlier launch that was killed
         except BlockingIOError:
             descriptor = flocked(self._path, fcntl.LOCK_SH)
-        os.write(descriptor, f"came {time.monotonic()}\n".encode())  # first: who finds it empty and unlocked removes it
+        os.write(descriptor, f"came {time.monotonic()}\n".encode())  # first: a process removes a file that is empty and unlocked
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         return descriptor
 
@@ -87,7 +87,7 @@ def _lines(descriptor: int) -> list[str]:
 
 
 def _age(descriptor: int) -> float:
-    """Seconds since a rank came last, by a clock that nobody sets; endless where none of this boot did."""
+    """Seconds since the last rank came, by a clock that nobody sets; infinite where none came since the machine started."""
     came = [line.removeprefix("came ") for line in _lines(descriptor) if line.startswith("came ")]
     try:
         age = time.monotonic() - float(came[-1])
@@ -98,14 +98,14 @@ def _age(descriptor: int) -> float:
 
 def _launch() -> str:
     """What the ranks of one launch on a machine have in common."""
-    parent = started(os.getppid()) or psutil.boot_time()  # process ids come back; a container's first process has no parent
+    parent = started(os.getppid()) or psutil.boot_time()  # process ids are used again; a container's first process has no parent
     names = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     environment = [os.environ.get(name, "") for name in names]
     return "-".join(map(str, (os.getppid(), parent, *environment))).replace("/", "_")[:200]
 
 
 def _clear(folder: Path) -> None:
-    """Remove what launches left that were killed, or whose ranks had no parent in common."""
+    """Remove the files of launches that were killed, or whose ranks had no common parent."""
     for left in folder.glob(f"{PREFIX}*"):
         with suppress(OSError):
             descriptor = flocked(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,7 +113,7 @@ def _clear(folder: Path) -> None:
 
 
 def explained(error: Exception, then: str = "start again") -> str:
-    """Why the command failed, and what to do `then`; with a traceback where nothing better is known."""
+    """Why the command failed, and what to do `then`; a traceback for errors that are not known here."""
     rank = os.environ.get("RANK", 0)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"no room left on the disk ({error}); free some; {then}"
@@ -121,7 +121,7 @@ def explained(error: Exception, then: str = "start again") -> str:
         return f"{words} Then {then}"
     if no_threads(error):
         return (f"rank {rank} could not start a thread or process ({error}): there are too many (ulimit -u, or a container's limit"
-                f" of processes). Raise the limit, or lower seppo.data.workers and OMP_NUM_THREADS; {then}")
+                f" on processes). Raise the limit, or lower seppo.data.workers and OMP_NUM_THREADS; {then}")
     if lost_contact(error):
         return (f"rank {rank} lost another rank, which was killed (out of memory?) or stopped on another machine,"
                 f" where the cause is printed: {str(error).split('. ')[0]}; {then}")
@@ -129,13 +129,13 @@ def explained(error: Exception, then: str = "start again") -> str:
 
 
 def no_threads(error: Exception) -> bool:
-    """Whether an error says that the system starts no more threads or processes."""
+    """Whether an error says that the system cannot start more threads or processes."""
     words = ("can't start new thread", os.strerror(errno.EAGAIN))  # Python's, and the system's own
     return isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
 
 
 def lost_contact(error: Exception) -> bool:
-    """Whether an error says only that another rank is gone."""
+    """Whether an error says no more than that another rank is gone."""
     from torch import distributed as dist
 
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")

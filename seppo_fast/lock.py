@@ -1,4 +1,4 @@
-"""Locks on files: one process at a time, by the kernel's `flock`, which is gone when the process is."""
+"""Locks on files, for one process at a time. The kernel's `flock` ends with its process."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ _held: set[int] = set()
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock, as its file says; `started` tells a process from a later one with the same number."""
+    """The process that holds a lock, as its file says; `started` tells it from a later process with the same number."""
 
     host: str
     pid: int
@@ -41,7 +41,7 @@ class Owner:
 def started(pid: int) -> str | None:
     """When a process started, which tells it from a later one with the same number; None where there is no such process.
 
-    On Linux it is the time since the boot: another would move when the clock is set.
+    On Linux this counts from the boot, because the time of day may be set.
     """
     with suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -60,10 +60,10 @@ class Busy(Exception):
 
 @contextmanager
 def locked(path: Path, without_flock: bool = True) -> Iterator[None]:
-    """Hold the lock `path` during the block; `Busy` when another process does.
+    """Hold the lock `path` during the block; `Busy` when another process holds it.
 
-    Where there is no flock, the file itself is the lock, which another machine's death leaves behind; or, where it is not to be had
-    `without_flock`, that is an `OSError` of UNSUPPORTED.
+    On a file system without flock, the file itself is the lock; it stays behind when another machine dies. With `without_flock`
+    false, such a file system is an `OSError` with an errno of UNSUPPORTED.
     """
     try:
         descriptor = flocked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,7 +76,7 @@ def locked(path: Path, without_flock: bool = True) -> Iterator[None]:
             yield
         return
     try:
-        with suppress(OSError):  # a full disk: the lock holds, and who holds it is not said
+        with suppress(OSError):  # a full disk: the lock holds, but its file does not name us
             os.ftruncate(descriptor, 0)
             os.write(descriptor, _myself())
         yield
@@ -85,7 +85,7 @@ def locked(path: Path, without_flock: bool = True) -> Iterator[None]:
 
 
 def flocked(path: Path, operation: int) -> int:
-    """A descriptor of `path`, made if need be, with this flock on it. Forked children do not keep it."""
+    """A descriptor of `path` with this flock on it; a missing file is created. Forked children do not keep the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -100,14 +100,14 @@ def flocked(path: Path, operation: int) -> int:
 
 
 def remove(path: Path, descriptor: int) -> None:
-    """Give the lock back and remove its file, unless another one is there by now."""
+    """Release the lock and remove its file, unless the path is another file by now."""
     if _is_at(path, descriptor):
         path.unlink(missing_ok=True)
     close(descriptor)
 
 
 def close(descriptor: int) -> None:
-    """Give the lock back; the file stays."""
+    """Release the lock; the file stays."""
     _held.discard(descriptor)
     os.close(descriptor)
 
@@ -120,7 +120,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _forget() -> None:
-    """In a forked child: its copies of the descriptors would keep the locks after their owner's death."""
+    """Close a forked child's copies of the descriptors, which would keep the locks after their owner's death."""
     while _held:
         os.close(_held.pop())
 
@@ -135,7 +135,7 @@ def _myself() -> bytes:
 
 
 def _owner(path: Path) -> Owner | None:
-    """Who the file says holds it; it is empty for a moment after it was made."""
+    """The holder that the file names; the file is empty for a moment after it was created."""
     for _ in range(10):
         try:
             return Owner(**json.loads(path.read_bytes()))
@@ -146,7 +146,7 @@ def _owner(path: Path) -> Owner | None:
 
 @contextmanager
 def _linked(path: Path) -> Iterator[None]:
-    """The lock where there is no flock: who makes the file holds it; one whose process is gone from this machine is taken."""
+    """The lock where there is no flock: the file's creator holds it. A file of a dead process of this machine is removed first."""
     temporary, myself = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"), _myself()
     temporary.write_bytes(myself)
     try:
@@ -156,7 +156,7 @@ def _linked(path: Path) -> Iterator[None]:
                 break
             except FileExistsError:
                 owner = _owner(path)
-                if owner is not None and not owner.is_gone():  # it appears with its content, so an empty one is nobody's
+                if owner is not None and not owner.is_gone():  # it appears with its content, so an empty file is nobody's lock
                     raise Busy(path, owner) from None
                 _take_away(path, owner)
     finally:
@@ -169,7 +169,7 @@ def _linked(path: Path) -> Iterator[None]:
 
 
 def _take_away(path: Path, gone: Owner | None) -> None:
-    """Remove the lock of a process that is gone, but not that of somebody who was faster in doing so."""
+    """Remove the lock of a process that is gone, but not that of another process that did the same a moment earlier."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.rename(aside)

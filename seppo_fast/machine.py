@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The machine and the source that a result was measured on."""
 
 import math
 import os
@@ -33,7 +33,7 @@ def cores() -> int:
 
 
 def too_many_threads(ranks: int, threads: int, cores: int) -> str:
-    """What to do where the threads of all ranks on a machine are more than its cores, and wait for one another; else empty."""
+    """Advice where all ranks of a machine together have more threads than it has cores; else empty."""
     if ranks * threads <= cores:
         return ""
     each = max(1, cores // ranks)
@@ -42,12 +42,16 @@ def too_many_threads(ranks: int, threads: int, cores: int) -> str:
 
 
 def commit() -> str | None:
-    """The source's git commit, with + when files differ from it; None outside a repository."""
+    """The source's git commit, with "+" where files differ from it; None outside a repository of this source.
+
+    An installed copy may lie in somebody else's repository, which does not track it.
+    """
+    git, this = ["git", "-C", str(Path(__file__).parent)], Path(__file__).name
     try:
-        described = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"],
-            capture_output=True, text=True,
-        )
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", this], capture_output=True)
+        if tracked.returncode:
+            return None
+        described = subprocess.run([*git, "describe", "--always", "--abbrev=40", "--dirty=+"], capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return described.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""What operators give on the meta device, remembered: PyTorch works most of it out in Python, and networks repeat themselves."""
+"""Results of operators on the meta device, cached: PyTorch computes most of them in Python, and networks repeat themselves."""
 
 from functools import cache
 from typing import Any
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-_KNOWN: dict[Any, Any] = {}  # by operator and what its arguments look like; tensors that look like the results
+_KNOWN: dict[Any, Any] = {}  # operator and the look of its arguments -> tensors that look like the results
 
 
 def call(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`operator(*args, **kwargs)`, or new tensors that look as its results did for meta tensors that looked alike."""
+    """`operator(*args, **kwargs)`; for meta tensors that look as in an earlier call, new tensors that look like its results."""
     leaves, form = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors or any(tensor.device.type != "meta" for tensor in tensors) or _writes_or_views(operator):
         return operator(*args, **kwargs)
-    # With their types, for True == 1 == 1.0.
+    # With types, because True == 1 == 1.0.
     looks = tuple((leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
     try:
         known = _KNOWN.get(key := (operator, form, looks))
@@ -27,7 +27,7 @@ def call(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     result = operator(*args, **kwargs)
     like = tree_map(_new, result)
     given = {id(tensor.untyped_storage()) for tensor in tensors}
-    # Some views are not declared as such, and some results lie in larger storages.
+    # Some views are not declared as views, and some results lie in larger storages.
     if _bytes(like) == _bytes(result) and not given & {id(tensor.untyped_storage()) for tensor in _tensors(result)}:
         _KNOWN[key] = like
     return result

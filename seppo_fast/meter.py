@@ -1,4 +1,4 @@
-"""Bytes alive and FLOPs, followed operator by operator on any device: the CPU's allocator does not count, and meta has none."""
+"""Bytes alive and FLOPs, counted operator by operator on any device: the CPU's allocator has no counters, and meta has none."""
 
 import weakref
 from typing import Any
@@ -13,10 +13,10 @@ from seppo_fast import meta
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of the storages born under it until they die, `now` and `peak`, and `flops`.
+    """Counts the bytes of the storages that are made under it and still alive, `now` and at the `peak`, and `flops`.
 
-    Kernels' own workspaces and the allocator's rounding are not seen. A storage's finalizer is a weak reference, as in
-    PyTorch's own `torch.distributed._tools.mem_tracker`; its `FlopCounterMode` would keep tensors alive.
+    It does not see kernels' workspaces or the allocator's rounding. A weak reference tells when a storage dies, as in
+    `torch.distributed._tools.mem_tracker`; PyTorch's `FlopCounterMode` would keep tensors alive.
     """
 
     def __init__(self) -> None:

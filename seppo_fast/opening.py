@@ -1,4 +1,4 @@
-"""Opening the files of models, runs and configurations: what is wrong with one is a message that names it and says what to do."""
+"""Opening the files of models, runs and configurations; a message names the file that is wrong and says what to do."""
 
 import os
 import pwd
@@ -15,17 +15,17 @@ MOST_TEXT = 64 << 20  # bytes; the largest vocabularies are a quarter of it
 
 
 class NotRegular(OSError):
-    """A path is a folder, a named pipe or a device, for which one could wait for ever."""
+    """A path is a folder, a named pipe or a device; reading one may never end."""
 
 
 def expanded(path: str) -> Path:
-    """The path that a person means: "~" is a home folder, unless something is called just so, or no such home is known."""
+    """The path with "~" replaced by the home folder, unless a file has exactly this name or the home is not known."""
     return Path(path if os.path.lexists(path) else os.path.expanduser(path))
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The opened file; `OSError` where it cannot be, `NotRegular` where it is something else than a file."""
-    _check_regular(path, os.stat(path))  # before it is opened, which some devices take for a request
+    """The opened file; `OSError` where it cannot be opened, `NotRegular` where it is not a regular file."""
+    _check_regular(path, os.stat(path))  # before opening: some devices act when they are opened
     stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     try:
         _check_regular(path, os.fstat(stream.fileno()))
@@ -44,7 +44,7 @@ def open_file(path: Path, advice: str = "") -> BinaryIO:
 
 
 def read_text(path: Path, advice: str = "") -> str:
-    """A file of UTF-8 text, of which there may be a byte order mark; a `UserError` otherwise."""
+    """The text of a UTF-8 file, with or without a byte order mark; a `UserError` otherwise."""
     with open_file(path, advice) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > MOST_TEXT:
@@ -58,11 +58,11 @@ def read_text(path: Path, advice: str = "") -> str:
 
 
 def read_object(path: Path, advice: str = "") -> dict[str, Any]:
-    """A JSON object from a file; a `UserError` where it is none, or a key is given twice."""
+    """The JSON object in a file; a `UserError` where there is none, or a key is given twice."""
     after = f" {advice}" if advice else ""
     try:
         value = parse_json(read_text(path, advice))
-    except ValueError as error:  # no JSON, a key given twice
+    except ValueError as error:  # not JSON, or a key given twice
         raise UserError(f"{path} is not valid JSON ({error}).{after}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object at the top level, got {type(value).__name__}.{after}")
@@ -70,7 +70,7 @@ def read_object(path: Path, advice: str = "") -> dict[str, Any]:
 
 
 def unreadable(path: Path, error: OSError, advice: str = "") -> UserError:
-    """Why a file cannot be read, in words; `advice` is what to do where it is missing."""
+    """Why a file cannot be read, as a message; `advice` is what to do where it is missing."""
     after = f" {advice}" if advice else ""
     if isinstance(error, FileNotFoundError):
         target = f": it is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
@@ -81,7 +81,7 @@ def unreadable(path: Path, error: OSError, advice: str = "") -> UserError:
 
 
 def in_words(error: Exception) -> str | None:
-    """What a person can do about an error that a path causes, wherever it was raised; None for any other."""
+    """A message for an error about a path, with what to do, wherever it was raised; None for any other error."""
     if not isinstance(error, PermissionError | NotRegular) or error.filename is None:
         return None
     path = Path(os.fsdecode(error.filename))
@@ -91,13 +91,13 @@ def in_words(error: Exception) -> str | None:
 
 
 def permission(path: Path) -> str:
-    """Whose file or folder keeps this process from `path`, and what its owner can do."""
+    """Which file or folder keeps this process from `path`, whose it is, and what its owner can do."""
     for place in [*reversed(path.absolute().parents), path]:
         try:
             status = os.stat(place)
             if os.access(place, os.R_OK if place == path else os.X_OK):
                 continue
-        except OSError:  # it is not there, so it was to be written
+        except OSError:  # it does not exist, so it was going to be written
             break
         right = "r" if place == path and not stat.S_ISDIR(status.st_mode) else "rx"
         return f"permission denied: {_whose(place, status)}; its owner can `chmod a+{right}` it"

@@ -1,4 +1,4 @@
-"""Pixels as pictures, and as clips that move."""
+"""Tensors of pixels as pictures, and pictures as animations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ MILLISECONDS = 125  # a frame: AnimateDiff's 8 a second
 
 
 def picture(pixels: Tensor) -> Image.Image:
-    """`(3, H, W)` in [0, 1], cut to that range."""
+    """Pixels `(3, H, W)` in [0, 1] as a picture; values beyond are clipped."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 

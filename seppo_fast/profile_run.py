@@ -1,7 +1,7 @@
 """Where a second of your training goes: `python -m seppo_fast.profile_run --config X [--set KEY=VALUE ...] [--updates 3]`.
 
-Trains for a few updates in a temporary folder, which is removed (the latent cache stays, as after any run), and prints the
-phases of an update, the operators that took longest and what could be turned on. On several ranks:
+Trains for a few updates in a temporary folder, which is removed afterwards (the latent cache stays, as after any run). Prints the
+phases of an update, the operators that took longest, and what could be turned on. On several ranks:
 `deepspeed seppo_fast/profile_run.py --config X`.
 """
 
@@ -24,8 +24,8 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_
     parser.add_argument("--config", required=True, help="a JSON file, or the name of one in seppo_fast/configs")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="override keys of the configuration, e.g. train_batch_size=64 for a shorter update")
-    parser.add_argument("--updates", type=int, default=3, help="how many are measured; one before and one after them are not")
-    parser.add_argument("--rows", type=int, default=15, help="operators a table")
+    parser.add_argument("--updates", type=int, default=3, help="updates to measure, 3 by default; two more are not measured")
+    parser.add_argument("--rows", type=int, default=15, help="operators in each table, 15 by default")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

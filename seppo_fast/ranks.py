@@ -1,4 +1,4 @@
-"""The ranks of a run: who we are, and how all of us agree on something small without touching the accelerator."""
+"""The ranks of a run: this process's place among them, and how they exchange small values without the accelerator."""
 
 import logging
 import os
@@ -21,13 +21,13 @@ from transformers.utils import logging as transformers_logging
 from seppo_fast.errors import UserError
 from seppo_fast.rendezvous import Launch, launched, meet, patience, within
 
-# What a launcher would tell the only rank.
+# The environment that a launcher would give to the only rank.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others; `control` is a gloo group, so that agreeing never waits for a stream."""
+    """This process among the others; `control` is a gloo group, so that exchanging values never waits for a GPU's stream."""
 
     rank: int
     world: int
@@ -44,7 +44,7 @@ class Ranks:
         return int(tensor)
 
     def gather(self, table: Tensor) -> Tensor:
-        """The ranks' equally shaped CPU tables, one below the other; every rank must call."""
+        """The ranks' CPU tables, which have one shape, one below the other; every rank must call."""
         if self.world == 1:
             return table
         tables = [torch.empty_like(table) for _ in range(self.world)]
@@ -65,23 +65,23 @@ class Ranks:
 
 
 def join() -> Ranks:
-    """Join the ranks that the launcher started, or be the only one when there was no launcher."""
+    """Join the ranks that the launcher started, or be the only rank where there was no launcher."""
     launch = launched()
     if launch is None:
-        # DeepSpeed looks for MPI unless it finds all of these; a store in this process, so that there is no port to fight for
+        # DeepSpeed looks for MPI unless all of these are set. The store is in this process, so that no port has to be free.
         launch, store = Launch(0, 1, 0, 1, "127.0.0.1", 0), None if dist.is_initialized() else dist.HashStore()
         os.environ.update(ALONE)
-    else:  # or they have met before, for another evaluation
+    else:  # the ranks have met already where this process evaluates a second time
         store = None if dist.is_initialized() else meet(launch, patience())
-    # DeepSpeed's own collectives for CPUs leave 69 MB a rank in /dev/shm behind, run after run, are compiled for a minute the
-    # first time, and spin for ever when another rank dies: gloo does the same.
+    # DeepSpeed's own collectives for CPUs leave 69 MB a rank in /dev/shm after each run, compile for a minute at first use, and
+    # wait for ever when another rank dies. gloo does their work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available() and launch.local_rank >= torch.cuda.device_count():
-        raise UserError(f"LOCAL_RANK {launch.local_rank}: this machine shows {torch.cuda.device_count()} GPUs; start as many ranks"
+        raise UserError(f"LOCAL_RANK {launch.local_rank}: this machine shows {torch.cuda.device_count()} GPUs; start no more ranks"
                         " on it (--num_gpus, --nproc_per_node)")
     get_accelerator().set_device(launch.local_rank)
     control = within(patience(), lambda: connect(launch, store),
-                     lambda: f"rank {launch.rank} met all others at {launch.address}, but could not connect with each of them: one"
+                     lambda: f"rank {launch.rank} met all others at {launch.address}, but could not connect to each of them: one"
                              " ended at once (see what it printed), or a firewall is between the machines")
     deepspeed.init_distributed(verbose=False)
     device = torch.device(get_accelerator().current_device_name())
@@ -89,27 +89,27 @@ def join() -> Ranks:
 
 
 def connect(launch: Launch, store: dist.Store | None) -> dist.ProcessGroup:
-    """Connect the ranks that have met in `store`, or are connected, and return the control group."""
+    """The control group of the ranks that have met in `store`, which are connected first; without a store they are already."""
     accelerator = get_accelerator()
     accelerator.set_device(launch.local_rank)  # each thread has its own
     if store is not None:
         store.set_timeout(default_pg_timeout)
-        # As DeepSpeed does it, which takes a group that is there; its timeout is for each collective.
+        # As DeepSpeed would do it; it uses a group that exists. The timeout is that of each collective.
         device = accelerator.device(launch.local_rank) if launch.world > 1 and accelerator.device_name() == "cuda" else None
         dist.init_process_group(accelerator.communication_backend_name(), store=store, rank=launch.rank, world_size=launch.world,
                                 timeout=default_pg_timeout, device_id=device)
-    # Caching, checkpoints and reference windows may keep one rank away from the others for long.
+    # One rank may keep the others waiting for long: caching, checkpoints, sampling.
     return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
 
 def leave() -> None:
-    """Part from the other ranks at the end of a run."""
-    deepspeed.comm.destroy_process_group()  # PyTorch's, and DeepSpeed's groups made of it, which a next run would meet
+    """Leave the other ranks at the end of a run."""
+    deepspeed.comm.destroy_process_group()  # PyTorch's and DeepSpeed's groups, or the next run would find them
 
 
 @contextmanager
 def only_rank() -> Iterator[Ranks]:
-    """This process as the only rank, in a program that goes on afterwards with the environment and process group that it had."""
+    """This process as the only rank; afterwards the program has its environment and process group back."""
     launch, theirs = launched(), dist.is_initialized()
     world = dist.get_world_size() if theirs else launch.world if launch else 1
     if world > 1:
@@ -124,13 +124,13 @@ def only_rank() -> Iterator[Ranks]:
             dist.destroy_process_group(ranks.control) if theirs else leave()
     finally:
         for name, value in before.items():
-            os.environ.pop(name, None)  # else a command that the program starts would take itself for a rank
+            os.environ.pop(name, None)  # or a command that the program starts would believe that it is a rank
             if value is not None:
                 os.environ[name] = value
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to the run's own words: only what libraries call a problem is shown."""
+    """Silence what libraries print, errors apart, so that the terminal shows what the run says."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     diffusers_logging.set_verbosity_error()

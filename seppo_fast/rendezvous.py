@@ -1,4 +1,4 @@
-"""Where the ranks of one launch meet: nobody waits for ever, and who did not come is named."""
+"""Where the ranks of one launch meet. The waiting ends after a time, and the message names the ranks that did not come."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher told this process in its environment."""
+    """What a launcher wrote into this process's environment."""
 
     rank: int
     world: int
@@ -32,19 +32,19 @@ class Launch:
 
     @property
     def address(self) -> str:
-        """For messages, in the words of the environment's variables."""
+        """The meeting point, for messages, with the names of the environment's variables."""
         return f"MASTER_ADDR:MASTER_PORT {self.host}:{self.port}"
 
 
 def launched() -> Launch | None:
-    """The launch that this process is a rank of; None when there was no launcher. `UserError` when its variables say no launch."""
+    """The launch that this process is a rank of; None where there was no launcher. `UserError` where its variables are wrong."""
     if "RANK" not in os.environ:
         return None
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     lacking = [name for name in names if not os.environ.get(name)]
     if lacking:
         raise UserError(f"RANK is set, as a launcher does, but {' and '.join(lacking)} not: unset RANK for a run on one device, or"
-                        " start the ranks by `deepspeed` or `torchrun`")
+                        " start the ranks with `deepspeed` or `torchrun`")
     local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     try:
         rank, world, local_rank, port = (int(os.environ[name]) for name in names if name != "MASTER_ADDR")
@@ -58,13 +58,13 @@ def launched() -> Launch | None:
 
 
 def patience() -> float:
-    """How many seconds to wait for others: a minute, or DeepSpeed's variable, which is in minutes."""
+    """How many seconds to wait for other ranks: a minute, or what DEEPSPEED_TIMEOUT says in minutes."""
     return 60 * float(os.environ.get("DEEPSPEED_TIMEOUT") or PATIENCE / 60)
 
 
 @dataclass
 class Meeting:
-    """A launch's ranks on their way; `lacking` are those that have not come yet, as far as this rank knows."""
+    """The meeting of a launch's ranks; `lacking` are those that have not come yet, as far as this rank knows."""
 
     launch: Launch
     lacking: list[int] | None = None
@@ -81,11 +81,11 @@ class Meeting:
         store.set(f"rank {launch.rank}", myself)
         names = self._gather(store) if launch.rank == 0 else self._hear(store)
         if names[launch.rank:launch.rank + 1] != [myself]:
-            raise UserError(f"at {launch.address} the ranks of another run meet: give this one a port of its own (--master_port)")
+            raise UserError(f"the ranks of another run meet at {launch.address}: give this one a port of its own (--master_port)")
         return dist.PrefixStore(hashlib.sha256("".join(names).encode()).hexdigest(), store)
 
     def _gather(self, store: dist.Store) -> list[str]:
-        """Rank 0: wait for all, tell them who has not come, and at last who has."""
+        """What rank 0 does: wait for all, publish who has not come yet, and in the end the names of all."""
         while True:
             lacking = [rank for rank in self.lacking or range(self.launch.world) if not store.check([f"rank {rank}"])]
             if lacking != self.lacking:
@@ -104,18 +104,18 @@ class Meeting:
         return json.loads(store.get("all"))
 
     def failed(self, seconds: float) -> str:
-        """What to tell when it took too long."""
+        """The message for when it took too long."""
         launch, rest = self.launch, f"see what {'it' if self.launch.rank else 'they'} printed"
         if self.store is None and launch.rank:
             return (f"rank {launch.rank} found no rank 0 at {launch.address} for {seconds:.0f} seconds: it ended early (see what it"
-                    " printed), or a firewall or another program is in between")
+                    " printed), or a firewall is between the machines, or another program uses the port")
         names = few(f"rank {rank}" for rank in self.lacking or ())
-        return (f"{names or 'the others'} did not come to {launch.address} for {seconds:.0f} seconds: {rest}, and that all machines"
-                " reach this address; where machines start slowly, DEEPSPEED_TIMEOUT=5 waits five minutes")
+        return (f"{names or 'the others'} did not come to {launch.address} for {seconds:.0f} seconds: {rest}, and check that all"
+                " machines reach this address; where machines start slowly, DEEPSPEED_TIMEOUT=5 waits five minutes")
 
 
 def meet(launch: Launch, seconds: float) -> dist.Store:
-    """A store of this launch alone, once all its ranks have come; `UserError` after so many seconds."""
+    """A store of this launch alone, once all its ranks have come; `UserError` after `seconds`."""
     meeting = Meeting(launch)
     try:
         return within(seconds, meeting.meet, lambda: meeting.failed(seconds))
@@ -127,10 +127,9 @@ def meet(launch: Launch, seconds: float) -> dist.Store:
 
 
 def within(seconds: float, work: Callable[[], T], complaint: Callable[[], str]) -> T:
-    """What `work` returns; `UserError` with the complaint when it takes longer.
+    """What `work` returns; `UserError` with the complaint where it takes longer than `seconds`.
 
-    It is done by a thread: PyTorch's own waiting would hear no signal, and would go on for ever at a port where something else
-    listens.
+    A thread does the work, because PyTorch's own waiting ignores signals, and never ends at a port where another program listens.
     """
     results: list[T] = []
     errors: list[BaseException] = []

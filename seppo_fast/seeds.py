@@ -1,4 +1,4 @@
-"""Random numbers addressed by what they are for, so that batch size, world size and resume cannot change them."""
+"""Random numbers that depend on their purpose alone, so that batch size, world size and resume cannot change them."""
 
 import hashlib
 from collections.abc import Iterable, Sequence

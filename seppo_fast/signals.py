@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, from the first moment of a command on: this module imports nothing that takes time."""
+"""SIGTERM and SIGINT, handled from the start of a command: this module imports nothing that takes time."""
 
 import os
 import signal
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class Stop(BaseException):
-    """The run was asked to stop by a signal; raised where a checkpoint can be written, which `checkpoint` then names.
+    """A signal asked the run to stop. Raised where a checkpoint can be written, which `checkpoint` then names.
 
-    Like KeyboardInterrupt no `Exception`, so that nobody who skips bad images skips it. `together`: all ranks raise it at once.
+    Like KeyboardInterrupt not an `Exception`, so that code that skips bad images lets it pass. `together`: all ranks raise it.
     """
 
     checkpoint: Path | None = None
@@ -28,44 +28,44 @@ class Stop(BaseException):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT: the first one counts. Once `deferred`, it is remembered and all ranks raise `Stop` at the same place."""
+    """Handlers of SIGTERM and SIGINT; the first signal counts. Once `deferred`, all ranks raise `Stop` later, at the same place."""
 
     def __init__(self, signums: Iterable[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
         self.received = 0
-        self.deferred = False  # before training there is nothing to save, and no reason to wait
+        self.deferred = False  # before training there is nothing to save
         self.joined = False
         for signum in signums:
             signal.signal(signum, self._remember)
 
     def check(self, ranks: "Ranks") -> None:
-        """Raise `Stop` if any rank was signalled; every rank must call."""
+        """Raise `Stop` if any rank got a signal; every rank must call."""
         signum = ranks.largest(self.received)
         if signum:
             raise Stop(signum, together=True)
 
     def check_alone(self) -> None:
-        """Raise `Stop` if this rank was signalled."""
+        """Raise `Stop` if this rank got a signal."""
         if self.received:
             raise Stop(self.received)
 
     def status(self, signum: int) -> int:
-        """The exit status of a run that a signal stopped; never 0 before the ranks have joined: a launcher would go on waiting."""
+        """The exit status of a run that a signal stopped; not 0 before the ranks have joined, or a launcher would wait on."""
         return 0 if self.joined and signum == signal.SIGTERM else 128 + signum
 
     def _remember(self, signum: int, _frame: object) -> None:
-        if self.received:  # a second one, of the launcher or of an impatient person, must not break what the first one began
+        if self.received:  # a second one, from the launcher or an impatient person, must not break the stop that began
             return
         self.received = signum
         if not self.deferred:
             raise Stop(signum)
         if os.environ.get("RANK", "0") == "0":
-            # Not print: the signal may have come in the middle of one.
+            # Not print(): the signal may have interrupted one.
             os.write(2, f"\n{signal.Signals(signum).name}: stopping after this micro-batch, with a checkpoint\n".encode())
 
 
 @contextmanager
 def handled() -> Iterator[StopSignals]:
-    """Signals stop a run in a program that goes on afterwards. In other threads than the main one Python allows no handlers."""
+    """Signal handlers for a run inside a program that goes on afterwards. Python allows handlers in the main thread only."""
     signums = (signal.SIGTERM, signal.SIGINT)
     before = {signum: signal.getsignal(signum) for signum in signums if threading.current_thread() is threading.main_thread()}
     try:

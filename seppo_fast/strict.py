@@ -1,4 +1,4 @@
-"""JSON and CSV headers as people write them, read strictly: a name that is given twice is an error, not the last one's value."""
+"""JSON and CSV headers, read strictly: a name that is given twice is an error, where other readers take the last value."""
 
 import json
 from collections.abc import Iterable
@@ -8,11 +8,11 @@ from seppo_fast.errors import UserError
 
 
 class GivenTwice(ValueError):
-    """A name comes more than once where each means something of its own."""
+    """A name is given more than once in one object."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, but `GivenTwice` where an object has a key twice; whatever is wrong is a ValueError."""
+    """`json.loads`, with `GivenTwice` where an object has a key twice; every error is a ValueError."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
@@ -20,7 +20,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def unlike_header(values: int, names: int) -> str:
-    """What is wrong with a CSV row that has not as many values as the header has names."""
+    """What is wrong with a CSV row that has more or fewer values than the header has names."""
     more = "; is a text with a comma in it not in quotes?" if values > names else "; are some missing, or is the line cut off?"
     return f"{values} value{'s' * (values != 1)} where the header has {names} name{'s' * (names != 1)}{more}"
 
@@ -33,7 +33,7 @@ def check_columns(names: Iterable[str], where: str) -> None:
 
 
 def twice(names: Iterable[str]) -> list[str]:
-    """The names that come more than once, sorted."""
+    """The names that occur more than once, sorted."""
     seen: set[str] = set()
     return sorted({name for name in names if name in seen or seen.add(name)})
 
@@ -41,5 +41,5 @@ def twice(names: Iterable[str]) -> list[str]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     again = twice(name for name, _ in pairs)
     if again:
-        raise GivenTwice(f"{', '.join(again)} is given twice in the same section; JSON would take the last silently")
+        raise GivenTwice(f"{', '.join(again)} is given twice in the same section; JSON would silently take the last value")
     return dict(pairs)

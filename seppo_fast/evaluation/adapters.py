@@ -1,4 +1,4 @@
-"""LoRA files (diffusers' or kohya's names, text encoders, alphas), put on a model as a whole or refused."""
+"""LoRA files (diffusers' or kohya's names, text encoders, alphas): put on a model completely, or refused."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ class Adapter:
     metadata: Mapping[str, Any] | None
 
     def put_on(self, part: str, module: nn.Module) -> None:
-        """Adapters beside the weights of `module`, the component `part`; `UserError` unless each tensor has its place."""
+        """Put adapters beside the weights of `module`, the component `part`; `UserError` unless each tensor has a place."""
         own = {name: value for name, value in self.tensors.items() if name.startswith(f"{part}.")}
         if not own:
             return
@@ -42,7 +42,7 @@ class Adapter:
                     module.load_lora_adapter(own, prefix=part, metadata=self.metadata)
                 else:
                     StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(own, None, module, part, metadata=self.metadata)
-        except Exception as error:  # whatever the loaders raise; the file's names and shapes are the only input
+        except Exception as error:  # loaders may raise anything; the file's names and shapes are the only input
             raise UserError(f"{self.file} does not fit the model's {part}: {str(error).strip().splitlines()[0]}") from error
         placed = sum(".lora_" in name for name, _ in module.named_parameters())
         if placed != len(own):
@@ -51,7 +51,7 @@ class Adapter:
 
 
 def read_adapter(file: Path, model: Model) -> Adapter:
-    """The LoRA in a safetensors file, for a model of this family; `UserError` where a part of it would be left out."""
+    """The LoRA in a safetensors file, for a model of this family; `UserError` where a part of it would not be used."""
     check_tensors(file)
     loader = StableDiffusionXLLoraLoaderMixin if isinstance(model, StableDiffusionXL) else StableDiffusionLoraLoaderMixin
     unet = FrozenDict({"layers_per_block": 2} | model.directory.configs["unet"])
@@ -66,7 +66,7 @@ def read_adapter(file: Path, model: Model) -> Adapter:
             tensors, *_ = loader.lora_state_dict(raw, unet_config=unet)
     except UserError:
         raise
-    except Exception as error:  # names that kohya's conversion does not know, matrices that are none
+    except Exception as error:  # names that kohya's conversion does not know, tensors that are not matrices
         raise UserError(f"{file} is no LoRA that diffusers reads: {str(error).strip().splitlines()[0]}") from error
     parts = ("unet", *(part for part in TEXT_ENCODERS if part in model.directory.configs))
     if strangers := [name for name in tensors if name.split(".")[0] not in parts or not any(kind in name for kind in LORA)]:
@@ -77,7 +77,7 @@ def read_adapter(file: Path, model: Model) -> Adapter:
 
 
 def content_of(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors of a safetensors file, and what diffusers or PEFT noted about the adapter."""
+    """The tensors of a safetensors file, and the metadata of diffusers or PEFT about the adapter."""
     try:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}
@@ -95,7 +95,7 @@ def content_of(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def scaled(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without alphas: each layer's up matrix is multiplied by alpha / rank. Loaders differ in how they treat alphas."""
+    """The tensors with alphas multiplied in: each layer's up matrix times alpha / rank. Loaders treat alphas differently."""
     alphas = {name.removesuffix(".alpha"): float(value) for name, value in tensors.items() if name.endswith(".alpha")}
     found = {}
     for name, value in tensors.items():
@@ -109,7 +109,7 @@ def scaled(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """No warnings by diffusers: what it would leave out is an error here, with the file's name."""
+    """No warnings by diffusers: tensors that it would leave out are an error here, with the file's name."""
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The command line of an evaluation, checked, as a request."""
+"""From the command line of an evaluation to a checked request."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from seppo_fast.ranks import Ranks
 
 
 def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> Request:
-    """The request, with all checked that can be before anything is loaded; rank 0 fetches hub ids first."""
+    """The request, checked as far as possible before anything is loaded; rank 0 downloads from the hub first."""
     for turn in (ranks.rank == 0, ranks.rank != 0):
         if turn:
             candidates = open_candidates(arguments.models, arguments.variant, arguments.motion_adapter, arguments.frames)
@@ -37,7 +37,7 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
 
 
 def chosen(given: Sequence[str] | None, video: bool, flag: str) -> list[str]:
-    """The names of the scores that were given, in the tables' order; of all scores if none was given."""
+    """The names of the given scores in the tables' order; all scores if none was given."""
     known = [score.name for score in scores_of(video)]
     unknown = [name for name in given or () if name not in known]
     if unknown:
@@ -55,7 +55,7 @@ def check_real(folder: Path | None, model: Model, flag: str) -> None:
 
 
 def weights_of(given: Sequence[str]) -> dict[str, str]:
-    """Score or score.part -> path, of `SCORE=PATH` and `SCORE.PART=PATH`."""
+    """Score or score.part -> path, from arguments `SCORE=PATH` and `SCORE.PART=PATH`."""
     found = {}
     for argument in given:
         name, equals, path = argument.partition("=")
@@ -67,7 +67,7 @@ def weights_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def check_weights(given: Mapping[str, str], flag: str) -> None:
-    """UserError unless every name is that of a score, or of a part of one."""
+    """UserError unless every name is that of a score or of a part of one."""
     known = {name for score in (*scores_of(False), *scores_of(True)) for part in score.wants for name in flags(score, part)}
     for name, path in given.items():
         if name not in known:

@@ -1,4 +1,4 @@
-"""The models that are compared: pipeline directories, hub ids, and LoRA weights that go on the first of them."""
+"""The models that are compared: pipeline directories, hub ids, and LoRA weights, which are put on the first model."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ NAME = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789
 
 @dataclass(frozen=True)
 class Candidate:
-    """`given` is the path as it was given; `lora` the LoRA file that goes on `model`, or None."""
+    """A model to compare. `given` is the path as the user gave it; `lora` is the LoRA file that is put on `model`, or None."""
 
     name: str
     given: str
@@ -32,11 +32,11 @@ class Candidate:
 
     @property
     def local(self) -> bool:
-        """Whether it comes from files on this machine, so that nothing tells what is in them."""
+        """Whether it comes from files on this machine, whose content nothing can confirm."""
         return self.lora is not None or expanded(self.given).exists()
 
     def load_unet(self, dtype: torch.dtype) -> UNet:
-        """The network from disk, on the CPU, for inference; adapters stay beside the weights, as in training."""
+        """The network from disk, on the CPU, for inference; adapters stay separate from the weights, as in training."""
         unet = self.model.load_unet(dtype)
         if self.lora is not None:
             read_adapter(self.lora, self.model).put_on("unet", unet)
@@ -44,12 +44,12 @@ class Candidate:
         return unet.eval().requires_grad_(False)
 
     def load_text(self, device: torch.device) -> Callable[[list[str]], Conditions]:
-        """Prompts to conditions, by text encoders with the LoRA that the file has for them."""
+        """Prompts to conditions, by text encoders with the LoRA file's weights for them."""
         adapter = read_adapter(self.lora, self.model) if self.lora is not None else None
         return self.model.load_text(device, adapt=lambda part, encoder: adapter.put_on(part, encoder) if adapter else None)
 
     def fingerprint(self) -> str:
-        """A digest of the files' names, sizes and times. It tells whether the samples in a folder are this model's."""
+        """A digest of the files' names, sizes and times, to find out whether the samples in a folder are this model's."""
         directories = [self.model.directory, *filter(None, [getattr(self.model, "adapter", None)])]
         files = [file for directory in directories for weights in directory.weights.values() for file in weights.files]
         stamps = [[file.name, stamp_of(file)] for file in sorted({*files, *filter(None, [self.lora])})]
@@ -57,7 +57,8 @@ class Candidate:
 
 
 def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: str | None, frames: int) -> list[Candidate]:
-    """`NAME=PATH` each, checked without loading weights; a LoRA goes on the first model, or on `PIPELINE+LORA`'s own."""
+    """The models of arguments `NAME=PATH`, checked without loading weights. A LoRA is put on the first model, or on its own
+    in `PIPELINE+LORA`."""
     found: list[Candidate] = []
     for argument in given:
         name, equals, path = argument.partition("=")
@@ -101,7 +102,7 @@ def parts_of(path: str) -> tuple[str | None, Path | None]:
 
 
 def lora_file(path: str) -> Path | None:
-    """The LoRA weights that a folder or file is; None when it is something else."""
+    """The LoRA file in a folder, or the file itself; None where it is something else."""
     place = expanded(path)
     if place.is_dir() and (place / LORA).is_file() and not (place / "model_index.json").exists():
         return place / LORA
@@ -109,7 +110,7 @@ def lora_file(path: str) -> Path | None:
 
 
 def motion_adapter_for(pipeline: str, motion_adapter: str | None) -> str | None:
-    """The adapter, unless the pipeline is AnimateDiff's and has its own."""
+    """The motion adapter, unless the pipeline is an AnimateDiff, which has its own."""
     index = expanded(pipeline) / "model_index.json"
     own = index.is_file() and read_json(index).get("_class_name") == "AnimateDiffPipeline"
     return None if own else motion_adapter

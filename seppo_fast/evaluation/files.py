@@ -1,4 +1,4 @@
-"""The samples as files: written whole or not at all; one that cannot be read is named."""
+"""The samples as files: written completely or not at all; a message names a file that cannot be read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from seppo_fast.pictures import MILLISECONDS, picture, save_clip
 
 
 def keep(pixels: Tensor, path: Path) -> None:
-    """`(3, H, W)` in [0, 1] as a PNG, `(F, 3, H, W)` as a lossless animated WebP; all of the file or nothing."""
+    """Write `(3, H, W)` in [0, 1] as a PNG, or `(F, 3, H, W)` as a lossless animated WebP; all of the file or nothing."""
     temporary = path.with_name(f".{path.name}")
     try:
         if path.suffix == ".png":
@@ -68,5 +68,5 @@ def clip_file(folder: Path, clip: str) -> Path:
 
 @lru_cache(maxsize=1)
 def _names_in(folder: Path, changed: int) -> dict[str, str]:
-    """The names in a folder. `changed` is the folder's time of change, so that a changed folder is read again."""
+    """The names in a folder. `changed` is the folder's time of change: a new one makes the cache read the folder again."""
     return listing(folder)

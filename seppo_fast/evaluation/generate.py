@@ -1,4 +1,4 @@
-"""Samples of every prompt by every model, from the same noise, in files that a later run finds again."""
+"""Draws samples of every prompt with every model from the same noise, into files that a later run finds again."""
 
 import hashlib
 import re
@@ -31,7 +31,7 @@ READABLE = 40  # characters of the prompt in a file's name
 
 @dataclass(frozen=True)
 class Drawing:
-    """How samples are drawn: all that decides them except model and prompt. `frames` is None for images."""
+    """How samples are drawn: everything that decides them except model and prompt. `frames` is None for images."""
 
     seed: int
     per_prompt: int
@@ -43,7 +43,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Slot:
-    """One sample that is to be drawn: the index of its prompt, its number there, and its file below the output folder."""
+    """One sample to draw: the index of its prompt, its number among the prompt's samples, and its file in the output folder."""
 
     prompt: int
     sample: int
@@ -63,7 +63,7 @@ def share_of(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, 
 
 
 def stem(text: str) -> str:
-    """The prompt's first words and a hash, for prompts that begin alike."""
+    """The prompt's first words and a hash, because prompts may begin alike."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower())[:READABLE].strip("-")
     return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:10]}".lstrip("-")
 
@@ -82,7 +82,7 @@ class Renderer:
 
 def generate(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, out: Path, ranks: Ranks,
              say: Callable[[str], None] = print) -> dict[str, str]:
-    """File -> why it could not be made, where the model's output is not finite. Draws this rank's samples that have no file."""
+    """Draw this rank's samples that have no file. Returns file -> why it could not be made, where a sample is not finite."""
     todo = [slot for slot in share_of(candidate, prompts, drawing, ranks) if not (out / slot.file).is_file()]
     if not todo:
         return {}
@@ -93,7 +93,7 @@ def generate(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, 
 
 def render(todo: Sequence[Slot], prompts: Sequence[Prompt], seed: int, out: Path, renderer: Renderer,
            progress: Callable[[], Any]) -> dict[str, str]:
-    """File -> why it could not be made, where the model's output is not finite. Makes the samples' files in `out`."""
+    """Write the samples' files in `out`. Returns file -> why it could not be made, where a sample is not finite."""
     problems = {}
     for some in chunks(todo, renderer.batch_size):
         noise = torch.stack([initial_noise(renderer.shape, seed, prompts[slot.prompt].text, slot.sample) for slot in some])
@@ -130,7 +130,7 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
 
 
 def latent_shape(model: Model, drawing: Drawing) -> tuple[int, ...]:
-    """(C, h, w) of an image's latents, (C, F, h, w) of a video's; at the model's own size unless the drawing has another."""
+    """The latents' shape: (C, h, w) of an image, (C, F, h, w) of a video; in the model's own size unless the drawing has one."""
     side = drawing.resolution or own_side(model) * model.vae_scale_factor
     if side % model.vae_scale_factor:
         raise UserError(f"--resolution {side} is no multiple of {model.vae_scale_factor}, by which the VAE in {model.path} shrinks"
@@ -150,5 +150,5 @@ def own_side(model: Model) -> int:
 
 
 def initial_noise(shape: Sequence[int], seed: int, prompt: str, sample: int) -> Tensor:
-    """Standard normal noise: the same for every model, whatever other prompts there are and wherever it is drawn."""
+    """Standard normal noise, the same for every model, whatever the other prompts, the batch and the rank."""
     return torch.randn(tuple(shape), generator=generator(seed, "evaluation", prompt, sample))

@@ -19,7 +19,7 @@ from seppo_fast.models.tokens import cut_off, token_counter
 from seppo_fast.opening import expanded
 from seppo_fast.strict import GivenTwice, check_columns, parse_json, unlike_header
 
-COLUMNS = ("prompt", "caption", "text", "name")  # in any case; of those that are there, the first
+COLUMNS = ("prompt", "caption", "text", "name")  # in upper or lower case; the first that a file has
 GROUP_COLUMNS = ("group", "style")
 CLIP_COLUMNS = ("videoid", "video", "file_name")
 FORMS = ".txt, .jsonl, .csv, .tsv, .json, .parquet, or a folder of HPSv2's .json files"
@@ -27,7 +27,7 @@ FORMS = ".txt, .jsonl, .csv, .tsv, .json, .parquet, or a folder of HPSv2's .json
 
 @dataclass(frozen=True)
 class Prompt:
-    """`sets`: the groups that it is in, the whole file first, then a part of it; `clip`: the real clip's id or file name."""
+    """A prompt. `sets`: its groups, the whole file first, then a part of it; `clip`: the real clip's id or file name."""
 
     text: str
     sets: tuple[str, ...]
@@ -47,7 +47,7 @@ class Line:
 @readable()
 def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[str], None] = print, flag: str = "--prompts"
                  ) -> list[Prompt]:
-    """The prompts of all sets, `FILE` or `NAME=FILE`, at most `limit` of each. A repeated prompt is left out with a message."""
+    """The prompts of all sets, `FILE` or `NAME=FILE`, at most `limit` of each; repeated prompts are left out with a message."""
     prompts: dict[str, Prompt] = {}
     names: set[str] = set()
     for argument in given:
@@ -75,7 +75,7 @@ def read_prompts(given: Sequence[str], limit: int | None = None, say: Callable[[
 
 
 def named_file(argument: str, flag: str) -> tuple[str, Path]:
-    """`NAME=FILE`, or `FILE` by the name of its stem."""
+    """Name and path of `NAME=FILE`; without a name, the file's stem."""
     name, equals, rest = argument.partition("=")
     path = expanded(argument if not equals or Path(argument).exists() else rest)
     if not path.exists():
@@ -84,7 +84,7 @@ def named_file(argument: str, flag: str) -> tuple[str, Path]:
 
 
 def checked(line: Line) -> str:
-    """The prompt without space around it; `UserError` where it is empty or no text."""
+    """The prompt without surrounding space; `UserError` where it is empty or not a text."""
     if not isinstance(line.text, str) or not line.text.strip():
         raise UserError(f"{line.where}: {line.text!r} is no prompt; put one there or remove the row")
     return line.text.strip()
@@ -102,14 +102,14 @@ def lines_of(path: Path) -> Iterator[Line]:
 
 
 def text_lines(path: Path) -> Iterator[Line]:
-    """A prompt a line; empty lines do not count."""
+    """One prompt in each line; empty lines do not count."""
     for number, text in enumerate(io.StringIO(content(path)), 1):
         if text.strip():
             yield Line(f"{path}, line {number}", text)
 
 
 def json_rows(path: Path) -> Iterator[Line]:
-    """A JSON object a line, or a JSON string."""
+    """One JSON object or string in each line."""
     for number, text in enumerate(io.StringIO(content(path)), 1):
         where = f"{path}, line {number}"
         if not text.strip():
@@ -130,7 +130,7 @@ def table_rows(path: Path) -> Iterator[Line]:
         check_columns(map(simple, header), str(path))
         for values in reader:
             where = f"{path}, line {reader.line_num}"
-            if tabs:  # where cells left out at a line's end are empty
+            if tabs:  # there, missing cells at a line's end are empty
                 values += [""] * (len(header) - len(values)) * bool(values)
             elif len(values) < 2 and not "".join(values).strip():
                 continue
@@ -143,7 +143,7 @@ def table_rows(path: Path) -> Iterator[Line]:
 
 
 def json_lists(path: Path) -> Iterator[Line]:
-    """A list of prompts, or one a style: `{"anime": [...], ...}`, as HPSv2's benchmark has them."""
+    """A list of prompts, or a list for each style: `{"anime": [...], ...}`, as in HPSv2's benchmark."""
     found = parsed(str(path), content(path))
     if isinstance(found, list):
         yield from listed(path, found, None)
@@ -155,7 +155,7 @@ def json_lists(path: Path) -> Iterator[Line]:
 
 
 def folder_of_lists(path: Path) -> Iterator[Line]:
-    """HPSv2's benchmark as it is published: a JSON list a style (anime, concept-art, paintings, photo)."""
+    """HPSv2's benchmark as it is published: a JSON list for each style (anime, concept-art, paintings, photo)."""
     files = sorted(path.glob("*.json"))
     if not files:
         raise UserError(f"{path}: there are no .json files in this folder; prompts are read from {FORMS}")
@@ -172,7 +172,7 @@ def listed(path: Path, prompts: Sequence[Any], group: str | None) -> Iterator[Li
 
 
 def parquet_rows(path: Path) -> Iterator[Line]:
-    """Each prompt once: Pick-a-Pic's validation set has a row for each pair of images, and so several for a prompt."""
+    """Each prompt once: Pick-a-Pic's validation set has a row for each pair of images, so a prompt has several rows."""
     check_readable(path)
     try:
         file = pyarrow.parquet.ParquetFile(path.absolute())  # Arrow would take `a:b/c` for a URI
@@ -193,7 +193,7 @@ def parquet_rows(path: Path) -> Iterator[Line]:
 
 
 def from_record(where: str, record: Mapping[str, Any]) -> Line:
-    """A row by the names of its columns."""
+    """A row's prompt, found by the names of the columns."""
     check_columns(map(simple, record), where)
     columns = {simple(name): value for name, value in record.items()}
     column = next((name for name in COLUMNS if name in columns), None)
@@ -204,12 +204,12 @@ def from_record(where: str, record: Mapping[str, Any]) -> Line:
 
 
 def simple(name: str) -> str:
-    """A column's name in small letters, without what a spreadsheet may put around it."""
+    """A column's name in lower case, without characters that a spreadsheet may put around it."""
     return name.lower().strip().removeprefix("\ufeff")
 
 
 def parsed(where: str, text: str, why: Callable[[str, ValueError], str] = lambda text, error: "") -> Any:
-    """A JSON value; `UserError` where the text has none (`why` may explain it), or an object has a key twice."""
+    """A JSON value; `UserError` where the text is not JSON (`why` may explain it), or an object has a key twice."""
     try:
         return parse_json(text)
     except GivenTwice as error:
@@ -223,7 +223,7 @@ def no_column(where: str, columns: Sequence[str]) -> UserError:
 
 
 def content(path: Path) -> str:
-    """The file's text, with line ends as "\n". Text that is neither UTF-8 nor marked as UTF-16 is refused."""
+    """The file's text, with line ends as "\n"; `UserError` where it is neither UTF-8 nor marked as UTF-16."""
     try:
         with open_data(path) as stream:
             wide = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -236,7 +236,7 @@ def content(path: Path) -> str:
 
 
 def tell_truncated(prompts: Sequence[Prompt], model: Model, say: Callable[[str], None], whose: str = "") -> None:
-    """Says how many prompts are longer than what the model's text encoder sees; nothing when none is."""
+    """Say how many prompts are longer than the model's text encoder can see; nothing where none is."""
     if not model.directory.weights:  # a model whose shape alone is known
         return
     count, limit = token_counter(model)

@@ -12,7 +12,7 @@ from seppo_fast.evaluation.report.table import groups_of
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for. `weights`: score or score.part -> file or folder; `real`: the folder of the real clips."""
+    """An evaluation to do. `weights`: score or score.part -> file or folder; `real`: the folder of the real clips."""
 
     candidates: list[Candidate]
     prompts: list[Prompt]

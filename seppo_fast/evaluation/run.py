@@ -28,11 +28,11 @@ SETTINGS = "evaluation.json"
 
 
 def evaluate(request: Request, ranks: Ranks, say: Callable[[str], None] = print) -> dict[str, Any] | None:
-    """The result, which is in scores.json too, on the first rank; every rank calls. Draws, scores and reports."""
+    """Draw, score and report; every rank calls. The first rank returns the result, as scores.json has it."""
     if ranks.rank == 0:
         remember(request)
     ranks.barrier()
-    missing = find_all(request, ranks)  # drawing may take hours, and what a score lacks need not wait for it
+    missing = find_all(request, ranks)  # before drawing, which may take hours
     tell_missing(missing, request, say)
     problems: dict[str, str] = {}
     for candidate in request.candidates:
@@ -53,7 +53,7 @@ def evaluate(request: Request, ranks: Ranks, say: Callable[[str], None] = print)
 
 
 def tell_missing(missing: Mapping[str, str], request: Request, say: Callable[[str], None]) -> None:
-    """Says what the scores lack, and what happens without them."""
+    """Say what the scores lack, and what happens without them."""
     for why in missing.values():
         say(f"missing: {why}")
     if len(missing) == len(request.scores):
@@ -67,20 +67,20 @@ def nothing_scored(result: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def timed(out: Path, candidate: Candidate) -> Iterator[None]:
-    """Add the block's seconds to those that the candidate's samples took in earlier runs, also when it is interrupted."""
+    """Add the block's seconds to those of earlier runs for the candidate's samples, also when the block is interrupted."""
     start = time.perf_counter()
     try:
         yield
     finally:
         seconds = time.perf_counter() - start
-        with suppress(OSError, UserError):  # on a full disk the block's own error is the one to be told
+        with suppress(OSError, UserError):  # on a full disk the block's own error matters
             noted = read_object(out / SETTINGS)
             total = noted["seconds"].get(candidate.name, 0.0) + seconds
             write_whole(out / SETTINGS, noted | {"seconds": noted["seconds"] | {candidate.name: round(total, 3)}})
 
 
 def own_samples(request: Request, problems: Mapping[str, str], ranks: Ranks) -> list[Sample]:
-    """This rank's samples, ready to be scored; one that could not be drawn has no file."""
+    """This rank's samples, ready to be scored; a sample that could not be drawn has no file."""
     return [{"prompt": slot.prompt, "sample": slot.sample, "model": candidate.name,
              "file": None if slot.file in problems else slot.file, "values": {}, "problem": problems.get(slot.file)}
             for candidate in request.candidates
@@ -88,7 +88,7 @@ def own_samples(request: Request, problems: Mapping[str, str], ranks: Ranks) -> 
 
 
 def remember(request: Request) -> None:
-    """Notes settings and models in the output folder; a UserError where it holds samples of other ones."""
+    """Write settings and models into the output folder; a UserError where it holds samples of others."""
     file = request.out / SETTINGS
     try:
         request.out.mkdir(parents=True, exist_ok=True)
@@ -116,13 +116,13 @@ def remember(request: Request) -> None:
 
 
 def write_whole(file: Path, value: Mapping[str, Any]) -> None:
-    """`value` as JSON in `file`; all of it or nothing."""
+    """Write `value` as JSON into `file`; all of it or nothing."""
     with complete_or_not(file) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def settings_of(drawing: Drawing) -> dict[str, Any]:
-    """The settings that decide a sample, as JSON; batch size and number of samples do not."""
+    """The settings that decide a sample, as JSON: without the batch size and the number of samples."""
     sampler = {name: getattr(drawing.sampler, name) for name in ("solver", "steps", "guidance_scale")}
     return {"seed": drawing.seed, "resolution": drawing.resolution, "frames": drawing.frames,
             "dtype": str(drawing.dtype).removeprefix("torch."), **sampler}
@@ -146,7 +146,7 @@ def result_of(request: Request, scored: Scored, seconds: dict[str, float]) -> di
 
 
 def versions() -> dict[str, str]:
-    """Library -> version, of the libraries that are installed."""
+    """Library -> version, for the libraries that are installed."""
     found = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -155,7 +155,7 @@ def versions() -> dict[str, str]:
 
 
 def write(result: dict[str, Any], out: Path) -> None:
-    """Writes scores.json, scores.csv, table.md and index.html."""
+    """Write scores.json, scores.csv, table.md and index.html."""
     (out / "scores.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     (out / "table.md").write_text(markdown(result), encoding="utf-8")
     write_csv(result, out / "scores.csv")

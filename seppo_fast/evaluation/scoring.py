@@ -1,10 +1,9 @@
-"""Samples to values: every rank scores its share. The result names what a score lacks and what could not be scored."""
+"""Samples to values: every rank scores its share. The result names what a score lacks, and samples without a score."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from importlib import import_module
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from seppo_fast.evaluation.video.frechet import Moments, frechet
 from seppo_fast.evaluation.video.real import read_clip
 from seppo_fast.evaluation.video.scores import VIDEO_SCORES, VideoScore
 from seppo_fast.evaluation.weights import locate, source
+from seppo_fast.extras import need
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
 
@@ -51,7 +51,7 @@ class Job:
     ranks: Ranks
 
     def of(self, model: str, group: str) -> Callable[[Sample], bool]:
-        """Whether a sample is one of the model's for a prompt of the group."""
+        """Whether a sample is the model's, for a prompt of the group."""
         return lambda sample: sample["model"] == model and in_group(self.prompt(sample).sets, group)
 
     def prompt(self, sample: Sample) -> Prompt:
@@ -72,7 +72,7 @@ def requested(request: Request) -> list[AnyScore]:
 
 
 def score_all(job: Job, missing: Mapping[str, str] | None = None) -> Scored:
-    """The first rank has all of the result; every rank calls with its share. `missing`: the scores to leave out, and why."""
+    """The result, complete on the first rank; every rank calls with its share. `missing`: the scores to leave out, and why."""
     request, about, set_rows = job.request, [], []
     for score in requested(request):
         why = (missing or {}).get(score.name)
@@ -91,12 +91,12 @@ def score_all(job: Job, missing: Mapping[str, str] | None = None) -> Scored:
 
 
 def kind_of(score: AnyScore) -> str:
-    """"sample", or "set" where all samples together have one value."""
+    """"sample", or "set" for a score with one value for all samples together."""
     return score.kind if isinstance(score, VideoScore) else "set" if isinstance(score, SetScore) else "sample"
 
 
 def agreed(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """What `work` gives on this rank. A UserError on one rank is raised on all, so that they stay in step; every rank must call."""
+    """What `work` returns on this rank. A UserError on one rank is raised on all, which stay in step; every rank must call."""
     found, why = None, None
     try:
         found = work()
@@ -109,7 +109,7 @@ def agreed(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 
 def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """The same, but the first rank works before the others: it fetches what is on the hub."""
+    """The same, with the first rank before the others, because it downloads from the hub."""
     first = agreed(ranks, lambda: work() if ranks.rank == 0 else None)
     return agreed(ranks, lambda: first if ranks.rank == 0 else work())
 
@@ -120,7 +120,7 @@ def loaded(score: AnyScore, job: Job) -> Any:
 
 
 def find_all(request: Request, ranks: Ranks) -> dict[str, str]:
-    """Score -> what it lacks, for those that lack something; what is on the hub is fetched. Every rank must call."""
+    """Score -> what it lacks, for the scores that lack something. Downloads from the hub. Every rank must call."""
     missing = {}
     for score in requested(request):
         try:
@@ -131,7 +131,7 @@ def find_all(request: Request, ranks: Ranks) -> dict[str, str]:
 
 
 def found(score: AnyScore, request: Request) -> dict[str, Path]:
-    """The parts of its weights; a UserError where something that it needs is missing."""
+    """Part -> file of a score's weights; a UserError where something that the score needs is missing."""
     if isinstance(score, VideoScore) and request.real is None:
         raise UserError(f"{score.label} compares with real clips: give their folder by --real")
     check_packages(score)
@@ -139,17 +139,13 @@ def found(score: AnyScore, request: Request) -> dict[str, Path]:
 
 
 def check_packages(score: AnyScore) -> None:
-    """UserError that names a package which a score needs and which is not installed."""
+    """UserError where a package that a score needs is not installed."""
     for name in score.packages:
-        try:
-            import_module(name)
-        except ImportError as error:
-            raise UserError(f"{score.label} ({score.name}) needs the package {name}, which is not here ({error}):"
-                            " pip install 'seppo-fast[evaluation]'") from error
+        need(name, f"{score.label} ({score.name})", "seppo-fast[evaluation]")
 
 
 def apply(score: AnyScore, scorer: Any, job: Job) -> list[dict[str, Any]]:
-    """On the first rank the table's rows of a score that has one value a set; else none. Writes the values into the samples."""
+    """Write a score's values into the samples. Returns, on the first rank, the table's rows of a score with one value a set."""
     if isinstance(score, SetScore):
         return score_sets(score, scorer, job)
     if isinstance(score, VideoScore) and score.kind == "set":
@@ -178,7 +174,7 @@ def put(score: AnyScore, samples: Sequence[Sample], values: Tensor) -> None:
 
 
 def usable(score: AnyScore, sample: Sample, features: Tensor) -> bool:
-    """Whether a sample's features are finite; if not, the sample is left out with a note, and its set still has a value."""
+    """Whether a sample's features are finite. If not, the sample is noted and left out, and its set still gets a value."""
     finite = bool(features.isfinite().all())
     if not finite:
         note(sample, f"{score.label}: its features are not finite")
@@ -186,7 +182,7 @@ def usable(score: AnyScore, sample: Sample, features: Tensor) -> bool:
 
 
 def note(sample: Sample, problem: str) -> None:
-    """Add a problem to a sample, each one once."""
+    """Add a problem to a sample, unless it has it already."""
     known = sample["problem"] or ""
     if problem not in known:
         sample["problem"] = f"{known}; {problem}".removeprefix("; ")
@@ -203,9 +199,9 @@ def images_of(label: str, job: Job) -> Iterator[tuple[list[Image.Image], list[Sa
 
 
 def pairs_of(label: str, job: Job) -> Iterator[tuple[Tensor, Tensor, Sample]]:
-    """Generated clips (F, 3, H, W) in [0, 1] with the real ones of their prompts, where both can be read.
+    """Generated clips (F, 3, H, W) in [0, 1] with the real clips of their prompts, where both can be read.
 
-    Those of one prompt come together: successive pairs share the real clip, the very same tensor, which is decoded once.
+    Clips of one prompt follow one another, and share the tensor of the real clip, which is decoded once.
     """
     read_once = lru_cache(maxsize=1)(read_clip)
     samples = sorted(job.samples, key=lambda sample: sample["prompt"])
@@ -228,7 +224,7 @@ def real_file(job: Job, sample: Sample) -> Path:
 
 
 def given(sample: Sample, read: Callable[[], Any]) -> Any:
-    """What `read` gives, or None for a sample that was not made or cannot be read, which is noted."""
+    """What `read` returns, or None for a sample that was not made or cannot be read; that is noted in the sample."""
     if sample["file"] is None:
         return None
     try:
@@ -239,7 +235,7 @@ def given(sample: Sample, read: Callable[[], Any]) -> Any:
 
 
 def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor], job: Job) -> list[dict[str, Any]]:
-    """The table's rows, one a model and group, of all ranks' images."""
+    """The table's rows, one for each model and group, from the images of all ranks."""
     mine = agreed(job.ranks, lambda: [({name: sample[name] for name in ("model", "prompt")}, vector)
                                       for images, samples in images_of(score.label, job)
                                       for sample, vector in zip(samples, embed(images), strict=True)
@@ -256,7 +252,7 @@ def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor]
 def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job) -> list[dict[str, Any]]:
     """The table's rows: the Frechet distance of each model's clips of a group to the real clips of the same prompts."""
     shares = job.ranks.objects(agreed(job.ranks, lambda: moments_of(score, features, job)))
-    if job.ranks.rank != 0:  # only the first reports, and the root of a large covariance takes a core seconds
+    if job.ranks.rank != 0:  # only the first rank reports, and the root of a large covariance takes a core seconds
         return []
     rows = []
     for key in ((model, group) for model in job.request.models for group in job.request.groups):
@@ -268,7 +264,7 @@ def score_clip_sets(score: VideoScore, features: Callable[[Tensor], Tensor], job
 
 
 def moments_of(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job) -> dict[tuple[str, str], tuple[Moments, Moments]]:
-    """(model, group) -> those of this rank's clips, and of the real ones beside them."""
+    """(model, group) -> the moments of this rank's clips, and of the real clips of their prompts."""
     sums: dict[tuple[str, str], tuple[Moments, Moments]] = {}
     of_real = lru_cache(maxsize=1)(lambda clip: Moments.of(features(clip[None])))  # by the tensor itself, not by its values
     for generated, real, sample in pairs_of(score.label, job):
@@ -283,8 +279,8 @@ def moments_of(score: VideoScore, features: Callable[[Tensor], Tensor], job: Job
 
 
 def set_row(score: AnyScore, model: str, group: str, count: int, value: float | None) -> dict[str, Any]:
-    """A row of the table. One value has no interval that a bootstrap could give (resampled sets are less diverse), so it is
-    never called the best."""
+    """A row of the table. A single value has no bootstrap interval (resampled sets are less diverse), so it is never called the
+    best."""
     value = value if value is not None and math.isfinite(value) else None
     return {"model": model, "group": group, "score": score.name, "mean": value, "low": None, "high": None, "count": count,
             "win_rate": None, "best": False}

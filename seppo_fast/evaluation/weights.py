@@ -1,4 +1,4 @@
-"""Where a score's weights are (the user's paths, else the hub), and what their files hold."""
+"""Where a score's weights are (the user's paths, else the hub), and what the files hold."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +13,16 @@ from seppo_fast.models.files import REFETCH, check_pickle, check_tensors, load_p
 from seppo_fast.models.hub import one_set, small_files
 from seppo_fast.opening import expanded
 
-TOKENIZER = "tokenizer"  # this part of a score is a repository without its weights
+TOKENIZER = "tokenizer"  # of this part of a score, a repository's weights are not needed
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")  # a tokenizer has one of them
 
 
 class MissingWeights(UserError):
-    """A score cannot be given: says which part is missing, where it is published, and the flag to give it by."""
+    """A score cannot be computed: the message says which part is missing, where it is published, and the flag for its path."""
 
 
 class NeedsWeights(Protocol):
-    """What has weights to find: any score."""
+    """Any score: what has weights to find."""
 
     @property
     def name(self) -> str: ...
@@ -33,7 +33,7 @@ class NeedsWeights(Protocol):
 
 
 def flags(score: NeedsWeights, part: str) -> tuple[str, ...]:
-    """What a part is called after --weights, the usual name first."""
+    """The names of a part after --weights, the usual name first."""
     return (score.name, f"{score.name}.{part}") if part == "model" else (f"{score.name}.{part}",)
 
 
@@ -45,13 +45,13 @@ def source(score: NeedsWeights, part: str, given: Mapping[str, str]) -> str:
 def locate(score: NeedsWeights, given: Mapping[str, str]) -> dict[str, Path]:
     """Part -> its file or folder: `given["name"]` for the part "model", `given["name.part"]` for any, else the hub's.
 
-    A tokenizer that lies with the model that was given is taken from there.
+    A tokenizer beside the model that was given is used.
     """
     return {part: _part(score, part, given) for part in score.wants}
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """What a safetensors file or a pickled dictionary of tensors holds, on the CPU; no code in a pickle is run."""
+    """The tensors in a safetensors file or a pickled dictionary, on the CPU; no code in a pickle is run."""
     safetensors = path.suffix == ".safetensors"
     check_tensors(path) if safetensors else check_pickle(path)
     content = load_file(path) if safetensors else load_pickle(path, "cpu")
@@ -93,13 +93,13 @@ def _path(score: NeedsWeights, part: str, given: Mapping[str, str]) -> str | Non
 
 
 def _tokenizer_folders(model: Path) -> tuple[Path, Path]:
-    """Where a tokenizer may lie: the model's folder, or that of its file, and a `tokenizer` in it."""
+    """The folders in which a tokenizer may be: the model's, or that of its file, and a `tokenizer` in it."""
     folder = model.parent if model.is_file() else model
     return folder, folder / TOKENIZER
 
 
 def _local(score: NeedsWeights, part: str, flag: str, path: Path) -> Path:
-    """The path that the user gave, if it is of the right kind, folder or file, or a folder that has the file."""
+    """The path that the user gave, checked to be a folder or file as needed; a folder that has the file is right, too."""
     _, file = _source(score, part)
     if file and path.is_dir():
         path = path / file
@@ -109,19 +109,19 @@ def _local(score: NeedsWeights, part: str, flag: str, path: Path) -> Path:
 
 
 def _hub(score: NeedsWeights, part: str, flag: str) -> Path:
-    """The hub's file or snapshot; without a connection, the one left in the hub's cache."""
+    """The hub's file or snapshot; without a connection, the one in the hub's cache."""
     if score.wants[part].startswith("https://"):
         raise MissingWeights(_message(score, part, flag, "it is not on the hub"))
     repository, file = _source(score, part)
     try:
-        # asked first because it fails at once without a connection, where the others retry for half a minute
+        # called first, because it fails at once without a connection, where the others retry for half a minute
         names = [entry.rfilename for entry in HfApi().model_info(repository).siblings or []]
         if file:
             return Path(hf_hub_download(repository, file))
         return Path(snapshot_download(repository, allow_patterns=needed(names, part)))
     except Exception as error:  # no connection, no such repository, gated, disk full: the user decides what to do
         try:
-            # not snapshot_download, which calls a snapshot incomplete when it lacks files that nobody asked for
+            # not snapshot_download, which calls a snapshot incomplete when it lacks files that were never asked for
             entry = file or ("tokenizer_config.json" if part == TOKENIZER else "config.json")
             cached = Path(hf_hub_download(repository, entry, local_files_only=True))
             return cached if file else cached.parent
@@ -131,13 +131,13 @@ def _hub(score: NeedsWeights, part: str, flag: str) -> Path:
 
 
 def needed(names: list[str], part: str) -> list[str]:
-    """Of a repository's files those of a transformers folder: configurations, vocabularies, one set of weights."""
+    """A repository's files that a transformers folder needs: configurations, vocabularies, one set of weights."""
     top = [name for name in names if "/" not in name]
     return sorted(small_files(top) + ([] if part == TOKENIZER else one_set(top, "transformers", None)))
 
 
 def _source(score: NeedsWeights, part: str) -> tuple[str, str]:
-    """Repository and file; the file is "" where the part is a whole repository. Of a URL, itself and its last part."""
+    """Repository and file; the file is "" where the part is a whole repository. For a URL, the URL and its last part."""
     if score.wants[part].startswith("https://"):
         return score.wants[part], score.wants[part].rsplit("/", 1)[1]
     owner, name, *file = score.wants[part].split("/", 2)

@@ -19,11 +19,11 @@ Model = StableDiffusion | StableDiffusionXL | AnimateDiff
 
 def open_model(path: str, *, revision: str | None = None, variant: str | None = None, motion_adapter: str | None = None,
                frames: int = 1, image_condition: bool = False, labels: Labels = KEYS) -> Model:
-    """A diffusers pipeline directory, or a hub id, checked as far as that goes without loading weights.
+    """The model in a diffusers pipeline directory or behind a hub id, checked as far as possible without loading weights.
 
-    With a `motion_adapter`, a directory or hub id too, Stable Diffusion becomes an AnimateDiff. `frames` is what a video model
-    must have positions for. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not see the
-    image yet; those that are such models already stay as they are. `labels` is what messages call all these.
+    With a `motion_adapter` (a directory or hub id), Stable Diffusion becomes an AnimateDiff. A video model must have positions for
+    `frames`. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not use the image yet; one
+    that is such a model already stays as it is. `labels` is what messages call these settings.
     """
     directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
     family = directory.index["_class_name"]
@@ -36,7 +36,7 @@ def open_model(path: str, *, revision: str | None = None, variant: str | None = 
 
 
 def open_improvement_model(path: str, *, revision: str | None = None, variant: str | None = None, labels: Labels = KEYS) -> Model:
-    """A trained InstructPix2Pix pipeline's directory, or a hub id, as it is: what makes winners of losers."""
+    """The trained InstructPix2Pix model in a directory or behind a hub id: it makes winners from losers."""
     directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
     family = directory.index["_class_name"]
     if family not in PIPELINES.values():
@@ -48,7 +48,7 @@ def open_improvement_model(path: str, *, revision: str | None = None, variant: s
 
 
 def add_image_condition(model: Model) -> Model:
-    """The same model with an image as a condition beside the prompt, which its network does not heed yet."""
+    """The same model with an image as a condition besides the prompt, which does not change its predictions yet."""
     if model.image_condition:
         return model
     if isinstance(model, AnimateDiff):

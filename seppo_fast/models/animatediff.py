@@ -13,10 +13,10 @@ from seppo_fast.models.common import Conditions
 from seppo_fast.models.directory import HERE, Directory
 from seppo_fast.models.sd import StableDiffusion
 
-MOTION = "motion_modules"  # is in the name of each of their weights, and of no other
+MOTION = "motion_modules"  # in the names of their weights, and of no others
 DECODED_AT_ONCE = 16  # frames in the VAE
 MOTION_LENGTH = "motion_max_seq_length"
-# What the motion modules were trained with, other than Stable Diffusion: a linear schedule.
+# The motion modules were trained with a linear schedule, unlike Stable Diffusion.
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear",
              "steps_offset": 1, "clip_sample": False, "timestep_spacing": "linspace"}
 # How model_index.json of an AnimateDiff pipeline differs from Stable Diffusion's.
@@ -38,7 +38,7 @@ class AnimateDiff(StableDiffusion):
         index = directory.index | {"motion_adapter": ["diffusers", "MotionAdapter"]}
         if adapter is not None:
             check_adapter(directory, adapter)
-            common.check_schedule(directory)  # what its class ignores, DDIM would follow
+            common.check_schedule(directory)  # DDIM would follow keys that this class ignores
             index = {name: part for name, part in index.items() if name not in IMAGE_ONLY} | PIPELINE
             scheduler = directory.configs["scheduler"] | SCHEDULER
             directory = replace(directory, configs=directory.configs | {"scheduler": scheduler})
@@ -60,7 +60,7 @@ class AnimateDiff(StableDiffusion):
             return common.load_component(self.directory, "unet", UNetMotionModel, dtype)
         unet = common.load_unet(self.directory, dtype)
         adapter = common.load_component(self.adapter, HERE, MotionAdapter, dtype)
-        with torch.random.fork_rng(devices=[]):  # it is made at random before the weights are copied into it
+        with torch.random.fork_rng(devices=[]):  # its weights are random before those of the files are copied into it
             return joined(self.directory, unet, adapter)
 
     def empty_unet(self) -> UNetMotionModel:

@@ -1,4 +1,4 @@
-"""Which attention kernel the UNets use: PyTorch's or xformers', as chosen or as measured."""
+"""Which attention kernel the UNets use: PyTorch's or xformers', as configured or as measured."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,16 +16,16 @@ from seppo_fast.models.common import UNet
 from seppo_fast.models.launches import Launches, set_processors
 
 PROCESSORS = {"xformers": XFormersAttnProcessor, "sdpa": AttnProcessor2_0}
-KERNELS = tuple(PROCESSORS)  # where ranks choose differently the later one is taken, which works everywhere
+KERNELS = tuple(PROCESSORS)  # where ranks choose differently they take the later one, which works everywhere
 TOKENS = 77  # of a prompt
 
 
 class Layer(NamedTuple):
-    """A kind of attention layer; `sequences` of `tokens` each are what it makes of a sample's latents."""
+    """A kind of attention layer. It makes `sequences` of `tokens` each from a sample's latents."""
 
     heads: int
     channels: int
-    prompt: int | None  # its channels, where the layer attends to it
+    prompt: int | None  # the prompt's channels, where the layer attends to the prompt
     tokens: int
     sequences: int
 
@@ -35,8 +35,8 @@ def choose_attention(unets: Sequence[UNet], choice: Literal["auto", "sdpa", "xfo
                      agree: Callable[[int], int] = lambda index: index) -> str:
     """Give all `unets` the same attention kernel and return its name; "auto" measures for `latents` in `dtype`.
 
-    `latents` are (h, w), or (F, h, w) of videos. Ranks may measure differently: `agree` makes the largest of the indices into
-    KERNELS that each has chosen everyone's.
+    `latents` are (h, w), or (F, h, w) of videos. Ranks may measure differently, so `agree` returns the largest of their indices
+    into KERNELS.
     """
     kinds = layers(unets[0], latents)
     missing = None if choice == "sdpa" else _missing(device, dtype, kinds)
@@ -46,7 +46,7 @@ def choose_attention(unets: Sequence[UNet], choice: Literal["auto", "sdpa", "xfo
     if choice == "auto":
         choice, why = ("sdpa", missing) if missing else _faster(kinds, dtype, device)
         choice = KERNELS[agree(KERNELS.index(choice))]
-    if device.type == "cuda":  # elsewhere there is no grid, and PyTorch's processors are in place
+    if device.type == "cuda":  # elsewhere kernels have no grid, and PyTorch's processors are already set
         for unet in unets:
             set_processors(unet, PROCESSORS[choice])
     say(f"attention: {choice} ({why})")
@@ -54,24 +54,24 @@ def choose_attention(unets: Sequence[UNet], choice: Literal["auto", "sdpa", "xfo
 
 
 def _missing(device: torch.device, dtype: torch.dtype, kinds: Iterable[Layer]) -> str | None:
-    """What keeps xformers from being used on `device` for such layers in `dtype`, forward and backward."""
+    """Why xformers cannot be used on `device` for such layers in `dtype`, forward and backward; None where it can."""
     if broken_xformers.WHY:
         return broken_xformers.WHY
     if device.type != "cuda":
         return f"xformers has kernels for GPUs only, and this runs on {device.type}"
     if not is_xformers_available():
         return "xformers is not installed (pip install xformers, of the version made for this PyTorch)"
-    for layer in kinds:  # a kernel is chosen by dtype and channels a head, and not all of them are in every build
+    for layer in kinds:  # xformers chooses a kernel by dtype and channels a head, and not every build has all of them
         try:
             attend, hidden, given = _alone(layer, XFormersAttnProcessor(), 1, dtype, device)
             attend(hidden.requires_grad_(), given).sum().backward()
-        except Exception as error:  # a build for another PyTorch or GPU raises what it likes
+        except Exception as error:  # a build for another PyTorch or GPU may raise anything
             return f"xformers fails ({reason(error)}) for {layer.tokens} tokens of {layer.heads} heads in {dtype}"
     return None
 
 
 def _faster(kinds: Counter[Layer], dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """The kernel whose layers take less time, and both times; one that fails loses."""
+    """The kernel whose layers take less time, and both times; a kernel that fails is not taken."""
     seconds, notes = {}, []
     for name, processor in PROCESSORS.items():
         try:
@@ -87,7 +87,7 @@ def _faster(kinds: Counter[Layer], dtype: torch.dtype, device: torch.device) -> 
 def layers(unet: UNet, latents: tuple[int, ...]) -> Counter[Layer]:
     """How often each kind of attention layer occurs in `unet`, for latents of (h, w), or of (F, h, w) where it has motion modules.
 
-    These attend along the frames, for every place; all others within a frame.
+    Motion modules attend along the frames, at each place of the latents; all other layers attend within a frame.
     """
     found: Counter[Layer] = Counter()
     deepest = len(unet.down_blocks) - 1
@@ -108,7 +108,7 @@ def layers(unet: UNet, latents: tuple[int, ...]) -> Counter[Layer]:
 @torch.no_grad()
 def _seconds(processor: type[AttnProcessor2_0] | type[XFormersAttnProcessor], kinds: Counter[Layer], dtype: torch.dtype,
              device: torch.device, batch: int = 8, runs: int = 10) -> float:
-    """Device seconds of all attention layers of one forward of `batch` samples, by the processors that will run."""
+    """Device seconds of all attention layers in one forward of `batch` samples, with the processors that will run."""
     total = 0.0
     for layer, count in kinds.items():
         attend, *given = _alone(layer, Launches(processor()), batch * layer.sequences, dtype, device)
@@ -126,7 +126,7 @@ def _seconds(processor: type[AttnProcessor2_0] | type[XFormersAttnProcessor], ki
 
 def _alone(layer: Layer, processor: XFormersAttnProcessor | Launches, rows: int, dtype: torch.dtype, device: torch.device
            ) -> tuple[Attention, Tensor, Tensor | None]:
-    """A layer of that kind at random, and what it is called with."""
+    """A layer of that kind with random weights, and random inputs for it."""
     attend = Attention(layer.channels, layer.prompt, layer.heads, dim_head=layer.channels // layer.heads, processor=processor)
     hidden = torch.randn(rows, layer.tokens, layer.channels, device=device, dtype=dtype)
     given = None if layer.prompt is None else torch.randn(rows, TOKENS, layer.prompt, device=device, dtype=dtype)

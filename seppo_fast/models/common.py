@@ -1,4 +1,4 @@
-"""What the families share: loading components, the VAE's two directions, the noise schedule, what fits what."""
+"""What the families share: loading components, encoding and decoding, the noise schedule, and checks that components fit."""
 
 import contextlib
 import inspect
@@ -53,7 +53,7 @@ def check_schedule(directory: Directory) -> None:
 
 
 def check_noise(config: dict[str, Any], file: Path) -> None:
-    """Refuse betas of which no noise schedule can be made, or one that does not add noise from step to step."""
+    """Refuse betas that make no noise schedule, or a schedule that does not add noise from step to step."""
     try:
         alphas = alphas_cumprod(config)
     except Exception as error:  # the configuration is the only input
@@ -66,7 +66,7 @@ def check_noise(config: dict[str, Any], file: Path) -> None:
 
 
 def check_reading(name: str, config: dict[str, Any], file: Path) -> None:
-    """Refuse a schedule that the pipeline's own scheduler, the class `name`, reads otherwise than training does, as DDPM's."""
+    """Refuse a schedule that the pipeline's scheduler, the class `name`, reads differently from training, which reads DDPM's."""
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise UserError(f"{file}: diffusers {diffusers.__version__} has no scheduler {name}, so its noise schedule is not known;"
@@ -120,13 +120,13 @@ def check_unet(directory: Directory, text_width: int, addition: str | None) -> N
 
 @contextlib.contextmanager
 def explained(directory: Directory, component: str) -> Iterator[None]:
-    """Whatever a library raises while it loads a component becomes a message that names it; no bars meanwhile."""
+    """Turn whatever a library raises while it loads a component into a message that names it; without progress bars."""
     try:
         with without_bars():
             yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # libraries raise what they like over a damaged file
+    except Exception as error:  # libraries may raise anything about a damaged file
         raise UserError(f"cannot load {directory.path / component}: {reason(error)}") from error
 
 
@@ -152,10 +152,10 @@ def load_component(directory: Directory, component: str, kind: type[nn.Module], 
             local_files_only=True, output_loading_info=True, **precision,
         )
     missing = sorted(info["missing_keys"])
-    if missing:  # the libraries only warn, and leave these at random or on the meta device
+    if missing:  # the libraries only warn, and leave these random or on the meta device
         raise UserError(f"{directory.path / component / weights.entry} lacks {len(missing)} weights that its "
                         f"config.json calls for, e.g. {', '.join(missing[:3])}. Fetch the model again.")
-    unexpected = info["unexpected_keys"] if issubclass(kind, ModelMixin) else ()  # text encoders may lie with a vision model
+    unexpected = info["unexpected_keys"] if issubclass(kind, ModelMixin) else ()  # a text encoder's file may hold more
     if unexpected:
         raise UserError(f"{directory.path / component / weights.entry} has {len(unexpected)} weights that its config.json has no"
                         f" place for, e.g. {few(unexpected)}. {ADVICE}.")
@@ -180,12 +180,12 @@ def empty_vae(directory: Directory) -> AutoencoderKL:
 
 
 def load_vae(directory: Directory, device: torch.device | str) -> AutoencoderKL:
-    """fp32 whatever the files hold: SDXL's VAE overflows in half precision."""
+    """The VAE in fp32, whatever the files hold: SDXL's overflows in half precision."""
     return load_component(directory, "vae", AutoencoderKL, torch.float32).to(device).eval().requires_grad_(False)
 
 
 def unchanged(component: str, module: nn.Module) -> None:
-    """A component as it is in the directory."""
+    """A component as the directory has it."""
 
 
 def load_tokenizer(directory: Directory, component: str) -> CLIPTokenizer:
@@ -194,7 +194,7 @@ def load_tokenizer(directory: Directory, component: str) -> CLIPTokenizer:
 
 
 def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> int:
-    """How many tokens of a prompt are seen. Refuses a tokenizer that does not fit the encoder: it comes from another model."""
+    """How many tokens of a prompt the encoder sees. Refuses a tokenizer of another model, which does not fit the encoder."""
     if not directory.weights:  # a model whose shape alone is known
         return TOKENS
     loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", 49408)
@@ -210,7 +210,7 @@ def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> int:
     if loaded.pad_token_id is None:
         raise UserError(f"{place}: it has no pad_token to fill prompts up with; take the published model's tokenizer.")
     end = directory.configs[encoder].get("eos_token_id", 49407)
-    # Where the pooled embedding is read; 2 is what the published models have, and stands for the token of the largest number.
+    # The pooled embedding is read at this token. The published models have 2, which stands for the token of the largest number.
     if encoder == "text_encoder_2" and end not in (2, loaded.eos_token_id):
         raise UserError(f"{place}: its token for a prompt's end has the number {loaded.eos_token_id}, and {encoder}'s"
                         f" eos_token_id is {end}. Tokenizer and text encoder come from different models.")
@@ -224,8 +224,8 @@ def token_ids(tokenizer: CLIPTokenizer, text_config: Any, prompts: list[str]) ->
 
 
 def most_tokens(tokenizer: CLIPTokenizer, positions: int) -> int:
-    """How many tokens of a prompt are seen by an encoder with so many positions."""
-    return min(tokenizer.model_max_length, positions)  # saved without its model_max_length it claims 1e30 tokens
+    """How many tokens of a prompt an encoder with so many positions sees."""
+    return min(tokenizer.model_max_length, positions)  # a tokenizer saved without its model_max_length claims 1e30
 
 
 @torch.no_grad()

@@ -37,8 +37,8 @@ COMPONENTS = FAMILIES | {"StableDiffusionInstructPix2PixPipeline": FAMILIES["Sta
                          "StableDiffusionXLInstructPix2PixPipeline": FAMILIES["StableDiffusionXLPipeline"]}
 CLASSES: dict[str, type] = {"UNet2DConditionModel": UNet2DConditionModel, "UNetMotionModel": UNetMotionModel,
                             "AutoencoderKL": AutoencoderKL, "CLIPTextModel": CLIPTextConfig,
-                            "CLIPTextModelWithProjection": CLIPTextConfig}  # whose arguments a component's configuration gives
-HERE = "."  # the component that a directory of one component is
+                            "CLIPTextModelWithProjection": CLIPTextConfig}  # whose arguments are a component's configuration
+HERE = "."  # the component of a directory that holds only one
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -54,12 +54,12 @@ class Directory:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `path` names a model on the hub: owner/name, unless a local folder "owner" says what was meant."""
+    """Whether `path` names a model on the hub: owner/name, and there is no local folder "owner"."""
     return bool(HUB_ID.fullmatch(path)) and not Path(path).exists() and not Path(path).parent.is_dir()
 
 
 def locate(path: str, revision: str | None, variant: str | None, key: str = "path", labels: Labels = KEYS) -> Path:
-    """The local directory that the setting `key` names by `path`: itself, or the snapshot of a hub id."""
+    """The local directory of the setting `key`: `path` itself, or the snapshot of a hub id."""
     local, named = expanded(path), f"{getattr(labels, key)} {path!r}"
     kind, maker = (("diffusers pipeline", "StableDiffusionPipeline") if key == "path" else ("MotionAdapter", "MotionAdapter"))
     if local.is_dir():

@@ -1,4 +1,4 @@
-"""The trained policy as plain diffusers loads it: a whole pipeline directory, or LoRA weights."""
+"""The trained policy in a form that plain diffusers loads: a whole pipeline directory, or LoRA weights."""
 
 import contextlib
 import json
@@ -48,7 +48,7 @@ def save_pipeline(
 
 
 def save_unet(model: Model, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """A UNet built around the weights as they are, in their own dtype; a missing or unknown name is an error."""
+    """A UNet that holds these weights, in their own dtype; a missing or unknown name is an error."""
     with torch.device("meta"):
         unet = model.empty_unet()
     unet.load_state_dict(dict(weights), strict=True, assign=True)
@@ -68,7 +68,7 @@ def merged(model: Model, weights: Mapping[str, Tensor], lora: Lora) -> dict[str,
 
 
 def save_motion(model: AnimateDiff, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """The source's UNet with the trained motion modules, and these by themselves, as an AnimateDiff pipeline has both."""
+    """The source's UNet with the trained motion modules, and these alone: an AnimateDiff pipeline has both."""
     unet = model.load_unet(next(iter(weights.values())).dtype)
     left = unet.load_state_dict(dict(weights), strict=False)
     if left.unexpected_keys:
@@ -84,7 +84,7 @@ def save_lora(model: Model, weights: Mapping[str, Tensor], folder: Path, lora: L
     layers = {name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in weights.items()}
     loader = StableDiffusionXLLoraLoaderMixin if model.name == "sdxl" else StableDiffusionLoraLoaderMixin
     # Only what a loader needs: it gives all of it to its own version's LoraConfig, which refuses unknown names.
-    # No dropout: load_lora_weights leaves the layers it adds in training mode, and would drop while it samples.
+    # No dropout: load_lora_weights leaves the layers it adds in training mode, so sampling would use the dropout.
     with torch.device("meta"):
         config = lora_config(model.empty_unet(), lora)
     targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
@@ -94,7 +94,7 @@ def save_lora(model: Model, weights: Mapping[str, Tensor], folder: Path, lora: L
 
 
 def sort_metadata(path: Path) -> None:
-    """safetensors orders its metadata anew at every call; sorted, equal runs write equal bytes."""
+    """Sort a file's metadata, so that equal runs write equal bytes: safetensors orders it differently at every call."""
     content = path.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
@@ -113,7 +113,7 @@ def copy_components(model: Model, folder: Path) -> None:
         if component in COMPONENTS[index["_class_name"]] or (source / component).is_dir():
             library = "diffusers" if value[0] == "diffusers" else "transformers"
             copy_component(source / component, folder / component, library, model, component)
-        else:  # an optional one (the safety checker) that is not in the source either
+        else:  # an optional component (the safety checker) that the source does not have
             index[component] = [None, None]
             if component == "safety_checker":
                 index["requires_safety_checker"] = False
@@ -128,7 +128,7 @@ def write_json(value: dict[str, Any], file: Path) -> None:
 
 
 def copy_component(source: Path, target: Path, library: str, model: Model, component: str) -> None:
-    """Small files as they are; of the weights the one set that this run read, without its variant's name."""
+    """Copy the small files, and of the weights only the set that this run read, without its variant's name."""
     target.mkdir(parents=True)
     names = {path.name for path in source.iterdir() if path.is_file()}
     for name in sorted(names):
@@ -170,7 +170,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def put_back(folder: Path, temporary: Path, old: Path) -> None:
-    """What was there before `replacing`."""
+    """The name of the folder that `replacing` moves aside."""
     if old.exists() and not folder.exists():
         os.replace(old, folder)
     shutil.rmtree(temporary, ignore_errors=True)

@@ -31,7 +31,7 @@ REFETCH = "The download is probably incomplete: fetch the model again"
 
 @dataclass(frozen=True)
 class Weights:
-    """A component's weights: their files (the index first when there are shards), and how a loader takes these."""
+    """A component's weights: their files (the index first where there are shards), and the loader's arguments for them."""
 
     entry: str
     files: tuple[Path, ...]
@@ -40,7 +40,7 @@ class Weights:
 
 
 def entry_point(names: Collection[str], library: str, variant: str | None) -> tuple[str, str | None, bool] | None:
-    """The file to load, `(name, variant, is safetensors)`: the variant before none, safetensors before pickles."""
+    """The file to load, `(name, variant, is safetensors)`: the variant's before others, safetensors before pickles."""
     for tag in dict.fromkeys((variant, None)):
         dot = f".{tag}" if tag else ""
         for stem, extension in zip(STEMS[library], ("safetensors", "bin"), strict=True):
@@ -53,7 +53,7 @@ def entry_point(names: Collection[str], library: str, variant: str | None) -> tu
 
 
 def variants(names: Collection[str], library: str) -> list[str]:
-    """The variants ("fp16") that there are weights of: in stem.VARIANT.extension, in indices and in both forms of shards."""
+    """The variants ("fp16") that have weights here: stem.VARIANT.extension, indices and both forms of shards."""
     stems = "|".join(STEMS[library])
     shard = r"(?:-\d+-of-\d+)?"
     form = re.compile(rf"(?:{stems}){shard}(?:\.([\w-]+?))?{shard}\.(?:safetensors|bin)(?:\.index(?:\.([\w-]+))?\.json)?")
@@ -62,7 +62,7 @@ def variants(names: Collection[str], library: str) -> list[str]:
 
 
 def check_variant(where: object, names: Collection[str], library: str, key: str | None) -> None:
-    """`UserError` where there are weights, but of other variants than the one that was asked for; `key` is what asks for one."""
+    """`UserError` where all weights are of other variants than the one asked for; `key` is the setting that asks for one."""
     if others := variants(names, library):
         quoted = [f"{tag!r}" for tag in others]
         advice = f"set {key} to {' or '.join(quoted)}" if key else "rename its files, or give one without a variant"
@@ -70,7 +70,7 @@ def check_variant(where: object, names: Collection[str], library: str, key: str 
 
 
 def find_weights(folder: Path, library: str, variant: str | None, key: str | None = None) -> Weights:
-    """The whole and complete weights in `folder`, or a UserError that names the file at fault. `key`: what sets the variant."""
+    """The complete weights in `folder`, or a UserError that names the wrong file. `key` is the setting of the variant."""
     check_folder(folder)
     names = set(os.listdir(folder))
     found = entry_point(names, library, variant)
@@ -105,14 +105,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model's file, or a UserError that names it."""
     value = read_object(path, f"{REFETCH}.")
     for key, item in value.items():
-        # The one key that diffusers' own defaults make infinite.
+        # The only key that is infinite in diffusers' own defaults.
         if not finite(item) and not (key == "lambda_min_clipped" and item == -math.inf):
             raise UserError(f"{path}: {key} is {json.dumps(item)[:60]}, and no finite number. {REFETCH}.")
     return value
 
 
 def read_index(file: Path) -> dict[str, Any]:
-    """model_index.json: what is not a component's name with its library and class would be taken for a path, or fail later."""
+    """Check model_index.json: an entry that is not a name with library and class would be used as a path, or fail later."""
     index = read_json(file)
     for name, value in index.items():
         if isinstance(value, list) and not (len(value) == 2 and all(isinstance(part, str | None) for part in value)):
@@ -126,25 +126,25 @@ def read_index(file: Path) -> dict[str, Any]:
 
 
 def finite(value: Any) -> bool:
-    """Whether there is no NaN and no infinity in a JSON value: NaN, Infinity and 1e400 pass for numbers."""
+    """Whether a JSON value has no NaN and no infinity: Python reads NaN, Infinity and 1e400 as numbers."""
     if isinstance(value, float):
         return math.isfinite(value)
     return all(map(finite, value.values() if isinstance(value, dict) else value)) if isinstance(value, dict | list) else True
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse small files that a library would open by their names, and that cannot be read or are no files."""
+    """Refuse small files that a library would open by name, where one cannot be read or is not a file."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise unreadable(folder, error) from error
     for path in (folder / name for name in names if name.endswith(SMALL)):
-        if path.exists() and not path.is_dir():  # a cache of the hub may hold links to what nobody asked for
+        if path.exists() and not path.is_dir():  # the hub's cache may hold links to files that were never fetched
             open_file(path).close()
 
 
 def check_not_empty(path: Path) -> None:
-    """Refuse what is no readable file, and what git-lfs left in its place."""
+    """Refuse what is not a readable file, and pointers of git-lfs."""
     with open_file(path, f"{REFETCH}.") as file:
         start = file.read(24)
     if not start:
@@ -154,9 +154,9 @@ def check_not_empty(path: Path) -> None:
 
 
 def check_tensors(path: Path) -> None:
-    """A safetensors file is as long as its header says, and the header says nothing twice or otherwise than its library reads it.
+    """Refuse a safetensors file that is not as long as its header says, or whose header has a name twice or contradicts itself.
 
-    8 bytes of length, the JSON header, the tensors' bytes.
+    Such a file is 8 bytes of length, the JSON header, the tensors' bytes.
     """
     check_not_empty(path)
     size = path.stat().st_size
@@ -190,7 +190,7 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_pickle(path: Path) -> None:
-    """Refuse pickled weights that are truncated, or hold more than tensors; nothing that is in them is run."""
+    """Refuse pickled weights that are truncated, or hold more than tensors; no code in them is run."""
     check_not_empty(path)
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
@@ -201,11 +201,11 @@ def check_pickle(path: Path) -> None:
 
 
 def load_pickle(path: Path, device: str, mmap: bool = False) -> Any:
-    """What a pickle of tensors holds; a `UserError` for any other, whose code is not run."""
+    """The content of a pickle of tensors; a `UserError` for any other pickle. No code in it is run."""
     try:
         return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except MemoryError:
         raise
-    except Exception as error:  # the unpickler's own, EOFError, RuntimeError, KeyError, ...: damage has many faces
+    except Exception as error:  # the unpickler's own, EOFError, RuntimeError, KeyError, ...
         raise UserError(f"{path} is damaged, or a pickle of more than tensors, which would run code and is not loaded. "
                         f"{REFETCH}, or give it as safetensors.") from error

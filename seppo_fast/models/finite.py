@@ -1,4 +1,4 @@
-"""Weights that are not finite, found where they are loaded: training would blame the learning rate, caching would keep NaN."""
+"""Finds weights that are not finite when they are loaded. Later, training would blame the learning rate, and caches keep NaN."""
 
 from collections.abc import Iterable
 
@@ -9,9 +9,9 @@ from seppo_fast.errors import UserError, few
 
 
 def check_finite(where: object, tensors: Iterable[tuple[str, Tensor]], advice: str) -> None:
-    """`UserError` naming the tensors that hold NaN or infinity; `where` is what they were read from."""
+    """`UserError` naming the tensors that hold NaN or infinity; `where` is the file they come from."""
     named = {name: tensor for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()}
-    # The extremes are NaN where any value is, and make no mask as large as the weights.
+    # The extremes are NaN where any value is NaN, and need no mask as large as the weights.
     bad = [name for name, tensor in named.items() if not torch.stack(torch.aminmax(tensor.detach())).isfinite().all()]
     if bad:
         halves = {tensor.dtype for tensor in named.values()} == {torch.float16}

@@ -22,14 +22,14 @@ TRAINED_WITH = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def download(repository: str, revision: str | None, variant: str | None, key: str = "path", labels: Labels = KEYS) -> Path:
-    """The local snapshot of a pipeline, or with another `key` than "path" of a component, that the setting `key` names.
+    """The local snapshot of the pipeline that the setting `key` names, or of a component for a `key` other than "path".
 
-    Without a connection, the one left in the hub's cache.
+    Without a connection it is the snapshot in the hub's cache.
     """
     named = f"{getattr(labels, key)} {repository!r}"
     kind, index = ("pipeline", PIPELINE) if key == "path" else ("component", COMPONENT)
     try:
-        # asked first because it fails at once without a connection, where the others retry for half a minute
+        # called first, because it fails at once without a connection, where the others retry for half a minute
         info = HfApi().model_info(repository, revision=revision)
         names = [file.rfilename for file in info.siblings or []]
         if index in names:
@@ -48,9 +48,9 @@ def download(repository: str, revision: str | None, variant: str | None, key: st
         raise UserError(f"{labels.revision} {revision!r} does not exist in {repository!r} on the hub.") from error
     except HFValidationError as error:
         raise UserError(f"{named} is no local directory and no hub id: {error}") from error
-    except Exception as error:  # the hub's HTTP library, and with it what it raises offline, has changed twice
+    except Exception as error:  # the hub's HTTP library, and so its errors without a connection, has changed twice
         try:
-            # not snapshot_download, which calls a snapshot incomplete when it lacks files that nobody asked for
+            # not snapshot_download, which calls a snapshot incomplete when it lacks files that were never asked for
             return Path(hf_hub_download(repository, index, revision=revision, local_files_only=True)).parent
         except OSError:
             raise UserError(f"{named} is no local directory, and could not be fetched from the hub "
@@ -59,7 +59,7 @@ def download(repository: str, revision: str | None, variant: str | None, key: st
 
 
 def check_sets(repository: str, names: list[str], index: dict[str, Any], variant: str | None, labels: Labels) -> None:
-    """`UserError` where a component that is trained with has weights of other variants alone, before anything is fetched."""
+    """`UserError`, before anything is fetched, where a component needed for training has only weights of other variants."""
     for component in ("", *TRAINED_WITH):
         if isinstance(index.get(component), list):
             inside, library = inside_of(names, component), library_of(index[component])
@@ -68,17 +68,17 @@ def check_sets(repository: str, names: list[str], index: dict[str, Any], variant
 
 
 def inside_of(names: list[str], component: str) -> set[str]:
-    """The names of the files that lie in a component's folder, "" for the repository's own."""
+    """The names of the files in a component's folder; "" is the repository's top folder."""
     return {PurePosixPath(name).name for name in names if PurePosixPath(name).parent == PurePosixPath(component)}
 
 
 def library_of(value: list[Any]) -> str:
-    """Whose names the weights have, by an entry of model_index.json."""
+    """The library that names the weights of an entry in model_index.json."""
     return "diffusers" if value[0] == "diffusers" else "transformers"
 
 
 def needed(names: list[str], index: dict[str, Any], variant: str | None) -> list[str]:
-    """Of a repository's files those of the pipeline's components: configurations, vocabularies, one set of weights."""
+    """A repository's files that the pipeline's components need: configurations, vocabularies, one set of weights."""
     wanted = [PIPELINE]
     for component, value in index.items():
         if not (isinstance(value, list) and value and value[0]):
@@ -89,12 +89,12 @@ def needed(names: list[str], index: dict[str, Any], variant: str | None) -> list
 
 
 def small_files(names: Collection[str]) -> list[str]:
-    """Configurations and vocabularies; an index of weights that are not taken would promise shards that are not there."""
+    """Configurations and vocabularies, without indices: an index of weights that are not fetched would list missing shards."""
     return [name for name in names if name.endswith(SMALL) and ".index." not in name]
 
 
 def one_set(names: Collection[str], library: str, variant: str | None) -> list[str]:
-    """The files of one set of weights among those of a component's folder: a single one, or an index and its shards."""
+    """The files of one set of weights in a component's folder: a single file, or an index and its shards."""
     found = entry_point(names, library, variant)
     if found is None:
         return []

@@ -1,11 +1,11 @@
-"""What the settings of a model are called where the person gave them."""
+"""The names of a model's settings, as the user knows them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Labels:
-    """For messages; by default the keys of a training's configuration, elsewhere flags."""
+    """Names for messages: by default the keys of the training configuration, elsewhere the flags of a command."""
 
     path: str = "seppo.model.path"
     revision: str = "seppo.model.revision"

@@ -12,9 +12,9 @@ MOST = 65_535
 
 
 class Pieces(TorchFunctionMode):
-    """PyTorch's attention under it, of (rows, heads, tokens, channels), is made in launches of at most `most` rows.
+    """Under this mode, PyTorch's attention of (rows, heads, tokens, channels) runs in launches of at most `most` rows.
 
-    A row sees no other: each gets the very bits that one launch would give. No mask: no model here has one.
+    Rows do not see one another, so each gets the same bits as in one launch. Masks are not supported: no model here has one.
     """
 
     def __init__(self, most: int) -> None:
@@ -29,10 +29,10 @@ class Pieces(TorchFunctionMode):
 
 
 class Launches:
-    """Attention by `processor` as far as one launch goes, and by PyTorch's kernel in several for more rows.
+    """Attention by `processor` where one launch is enough, and by PyTorch's kernel in several launches for more rows.
 
-    Rows times heads are what is limited: xformers' processor makes one batch of both, PyTorch's kernels have them in y and z.
-    A motion module's rows are the places of all samples' latents, an image's are the samples.
+    The limit is on rows times heads: xformers' processor makes one batch of both, PyTorch's kernels put them into y and z.
+    The rows of a motion module are the places of all samples' latents; those of other layers are the samples.
     """
 
     def __init__(self, processor: AttentionProcessor, most: int = MOST) -> None:
@@ -49,12 +49,12 @@ class Launches:
 
 
 def inner(processor: Any) -> AttentionProcessor:
-    """The processor of diffusers' in a layer's."""
+    """The diffusers processor inside a layer's processor."""
     return processor.processor if isinstance(processor, Launches) else processor
 
 
 def set_processors(network: nn.Module, kind: type[AttnProcessor2_0] | type[XFormersAttnProcessor] = AttnProcessor2_0) -> None:
-    """Every layer of `network` that has PyTorch's attention gets `kind`, for any number of rows."""
+    """Give every layer of `network` with PyTorch's attention the processor `kind`, for any number of rows."""
     for layer in network.modules():
         if isinstance(layer, Attention) and isinstance(inner(layer.processor), AttnProcessor2_0):
             layer.set_processor(Launches(kind()))

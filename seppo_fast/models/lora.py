@@ -1,4 +1,4 @@
-"""LoRA on the UNet through PEFT, and which weights are trained at all."""
+"""LoRA on the UNet through PEFT, and which weights are trained."""
 
 import difflib
 import re
@@ -19,9 +19,9 @@ ADAPTER = "default"
 
 
 def choose_trained(unet: UNet, lora: Lora | None, seed: int) -> None:
-    """Leave trainable what is to be trained: an adapter, the motion modules of a video model, or all of an image model.
+    """Make trainable only what is trained: an adapter, a video model's motion modules, or all of an image model.
 
-    Beside an adapter the first convolution is trained in full where it is given an image: its new weights are zero.
+    Beside an adapter, the first convolution is trained in full where it is given an image: its new weights are zero.
     """
     if lora is not None:
         add_lora(unet, lora, seed)
@@ -45,7 +45,7 @@ def trains_a_part(unet: nn.Module) -> bool:
 
 
 def portion(unet: nn.Module, lora: Lora) -> Literal["temporal", "spatial", "all"]:
-    """Which of the layers are meant: of a video model its motion modules' unless others are asked for."""
+    """Which layers get adapters; by default, a video model's motion modules."""
     if isinstance(unet, UNetMotionModel):
         return lora.layers or "temporal"
     if lora.layers is not None:
@@ -54,7 +54,7 @@ def portion(unet: nn.Module, lora: Lora) -> Literal["temporal", "spatial", "all"
 
 
 def lora_config(unet: nn.Module, lora: Lora) -> LoraConfig:
-    """PEFT's configuration: the targets as suffixes, or as an expression where only some of a video model's layers are meant."""
+    """PEFT's configuration: the targets as suffixes, or as a regular expression for a part of a video model's layers."""
     part, targets = portion(unet, lora), sorted(lora.targets)
     if part != "all":
         motion, among = rf"(.*\.)?{MOTION}\..*", "|".join(map(re.escape, targets))
@@ -63,7 +63,7 @@ def lora_config(unet: nn.Module, lora: Lora) -> LoraConfig:
 
 
 def add_lora(unet: UNet, lora: Lora, seed: int) -> None:
-    """Freeze the UNet and add a trainable adapter; A depends on `seed` alone, B is zero: no output changes yet."""
+    """Freeze the UNet and add a trainable adapter. A depends on `seed` alone and B is zero, so no output changes yet."""
     check_targets(unet, lora)
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -76,7 +76,7 @@ def add_lora(unet: UNet, lora: Lora, seed: int) -> None:
 
 
 def check_targets(unet: nn.Module, lora: Lora) -> None:
-    """Every target must match a layer that LoRA can adapt; PEFT is content when any one of them does."""
+    """Check that every target matches a layer that LoRA can adapt; PEFT checks only that one of them does."""
     part = portion(unet, lora)
     layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
               and (part == "all" or (MOTION in name) == (part == "temporal"))]
@@ -84,7 +84,7 @@ def check_targets(unet: nn.Module, lora: Lora) -> None:
     for target in lora.targets:
         if any(name == target or name.endswith(f".{target}") for name in layers):
             continue
-        # by the last name, with the one before where that is an index (to_out.0)
+        # the last part of the name, and the part before it where the last is an index (to_out.0)
         endings = {".".join(name.split(".")[-2 if name.split(".")[-1].isdigit() else -1:]): name for name in layers}
         lower = {ending.lower(): ending for ending in endings}
         close = [lower[match] for match in difflib.get_close_matches(target.lower(), list(lower), n=1)]
@@ -98,14 +98,14 @@ def check_targets(unet: nn.Module, lora: Lora) -> None:
 
 
 def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name, in the module's own order."""
+    """The trained parameters by name, in the module's order."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def share_frozen(reference: nn.Module, policy: nn.Module) -> None:
-    """Let the reference's parameters that the policy keeps frozen use the policy's storage: one base, two adapters."""
+    """Let the reference use the storage of the policy's frozen parameters: one base, two adapters."""
     own = dict(reference.named_parameters())
     for name, parameter in policy.named_parameters():
-        # ZeRO-3 leaves an empty stand-in where it has partitioned a parameter
+        # ZeRO-3 leaves an empty placeholder where it has partitioned a parameter
         if not parameter.requires_grad and own[name].shape == parameter.shape:
             own[name].data = parameter.data

@@ -1,4 +1,4 @@
-"""An image as a condition beside the prompt, as InstructPix2Pix has it: twice the latent channels at the first convolution."""
+"""An image as a condition besides the prompt, as in InstructPix2Pix: the first convolution gets twice the latent channels."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,12 +20,12 @@ GUIDANCE = {"guidance_scale": 3.5, "image_guidance_scale": 3.0}
 
 
 def has_image_condition(directory: Directory) -> bool:
-    """Whether a directory is of a pipeline whose network is given an image."""
+    """Whether a directory holds a pipeline whose network is given an image."""
     return directory.index.get("_class_name") in PIPELINES.values()
 
 
 def with_image_condition(directory: Directory, name: str) -> Directory:
-    """The directory of a text-to-image model, "sd" or "sdxl", as the InstructPix2Pix pipeline that it is to become."""
+    """The directory of a text-to-image model, "sd" or "sdxl", changed to that of an InstructPix2Pix pipeline."""
     unet = directory.configs["unet"]
     index = {part: value for part, value in directory.index.items() if not (name == "sdxl" and part in NOT_IN_XL)}
     return replace(directory, index=index | {"_class_name": PIPELINES[name]},
@@ -34,7 +34,7 @@ def with_image_condition(directory: Directory, name: str) -> Directory:
 
 @torch.no_grad()
 def widen(unet: UNet2DConditionModel) -> None:
-    """Give the first convolution as many channels again, of zeros: the output stays what it was, whatever the image."""
+    """Double the first convolution's input channels with zero weights: the output stays the same, whatever the image."""
     conv = unet.conv_in
     conv.weight = nn.Parameter(torch.cat([conv.weight, torch.zeros_like(conv.weight)], dim=1))
     conv.in_channels *= 2
@@ -48,7 +48,7 @@ def sees_image(unet: nn.Module) -> bool:
 
 
 def network_input(latents: Tensor, conditions: Mapping[str, Tensor], scale: float = 1.0) -> Tensor:
-    """Latents (B, C, h, w) with the image's behind them, (B, 2C, h, w); as they are where there is no image condition."""
+    """Latents (B, C, h, w) followed by the image's, (B, 2C, h, w); unchanged where there is no image condition."""
     if IMAGE not in conditions:
         return latents
     image = conditions[IMAGE].to(latents.dtype)

@@ -16,10 +16,9 @@ from seppo_fast.models.layout import convolve_in_channels_last
 def prepare_unets(unets: Sequence[UNet], settings: Model, latents: tuple[int, ...], dtype: torch.dtype,
                   device: torch.device, say: Callable[[str], None] = print,
                   agree: Callable[[int], int] = lambda index: index) -> None:
-    """Make `unets` as `settings` asks, before they are captured or put into an engine.
+    """Set up `unets` as `settings` asks, before they are captured or put into an engine.
 
-    `latents`, (h, w) or (F, h, w) of videos, are what they will see. `agree` makes all ranks' of the attention
-    that each of them would choose.
+    `latents` are the sizes that they will see: (h, w), or (F, h, w) of videos. `agree` makes all ranks choose the same attention.
     """
     compiles = settings.compile == "regional" and _compiles(unets[0], dtype, device)
     choose_attention(unets, settings.attention, latents, dtype, device, say, agree)
@@ -33,7 +32,7 @@ def prepare_unets(unets: Sequence[UNet], settings: Model, latents: tuple[int, ..
 
 
 def _compiles(unet: UNet, dtype: torch.dtype, device: torch.device) -> bool:
-    """Try a copy of one block, forward and backward: later it would be in the middle of an update that the compiler fails."""
+    """Whether a copy of one block compiles, forward and backward. Without this trial, the compiler would fail during an update."""
     keep_all_graphs()
     blocks = transformer_blocks(unet)
     if not blocks:

@@ -1,4 +1,4 @@
-"""Models whose shape is known before they are downloaded: what a plan needs, from their published configurations."""
+"""Models that can be planned before they are downloaded, by their published configurations."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 
 VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "layers_per_block": 2,
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 
-# Keys that are not here have diffusers' defaults.
+# Keys that are missing here have diffusers' defaults.
 SD15: dict[str, dict[str, Any]] = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280]},
     "vae": VAE | {"scaling_factor": 0.18215},
@@ -52,7 +52,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def published_model(path: str, motion_adapter: str | None = None, image_condition: bool = False) -> Model | None:
-    """The model of these hub ids, without weights: it can be planned with, not loaded. None where its shape is not known."""
+    """The model of these hub ids without weights, for planning; it cannot be loaded. None where its shape is not known."""
     model = _published(path, motion_adapter)
     return add_image_condition(model) if model is not None and image_condition else model
 
@@ -73,7 +73,7 @@ OTHERS = {"flux": "FLUX", "stable-diffusion-3": "Stable Diffusion 3", "sd3": "St
 
 
 def supported(path: str) -> str:
-    """What the model behind a hub id must be, and that it is not where its name says so."""
+    """What the model behind a hub id must be, with a warning where its name says that it is another one."""
     other = next((family for word, family in OTHERS.items() if re.search(rf"(?<![a-z]){word}", path.lower())), None)
     families = " or ".join(family.removesuffix("Pipeline") for family in FAMILIES)
     if other is None:

@@ -118,7 +118,7 @@ class StableDiffusionXL:
     def time_ids(self, latents: Tensor) -> Tensor:
         """(B, 6) fp32: original size, crop corner, target size in pixels, as if nothing were cropped (DiffusionDPO)."""
         height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
-        # filled on the device: a copy from the host would synchronise, and cannot be captured in a CUDA graph
+        # filled on the device: a copy from the host waits for the device, and a CUDA graph cannot capture it
         ids = torch.zeros(latents.shape[0], TIME_IDS, device=latents.device)
         ids[:, 0::4] = height
         ids[:, 1::4] = width

@@ -1,4 +1,4 @@
-"""Prompts that are longer than a model's text encoders: what comes after their last token is not seen."""
+"""Prompts that are longer than a model's text encoders can see."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from seppo_fast.models.common import load_tokenizer, most_tokens
 
 
 def token_counter(model: Any) -> tuple[Callable[[list[str]], list[int]], int]:
-    """(prompts -> how many tokens each has, the most that are seen), both of the encoder that sees least; ends are counted."""
+    """(prompts -> number of tokens of each, number that is seen), of the encoder that sees least; start and end tokens count."""
     tokenizers = {part: load_tokenizer(model.directory, part.replace("text_encoder", "tokenizer")) for part in model.text_encoders}
     limits = {part: most_tokens(tokenizer, model.directory.configs[part].get("max_position_embeddings", 77))
               for part, tokenizer in tokenizers.items()}
@@ -17,7 +17,7 @@ def token_counter(model: Any) -> tuple[Callable[[list[str]], list[int]], int]:
 
 
 def cut_off(counted: list[tuple[str, int]], limit: int) -> str:
-    """In words, how many of these (prompt, tokens) are longer than `limit`; "" when none is."""
+    """A message of how many of these (prompt, tokens) are longer than `limit`; "" where none is."""
     longer = [tokens for _, tokens in counted if tokens > limit]
     if not longer:
         return ""

@@ -1,4 +1,4 @@
-"""The networks that a model's configurations describe, made without weights and run once on the meta device."""
+"""A trial of a model's configurations: the networks are made without weights and run once on the meta device."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +19,11 @@ from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.models.values import ADVICE
 
 TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-_made: dict[str, dict[str, tuple[int, ...]]] = {}  # of weights, by what their networks were made of: it takes a while
+_made: dict[str, dict[str, tuple[int, ...]]] = {}  # shapes of weights by configuration: making a network takes a while
 
 
 def make_networks(model: Any) -> None:
-    """Refuse configurations of which no network can be made, or one whose weights have other shapes than the files'."""
+    """Refuse configurations that make no network, or a network whose weights have other shapes than those in the files."""
     directory: Directory = model.directory
     if not directory.weights:  # a model whose shape alone is known
         return
@@ -40,7 +40,7 @@ def make_networks(model: Any) -> None:
 
 
 def made(directory: Directory, part: str, make: Callable[[], nn.Module], configs: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes, by name, of the weights of the network that `make` gives, which depend on `configs` alone."""
+    """Name -> shape of the weights of the network that `make` returns; they depend on `configs` alone."""
     key = json.dumps([part, configs, directory.index.get("_class_name")], sort_keys=True, default=str)
     if key not in _made:
         with explained(directory, part), torch.device("meta"):
@@ -50,7 +50,7 @@ def made(directory: Directory, part: str, make: Callable[[], nn.Module], configs
 
 @torch.no_grad()
 def run_unet(model: Any) -> None:
-    """Refuse a UNet that cannot be run on latents and conditions of the other configurations' sizes: one call, without weights."""
+    """Refuse a UNet that cannot run on latents and conditions of the other components' sizes: one call, without weights."""
     with explained(model.directory, "unet"), torch.device("meta"):
         unet = model.empty_unet()
         side = 2 ** len(unet.down_blocks)
@@ -69,7 +69,7 @@ def blank_conditions(directory: Directory) -> dict[str, Tensor]:
 
 
 def check_shapes(directory: Directory, part: str, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse weights of other shapes than the network has; those that are renamed when they are loaded are seen to then."""
+    """Refuse weights of other shapes than the network has; weights that loading renames are checked when they are loaded."""
     weights = directory.weights[part]
     for file in (file for file in weights.files if file.suffix == ".safetensors"):
         for name, found in shapes(file).items():
@@ -85,7 +85,7 @@ def config_file(directory: Directory, part: str) -> Path:
 
 @contextmanager
 def explained(directory: Directory, part: str) -> Iterator[None]:
-    """Whatever a library raises about a configuration becomes a message that names its file."""
+    """Turn whatever a library raises about a configuration into a message that names its file."""
     try:
         yield
     except (UserError, MemoryError):

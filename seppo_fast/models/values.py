@@ -1,4 +1,4 @@
-"""The values in a component's configuration, against what its class declares: libraries take a text for true and -1 for a count."""
+"""Checks a component's configuration against the types that its class declares: libraries accept a text as true, -1 as a count."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -9,14 +9,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 from seppo_fast.errors import UserError
 
 NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-NEEDED = ("layer_norm_eps", "projection_dim", "eos_token_id")  # though they are declared as optional
+NEEDED = ("layer_norm_eps", "projection_dim", "eos_token_id")  # although declared as optional
 FROM_ZERO = ("downsample_padding", "steps_offset")
 MOST, MOST_LAYERS = 1_000_000, 200
 ADVICE = "Take the published model's file"
 
 
 def check_values(file: Path, config: Mapping[str, Any], kind: type) -> None:
-    """Refuse values of another type than `kind` declares for its arguments of these names, and counts and sizes that none has."""
+    """Refuse values of another type than `kind` declares for its arguments of these names, and impossible counts and sizes."""
     for name, parameter in inspect.signature(kind).parameters.items():
         if name in config and (wanted := _lacking(name, config[name], parameter)):
             shown = repr(config[name])
@@ -24,9 +24,9 @@ def check_values(file: Path, config: Mapping[str, Any], kind: type) -> None:
 
 
 def _lacking(name: str, value: Any, parameter: inspect.Parameter) -> str:
-    """What is expected in place of a value, in words; "" where it is right, or nobody can tell."""
+    """What is expected in place of a value, as text; "" where the value is right, or cannot be judged."""
     alone, listed = _kinds(parameter.annotation)
-    # null is how published models have some switches that are off
+    # published models have null for some switches that are off
     if value is None and (NoneType in alone and name not in NEEDED or bool in alone and not parameter.default):
         return ""
     if name == "eos_token_id":  # declared for generation, where there may be several
@@ -44,7 +44,7 @@ def _lacking(name: str, value: Any, parameter: inspect.Parameter) -> str:
 
 
 def _bound(name: str, value: Any, counts: bool) -> str:
-    """The range that a number has left, which `counts` something or not; "" where it has none, or is no number."""
+    """The range that a number is outside of, as text; `counts`: the number counts something. "" where it has no range."""
     if isinstance(value, bool | str | None):
         return ""
     if name == "freq_shift":
@@ -69,9 +69,9 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _kinds(annotation: Any) -> tuple[set[Any], set[Any]]:
-    """The types that a value may have by itself, and those in a list, of whatever depth.
+    """The types that a value may have, and those of items in a list, however deep.
 
-    Of literals their type: a class that takes another's configuration knows the other's words.
+    For literals only their type counts: a class may be given another class's configuration, which has other words.
     """
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
@@ -84,7 +84,7 @@ def _kinds(annotation: Any) -> tuple[set[Any], set[Any]]:
 
 
 def _items(value: Any) -> Iterator[Any]:
-    """What is in lists of lists, or the value itself; an empty list counts as an item, which is none of any type."""
+    """The items in lists of lists, or the value itself; an empty list is an item, whose type is never right."""
     if isinstance(value, list) and value:
         for each in value:
             yield from _items(each)

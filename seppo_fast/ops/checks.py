@@ -1,4 +1,4 @@
-"""What the arguments of `seppo_loss` must be, and messages that say which is not."""
+"""Checks of the arguments of `seppo_loss`; a message names the argument that is wrong."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ ERRORS = ("model_pred", "ref_mse", "target")  # or as their mean squared errors
 
 def check_tensors(model_pred: Any, reference: Any, target: Any, names: Names = PREDICTIONS) -> bool:
     """Whether an input is fp64; all are on one device. `names` are what a message calls the three."""
-    try:  # what is nearly always true, in a few comparisons; anything else is looked at closely
+    try:  # the usual case in a few comparisons; anything else is checked one by one below
         dtypes = (model_pred.dtype, reference.dtype, target.dtype)
         shape, target_shape, device = model_pred.shape, target.shape, model_pred.device
         scored = names[1] == "ref_mse"

@@ -1,12 +1,12 @@
 """The fused backends under autograd: one pass computes losses, statistics and gradient; backward only hands it over.
 
 A backend is a function `(model_pred, reference, target, beta, flipper, scale, weight, wants_grad)` of dense tensors in one
-memory format that returns `(loss (), stats (7B + 2,), grad)`. `reference` holds predictions, shaped like model_pred, or their
-mean squared errors, (2B,) in fp32: then a sample's model_mse must not depend on the batch that it is in.
-`loss` is weight times the sum of the pairs' losses. `stats` is one tensor, because allocating many is what host time goes
-into: model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,), losses (B,), implicit_acc, aaf_rate. `grad` is
-`scale * d(sum of losses) / d(model_pred)` in model_pred's dtype and layout, or (0,) when it is not wanted. While compiling a
-backend is an operator, so that the graph stays whole; in eager mode whatever has the least overhead.
+memory format. It returns `(loss (), stats (7B + 2,), grad)`. `reference` holds predictions, shaped like model_pred, or their
+mean squared errors, (2B,) in fp32; with errors, a sample's model_mse must not depend on the batch that it is in.
+`loss` is weight times the sum of the pairs' losses. `stats` is one tensor, because allocating several costs most of the host's
+time: model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,), losses (B,), implicit_acc, aaf_rate. `grad` is
+`scale * d(sum of losses) / d(model_pred)` in model_pred's dtype and layout, or (0,) without `wants_grad`. Under the compiler a
+backend is called as an operator, so that the graph stays whole; in eager mode by the call with the least overhead.
 """
 
 import torch
@@ -63,11 +63,11 @@ def fused_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: floa
     pairs = model_pred.shape[0] // 2
     weight = 1.0 / pairs if reduction == "mean" else 1.0
     scale = weight if grad_scale is None else weight * grad_scale
-    # Below autograd: the operator's outputs are constants, and one node hands the gradient over.
+    # Below autograd: the operator's outputs are constants, and one autograd node passes the gradient on.
     policy = model_pred.detach() if wants_grad else model_pred
     if policy.dtype is torch.float16 and (wants_grad and grad_scale is None or reference.dim() == 1):
-        # fp16 may not hold the gradient before its upstream gradient (a loss scale) is in. Kernels may add up fp32 in
-        # another order than fp16, and errors are only equal when all are made in one: with or without a gradient.
+        # fp16 may not hold the gradient before it is multiplied by its upstream gradient (a loss scale). Kernels may add fp32
+        # in another order than fp16, and equal errors need one order: so fp32 with and without a gradient.
         policy = policy.float()
     if not (policy.is_contiguous() and reference.is_contiguous() and target.is_contiguous()):
         policy, reference, target = _alike(policy, reference, target)
@@ -83,16 +83,16 @@ def fused_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: floa
     return loss, stats
 
 
-# By retain_graph or create_graph. Not a public function: without it, as if it always were.
+# Whether retain_graph or create_graph keeps the graph. Not a public function: where it is missing, assume that they do.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class _Attach(torch.autograd.Function):
-    """The loss as a function of `model_pred` whose gradient is there already, but for an upstream gradient not known."""
+    """The loss as a function of `model_pred`. Its gradient is computed already, except for the factor of the upstream gradient."""
 
     @staticmethod
     def forward(ctx, model_pred, loss, grad, how):
-        ctx.save_for_backward(grad, model_pred)  # the latter only to say that there is no second derivative
+        ctx.save_for_backward(grad, model_pred)  # model_pred only for the message that there is no second derivative
         ctx.how = how
         return loss[0] if type(loss) is tuple else loss  # hidden from autograd, which would make a view of an input
 
@@ -100,7 +100,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx, upstream):
         grad, model_pred = ctx.saved_tensors
         known, backend = ctx.how
-        # There may be a next time, and who gets a gradient may change it in place. Else it is not needed any more.
+        # A kept graph may run backward again, and whoever gets a gradient may change it in place. Otherwise it is free to use.
         kept = not torch.compiler.is_compiling() and _graph_is_kept()
         if not (known or _is_one(upstream)):
             grad = _rescaled(grad, upstream.detach(), backend, in_place=not (kept or _is_traced()))
@@ -113,7 +113,7 @@ class _Attach(torch.autograd.Function):
         return grad, None, None, None
 
 
-# Function.apply without what it does in Python for functorch's sake.
+# Function.apply without its Python code for functorch.
 _attach = super(torch.autograd.Function, _Attach).apply
 
 
@@ -128,12 +128,12 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _is_one(upstream: Tensor) -> bool:
-    """Whether nothing is left to multiply by, where asking is free: a plain tensor on the CPU."""
+    """Whether the upstream gradient is 1, as far as reading it is free: for a plain tensor on the CPU."""
     return upstream.is_cpu and not upstream.dim() and not _is_traced() and upstream.item() == 1.0
 
 
 def _is_traced() -> bool:
-    """Whether values cannot be looked at, nor tensors changed: in a compiler's hands, or vmap's."""
+    """Whether values cannot be read and tensors not changed in place: under a compiler, or under vmap."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
@@ -147,14 +147,14 @@ def _rescaled(grad: Tensor, upstream: Tensor, backend: str, in_place: bool) -> T
         return grad
     out = grad if in_place else torch.empty_like(grad)
     halves, pairs = (2, -1), (1, -1) + (1,) * (grad.dim() - 1)
-    # With a dimension the fp32 number decides the dtype of the product, and `out` what is stored, where a 0-d tensor would
-    # be rounded to grad's dtype first.
+    # A tensor with a dimension makes the product fp32, and `out` rounds it once. A 0-d tensor would be rounded to grad's dtype
+    # first.
     torch.mul(grad.unflatten(0, halves), upstream.view(pairs), out=out.unflatten(0, halves))
     return out
 
 
 def _alike(model_pred: Tensor, reference: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same values, each sample dense, all in model_pred's memory format; no copy where that is so already."""
+    """The same values, dense and in model_pred's memory format; copied only where they are not so already."""
     layout = torch.contiguous_format
     for dims, candidate in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if model_pred.dim() == dims and model_pred.is_contiguous(memory_format=candidate):

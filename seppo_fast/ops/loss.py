@@ -12,11 +12,11 @@ from seppo_fast.ops.fused import fused_loss
 from seppo_fast.ops.reference import mean_squared_errors, pair_losses
 
 BACKENDS = ("native", "triton", "reference")  # fastest first
-_check_options_once = lru_cache(typed=True)(check_options)  # a loop passes the same few numbers and names for ever
+_check_options_once = lru_cache(typed=True)(check_options)  # a loop passes the same few numbers and names again and again
 
 
 class SeppoStats(NamedTuple):
-    """What one call saw, detached, on the inputs' device. The last two are shares: average them over equal batches."""
+    """The statistics of one call, detached, on the inputs' device. The last two are shares: average them over equal batches."""
 
     model_mse: Tensor  # (2B,) the policy's MSE, winners first
     ref_mse: Tensor  # (2B,) the reference's
@@ -39,7 +39,7 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
 
 @torch.compiler.assume_constant_result  # a graph that is being traced cannot load libraries
 def _why_not(backend: str, device: torch.device) -> str | None:
-    """None or why not. Not before it is asked for: importing triton takes a while, and asking for GPUs starts CUDA."""
+    """None or why not. Found at first use only: importing triton takes a while, and asking for GPUs starts CUDA."""
     return _find_out(backend, device)
 
 
@@ -73,41 +73,41 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
                grad_scale: float | None = None, return_stats: bool = False) -> Tensor | tuple[Tensor, SeppoStats]:
     """The SePPO loss (Eq. 8 in the convention of App. B.2) of B pairs: `-logsigmoid(z)`, reduced.
 
-    The reference policy is given by its predictions, `ref_pred=`, or by what it scored, `ref_mse=`: one of the two.
-    With m and q the mean squared errors of `model_pred` and of the reference against `target`, w the winner and l the loser,
-    `z = -0.5 * beta * ((m_w - q_w) + s * (m_l - q_l))`. The sign s is decided by the winner alone:
+    Give the reference policy by its predictions, `ref_pred=`, or by its errors, `ref_mse=`.
+    `z = -0.5 * beta * ((m_w - q_w) + s * (m_l - q_l))`, where m and q are the mean squared errors of `model_pred` and of the
+    reference against `target`, w is the winner and l the loser. The winner alone decides the sign s:
 
     flipper      m_w > q_w   otherwise (ties too)
     "aaf"           +1          -1             the anchor-based adaptive flipper
     "indicator"      0          -1             the ablation with 1(x > 0): learn from the winner alone, or Diffusion-DPO
     "none"          -1          -1             Diffusion-DPO
 
-    Eq. 9 of the paper has the opposite sign for the same thing (and Eq. 8 subtracts it), and as printed it takes a tie
-    for the other case; App. B.2 is followed here, so `aaf_rate` is the share of s == -1, ties included.
+    Eq. 9 of the paper has the opposite sign for the same thing (and Eq. 8 subtracts it), and as printed it counts a tie
+    as the other case. This function follows App. B.2, so `aaf_rate` is the share of s == -1, ties included.
 
     Args:
-        model_pred: `(2B, ...)` the policy's predictions, winners first; fp32, fp16, bf16 or fp64. The gradient flows
-            here only, in this dtype.
+        model_pred: `(2B, ...)` the policy's predictions, winners first; fp32, fp16, bf16 or fp64. Only this argument gets
+            a gradient, in this dtype.
         ref_pred: `(2B, ...)` the reference policy's, any of these dtypes.
         target: what both should have predicted, `(2B, ...)`, or `(B, ...)` when the two halves share the noise.
         ref_mse: `(2B,)` fp32 (or fp64), in place of `ref_pred`: the reference's mean squared errors, winners first, as
-            `per_sample_mse` makes them; no gradient flows here. With predictions m - q is summed without cancellation and
-            exactly 0 where they are equal. A difference of two fp32 means keeps the roundings of both, and each unit in the
-            last place of an MSE (at most 2^-23 of it) is worth `beta / 2 * 2^-23` times the MSE in the logit: 1.2e-4 for an
-            MSE of 1 at beta 2000, 3e-4 at 5000. Expect one or two such units in each half of a pair, and either sign where
-            the winner is nearer to a tie than that. Equal predictions tie only if both errors were added up in the same
-            order, which `per_sample_mse` sees to.
-        beta: how far the policy may move from the reference; 2000 in the paper.
+            `per_sample_mse` makes them. With predictions, m - q is summed without cancellation and is exactly 0 where they
+            are equal. With errors it is a difference of two fp32 means and keeps the roundings of both. Each unit in the
+            last place of an MSE (at most 2^-23 of it) changes the logit by `beta / 2 * 2^-23` times the MSE: 1.2e-4 for an
+            MSE of 1 at beta 2000, 3e-4 at 5000. Expect one or two such units in each half of a pair; a winner that is
+            nearer to a tie than that may get either sign. Equal predictions tie only if both errors were added in the same
+            order, which `per_sample_mse` does.
+        beta: how strongly the loss holds the policy to the reference; 2000 in the paper.
         reduction: `"mean"` or `"sum"` over pairs, or `"none"` for `(B,)`.
         backend: `"auto"` or a name from `available_backends()`. fp64 takes the reference.
         grad_scale: the upstream gradient (of each loss, with "none") where the host knows it, such as DeepSpeed's 1 /
-            accumulation steps. backward then uses this number *instead of* the one that arrives: the gradient is ready
-            when the loss is, rounded once, and backward launches nothing. The loss itself is not scaled; where it is not
-            finite, nor is the gradient.
+            accumulation steps. backward then uses this number *instead of* the gradient that arrives: the final gradient
+            is computed with the loss and rounded once, and backward launches nothing. The loss itself is not scaled. Where
+            the loss is not finite, the gradient is not finite either.
         return_stats: also return a `SeppoStats`.
 
     Returns the loss in fp32 (fp64 when an input is), whatever the inputs' dtype. Nothing here waits for the device. A
-    sample that is not finite spoils its own pair's loss and gradient and no other's.
+    sample that is not finite makes its own pair's loss and gradient not finite, and no other pair's.
     """
     if (ref_pred is None) == (ref_mse is None):
         raise TypeError("seppo_loss wants the reference's predictions as ref_pred or their mean squared errors as ref_mse,"
@@ -142,13 +142,13 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
 
 @torch.no_grad()
 def per_sample_mse(pred: Tensor, target: Tensor, *, backend: str = "auto") -> Tensor:
-    """`(N,)` the mean squared error of each sample, fp32 (fp64 when an input is), detached: what `ref_mse=` wants.
+    """`(N,)` the mean squared error of each sample, fp32 (fp64 when an input is), detached: the value for `ref_mse=`.
 
     pred: `(N, ...)`; target: the same shape, or `(N / 2, ...)` when the second half of pred shares the first's.
 
-    Bit for bit the `model_mse` that `seppo_loss(pred, ref_mse=..., target=target, backend=backend)` finds, since it is
-    that: so a policy that is still equal to the reference ties. For this, both must have the predictions in the same dtype
-    and memory format; the batches may have other sizes, and the sample may be a winner there and a loser here.
+    It is bit for bit the `model_mse` of `seppo_loss(pred, ref_mse=..., target=target, backend=backend)`, so a policy that is
+    still equal to the reference ties. Both calls need the predictions in the same dtype and memory format. Their batches may
+    have different sizes, and a sample may be a winner in one and a loser in the other.
     """
     count = len(pred) if isinstance(pred, Tensor) and pred.dim() else 0
     if count % 2 and isinstance(target, Tensor) and target.shape == pred.shape:  # backends know pairs
@@ -174,7 +174,7 @@ def _share(condition: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _FixedUpstream(torch.autograd.Function):
-    """The identity, whose upstream gradient is replaced by `grad_scale`, or by NaN where the loss is not finite."""
+    """The identity; its upstream gradient is replaced by `grad_scale`, or by NaN where the loss is not finite."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, grad_scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Finds and loads the libraries built from csrc/: one for the CPU, one for CUDA. Both add kernels to `seppo_fast::pair_loss`."""
+"""Finds and loads the libraries built from csrc/, one for the CPU and one for CUDA; both add kernels to `seppo_fast::pair_loss`."""
 
 import ctypes
 import warnings
@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu": FOLDER / "_cpu.so", "cuda": FOLDER / "_cuda.so"}
 OLDEST_TORCH = (2, 10)
 OLDEST_GPU = (8, 0)
-ABI = 4  # SEPPO_ABI of csrc/pair_loss.h: what the operators take, which nothing else compares
+ABI = 4  # SEPPO_ABI of csrc/pair_loss.h: the version of the operators' arguments, which nothing else checks
 
 
 def why_not(device: torch.device) -> str | None:
@@ -21,13 +21,13 @@ def why_not(device: torch.device) -> str | None:
         return f"there is no native library for {device.type} tensors"
     if not library.exists():
         return (f"{library.name} was not built: install seppo_fast from its source with a C++ compiler"
-                f"{' and nvcc' if device.type == 'cuda' else ''} at hand (pip install -v --no-build-isolation says what it lacks)")
+                f"{' and nvcc' if device.type == 'cuda' else ''} (pip install -v --no-build-isolation says what is missing)")
     return (gpu_lacks(device.index) if device.type == "cuda" else None) or _load(library)
 
 
 @cache
 def _load(library: Path) -> str | None:
-    """None when the library is loaded, else why it cannot be, which is also warned about, once."""
+    """None when the library is loaded, else why it cannot be; that is also a warning, given once."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     try:

@@ -1,9 +1,9 @@
-"""The specification of the SePPO loss (Eq. 8, App. B.2) in plain PyTorch: every other backend is measured against it.
+"""The specification of the SePPO loss (Eq. 8, App. B.2) in plain PyTorch: every other backend is compared with it.
 
-Eq. 9 and App. B.2 write the same flipper with opposite signs: Eq. 9's is +1 where the policy beats the reference on the
-winner, and Eq. 8 subtracts it; App. B.2's is +1 where the policy is *worse* there, and it is added. They part only at
-a tie, where both fall to -1, which means "keep the reference sample as the loser" in App. B.2 and the contrary in Eq. 9
-as printed. This is App. B.2's convention: a tie is -1, so the first step from a fresh checkpoint is Diffusion-DPO's.
+Eq. 9 and App. B.2 write the same flipper with opposite signs. Eq. 9's is +1 where the policy beats the reference on the
+winner, and Eq. 8 subtracts it. App. B.2's is +1 where the policy is *worse* there, and it is added. They differ only at
+a tie: both are then -1, which means "the reference sample stays the loser" in App. B.2 and the opposite in Eq. 9 as
+printed. This code follows App. B.2: a tie is -1, so the first step from a fresh checkpoint is Diffusion-DPO's.
 """
 
 import torch
@@ -20,11 +20,11 @@ def pair_losses(model_pred: Tensor, reference: Tensor, target: Tensor, beta: flo
     """
     policy, reference, target = _widened(model_pred, reference.detach(), target.detach())
     if reference.dim() == 2:
-        # An infinite error would make a loss of 0 and pass for a pair well learnt: Inf - Inf shows it.
+        # An infinite reference error would give a loss of 0, as of a pair learnt perfectly: Inf - Inf makes it NaN.
         difference = _mean_square(policy - target) - (reference + (reference - reference))
     else:
-        # The policy's squared error minus the reference's, as a product: subtracting the two MSEs would cancel nearly all
-        # of their digits just where the sign is decided, and would not be exactly zero for equal predictions.
+        # The policy's squared error minus the reference's, as a product. Subtracting the two MSEs would cancel nearly all
+        # their digits where the sign is decided, and would not be exactly zero for equal predictions.
         difference = ((policy - reference) * (policy + reference - 2 * target)).mean(list(range(2, policy.dim())))
     winner, loser = difference
     sign = _sign(winner.detach(), flipper)
@@ -41,9 +41,9 @@ def mean_squared_errors(model_pred: Tensor, reference: Tensor, target: Tensor) -
 
 
 def _mean_square(errors: Tensor) -> Tensor:
-    """`(2, B, ...)` -> `(2, B)`, added up by halves.
+    """`(2, B, ...)` -> `(2, B)`, summed by adding halves.
 
-    torch.mean may choose its order by the number of samples, and equal predictions would not have equal errors.
+    torch.mean may add in an order that depends on the number of samples, and then equal predictions have unequal errors.
     """
     sums = errors.square().flatten(2)
     elements = sums.shape[2]
@@ -63,7 +63,7 @@ def _widened(policy: Tensor, reference: Tensor, target: Tensor) -> tuple[Tensor,
 
 
 def _sign(winner: Tensor, flipper: str) -> Tensor:
-    """`(B,)`, what multiplies the loser's difference: -1 pushes the policy away from it, +1 towards it, 0 neither."""
+    """`(B,)` the factor of the loser's difference: -1 pushes the policy away from it, +1 towards it, 0 neither."""
     worse = (winner > 0).to(winner.dtype)
     if flipper == "aaf":
         return 2 * worse - 1

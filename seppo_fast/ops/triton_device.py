@@ -1,10 +1,10 @@
-"""The device side of the fused loss in Triton; triton_kernel.py launches it and says what runs when."""
+"""The device side of the fused loss in Triton; triton_kernel.py launches the kernels and explains when each runs."""
 
 import triton
 import triton.language as tl
 
 TOGETHER, SUMS, GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a launch of parts_kernel does
-LANES = tl.constexpr(256)  # numbers at a time of what programs have left in memory
+LANES = tl.constexpr(256)  # how many of the programs' results are read at a time
 
 
 @triton.jit
@@ -16,16 +16,16 @@ def _load(pointer, lanes, left, WHOLE: tl.constexpr):
 
 @triton.jit
 def _by_thread(x, WIDTH: tl.constexpr):
-    """Sums of WIDTH neighbours, which one thread holds: nothing is exchanged until the end."""
+    """Sums of WIDTH neighbours, which one thread holds: threads exchange nothing until the end."""
     return tl.sum(tl.reshape(x, (x.shape[0] // WIDTH, WIDTH)), axis=1)
 
 
 @triton.jit
 def _half(policy, reference, target, left, SCORED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
           WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
-    """By thread: difference of the squared errors without cancellation (exactly 0 when p == r), policy's error, reference's;
-    and the policy's errors, a tensor for each of CHUNKS * BLOCK elements, of which there are `left`, or fewer. Of a reference
-    that is SCORED nothing is read, and the difference and its error are 0."""
+    """By thread: the difference of the squared errors without cancellation (exactly 0 when p == r), the policy's squared error
+    and the reference's; and the policy's errors, a tensor a chunk. Of the CHUNKS * BLOCK elements, the first `left` are real.
+    A SCORED reference is not read: the difference and the reference's error are 0."""
     difference = tl.zeros((BLOCK // WIDTH,), tl.float32)
     model, ref = difference, difference
     errors = ()
@@ -41,7 +41,7 @@ def _half(policy, reference, target, left, SCORED: tl.constexpr, WHOLE: tl.const
             difference += _by_thread((p - r) * (e + f), WIDTH)
             ref += _by_thread(f * f, WIDTH)
         errors = errors + (e,)  # type: ignore[assignment]  # Triton unrolls this loop
-        tl.debug_barrier()  # or all loads are issued first, and what they return does not fit the registers
+        tl.debug_barrier()  # or all loads are issued first, and their results do not fit into the registers
     return difference, model, ref, errors
 
 
@@ -69,7 +69,7 @@ def _put_gradient(grad, errors, coefficient, left, WHOLE: tl.constexpr, BLOCK: t
 
 @triton.jit
 def _add(a, b, c, d, e, f, g, h, i, j, k, m):
-    """Six sums in one reduction: made one by one, the compiler would put off some, and keep all that they need."""
+    """Six sums in one reduction. One by one, the compiler would delay some of them and keep their inputs in registers."""
     return a + g, b + h, c + i, d + j, e + k, f + m
 
 
@@ -85,7 +85,7 @@ def _add3(a, b, c, d, e, f):
 
 @triton.jit
 def _excess(model_mse, ref_mse):
-    """`excess` of pair_loss.h: NaN, where the reference's error is infinite."""
+    """`excess` of pair_loss.h: the difference, NaN where the reference's error is infinite."""
     return model_mse - (ref_mse + (ref_mse - ref_mse))
 
 
@@ -96,18 +96,18 @@ def _pair_loss(winner, loser, steepness, strength, FLIPPER: tl.constexpr):
     logit = steepness * (winner + sign * loser)
     e = tl.exp(-tl.abs(logit))
     u = 1.0 + e
-    # log1p(e): what 1 + e rounds off is made good by dividing by the rounded difference.
+    # log1p(e): dividing by the rounded difference corrects the rounding of 1 + e.
     tail = tl.where(u == 1.0, e, tl.log(u) * tl.math.div_rn(e, tl.where(u == 1.0, 1.0, u - 1.0)))
     loss = tl.where(logit < 0, -logit, 0.0) + tail
     slope = tl.math.div_rn(tl.where(logit < 0, 1.0, e), u)
-    # An infinite reference error makes a loss of 0 and would pass for a pair well learnt: NaN - NaN and Inf - Inf show it.
+    # An infinite reference error gives a loss of 0, as of a pair learnt perfectly: NaN - NaN and Inf - Inf make it NaN.
     coefficient = strength * slope + (logit - logit)
     return loss, sign, logit, coefficient, sign * coefficient
 
 
 @triton.jit
 def _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, weight, loss, stats):
-    """A pair's results to memory, and the totals with them if it is the only one."""
+    """Store a pair's results, and the totals, too, if it is the only pair."""
     tl.store(stats + pair, m_w)
     tl.store(stats + pairs + pair, m_l)
     at = stats + 2 * pairs
@@ -126,11 +126,10 @@ def _put_results(pair, pairs, own, sign, logit, m_w, m_l, q_w, q_l, weight, loss
 
 @triton.jit
 def _total(counter, pairs, weight, loss, stats):
-    """The last of the programs to come here finds all pairs' results, adds them up, and leaves the counter as it was: 0.
+    """The last program that arrives adds up the results of all pairs and sets the counter back to 0.
 
-    A program's results were stored by the thread that takes its ticket (and before a barrier of all its threads), so that
-    the ticket's release covers them; its acquire, and the barrier with which Triton hands the ticket to the other threads,
-    cover their loads.
+    The thread that takes a program's ticket also stored its results (and before a barrier of all its threads), so the ticket's
+    release covers them. Its acquire, and the barrier with which Triton gives the ticket to the other threads, cover their loads.
     """
     if pairs > 1:
         tl.debug_barrier()
@@ -157,7 +156,7 @@ def _total(counter, pairs, weight, loss, stats):
 def pair_kernel(policy, reference, target, grad, loss, stats, counters, pairs, elements, steepness, strength, inverse, weight,
                 FLIPPER: tl.constexpr, SCORED: tl.constexpr, SHARED: tl.constexpr, WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr,
                 BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
-    """One program a pair."""
+    """One program for each pair."""
     pair = tl.program_id(0).to(tl.int64)
     winner = pair * elements
     loser = (pair + pairs) * elements
@@ -182,10 +181,10 @@ def pair_kernel(policy, reference, target, grad, loss, stats, counters, pairs, e
 
 @triton.jit
 def _meet(counter, first, parts):
-    """Waits until `parts` programs are here, one of them with `first`; what each stored before, all may load afterwards.
+    """Wait until `parts` programs are here, one of them with `first`. What each stored before, all may load afterwards.
 
-    The arrivals add up to 2**31, which changes the counter's sign bit and nothing else: as with the grid barrier of
-    cooperative groups there is nothing to reset, and the next launch may have another number of parts.
+    The arrivals add up to 2**31, which changes only the counter's sign bit. As in the grid barrier of cooperative groups,
+    nothing has to be reset, and the next launch may have another number of parts.
     """
     tl.debug_barrier()
     before = tl.atomic_add(counter, tl.where(first, 2147483647 - (parts - 2), 1), sem="acq_rel")
@@ -196,7 +195,7 @@ def _meet(counter, first, parts):
 
 @triton.jit
 def _two_totals(partial, parts):
-    """Two of a pair's sums over its parts, in fp64 for the largest pairs' sake: most give a lane one or none."""
+    """Two of a pair's sums over its parts, in fp64 because the largest pairs have many; most pairs give a lane one part or none."""
     one = tl.zeros((LANES,), tl.float64)
     two = tl.zeros((LANES,), tl.float64)
     for first in range(0, parts, LANES):
@@ -209,7 +208,7 @@ def _two_totals(partial, parts):
 
 @triton.jit
 def _differences(reference, sums, pair, pairs, parts, inverse, SCORED: tl.constexpr):
-    """What `_pair_loss` wants of a pair that is in parts: sums, or means where the reference is SCORED."""
+    """The differences of a pair in parts for `_pair_loss`: of sums, or of means where the reference is SCORED."""
     if SCORED:
         m_w, m_l, q_w, q_l = _means(reference, sums, pair, pairs, parts, inverse, SCORED)
         d_w, d_l = _excess(m_w, q_w), _excess(m_l, q_l)
@@ -233,13 +232,13 @@ def _means(reference, sums, pair, pairs, parts, inverse, SCORED: tl.constexpr):
 def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters, pairs, elements, parts, steepness, strength,
                  inverse, weight, PHASE: tl.constexpr, FLIPPER: tl.constexpr, SCORED: tl.constexpr, SHARED: tl.constexpr,
                  WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
-    """Programs share the parts of all pairs; `partial` is (pairs, parts, 8): six sums (the policy's two, if the reference is
-    SCORED), and in a pair's first two coefficients.
+    """Programs share the parts of all pairs. `partial` is (pairs, parts, 8): six sums (the policy's two, if the reference is
+    SCORED), and in a pair's first part its two coefficients.
 
-    Together, all programs are on the chip and at least as many as a pair has parts, and each goes through its parts in order.
-    So nobody waits for a program that waits for a later pair, and the first pair that is not finished will be.
+    With TOGETHER, all programs are on the chip, there are at least as many as a pair has parts, and each goes through its parts
+    in order. So no program waits for one that waits for a later pair, and the first unfinished pair always finishes.
     """
-    # No invariants: they would wait in registers, and there is none to spare.
+    # No hoisting of invariants: they would occupy registers, and none are free.
     for work in tl.range(tl.program_id(0), pairs * parts, tl.num_programs(0), disable_licm=True):
         pair = (work // parts).to(tl.int64)
         part = (work % parts).to(tl.int64)
@@ -288,7 +287,7 @@ def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters
 @triton.jit(do_not_specialize=["pairs", "parts"])
 def results_kernel(reference, loss, stats, partial, counters, pairs, parts, steepness, strength, inverse, weight,
                    FLIPPER: tl.constexpr, SCORED: tl.constexpr):
-    """One program a pair, between parts_kernel's sums and its gradient."""
+    """One program for each pair, between parts_kernel's sums and its gradient."""
     pair = tl.program_id(0).to(tl.int64)
     sums = partial + pair * parts * 8
     d_w, d_l = _differences(reference, sums, pair, pairs, parts, inverse, SCORED)

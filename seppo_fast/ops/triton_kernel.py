@@ -1,13 +1,13 @@
-"""The fused loss in Triton, for GPUs where nobody built csrc/. Same maths as csrc/pair_loss.h, same outputs.
+"""The fused loss in Triton, for GPUs where csrc/ was not built. Same maths as csrc/pair_loss.h, same outputs.
 
-What the gradient needs of a pair, its errors p - t, stays in registers while the sums are made, so that one launch reads each
-input once. A pair of up to 16384 elements a half (SD-1.5) is one program of `pair_kernel`. A larger one is shared by programs
-of `parts_kernel`, launched so that all are on the chip at once, which wait for each other's sums. Where they cannot (the
-interpreter runs them one after another, and a pair may be too large for the chip) the same code runs in three launches, the
-last of which reads policy and target again.
+The gradient needs a pair's errors p - t. They stay in registers while the sums are made, so that one launch reads each input
+once. A pair of up to 16384 elements a half (SD-1.5) is one program of `pair_kernel`. A larger pair is shared by programs of
+`parts_kernel`, which are all on the chip at once and wait for each other's sums. Where that is impossible (the interpreter runs
+programs one after another, and a pair may be too large for the chip) the same code runs in three launches, and the last one
+reads policy and target again.
 
-The order of a pair's sums depends on its size and dtype alone: no launch, grid or batch changes a bit. Nothing is tuned by
-timing: ranks that chose differently would add up differently.
+The order of a pair's sums depends on its size and dtype alone: launch, grid and batch change no bit. Nothing is tuned by
+timing, because ranks that chose differently would add in different orders.
 """
 
 from functools import lru_cache
@@ -21,17 +21,17 @@ from seppo_fast.ops.triton_device import GRADIENT, SUMS, TOGETHER, pair_kernel, 
 
 ONE_PROGRAM = 16384  # the largest sample whose pair one program holds
 PART = 4096  # elements of each half of a larger pair that a program holds
-# Warps by bytes of a policy element: 256 threads with up to 255 registers each for fp32, which spills with more, and 1024
-# with 64 for the rest. Of parts a multiprocessor holds two, with 128 registers a thread. Checked for sm_80 and sm_90.
+# Warps by bytes of a policy element: for fp32 256 threads with up to 255 registers each (more threads spill), for the rest 1024
+# threads with 64. A multiprocessor holds two parts, with 128 registers a thread. Checked for sm_80 and sm_90.
 WARPS = {4: 8, 2: 32}
 PART_WARPS, RESIDENT = 8, 2
-EXACT = {"enable_fp_fusion": False}  # or the compiler chooses what it fuses, for each kernel anew, and so the last bit
-COUNTERS = 1024  # of a stream: one for the ticket, and one for each large pair, where its programs meet
+EXACT = {"enable_fp_fusion": False}  # or the compiler chooses in each kernel what it fuses, and so the last bit
+COUNTERS = 1024  # for each stream: one for the ticket, and one for each large pair, where its programs meet
 
 
 @lru_cache
 def plan(elements: int, element_size: int) -> tuple[int, dict[str, int]]:
-    """How many programs hold a pair of samples of that many elements, and the constants of their launch; a fixed table."""
+    """How many programs share a pair of samples of so many elements, and the constants of their launch; a fixed table."""
     width = 16 // element_size  # elements of a 16-byte access
     if elements <= ONE_PROGRAM:
         block = min(WARPS[element_size] * 32 * width, max(128, triton.next_power_of_2(elements)))
@@ -46,7 +46,7 @@ def plan(elements: int, element_size: int) -> tuple[int, dict[str, int]]:
 
 @lru_cache
 def _kept_counters(device: torch.device, stream: int) -> Tensor:
-    """Zeros that every launch leaves as good as zero. Launches on one stream do not overlap, so they can share them."""
+    """Counters of 0, which every launch leaves ready for the next. Launches on one stream do not overlap, so they share them."""
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
@@ -68,7 +68,7 @@ def _room(device: torch.device) -> int:
 def pair_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float, flipper: int, scale: float, weight: float,
               wants_grad: bool, together: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """loss (), stats (7B + 2,) and the gradient. `reference`: predictions, shaped like model_pred, or their mean squared errors
-    (2B,). `together=False` is for tests: what pairs too large for the chip get."""
+    (2B,). `together=False` is for tests: it takes the three launches of pairs that are too large for the chip."""
     if model_pred.is_cuda and model_pred.device.index != torch.cuda.current_device():
         with torch.cuda.device(model_pred.device):
             return pair_loss(model_pred, reference, target, beta, flipper, scale, weight, wants_grad, together)

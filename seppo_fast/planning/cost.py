@@ -37,10 +37,10 @@ class Cost:
     reference: int
     optimizer: int
     gradients: int  # summed over the accumulation window
-    bucket: int  # through which DeepSpeed reduces gradients, in backward
-    activations: int  # of a micro-batch at its peak, the bucket apart
+    bucket: int  # the buffer through which DeepSpeed reduces gradients, in backward
+    activations: int  # of a micro-batch at its peak, without the bucket
     update: int  # what the optimizer's update needs in place of gradients, bucket and activations
-    score: int  # of scoring the sampler's batch ahead
+    score: int  # of scoring the sampler's batch when it is sampled
     sampler: int  # of the sampler's batch at its peak; of one sample where the batch size is "auto"
     kept_gradients: int  # of the gradients' bytes, those that stay while the reference samples
     improver: int  # the improvement model's weights
@@ -52,7 +52,7 @@ class Cost:
 
     @property
     def standing(self) -> int:
-        """Bytes that are there from the first update to the last."""
+        """Bytes that stay allocated from the first update to the last."""
         improver = 0 if self.offloads_improver else self.improver
         return self.weights + self.optimizer + (0 if self.offloads else self.reference) + improver
 
@@ -60,7 +60,7 @@ class Cost:
     def peaks(self) -> dict[str, int]:
         """The most that each phase of an update needs."""
         phases = {"micro-batch": self.gradients + self.bucket + self.activations, "optimizer": self.update}
-        # scores are made outside the graph, whose memory is its own
+        # scoring runs outside the graph, which has its own memory
         ahead = self.sampler + self.score if self.graph else max(self.sampler, self.score)
         if ahead:
             phases["sampling"] = (self.kept_gradients + ahead + (self.reference if self.offloads else 0)
@@ -78,7 +78,7 @@ class Cost:
 
     @property
     def reserved(self) -> int:
-        """The most bytes that the device must have: a captured graph's own pool is free for nothing else."""
+        """The bytes that the device must have: nothing else can use a captured graph's memory pool."""
         kept = self.sampler if self.graph and not self.offloads else 0
         return max(size + (kept if name != "sampling" else 0) for name, size in self.peaks.items())
 
@@ -147,7 +147,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     ahead = bool(ours.flipper) and not online
     score = inference(lambda: model.denoise(unet, *scored)).peak if ahead else 0
     activations = meter.peak - engine.bucket
-    if autocast:  # computes in half the bytes, and keeps a cast copy of the weights for as long
+    if autocast:  # computes in half the bytes, and keeps a cast copy of the weights meanwhile
         activations, sampler, score = ((size + weights) // 2 if size else 0 for size in (activations, sampler, score))
 
     sampler += known if draws else 0
@@ -181,7 +181,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
 
 
 def vae_bytes(model: Model, shape: Sequence[int]) -> tuple[int, int]:
-    """Of the VAE's weights, and of decoding one sample with latents of `shape`: grids and evaluations decode one by one."""
+    """Bytes of the VAE, and of decoding one sample with latents of `shape`: grids and evaluations decode one by one."""
     with torch.device("meta"):
         vae = model.empty_vae()
     decoding = inference(lambda: model.decode(vae, torch.empty(1, *shape, device="meta"))).peak
@@ -189,7 +189,7 @@ def vae_bytes(model: Model, shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _inputs(unet: UNet, shape: list[int], samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What `model.denoise` takes beside the network, for so many samples with latents of `shape`, on the meta device."""
+    """The arguments of `model.denoise` after the network, for so many samples with latents of `shape`, on the meta device."""
     make = {"device": "meta", "dtype": dtype}
     conditions = {"prompt_embeds": torch.empty(samples, 77, unet.config.cross_attention_dim, **make)}
     if unet.config.addition_embed_type == "text_time":

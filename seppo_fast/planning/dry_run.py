@@ -25,9 +25,9 @@ from seppo_fast.training.validation import what_is_wanted
 
 
 def dry_run(config: Config, world: int, rates: str | None = None) -> str:
-    """The plan, and what is still to be provided; raises `UserError` for what is there and wrong.
+    """The plan, and what is still missing; raises `UserError` for what is wrong.
 
-    `rates` is a file of a device's measured speed, beside the shipped ones.
+    `rates` is a file of a device's measured speed, in addition to the shipped rates.
     """
     ours = config.seppo
     batch = batch_plan(config.deepspeed, world)
@@ -60,7 +60,7 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
 
 
 def _model(config: Config, missing: list[str]) -> Model | None:
-    """The model, or the shape that is known of one on the hub, which is then `missing`: a dry run fetches nothing."""
+    """The model; for one on the hub its published shape, with a line in `missing`, because a dry run downloads nothing."""
     ours, with_image = config.seppo.model, config.seppo.method == "improvement"
     on_hub = {key: name for key, name in {"path": ours.path, "motion_adapter": ours.motion_adapter}.items()
               if name is not None and is_hub_id(name)}
@@ -95,7 +95,7 @@ def _others(config: Config, model: Model | None, missing: list[str]) -> None:
 
 
 def _source(config: Config, model: Model | None, missing: list[str]) -> Source | None:
-    """The demonstrations, or what is `missing` of them."""
+    """The demonstrations, or None with a line in `missing`."""
     ours = config.seppo
     if ours.data.source is None:
         missing.append(SOURCE_NOT_SET)

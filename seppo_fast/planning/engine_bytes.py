@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine keeps on the device beside the weights, as read in its source (0.19) and checked in the tests."""
+"""The memory of DeepSpeed's engine besides the weights, as read in its source (0.19) and checked in the tests."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.training.engine import engine_config, precision
 
-FALLBACK_BUCKET = 500_000_000  # elements that the engine reduces at once where no ZeRO stage has buckets of its own
+FALLBACK_BUCKET = 500_000_000  # elements that the engine reduces at once where no ZeRO stage has its own buckets
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class EngineBytes:
     """Bytes of one rank. `bucket_elements` 0: gradients are not collected in a bucket while backward makes them."""
 
     optimizer: int  # the optimizer's moments and the master copy of the weights; always there
-    gradients: int  # summed over the window
-    update: int  # in place of `gradients` and the activations while the optimizer makes its update
-    sampling: int  # of `gradients`, what stays between windows
+    gradients: int  # summed over the accumulation window
+    update: int  # in place of `gradients` and the activations during the optimizer's update
+    sampling: int  # the part of `gradients` that stays between windows
     bucket_elements: int
     bucket_dtype: torch.dtype
     buckets: int  # how many of them
@@ -31,7 +31,7 @@ class EngineBytes:
 
 
 def engine_bytes(config: Config, batch: Batch, trained: int, largest: int) -> EngineBytes:
-    """For `trained` weights, of which the largest tensor has `largest` elements. Moments are Adam's."""
+    """The bytes for `trained` weights, whose largest tensor has `largest` elements. Moments are Adam's."""
     raw = engine_config(config, batch)
     section = dict(raw.get("zero_optimization", {}))
     zero = DeepSpeedZeroConfig(**section)
@@ -41,7 +41,7 @@ def engine_bytes(config: Config, batch: Batch, trained: int, largest: int) -> En
     sums = half and raw.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     offload = (section.get("offload_optimizer") or {}).get("device", "none") != "none"
     stage = int(zero.stage)
-    own = trained // batch.world  # of the weights, those that this rank updates
+    own = trained // batch.world  # the weights that this rank updates
     step = 0 if offload else adam_temporaries(raw) * own
 
     if stage == 0:
@@ -63,17 +63,17 @@ def engine_bytes(config: Config, batch: Batch, trained: int, largest: int) -> En
         update = gradients + step if sums or offload else max(size * own + flat, 4 * own + step)
     else:
         gradients = (4 if sums else size) * trained
-        moved = summed or size * own  # the owned share, taken out of the bucket
+        moved = summed or size * own  # the owned share, copied out of the bucket
         update = gradients + moved + max(step, 4 * own if half and not sums else 0)
     buckets = 2 if zero.overlap_comm else 1
-    update = max(update, gradients + 8 * largest)  # norms are taken in fp64, a weight at a time
+    update = max(update, gradients + 8 * largest)  # norms are computed in fp64, one weight at a time
     return EngineBytes(optimizer=optimizer, gradients=gradients, update=update, sampling=0 if stage < 3 else summed,
                        bucket_elements=int(zero.reduce_bucket_size), buckets=buckets,
                        bucket_dtype=torch.float32 if stage == 1 and sums else dtype)
 
 
 def uses_bf16_optimizer(raw: dict) -> bool:
-    """Whether DeepSpeed takes its BF16_Optimizer, which sums all gradients in fp32, and not that of the ZeRO stages."""
+    """Whether DeepSpeed takes its BF16_Optimizer, which sums all gradients in fp32, and not a ZeRO stage's optimizer."""
     zero = raw.get("zero_optimization", {})
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     sums = raw.get("data_types", {}).get("grad_accum_dtype") == "fp32"
@@ -81,15 +81,15 @@ def uses_bf16_optimizer(raw: dict) -> bool:
 
 
 def adam_temporaries(raw: dict) -> int:
-    """Bytes that an update of Adam needs for each weight beyond its state: none where one kernel does all of it."""
+    """Temporary bytes of Adam's update for each weight: none where one kernel does all of it."""
     params = raw["optimizer"].get("params", {})
     return 4 if params.get("torch_adam") and not params.get("fused") else 0
 
 
 class TakenGradients:
-    """Takes gradients as the engine does when backward has made them: a bucket filled and emptied, nothing kept.
+    """Takes gradients from backward as the engine does: it fills a bucket, empties it, and keeps nothing.
 
-    An instance is the `gradient`, and its `finish` the `finish`, of `live.micro_batch`.
+    An instance is the argument `gradient` of `network_memory.micro_batch`, and its `finish` is the argument `finish`.
     """
 
     def __init__(self, engine: EngineBytes) -> None:
@@ -108,7 +108,7 @@ class TakenGradients:
         self.filled += weight.numel()
 
     def finish(self) -> None:
-        """What is in the bucket is copied into one tensor, reduced and added where it belongs."""
+        """Copy the bucket's content into one tensor, as for reducing it, and empty the bucket."""
         self._empty(self.filled)
         self.filled = 0
 

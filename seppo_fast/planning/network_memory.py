@@ -1,4 +1,4 @@
-"""Bytes alive and FLOPs of a network's run, followed on the meta device: nothing is computed and nothing is allocated."""
+"""Bytes alive and FLOPs of a network's run, counted on the meta device: nothing is computed and nothing is allocated."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ from seppo_fast.meter import Meter
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention on the meta device as the fused kernels of every real device do it: without the matrix of scores.
+    """Attention on the meta device without the matrix of scores, like the fused kernels of real devices.
 
-    There PyTorch would take its formula apart, and keep that matrix for backward.
+    PyTorch itself would compute its formula step by step there, and keep that matrix for backward.
     """
     real = functional.scaled_dot_product_attention
 
@@ -30,7 +30,7 @@ def fused_attention() -> Iterator[None]:
 
 
 def inference(run: Callable[[], Any]) -> Meter:
-    """What `run` takes without gradients."""
+    """The cost of `run` without gradients."""
     with Meter() as meter, fused_attention(), torch.no_grad():
         run()
     return meter
@@ -38,9 +38,9 @@ def inference(run: Callable[[], Any]) -> Meter:
 
 def micro_batch(policy: nn.Module, run: Callable[[], Tensor], *, reference: bool, gradient: Callable[[nn.Parameter], None],
                 finish: Callable[[], None] = lambda: None) -> Meter:
-    """What a micro-batch takes: `run`, `reference` (the same again, without gradients), and the backward.
+    """The cost of a micro-batch: `run`, `reference` (the same again, without gradients), and the backward.
 
-    `gradient(weight)` takes each weight's gradient as the engine does, when it appears, and `finish()` follows on the last.
+    `gradient(weight)` takes each weight's gradient when it appears, as the engine does; `finish()` is called after the last.
     """
     hooks = [weight.register_post_accumulate_grad_hook(gradient) for weight in policy.parameters() if weight.requires_grad]
     with Meter() as meter, fused_attention():

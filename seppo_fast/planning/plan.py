@@ -1,4 +1,4 @@
-"""The plan: what will be done and what it costs, in words, before anything is done."""
+"""The plan: what a run will do and what it costs, as text, before it starts."""
 
 from itertools import islice
 from math import prod
@@ -21,20 +21,20 @@ from seppo_fast.planning.cost import Cost
 from seppo_fast.planning.engine_bytes import adam_temporaries, uses_bf16_optimizer
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 
-LOOKED_AT = 1000  # rows, before any is encoded
+LOOKED_AT = 1000  # rows that the plan reads
 STREAMED = ("prompts alone: clips are decoded and encoded while it trains, with the VAE on the device beside what is counted"
             " below")
 
 
 def cache_bytes(model: Model, config: Config) -> int:
-    """Bytes that a demonstration's latents take in the cache; prompt embeddings come on top, once for each prompt."""
+    """Bytes of a demonstration's latents in the cache; prompt embeddings are extra, once for each prompt."""
     data = config.seppo.data
     tensors = 4 if METHODS[config.seppo.method].needs_losers else 2  # mean and standard deviation, of each image
     return tensors * prod(latent_shape(model, data)) * getattr(torch, data.cache_dtype).itemsize
 
 
 def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, source: Source | None) -> str:
-    """The plan of a run. `cost`, `model` and `source` are None where the model or the data are not here yet."""
+    """The plan of a run. `cost`, `model` and `source` are None where the model or the data are missing."""
     ours = config.seppo
     clips = ours.model.motion_adapter is not None or source is not None and source.kind == "video"
     video = clips if model is None else model.video
@@ -99,7 +99,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
 
 
 def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
-    """What DeepSpeed's settings cost without need, as read in its source (0.19) and, where two ranks are not needed, tested."""
+    """Settings of DeepSpeed that cost more than they need to, as read in its source (0.19); those of one rank are tested."""
     raw = engine_config(config, batch)
     dtype, stage = precision(raw).dtype, int(raw.get("zero_optimization", {}).get("stage", 0))
     offload = (raw.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
@@ -126,7 +126,7 @@ def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
 
 
 def _precision(config: Config) -> str:
-    """In what the policy is trained, and what else is kept in another dtype."""
+    """The dtypes of policy, reference, past policies, VAE and cache."""
     dtype, autocast = precision(config.deepspeed)
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     whose = "policy and reference" if METHODS[config.seppo.method].references else "policy"
@@ -149,14 +149,14 @@ def _trained(model: ModelSettings, video: bool) -> str:
 
 
 def _evaluation(asked: Evaluation) -> str:
-    """What is scored when, and what follows from it."""
+    """What is scored, when, and what the scores decide."""
     prompts = asked.prompts if isinstance(asked.prompts, str) else f"{len(asked.prompts)} prompts"
     apart = "not in time below, nor are the networks that score in memory"
     return f"{', '.join(asked.scores)} of {prompts} every {asked.every} updates{_watched(asked)}; {apart}"
 
 
 def _held_out(ours: Seppo, rows: int | None) -> str:
-    """What is never trained on, and what is measured on it when."""
+    """How many demonstrations are held out, and what is measured on them, when."""
     wanted, asked = ours.data.hold_out, ours.evaluation
     share = f"{100 * wanted:g}% of the" if isinstance(wanted, float) else f"{wanted}"
     count = share if rows is None else f"{len(split(rows, wanted, ours.seed)[1])} of {rows}"
@@ -165,13 +165,13 @@ def _held_out(ours: Seppo, rows: int | None) -> str:
 
 
 def _watched(asked: Evaluation) -> str:
-    """What follows from the values of the watched measure."""
+    """What the values of the watched measure decide."""
     ends = f"; ends after {asked.patience} without a better {asked.watched}" if asked.patience else ""
     return ends + (f"; the checkpoint of the best {asked.watched} stays" if asked.keep_best else "")
 
 
 def _memory(config: Config, cost: Cost) -> tuple[str, str]:
-    """How much, and what it is made of."""
+    """The memory a rank needs, and what it is made of."""
     peaks = ", ".join(f"{name} {_gb(size)}" for name, size in cost.peaks.items())
     graph = f", and {_gb(cost.sampler)} stay with the sampler's CUDA graph" if cost.graph and not cost.offloads else ""
     bucket = f", buckets {_gb(cost.bucket)}" if cost.bucket else ""
@@ -185,7 +185,7 @@ def _memory(config: Config, cost: Cost) -> tuple[str, str]:
 
 
 def _first_rows(config: Config, model: Model | None, source: Source | None) -> dict[str, str]:
-    """How many of the first captions are longer than what the text encoder sees, and how many pictures are very small."""
+    """How many of the first captions are longer than the text encoder can see, and how many pictures are very small."""
     if source is None:
         return {}
     captions, sizes, lines = [], {}, {}

@@ -1,4 +1,4 @@
-"""How long a run takes on known devices: its FLOPs, over the share of a device's matrix rate that such work reaches."""
+"""How long a run takes on known devices: its FLOPs divided by the part of a device's matrix rate that such work reaches."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from seppo_fast.training.held_out import DRAWS
 SHIPPED = Path(__file__).parent / "rates.json"
 UNITS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600}  # in hours
 YEAR = 24 * 365
-SHOWN = 0.01  # what is less is not told apart
+SHOWN = 0.01  # smaller figures are shown as "<0.01"
 GPUS = (1, 2, 4, 8)
 STEPS = (50, 25, 20)
 BATCHES = (1, 4, 16)
@@ -30,7 +30,7 @@ Shares = Share | list[tuple[Annotated[int, Field(gt=0)], Share]] | None
 
 
 class Rate(BaseModel):
-    """What a device reaches. Fractions are of `matmul_tflops`, one or by batch (samples, or pairs in training); null: unknown."""
+    """A device's speed. Fractions are of `matmul_tflops`: one, or one a batch size (samples; pairs in training); null: unknown."""
 
     device: str
     matmul_tflops: Annotated[float, Field(gt=0)]
@@ -41,7 +41,7 @@ class Rate(BaseModel):
 
 @dataclass(frozen=True)
 class Work:
-    """A run of `pairs` on `gpus`: FLOPs of a pair, and the batches in which it is worked at."""
+    """A run of `pairs` on `gpus`: FLOPs of a pair for sampling and training, and the batch sizes of both."""
 
     pairs: int
     gpus: int
@@ -70,7 +70,7 @@ def load_rates(path: str | None) -> list[Rate]:
 
 
 def fraction(shares: Shares, batch: int) -> float:
-    """The share at a batch: between those of the nearest batches, and beyond the last one no better than there."""
+    """The share at a batch size: interpolated between the nearest ones, and beyond the first and the last the same as there."""
     if not isinstance(shares, list):
         return shares
     points = sorted(shares)
@@ -81,16 +81,16 @@ def fraction(shares: Shares, batch: int) -> float:
 
 
 def hours(rate: Rate, work: Work) -> tuple[float, float]:
-    """Hours of sampling and of training; training goes at sampling's share where its own is not known."""
+    """Hours of sampling and of training; training takes sampling's fraction where its own is not known."""
     each = work.pairs / work.gpus / (rate.matmul_tflops * 1e12) / 3600
     learned = fraction(rate.training_fraction or rate.sampling_fraction, work.micro)
     return each * work.sampling / fraction(rate.sampling_fraction, work.sampler_batch), each * work.training / learned
 
 
 def work_of(config: Config, batch: Batch, cost: Cost, held_out: int = 0) -> Work:
-    """What is to be done, as configured. The reference scores pairs in training, or where its samples are made.
+    """The work of a run, as configured. The reference scores pairs in training, or where its samples are made.
 
-    What is measured on `held_out` demonstrations is spread over the pairs.
+    The cost of measuring on `held_out` demonstrations is spread over the pairs.
     """
     ours = config.seppo
     size = BATCHES[-1] if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
@@ -104,19 +104,19 @@ def work_of(config: Config, batch: Batch, cost: Cost, held_out: int = 0) -> Work
 
 
 def held_out_flops(config: Config, cost: Cost, count: int) -> tuple[float, float]:
-    """Of what the initial model samples once for `count` held-out demonstrations, and of an evaluation of a policy."""
+    """FLOPs of the initial model's samples for `count` held-out demonstrations, made once, and of one evaluation of a policy."""
     halves = 2 if config.seppo.flipper else 1
     return count * cost.sample, count * DRAWS * halves * cost.forward
 
 
 def rollout(work: Work, cost: Cost) -> Work:
-    """The same with the reference's scores computed in the sampler's batches."""
+    """The same work with the reference's scores computed in the sampler's batches."""
     return replace(work, sampling=work.sampling + cost.scoring, training=work.training - cost.scoring)
 
 
 def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Sequence[Rate], here: str = "", held_out: int = 0
               ) -> str:
-    """Hours on every known device, and how they change on the first of them or, where it is among them, on `here`."""
+    """Hours on every known device, and how other settings change them: on `here` if its rate is known, else on the first device."""
     work = work_of(config, batch, cost, held_out)
     known = next(rate for rate in reversed(rates) if rate.sampling_fraction is not None)  # a shipped one: own rates come first
     whole = [rate if rate.sampling_fraction is not None else rate.model_copy(update={"sampling_fraction": known.sampling_fraction})
@@ -142,7 +142,7 @@ def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Seq
 
 
 def duration(hours: float) -> str:
-    """A time as people say it."""
+    """A time in its usual unit."""
     if hours >= 2 * YEAR:
         return f"{hours / YEAR:,.0f} years"
     if hours >= 48:
@@ -156,7 +156,7 @@ def _is(rate: Rate, here: str) -> bool:
 
 
 def _changes(config: Config, cost: Cost, model: Model, work: Work, rate: Rate) -> list[str]:
-    """A table of hours in all: a row for each thing that can be changed, a column for each number of GPUs."""
+    """A table of total hours: a row for each setting that can be changed, a column for each number of GPUs."""
     ours = config.seppo
     rows = {"as configured": work}
     if METHODS[ours.method].draws:

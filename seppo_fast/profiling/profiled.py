@@ -40,11 +40,11 @@ MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flo
 
 
 class Enough(BaseException):
-    """Everything has been measured. Like `Stop` no `Exception`, so that nobody takes it for a failure."""
+    """Everything has been measured. Like `Stop` not an `Exception`, so that no code handles it as a failure."""
 
 
 class Clock:
-    """Seconds by phase; a phase within another one is taken out of it. The device is waited for at each change."""
+    """Seconds by phase, without those of phases inside it. The clock waits for the device at each change."""
 
     def __init__(self, device: torch.device) -> None:
         self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -58,12 +58,12 @@ class Clock:
         self._mark = time.perf_counter()
 
     def enter(self, phase: str) -> None:
-        """What comes now belongs to `phase`."""
+        """Begin `phase`."""
         self.charge()
         self._stack.append(phase)
 
     def leave(self) -> None:
-        """Back to the phase around this one."""
+        """Return to the phase around this one."""
         self.charge()
         self._stack.pop()
 
@@ -75,7 +75,7 @@ class Clock:
         self._mark = now
 
     def timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
-        """`function`, whose time goes to `phase`."""
+        """`function`, with its time counted in `phase`."""
         @wraps(function)
         def measured(*args: Any, **kwargs: Any) -> Any:
             self.enter(phase)
@@ -88,7 +88,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class TimedObjective(Objective):
-    """The objective with a clock around each network's answer. No hooks on the networks: they may be captured or compiled."""
+    """The objective with a clock around each network's forward. No hooks on the networks: they may be captured or compiled."""
 
     clock: Clock | None = None
     policy: DeepSpeedEngine | None = None
@@ -116,7 +116,7 @@ class ProfiledTrainer(Trainer):
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """The trainer's own phases; within "training" the networks, the backward and the step have theirs."""
+        """Count a phase of the trainer. Inside "training", the networks, the backward and the step have their own phases."""
         self.clock.enter("loss and bookkeeping" if name == "training" else name)
         try:
             with super().timed(name):
@@ -130,7 +130,7 @@ class ProfiledTrainer(Trainer):
         return self.state.update == self.updates + 1
 
     def draw_rollouts(self, k: int, update: int) -> None:
-        """Line 3; in the last update one batch is drawn once more, under the profiler."""
+        """Line 3; in the last update, one batch is drawn again under the profiler."""
         if self.state.update == 1:
             self.clock.restart()
         super().draw_rollouts(k, update)
@@ -143,7 +143,7 @@ class ProfiledTrainer(Trainer):
             self.found["sampling"] = operators(profiler, self.ranks.device), len(slots)
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:
-        """Line 4; in the last update its last micro-batch is under the profiler."""
+        """Line 4; in the last update, its last micro-batch runs under the profiler."""
         self.micro_batches = 0
         self.profile_last_micro_batch()
         done = super().update_policy(update)
@@ -153,7 +153,7 @@ class ProfiledTrainer(Trainer):
         return done
 
     def stepped(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`engine.step`, after which a micro-batch is done."""
+        """`engine.step`, which ends a micro-batch."""
         def counted(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
             self.micro_batches += 1
@@ -209,7 +209,7 @@ def profile(config: Config, ranks: Ranks, signals: StopSignals, updates: int, ro
 
 def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: float, found: dict[str, Any], updates: int,
            rows: int) -> str:
-    """Everything that was found, as text."""
+    """All results, as text."""
     batch = batch_plan(config.deepspeed, ranks.world)
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
     parts = [phase_table(seconds, batch, updates, uneven)]
@@ -220,7 +220,7 @@ def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: floa
             table, count = found[name]
             parts.append(operator_table(table, f"{name}, {count} {what}", rows))
     if batch.world > 1:
-        # Gradients travel in every micro-batch from stage 2 on, before that once an update.
+        # From stage 2 on gradients are reduced in every micro-batch, below once an update.
         collectives = communication(found["training"][0]) * (batch.accumulation if stage >= 2 else 1) / sum(seconds.values())
         parts.append(f"collectives: about {collectives:.1%} of an update, waiting for other ranks and what overlaps included")
     cuda = ranks.device.type == "cuda"
@@ -231,8 +231,8 @@ def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: floa
 def shortened(config: Config, folder: Path, updates: int) -> Config:
     """The configuration for `updates` + 2 updates that leave nothing behind.
 
-    No monitors, no grids, no scores, no end of an iteration. Samples are made for one update at a time: an iteration's would
-    come before the first of them.
+    It has no monitors, grids or scores, and no iteration ends. Samples are made for one update at a time: those of a whole
+    iteration would all be made before the first update.
     """
     raw = copy.deepcopy(config.as_dict())
     for monitor in MONITORS:
@@ -247,7 +247,7 @@ def shortened(config: Config, folder: Path, updates: int) -> Config:
 
 @contextmanager
 def temporary_folder(output: Path, ranks: Ranks) -> Iterator[Path]:
-    """A folder that all ranks see, as near to `output` as there is one; rank 0 removes it."""
+    """A temporary folder that all ranks see, in the nearest existing parent of `output`; rank 0 removes it."""
     beside = next(parent for parent in output.absolute().parents if parent.is_dir())
     made: list[object] = [None]
     if ranks.rank == 0:

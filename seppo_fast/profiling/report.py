@@ -1,4 +1,4 @@
-"""A measured run in words: where a second goes, which operators take it, and what to turn on."""
+"""The report of a measured run: where a second goes, which operators take it, and what to turn on."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from torch.autograd import DeviceType
 from seppo_fast.configfile import Batch, Config
 
 PHASES = ("sampling", "data", "policy forward", "reference scoring", "backward", "optimizer step", "loss and bookkeeping", "other")
-COMMUNICATION = ("gloo:", "nccl", "c10d::")  # how the profiler's names of collectives begin
+COMMUNICATION = ("gloo:", "nccl", "c10d::")  # the profiler's names of collectives begin so
 
 
 class Operator(NamedTuple):
-    """An operator, or on a GPU a kernel: its own time, without what it calls."""
+    """An operator, or on a GPU a kernel: its own time, without the operators that it calls."""
 
     name: str
     calls: int
@@ -27,7 +27,7 @@ def operators(profile: torch.profiler.profile, device: torch.device | str) -> li
         found = [Operator(event.key, event.count, event.self_device_time_total / 1e6) for event in events
                  if event.device_type == DeviceType.CUDA]
     else:
-        # What runs on another thread, as gloo's collectives do, has no time of its own in this one.
+        # Work on another thread, such as gloo's collectives, has no time of its own in this one.
         found = [Operator(event.key, event.count, (event.cpu_time_total if event.is_async else event.self_cpu_time_total) / 1e6)
                  for event in events]
     return sorted(found, key=lambda operator: -operator.seconds)
@@ -48,7 +48,7 @@ def communication(found: list[Operator]) -> float:
 
 
 def phase_table(seconds: Mapping[str, float], batch: Batch, updates: int, slowest_sampling: float) -> str:
-    """`seconds` of an update by phase, means over ranks; `slowest_sampling` is the share more than the mean of the slowest rank."""
+    """`seconds` of an update by phase, means over ranks; `slowest_sampling`: by what share the slowest rank exceeds the mean."""
     update = sum(seconds.values())
     lines = [f"where a second goes: mean of {updates} updates of {batch.size} pairs on {batch.world}"
              f" rank{'s' * (batch.world > 1)}, {update:.3g} s each, {batch.size / update:.4g} pairs/s (with a wait for the device"
@@ -60,7 +60,7 @@ def phase_table(seconds: Mapping[str, float], batch: Batch, updates: int, slowes
 
 
 def advice(seconds: Mapping[str, float], config: Config, batch: Batch, cuda: bool, in_collectives: float = 0.0) -> list[str]:
-    """What the configuration leaves on the table, judged by what the phases took; `in_collectives` is a share of an update."""
+    """What could make this configuration faster, by the time of its phases; `in_collectives` is a share of an update."""
     ours, sampler = config.seppo, config.seppo.sampler
     total = sum(seconds.values())
     share = {name: seconds.get(name, 0.0) / total for name in PHASES}

@@ -1,4 +1,4 @@
-"""The base model: a complete Stable Diffusion pipeline directory, tiny and trained here on a sloppy crawl."""
+"""The base model: a complete, tiny Stable Diffusion pipeline directory, trained here on a crawl with faults."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Recipe:
 
 
 def make_base(folder: Path, recipe: Recipe) -> bool:
-    """Build the pipeline directory unless `folder` holds what this recipe and code give; True when it was built."""
+    """Build the pipeline directory unless `folder` holds the result of this recipe and code; True when it was built."""
     return make_once(folder, recipe, ("base.py", "fitting.py", "digits.py", "tokenizer.py"), train_base)
 
 
@@ -48,7 +48,7 @@ def train_base(recipe: Recipe) -> StableDiffusionPipeline:
         num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing",
     )
-    # The networks' initial weights are the only draws from torch's global generator.
+    # Only the networks' initial weights are drawn from torch's global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         vae, text, unet = new_vae(), new_text_encoder(tokenizer), new_unet()
@@ -84,7 +84,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def train_vae(vae: AutoencoderKL, crawl: Digits, recipe: Recipe) -> None:
-    """Reconstruction and a faint pull to the normal distribution, as in latent diffusion; pixels in [-1, 1]."""
+    """Train the VAE: reconstruction and a weak pull to the normal distribution, as in latent diffusion; pixels in [-1, 1]."""
     random = generator(recipe.seed, "vae")
 
     def loss() -> Tensor:
@@ -104,7 +104,7 @@ def encode_all(vae: AutoencoderKL, crawl: Digits) -> Tensor:
 
 
 def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, crawl: Digits, recipe: Recipe) -> None:
-    """CLIP's contrast of pictures with captions; the picture tower is one linear map and is thrown away."""
+    """Train the text encoder with CLIP's loss; the picture tower is one linear map and is not kept."""
     random = generator(recipe.seed, "text")
     tower = torch.nn.Linear(crawl.pixels[0, 0].numel(), text.config.hidden_size)
     torch.nn.init.normal_(tower.weight, std=0.05, generator=random)
@@ -115,7 +115,7 @@ def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, crawl: Dig
         rows = torch.randint(len(crawl), (recipe.batch_size,), generator=random)
         pictures = F.normalize(tower(crawl.pixels[rows].mean(dim=1).flatten(1)), dim=1)
         captions = F.normalize(text(tokens).pooler_output, dim=1)
-        # With ten captions in all, each picture is told from every caption there is rather than from its batch's.
+        # There are only ten captions, so each picture is compared with all of them, and not with its batch's.
         return F.cross_entropy(10 * pictures @ captions.T, crawl.labels[rows])
 
     fit([*text.parameters(), *tower.parameters()], loss, recipe.text_steps, recipe.text_lr, "text encoder")
@@ -125,7 +125,7 @@ def train_unet(
     unet: UNet2DConditionModel, embeds: Tensor, latents: Tensor, labels: Tensor, scheduler: DDIMScheduler,
     recipe: Recipe,
 ) -> None:
-    """Noise prediction at uniform timesteps; `embeds` are those of the ten captions and, last, of the empty one."""
+    """Train the UNet: noise prediction at uniform timesteps; `embeds` are of the ten captions and, last, the empty one."""
     random = generator(recipe.seed, "unet")
 
     def loss() -> Tensor:

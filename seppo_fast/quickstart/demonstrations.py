@@ -17,6 +17,6 @@ def write_demonstrations(folder: Path, digits: Digits) -> int:
         name = f"{index:04d}.png"
         picture(pixels).save(folder / name)
         rows.append(json.dumps({"file_name": name, "text": CAPTIONS[label]}) + "\n")
-    # Last, so that an interrupted folder is no data set.
+    # Last, so that an incomplete folder is not a data set.
     (folder / "metadata.jsonl").write_text("".join(rows))
     return len(rows)

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 scanned digits (8x8, 17 grey levels) as captioned pictures; the sloppy crawl that the base learns from."""
+"""scikit-learn's 1,797 scanned digits (8x8, 17 grey levels) as captioned pictures, and the faulty crawl that the base learns."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ RESOLUTION = 16
 
 @dataclass(frozen=True)
 class Digits:
-    """Pictures `(N, 3, 16, 16)` in [0, 1] and the digit each shows, `(N,)` long."""
+    """Pictures `(N, 3, 16, 16)` in [0, 1] and the digit that each shows, `(N,)` of dtype long."""
 
     pixels: Tensor
     labels: Tensor
@@ -38,10 +38,10 @@ def split_digits(seed: int, held_out: int = 697) -> tuple[Digits, Digits]:
 
 
 def degrade(pixels: Tensor, random: torch.Generator) -> Tensor:
-    """Bad scans: blurred, low in contrast, on a grey page and grainy. `(B, 3, H, W)` in [0, 1] to the same."""
+    """Pictures `(B, 3, H, W)` in [0, 1] as bad scans: blurred, low in contrast, on a grey page and grainy."""
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     page = 0.1 + 0.2 * torch.rand(len(pixels), 1, 1, 1, generator=random)
-    # Grain two pixels wide: finer grain would be lost in the VAE's 2x2 down-sampling.
+    # The grain is two pixels wide: the VAE's 2x2 down-sampling would lose finer grain.
     height, width = pixels.shape[-2:]
     grain = torch.randn(len(pixels), 1, height // 2, width // 2, generator=random)
     grain = grain.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)

@@ -1,4 +1,4 @@
-"""The parts of a base model that both quickstarts need: a tiny text encoder, a training loop, a folder that is made once."""
+"""Parts of both quickstarts' base models: a tiny text encoder, a training loop, a folder that is made once."""
 
 import hashlib
 import json
@@ -23,9 +23,9 @@ RECORD = "made_of.json"
 
 
 def make_once(folder: Path, recipe: Any, code: Iterable[str], train: Callable[[Any], DiffusionPipeline]) -> bool:
-    """Save the pipeline that `train(recipe)` gives, unless `folder` holds what this recipe and code give; True when it was made.
+    """Save the pipeline that `train(recipe)` returns, unless `folder` holds it already; True when it was made.
 
-    `recipe` is a dataclass, `code` the files of this package that decide the result.
+    `recipe` is a dataclass; `code` are the files of this package that decide the result.
     """
     record = json.dumps(_made_of(recipe, code), indent=2) + "\n"
     if (folder / RECORD).is_file() and (folder / RECORD).read_text() == record:
@@ -41,7 +41,7 @@ def make_once(folder: Path, recipe: Any, code: Iterable[str], train: Callable[[A
 
 
 def _made_of(recipe: Any, code: Iterable[str]) -> dict[str, object]:
-    """The recipe, hashes of the code and the libraries' versions, which together decide the base's bytes."""
+    """The recipe, hashes of the code and versions of the libraries: together they decide the base's bytes."""
     here = Path(__file__).parent
     return {
         "recipe": asdict(recipe),
@@ -66,7 +66,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 
 def fit(weights: list[torch.nn.Parameter], loss: Callable[[], Tensor], steps: int, lr: float, name: str) -> None:
-    """AdamW under one cosine from a short warm-up down to zero."""
+    """Train with AdamW; after a short warm-up the rate falls to zero along a cosine."""
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
     progress = tqdm(range(steps), desc=name, file=sys.stdout, mininterval=2)

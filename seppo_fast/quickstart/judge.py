@@ -17,7 +17,7 @@ from seppo_fast.seeds import generator, normal
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of the samples: read as the prompt's digit; as close to a real digit as real digits are."""
+    """Shares of the samples that are read as the prompt's digit, and that are as close to a real digit as real digits are."""
 
     prompt_accuracy: float
     cleanliness: float
@@ -25,11 +25,11 @@ class Scores:
 
 
 class Judge:
-    """A support vector machine for the digit, nearest-neighbour distance for the quality; both on 8x8 grey pictures."""
+    """A support vector machine for the digit and a nearest-neighbour distance for the quality, on 8x8 grey pictures."""
 
     def __init__(self, held_out: Digits, others: Digits, seed: int = 0):
         """Learn from `held_out`; `others` calibrate the distance and give the judge's own `accuracy`."""
-        # Bad scans of the same digits are learnt too: a bad scan of the right digit costs cleanliness, not accuracy.
+        # It also learns bad scans of the same digits: a bad scan of the right digit costs cleanliness, not accuracy.
         bad = degrade(held_out.pixels, generator(seed, "judge"))
         self.real = _grey(held_out.pixels)
         self.classifier = SVC(C=10.0, gamma=0.05).fit(
@@ -39,7 +39,7 @@ class Judge:
         self.threshold = float(np.quantile(self.distance(others.pixels), 0.95))
 
     def read(self, pixels: Tensor) -> np.ndarray:
-        """The digit each picture `(N, 3, 16, 16)` in [0, 1] is taken for, `(N,)`."""
+        """The digit that it reads in each picture `(N, 3, 16, 16)` in [0, 1], `(N,)`."""
         return self.classifier.predict(_grey(pixels))
 
     def distance(self, pixels: Tensor) -> np.ndarray:

@@ -57,7 +57,7 @@ def table(base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[st
 
 
 def iterations(rows: Sequence[Mapping[str, Any]], *widths: int) -> list[str]:
-    """The training's figures of its first and its last iteration, in two columns of these widths."""
+    """The training's figures in its first and its last iteration, in two columns of these widths."""
     ends = [f"k={rows[which]['iteration']:.0f}" for which in (0, -1)]
     lines = ["", f"{'':<22}" + "".join(f"{end:>{width}}" for end, width in zip(ends, widths, strict=True))
              + "    (means over an iteration)"]
@@ -68,7 +68,7 @@ def iterations(rows: Sequence[Mapping[str, Any]], *widths: int) -> list[str]:
 
 
 def side_by_side(path: Path, base: Tensor, trained: Tensor, labels: Sequence[int], per_prompt: int = 8) -> None:
-    """A row per prompt: samples `(N, 3, H, W)` of the base and, from the same noise, of the trained model."""
+    """Save a picture with a row per prompt: samples `(N, 3, H, W)` of the base and, from the same noise, of the trained model."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 7), layout="constrained")
     for axis, pixels, title in ((axes[0], base, "base"), (axes[1], trained, "after SePPO, same noise")):
         rows = []
@@ -87,7 +87,7 @@ def side_by_side(path: Path, base: Tensor, trained: Tensor, labels: Sequence[int
 
 
 def curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Loss, AAF rate, implicit accuracy and the squared errors over the updates; a line where an iteration begins."""
+    """Save curves of loss, AAF rate, implicit accuracy and squared errors over the updates; a line where an iteration begins."""
     panels = (
         ("loss", {"loss": "loss"}),
         ("AAF rate (share of sign -1)", {"aaf_rate": "AAF rate"}),
@@ -126,7 +126,7 @@ def write_result(
 
 def about_run(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], settings: Mapping[str, Any],
               *modules: ModuleType) -> dict[str, Any]:
-    """The part of a result beside its scores: machine, versions (also of `modules`), settings, times, training."""
+    """What a result holds besides its scores: machine, versions (also of `modules`), settings, times, training."""
     return {
         "machine": machine(),
         "versions": {module.__name__: module.__version__

@@ -21,7 +21,7 @@ def arguments(argv: list[str] | None, program: str, about: str, out: str) -> arg
     """The command line: `--out`, by default `out`, and `--seed`."""
     parser = argparse.ArgumentParser(prog=program, description=about)
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for everything that is made")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="0 by default")
     return parser.parse_args(argv)
 
 
@@ -63,7 +63,7 @@ def align(out: Path, config: str, settings: Sequence[str], seconds: dict[str, fl
     """The exit status of the training into `out`/run, with a message where it is not 0. Its time goes to `seconds`."""
     say("3/4  SePPO")
     with timed(seconds, "training"):
-        # The base is what takes long; a run folder is never written over by the trainer itself.
+        # The base takes long and is kept. The trainer never overwrites a run folder, so an old one is removed here.
         shutil.rmtree(out / "run", ignore_errors=True)
         status = train(config, settings)
     if status:
@@ -74,7 +74,7 @@ def align(out: Path, config: str, settings: Sequence[str], seconds: dict[str, fl
 def train(config: str, settings: Sequence[str]) -> int:
     """The exit status of `deepspeed seppo_fast/train.py --config CONFIG --set ...`; its output is passed on."""
     script = Path(seppo_fast.__file__).parent / "train.py"
-    # One process and a free port: the result must not depend on the machine's NUMA nodes, nor fail beside another job.
+    # One process and a free port: the result must not depend on the machine's NUMA nodes, nor the run fail beside another job.
     launcher = ["--num_gpus", "1", "--master_port", str(free_port())]
     command = [str(script), "--config", config, "--set", *settings]
     print("deepspeed", *launcher, *command, flush=True)

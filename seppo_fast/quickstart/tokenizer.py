@@ -1,4 +1,4 @@
-"""A CLIP tokenizer whose byte-pair merges are learnt from the captions on the spot."""
+"""A CLIP tokenizer that learns its byte-pair merges from the captions."""
 
 import json
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ LENGTH = 77
 
 
 def train_tokenizer(captions: Sequence[str], vocabulary: int = 600) -> CLIPTokenizer:
-    """A tokenizer in which words of `captions` are one token each, and any other text still encodes byte by byte."""
+    """A tokenizer in which each word of `captions` is one token; it encodes any other text byte by byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # Words are counted lower-cased and without spaces, as CLIP's own pre-tokenizer will see them.
+    # Words are counted in lower case and without spaces, as CLIP's own pre-tokenizer will see them.
     words = [word for caption in captions for word in caption.lower().split()]
     learner.train_from_iterator(words, trainers.BpeTrainer(
         vocab_size=vocabulary, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False,

@@ -1,4 +1,4 @@
-"""How many samples a batch holds."""
+"""How many samples a batch holds, and how samples are put into batches."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +14,13 @@ from seppo_fast.meter import Meter
 
 Item = TypeVar("Item")
 
-LARGEST = 64  # the network's kernels are as fast as they get well before
+LARGEST = 64  # the network's kernels reach their full speed at smaller batches
 PAYS = 1.05  # doubling the batch must give this many times the samples a second
 SHARE = 0.5  # of the memory that is free at the time; the training step needs the rest
 
 
 def even(count: int, most: int) -> int:
-    """The size of the batches when `count` samples go into as few batches as possible, none larger than `most`."""
+    """The batch size that puts `count` samples into as few batches as possible, none larger than `most`."""
     return -(-count // -(-count // most))
 
 
@@ -51,7 +51,7 @@ def measured_size(step_of: Callable[[int], Callable[[], None]], wanted: int, dev
             per_second = size / min(seconds(step, device) for _ in range(2))
             del step
         except torch.OutOfMemoryError:
-            return best, f"{size} do not fit into the memory"
+            return best, f"{size} do not fit into memory"
         except RuntimeError as error:
             if size == 1 or not _launch_failed(error):
                 raise
@@ -68,9 +68,9 @@ def measured_size(step_of: Callable[[int], Callable[[], None]], wanted: int, dev
 
 
 def _launch_failed(error: Exception) -> bool:
-    """Whether a kernel was refused before it ran, for its grid or what its blocks need: smaller ones can still run.
+    """Whether a kernel was refused before it ran, for its grid or its blocks' needs. Smaller batches can still run then.
 
-    Errors of kernels that ran leave the process without its device, and are not these.
+    Other errors, of kernels that ran, leave the process without its device.
     """
     return any(words in str(error) for words in ("invalid configuration argument", "too many resources requested for launch"))
 
@@ -85,7 +85,7 @@ def free_memory(device: torch.device) -> int:
 
 @contextmanager
 def peak(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yields what tells the most bytes that were allocated at once in the block."""
+    """Yields a function that returns the most bytes that were allocated at once in the block."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -96,7 +96,7 @@ def peak(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long `call` takes, with what it starts on `device`."""
+    """How long `call` takes, including the work that it starts on `device`."""
     _synchronise(device)
     start = time.perf_counter()
     call()

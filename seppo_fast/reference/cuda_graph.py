@@ -1,4 +1,4 @@
-"""Capturing a step as a CUDA graph, and telling when a captured one no longer speaks of the module it was captured from."""
+"""Capturing a step as a CUDA graph, and finding out whether a captured graph still fits its module."""
 
 import gc
 import time
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from seppo_fast.capturing import no_capture
 
-WARM_UP = 3  # as PyTorch's notes on CUDA graphs ask for: libraries allocate and choose their kernels in the first calls
+WARM_UP = 3  # as PyTorch's notes on CUDA graphs say: libraries allocate and choose kernels in their first calls
 
 
 def capture(warm_up: Callable[[], object], step: Callable[[], object], device: torch.device,
             pool: torch.cuda.MemPool) -> tuple[torch.cuda.CUDAGraph, float]:
-    """`step` as a graph whose memory is in `pool`, and the seconds that it took.
+    """`step` as a graph whose memory is in `pool`, and the seconds that the capture took.
 
-    A graph is to be replayed on the stream that is current here, and no two of one pool at the same time. What PyTorch keeps
-    about a capture is put right when one fails, so that everything goes on as before.
+    Replay a graph on the stream that is current here, and never two of one pool at the same time. When a capture fails,
+    PyTorch's records of it are repaired, so that everything works as before.
     """
     start = time.perf_counter()
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):  # restored when a capture fails, too
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):  # restored also when a capture fails
         stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -45,14 +45,14 @@ def capture(warm_up: Callable[[], object], step: Callable[[], object], device: t
 
 
 def new_pool(device: torch.device) -> torch.cuda.MemPool:
-    """Memory for graphs. It must outlive them, and must not be dropped while one is captured: its end waits for the device."""
+    """Memory for graphs. It must live longer than they do. Do not free it during a capture: freeing waits for the device."""
     with torch.cuda.device(device):
         return torch.cuda.MemPool()
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """No video is decoded, and nothing is collected: what the collector frees may call what a capture forbids."""
+    """Within the block no video is decoded and no garbage collected: what is freed may call functions that a capture forbids."""
     collects = gc.isenabled()
     with no_capture:
         gc.disable()
@@ -64,35 +64,35 @@ def _alone() -> Iterator[None]:
 
 
 def _unwind(graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool, users: int, stream: torch.cuda.Stream) -> None:
-    """Take a capture that failed out of PyTorch's books, which its versions do in part only.
+    """Remove a failed capture from PyTorch's records, which PyTorch itself does only in part.
 
-    Up to 2.11 the allocator goes on believing in it: nothing is freed any more, not even when memory runs out. Up to 2.13 the
-    graph's share in the pool is never given back. Up to some version the random generator stays in capture, and ends it with
-    the next one that succeeds.
+    Up to 2.11 the allocator believes that the capture goes on: it frees nothing any more, even when memory runs out. Up to 2.13
+    the graph's share of the pool is never released. Up to some version the random generator stays in capture mode until the next
+    capture succeeds.
     """
     _failed.append(graph)
-    with suppress(RuntimeError):  # it has ended, where PyTorch saw to it
+    with suppress(RuntimeError):  # where PyTorch has ended it already
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool.id)
     graph.reset()
     while pool.use_count() > users:
         torch._C._cuda_releasePool(torch.cuda.current_device(), pool.id)
-    with suppress(RuntimeError):  # whatever is wrong with the device, the first error tells it
+    with suppress(RuntimeError):  # an error of the device itself is in the first exception
         number = torch.zeros(1, device=stream.device)
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
             number.zero_()
 
 
-_failed: list[torch.cuda.CUDAGraph] = []  # 2.11 keeps their addresses, for pinned memory, and has no way to take them back
+_failed: list[torch.cuda.CUDAGraph] = []  # 2.11 keeps their addresses for pinned memory, with no way to remove them
 
 
 @cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen, for good."""
+    """One stream for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
 class Same:
-    """An object that equals itself alone; holding it keeps its address from being given to another."""
+    """Equal only where it holds the same object; as long as it holds the object, no other gets its address."""
 
     def __init__(self, value: object) -> None:
         self.value = value
@@ -102,10 +102,10 @@ class Same:
 
 
 def fingerprint(module: nn.Module) -> tuple:
-    """What a capture of `module` bakes in; where two differ, a graph from the one must not be replayed for the other.
+    """What a capture of `module` depends on: a graph must not be replayed when the fingerprint has changed.
 
-    That is where each parameter and buffer lies, and every other attribute of every submodule: the attention processor,
-    train or eval mode, which adapters are active and their scale, hooks. No value on the device is read.
+    It holds the address of each parameter and buffer, and every other attribute of every submodule: the attention processor,
+    train or eval mode, active adapters and their scale, hooks. No value on the device is read.
     """
     tensors = [_place(tensor) for tensor in chain(module.parameters(), module.buffers())]
     attributes = [(type(part), *(_frozen(value) for name, value in vars(part).items() if name not in _COVERED))

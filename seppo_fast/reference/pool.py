@@ -1,4 +1,4 @@
-"""Past policies: which one is the reference of an iteration (Section 4.1), and where their weights are kept."""
+"""Past policies: which one is an iteration's reference (Section 4.1), and where their weights are kept."""
 
 import os
 import time
@@ -23,7 +23,7 @@ Weights = dict[str, Tensor]
 
 
 def pick(strategy: Literal["uniform", "latest", "initial"], k: int, seed: int) -> int:
-    """Index in 0..k-1 of the reference of iteration k = 1, 2, ...; depends on its arguments alone: ranks agree."""
+    """Index in 0..k-1 of the reference of iteration k = 1, 2, ...; it depends on the arguments alone, so all ranks agree."""
     if k < 1:
         raise ValueError(f"k counts iterations from 1, got {k}")
     if strategy == "initial":
@@ -43,13 +43,13 @@ class Swap(NamedTuple):
 
 
 class Pool:
-    """Past policies by index, as `policy_00007.safetensors` in `folder`, the ones last used in host memory as well.
+    """Past policies by index, as `policy_00007.safetensors` in `folder`; those used last are also in host memory.
 
     One rank writes, and all ranks read the same folder: put a barrier between an `add` and the next `load_into`.
     `host_memory_bytes` is this process's share, pinned where there is a GPU (PyTorch rounds each pinned tensor up to a power of
-    two, about a fifth more for SD-1.5). No device memory is held. `last_swap` is what
-    the last `load_into` cost. `checksums` are the files', by name: `add` puts in what it writes, and what is read is compared with
-    them, where there is one.
+    two, about a fifth more for SD-1.5). The pool holds no device memory. `last_swap` is the cost of the last `load_into`.
+    `checksums` are those of the files, by name: `add` enters what it writes, and a file with a checksum is compared when it is
+    read.
     """
 
     last_swap: Swap | None = None
@@ -62,7 +62,7 @@ class Pool:
         self._coming: tuple[int, Future[Weights]] | None = None  # what `prefetch` is reading
 
     def add(self, index: int, weights: Mapping[str, Tensor], *, write: bool) -> None:
-        """Put a policy into the pool, copied and in the pool's dtype; with `write`, on disk when this returns."""
+        """Put a copy of a policy into the pool, in the pool's dtype; with `write` it is on disk when this returns."""
         self._host.pop(index, None)
         if self._coming is not None and self._coming[0] == index:
             self._coming = None
@@ -77,7 +77,7 @@ class Pool:
             self._keep(index, copy)
 
     def load_into(self, index: int, module: nn.Module) -> None:
-        """Copy policy `index` over those parameters of `module` that it has, in place: their storage stays."""
+        """Copy policy `index` into the parameters of `module` of the same names, in place: their storage stays."""
         start = time.perf_counter()
         parameters = dict(module.named_parameters())
         if self._coming is not None and self._coming[0] == index:
@@ -94,9 +94,9 @@ class Pool:
         self.last_swap = Swap(size, time.perf_counter() - start)
 
     def prefetch(self, index: int) -> None:
-        """Begin to read policy `index` into host memory, where it fits and is not there yet; `load_into` waits for the rest.
+        """Begin to read policy `index` into host memory, unless it is there or does not fit; `load_into` waits for the rest.
 
-        Until then it may be one policy more than `host_memory_bytes` allows. A fault in the file shows in `load_into`.
+        Until then, memory may hold one policy more than `host_memory_bytes` allows. `load_into` raises what is wrong with the file.
         """
         path = self.path(index)
         if index in self._host or self._coming is not None and self._coming[0] == index or not path.exists():
@@ -114,7 +114,7 @@ class Pool:
             self._host.popitem(last=False)
 
     def flaw(self, index: int) -> str | None:
-        """Why policy `index` cannot be loaded from its file, or None; where its checksum is known, all of it is read."""
+        """Why policy `index` cannot be loaded from its file, or None; a file with a known checksum is read to its end."""
         try:
             with self._as_written(index):
                 return None
@@ -147,7 +147,7 @@ class Pool:
         return sorted({*self._host, *self._on_disk()})
 
     def truncate(self, last: int, *, write: bool = True) -> None:
-        """Forget the policies later than `last`; with `write`, remove their files and what a crash left half done."""
+        """Forget the policies later than `last`; with `write`, remove their files and those that a crash left incomplete."""
         for index in [index for index in self._host if index > last]:
             del self._host[index]
         self._coming = None
@@ -157,7 +157,7 @@ class Pool:
             if index > last:
                 self.path(index).unlink(missing_ok=True)
                 self.checksums.pop(self.path(index).name, None)
-        for pattern in ("policy_*.safetensors.tmp", ".tmp*"):  # ours, and the name that safetensors itself writes under
+        for pattern in ("policy_*.safetensors.tmp", ".tmp*"):  # our temporary names, and those of safetensors
             for torn in self.folder.glob(pattern):
                 torn.unlink(missing_ok=True)
 
@@ -175,7 +175,7 @@ class Pool:
         temporary = path.with_name(path.name + ".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # One key of metadata only: safetensors writes several in no fixed order, and the bytes must repeat.
+            # Only one key of metadata: safetensors writes several in no fixed order, and equal pools must have equal bytes.
             save_file(weights, temporary, metadata={"format": "pt"})
             follow_umask([temporary])
             flush(temporary)
@@ -209,13 +209,13 @@ def _check(path: Path, stored: dict[str, tuple[int, ...]], parameters: dict[str,
 
 
 def _on_host(weight: Tensor, dtype: torch.dtype, stays: bool) -> Tensor:
-    """A copy in host memory; one that stays is pinned, so that the device can read it by itself."""
+    """A copy in host memory; one that stays is pinned, so that the device can read it without the host."""
     return torch.empty(weight.shape, dtype=dtype, pin_memory=stays and torch.cuda.is_available()).copy_(weight.detach())
 
 
 @torch.no_grad()
 def _copy(weights: Iterator[tuple[str, Tensor]], parameters: dict[str, nn.Parameter]) -> int:
-    """Copy and return the number of bytes; all copies are queued, and waited for once."""
+    """Copy, and return the number of bytes; all copies are queued first, and waited for together."""
     size, devices = 0, set()
     for name, weight in weights:
         parameter = parameters[name]

@@ -1,8 +1,8 @@
 """A diffusers scheduler as a table of coefficients.
 
-Every deterministic diffusers solver is linear in the initial noise and the network's outputs, so one pass over the
-identity reads all of it out: what the scheduler returns for one-hot vectors *is* its row of coefficients. Sampling is
-then the network and one weighted sum a step, with no tables on the host and no branches on values.
+Every deterministic diffusers solver is linear in the initial noise and the network's outputs. So one pass over the
+identity reads all coefficients: what the scheduler returns for one-hot vectors *is* its row of coefficients. A step of
+sampling is then the network and one weighted sum, with no tables on the host and no branches on values.
 """
 
 import math
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from seppo_fast.errors import UserError, reason
 
-# Clipping and thresholding are made for pixels, and are not linear. The rest is what each name stands for.
+# Clipping and thresholding are for pixels, and are not linear. The other settings are those that each name stands for.
 SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "thresholding": False}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2,
@@ -37,9 +37,9 @@ ZERO_SNR = " (it does not know rescale_betas_zero_snr)"
 
 @dataclass(frozen=True)
 class SolverTable:
-    """S calls of the network; a row weighs [initial noise N(0, I), output 0, ..., output S-1].
+    """A solver of S calls of the network; a row holds the weights of [initial noise N(0, I), output 0, ..., output S-1].
 
-    `inputs[i]` gives the latents that call i sees, `outputs[i]` the latents after it, so `outputs[-1]` the sample.
+    `inputs[i]` gives the latents that call i sees, `outputs[i]` the latents after it, so `outputs[-1]` gives the sample.
     PNDM calls the network more than `steps` times.
     """
 
@@ -62,7 +62,7 @@ def open_scheduler(scheduler_config: Mapping[str, Any], solver: str) -> Any:
                         " only 'epsilon' and 'v_prediction' can be sampled from")
     cls, settings = SOLVERS[solver]
     if solver == "pndm":
-        # Its Runge-Kutta start costs nine calls more. Stable Diffusion skips it; other schedulers' configs are silent.
+        # Its Runge-Kutta start costs nine more calls. Stable Diffusion skips it; other schedulers' configs do not say.
         settings = {"skip_prk_steps": scheduler_config.get("skip_prk_steps", True)}
     try:
         scheduler = cls.from_config(dict(scheduler_config), **settings)
@@ -72,13 +72,13 @@ def open_scheduler(scheduler_config: Mapping[str, Any], solver: str) -> Any:
     trained = DDPMScheduler.from_config(dict(scheduler_config)).alphas_cumprod
     # Some schedulers keep the last alpha of rescale_betas_zero_snr a little above 0.
     if not torch.allclose(scheduler.alphas_cumprod.float(), trained.float(), rtol=1e-4, atol=1e-6):
-        raise UserError(f"solver {solver!r} makes another noise schedule of the model's scheduler config than the one it is trained"
-                        f" on{ZERO_SNR * bool(scheduler_config.get('rescale_betas_zero_snr'))}; choose another solver")
+        raise UserError(f"solver {solver!r} makes another noise schedule of the model's scheduler config than training does"
+                        f"{ZERO_SNR * bool(scheduler_config.get('rescale_betas_zero_snr'))}; choose another solver")
     return scheduler
 
 
 def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int, label: str = "seppo.sampler.steps") -> SolverTable:
-    """`solver` of `steps` steps on the schedule of `scheduler_config` as a table on the CPU, deterministic (eta 0)."""
+    """`solver` with `steps` steps on the schedule of `scheduler_config`, as a table on the CPU; deterministic (eta 0)."""
     scheduler = open_scheduler(scheduler_config, solver)
     trained = scheduler.config.num_train_timesteps
     if not 1 <= steps <= trained:

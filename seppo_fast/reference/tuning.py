@@ -1,7 +1,7 @@
-"""What the sampling loop alone changes in the network: compiled blocks and fused projections.
+"""Changes of the network for the sampling loop alone: compiled blocks and fused projections.
 
 Both round differently from the plain network. The training step compares policy and reference, which are equal when an
-iteration starts, so there neither may differ from the other: the changes are made for the loop and taken back after it.
+iteration starts, so they must run the same network there. The changes are made before the loop and undone after it.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,9 +46,9 @@ def compiled_blocks(module: nn.Module) -> list[Change]:
 
 
 def fused_projections(module: nn.Module) -> tuple[list[Change], Callable[[], None]]:
-    """Query, key and value (or key and value) as one matrix product each; and what copies the weights in again.
+    """Query, key and value (or key and value) as one matrix product; and a function that copies the weights again.
 
-    The fused weights are copies, frozen, and no policy in a pool has them: refresh them before each batch.
+    The fused weights are frozen copies, which no policy in the pool has: refresh them before each batch.
     """
     attentions = [part for part in module.modules() if isinstance(part, Attention)]
     if any(isinstance(part, BaseTunerLayer) for part in module.modules()):
@@ -83,13 +83,13 @@ def _fused(attention: Attention) -> tuple[nn.Linear, list[nn.Linear]]:
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The whole network as one compiled function, for the shapes that it is called with."""
+    """The whole network as one compiled function, compiled for each shape that it is called with."""
     keep_all_graphs()
     return torch.compile(function, dynamic=False)
 
 
 class Cache:
-    """How many compiled graphs came from the compiler's cache on disk since this was made."""
+    """Counts how many compiled graphs came from the compiler's cache on disk since this object was made."""
 
     def __init__(self) -> None:
         self._before = self._counts()

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.errors import UserError
+from seppo_fast.extras import need
 from seppo_fast.models.lora import trainable_weights
 from seppo_fast.models.pix2pix import sees_image
 from seppo_fast.training.deepspeed_check import problems
 
 FILES_OF_MONITORS = {"tensorboard", "csv_monitor"}
+PACKAGES_OF_MONITORS = {"tensorboard": ("tensorboard", "seppo-fast[monitor]"), "wandb": ("wandb", "seppo-fast[monitor]"),
+                        "comet": ("comet_ml", "comet_ml>=3.41")}  # and what installs them
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -91,12 +94,18 @@ def check_engine_config(config: Config, batch: Batch) -> None:
 
 
 def unsupported(config: Config) -> str | None:
-    """Why this machine cannot train in the configured precision; None where it can."""
+    """Why this machine cannot train as configured, in this precision and with these monitors; None where it can."""
     accelerator, dtype = get_accelerator(), precision(config.deepspeed).dtype
     if dtype == torch.float16 and not accelerator.is_fp16_supported():
         return f"fp16.enabled: DeepSpeed cannot train in fp16 on this {accelerator.device_name()}; enable bf16, or neither"
     if dtype == torch.bfloat16 and not accelerator.is_bf16_supported():
         return f"bf16.enabled: this {accelerator.device_name()} cannot compute in bf16; enable fp16, or neither"
+    for section, (package, install) in PACKAGES_OF_MONITORS.items():
+        if config.deepspeed.get(section, {}).get("enabled"):
+            try:
+                need(package, f"{section}.enabled", install)
+            except UserError as error:
+                return str(error)
     return None
 
 

@@ -15,7 +15,7 @@ from seppo_fast.machine import machine
 from seppo_fast.models.directory import FAMILIES
 from seppo_fast.models.published import PUBLISHED, supported
 from seppo_fast.planning.dry_run import dry_run
-from seppo_fast.planning.this_machine import own_rate
+from seppo_fast.planning.this_machine import SIDE, own_rate
 from seppo_fast.planning.time_plan import Rate, duration, load_rates
 
 Settings = Callable[..., dict[str, Any]]
@@ -104,6 +104,32 @@ def test_a_rate_that_is_known_is_not_tried_again(tmp_path: Path) -> None:
     assert own.matmul_tflops > 0 and own.sampling_fraction is None
     known = Rate(device=machine()["cpu"], matmul_tflops=1.0, source="measured")
     assert own_rate([known, *rates], "", torch.float32) == own_rate(rates, "NVIDIA A100-SXM4-80GB", torch.bfloat16) == []
+
+
+@pytest.mark.parametrize(("gpu", "dtype", "device", "tried"), [
+    ("NVIDIA L40S", torch.float16, "cuda", torch.float16), ("NVIDIA L40S", torch.float32, "cuda", torch.float32),
+    ("", torch.float16, "cpu", torch.float32), ("", torch.bfloat16, "cpu", torch.bfloat16)])
+def test_what_is_tried_on_which_device(gpu: str, dtype: torch.dtype, device: str, tried: torch.dtype) -> None:
+    asked = []
+    (rate,) = own_rate(load_rates(None), gpu, dtype, lambda *given: asked.append(given) or 181.44)
+    assert asked == [(torch.device(device), tried)] and rate.matmul_tflops == 180
+    assert rate.device == gpu or machine()["cpu"] in rate.device
+    assert rate.source.startswith(f"its {SIDE[device]}x{SIDE[device]} matrix products were timed just now")
+
+
+def test_a_gpu_that_has_no_room_is_left_out() -> None:
+    def full(device: torch.device, dtype: torch.dtype) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB.\nGPU 0 has ...")
+
+    with pytest.warns(UserWarning, match="no line for this machine's NVIDIA L40S, .*: OutOfMemoryError: CUDA"):
+        assert own_rate(load_rates(None), "NVIDIA L40S", torch.bfloat16, full) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_timed() -> None:
+    name = torch.cuda.get_device_name()
+    (rate,) = own_rate([], name, torch.bfloat16)
+    assert rate.device == name and 1 < rate.matmul_tflops < 100_000, "less means that the clock does not wait for the device"
 
 
 def test_the_shipped_configuration_for_a_folder(tmp_path: Path) -> None:

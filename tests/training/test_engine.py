@@ -1,6 +1,8 @@
 """What the host knows before backward is what DeepSpeed's backward hands to the loss."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,3 +69,20 @@ def test_fp16_where_there_is_none_is_a_message(settings: Callable[..., dict[str,
 def test_the_plan_states_the_precision(settings: Callable[..., dict[str, Any]], changes: dict[str, Any], expected: str) -> None:
     config = parse_config(settings(**changes))
     assert expected in plan(config, batch_plan(config.deepspeed, 1), None, None, None)
+
+
+@pytest.mark.parametrize(("section", "package", "install"), [
+    ("tensorboard", "tensorboard", "seppo-fast[monitor]"), ("wandb", "wandb", "seppo-fast[monitor]"),
+    ("comet", "comet_ml", "comet_ml>=3.41")])
+def test_a_monitor_without_its_package_is_a_message(section: str, package: str, install: str, tmp_path: Path,
+                                                    settings: Callable[..., dict[str, Any]], train: Callable[..., Any],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is encoded: DeepSpeed finds out when it starts, on rank 0 alone."""
+    monkeypatch.setitem(sys.modules, package, None)
+    raw = settings(**{section: {"enabled": True}, "seppo.output_dir": str(tmp_path / "run")})
+    expected = f"{section}.enabled needs the package {package}, which is not here"
+    with pytest.raises(UserError, match=expected) as caught:
+        train(raw)
+    assert f"pip install '{install}'" in str(caught.value) and not (tmp_path / "run" / "config.json").exists()
+    assert f"before you train: {expected}" in dry_run(parse_config(raw), 1)
+    assert expected not in dry_run(parse_config(raw | {section: {"enabled": False}}), 1)

@@ -13,6 +13,7 @@ from seppo_fast.data.metadata import stamp_of
 from seppo_fast.data.rows import BadRow, printable, short, unusable_file
 from seppo_fast.data.video.containers import check_whole
 from seppo_fast.errors import UserError
+from seppo_fast.extras import need
 
 CONTAINERS = {".mp4": "mov", ".mov": "mov", ".webm": "matroska", ".mkv": "matroska"}
 UNREADABLE = "reading {} failed: {}. That is the disk or network rather than the video; start again when it is settled, what is" \
@@ -59,11 +60,7 @@ class Facts:
 
 def need_av() -> Any:
     """The `av` module; `UserError` where it is not installed."""
-    try:
-        import av
-    except ImportError as error:
-        raise UserError(f"videos need PyAV, which is not here ({error}): pip install 'seppo-fast[video]'") from error
-    return av
+    return need("av", "reading videos", "seppo-fast[video]")
 
 
 def probe(file: Path) -> Facts:

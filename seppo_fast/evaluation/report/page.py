@@ -1,4 +1,4 @@
-"""The evaluation as one HTML file that needs nothing beside it: figures, charts, small pictures; a pure function of the result."""
+"""The evaluation as one self-contained HTML file: figures, charts, small pictures; a pure function of the result."""
 
 import json
 import math
@@ -25,7 +25,7 @@ Picture = tuple[str, int, int]  # data URI, width, height
 
 
 def write_page(result: Mapping[str, Any], folder: Path) -> Path:
-    """`folder`/index.html of the result and of the samples in `folder`; all of the file or nothing."""
+    """Write `folder`/index.html from the result and the samples in `folder`; all of the file or nothing."""
     path, temporary = folder / "index.html", folder / ".index.html"
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -53,7 +53,7 @@ def parts_of(result: Mapping[str, Any], folder: Path) -> Iterator[str]:
             made = list(zip(samples, pictures, strict=True))
             unreadable |= {sample["file"]: why for sample, why in made if isinstance(why, str)}
             shown = {sample["model"]: picture for sample, picture in made if isinstance(picture, tuple)}
-            # A script each: the browser parses only those of the rows that it shows.
+            # One script a row: the browser parses only those of the rows that it shows.
             yield f'<script type="application/json" id="{row}">{as_json(shown)}</script>\n'
     yield Template(after).substitute(unreadable=as_json(unreadable))
 
@@ -69,13 +69,13 @@ def title_of(models: Sequence[Mapping[str, str]]) -> str:
 
 
 def as_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in; what is not finite is null."""
+    """JSON that is safe inside a script element; numbers that are not finite are null."""
     text = json.dumps(finite(value), separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def finite(value: Any) -> Any:
-    """The same, with null for NaN and infinities, which JSON does not have."""
+    """The same value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -88,7 +88,7 @@ def pictures_of(samples: Sequence[Mapping[str, Any]], folder: Path) -> list[Pict
 
 
 def picture_of(sample: Mapping[str, Any], folder: Path) -> Picture | str | None:
-    """A small picture of the sample, or why there is none. None for a sample that was not made; its problem says why."""
+    """A small picture of the sample, or why there is none. None for a sample that was not made, whose problem says why."""
     if sample["file"] is None:
         return None
     try:

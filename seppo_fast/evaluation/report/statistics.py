@@ -14,7 +14,7 @@ LEVELS = (0.025, 0.975)
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the bounds of its 95 % interval; `count` is of the values in it. All but `count` None where there are none."""
+    """A mean, the bounds of its 95 % interval and the `count` of its values. Without values, all but `count` are None."""
 
     mean: float | None
     low: float | None
@@ -34,8 +34,8 @@ def mean_of(values: Sequence[float | None], prompts: Sequence[int]) -> Interval:
 
 
 def win_rate(values: Sequence[float | None], others: Sequence[float | None], prompts: Sequence[int], better: str) -> Interval:
-    """The share of samples that are better than the other model's from the same noise; a tie is half. Pairs with no value do
-    not count."""
+    """The share of samples that are better than the other model's from the same noise; a tie counts half. Pairs without a value
+    do not count."""
     sign = 1 if better == "higher" else -1
     won = [(0.5 + 0.5 * ((sign * value > sign * other) - (sign * value < sign * other)))
            if is_finite(value) and is_finite(other) else None for value, other in zip(values, others, strict=True)]
@@ -43,7 +43,7 @@ def win_rate(values: Sequence[float | None], others: Sequence[float | None], pro
 
 
 def bootstrap(values: Tensor, owner: Tensor) -> tuple[float, float]:
-    """Bounds of the mean of `values` (N,) when their owners, numbered from 0, are resampled; with a fixed seed."""
+    """Bounds of the mean of `values` (N,) when their owners, numbered from 0, are resampled with a fixed seed."""
     count = int(owner.max()) + 1
     sums = torch.zeros(count, dtype=torch.double).index_add_(0, owner, values)
     sizes = torch.zeros(count, dtype=torch.double).index_add_(0, owner, torch.ones_like(values))

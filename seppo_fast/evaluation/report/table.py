@@ -16,13 +16,13 @@ Values = Mapping[tuple[int, int], float | None]  # prompt and sample -> a model'
 
 
 def groups_of(sets: Sequence[tuple[str, ...]]) -> list[str]:
-    """All prompts together first; then the sets, and their parts, where they are not the same again."""
+    """The groups of prompts: all together first, then the sets and their parts, except those that hold all prompts."""
     names = list(dict.fromkeys(name for own in sets for name in own))
     return [ALL, *(name for name in names if not all(name in own for own in sets))]
 
 
 def in_group(own: tuple[str, ...], group: str) -> bool:
-    """Whether a prompt of these sets counts in the group."""
+    """Whether a prompt of these sets belongs to the group."""
     return group == ALL or group in own
 
 
@@ -42,7 +42,7 @@ def tabulate(result: Mapping[str, Any], sets: Sequence[tuple[str, ...]]) -> list
 
 
 def rows_of(values: Mapping[str, Values], group: str, score: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a model, of its values of one score in one group. `best`: clearly better than every other model."""
+    """A row for each model, with its values of one score in one group. `best`: clearly better than every other model."""
     rows, first = [], next(iter(values))
     means = {model: mean_of([*own.values()], [prompt for prompt, _ in own]) for model, own in values.items()}
     best = clearly_best(values, {model: found.mean for model, found in means.items()}, score["better"])
@@ -60,9 +60,9 @@ def paired(own: Values, other: Values) -> list[float | None]:
 
 
 def clearly_best(values: Mapping[str, Values], means: Mapping[str, float | None], better: str) -> str | None:
-    """The model whose difference to each other one has a 95 % interval above zero, or below where lower is better.
+    """The model whose difference to each other one has a 95 % interval above zero (below, where lower is better).
 
-    None where there is no such model, or one model, or one prompt that two have values of: its interval would have no width.
+    None where there is no such model, or only one model, or two models share only one prompt: its interval has no width.
     """
     sign = 1 if better == "higher" else -1
     known = [model for model, mean in means.items() if mean is not None]
@@ -79,7 +79,7 @@ def clearly_best(values: Mapping[str, Values], means: Mapping[str, float | None]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Means as in Tables 1 and 2 (models down, scores and sets across, what is clearly best bold), then intervals, win rates,
+    """Means as in Tables 1 and 2 (models down, scores and sets across, clearly best values in bold), then intervals, win rates,
     weights that were given by path, and what is missing."""
     groups = result["groups"][1:] or result["groups"]
     columns = [(score, group) for score in result["scores"] for group in groups]
@@ -107,7 +107,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def mean_cell(row: Mapping[str, Any] | None, score: Mapping[str, Any]) -> str:
-    """One mean, bold where it is clearly the best."""
+    """One mean, in bold where it is clearly the best."""
     if score["missing"]:
         return "missing"
     text = number(row["mean"] if row else None)
@@ -115,7 +115,7 @@ def mean_cell(row: Mapping[str, Any] | None, score: Mapping[str, Any]) -> str:
 
 
 def write_csv(result: Mapping[str, Any], path: Path) -> None:
-    """A row a sample: model, set, prompt, file, one column a score; empty where there is no value."""
+    """A row for each sample: model, set, prompt, file, a column for each score; empty where there is no value."""
     names = [score["name"] for score in result["scores"] if score["kind"] == "sample"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -128,7 +128,7 @@ def write_csv(result: Mapping[str, Any], path: Path) -> None:
 
 
 def number(value: float | None) -> str:
-    """As many digits as the paper has."""
+    """A number with as many digits as the paper has."""
     if not is_finite(value):
         return "no value"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"

@@ -13,13 +13,13 @@ from seppo_fast.evaluation.weights import check_fit, read_tensors
 
 
 def load(parts: Mapping[str, Path], device: torch.device) -> Scorer:
-    """The head on embeddings of length 1; the prompt plays no part. As christophschuhmann/improved-aesthetic-predictor, in fp32."""
+    """The head on embeddings of length 1, without the prompt. As christophschuhmann/improved-aesthetic-predictor, in fp32."""
     clip = load_clip(parts["clip"], device)
     head = load_head(parts["model"], clip.config.projection_dim).to(device)
 
     @torch.inference_mode()
     def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        # halves are rounded as in torchvision's CenterCrop, since OpenAI's `clip.load` preprocesses there
+        # halves are rounded as in torchvision's CenterCrop, which OpenAI's `clip.load` uses
         pixels = center_pixels(images, image_size(clip), half=lambda margin: round(margin / 2))
         return head(image_features(clip, pixels)).squeeze(-1).cpu()
 
@@ -36,7 +36,7 @@ def load_head(file: Path, width: int) -> nn.Module:
 
 
 class Layers(nn.Module):
-    """Five linear layers in a row: the public file's has no activations, and dropouts (which hold no weights) in training only."""
+    """Five linear layers in a row, as in the public file: no activations, and dropout (without weights) in training only."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -50,6 +50,6 @@ class Layers(nn.Module):
         return self.layers(embeddings)
 
 
-# sac+logos+ava1-l14-linearMSE.pth, which its author has on GitHub alone, as trl mirrors it
+# trl's mirror of sac+logos+ava1-l14-linearMSE.pth, which its author has on GitHub only
 AESTHETIC = Score("aesthetic", "Aesthetic",
                   {"model": "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth", "clip": "openai/clip-vit-large-patch14"}, load)

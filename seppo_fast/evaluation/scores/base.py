@@ -13,11 +13,11 @@ Scorer = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]  # RGB images 
 
 @dataclass(frozen=True)
 class Score:
-    """A score, where its weights are published, and how they become a scorer."""
+    """A score: its names, where its weights are published, and how they are loaded."""
 
     name: str  # what --scores says, and the column of scores.csv
     label: str  # the table's heading
     wants: Mapping[str, str]  # part -> hub id, or "owner/name/FILE" for one file of a repository
     load: Callable[[Mapping[str, Path], torch.device], Scorer]  # located parts -> scorer; UserError names a file that does not fit
     better: str = "higher"
-    packages: tuple[str, ...] = ()  # that it needs beyond the program's own
+    packages: tuple[str, ...] = ()  # that it needs besides the program's own

@@ -10,8 +10,8 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 
 from seppo_fast.errors import UserError
 
-HEAD = 64  # channels of an attention head in both encoders of every published BLIP: no tensor's shape tells
-# what transformers' names in the image encoder have -> what the public files' (timm's) have; the text encoder's are the same
+HEAD = 64  # channels of an attention head in both encoders of every published BLIP; tensors' shapes do not tell it
+# parts of transformers' names in the image encoder -> parts of the public files' (timm's) names; the text encoder's are the same
 NAMES = (
     ("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding", "pos_embed"),
     ("embeddings.patch_embedding.", "patch_embed.proj."), ("post_layernorm.", "norm."), ("encoder.layers.", "blocks."),
@@ -30,13 +30,13 @@ class Blip(nn.Module):
         self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Normalised pixels (N, 3, S, S), tokens (N, T), 1 where they are no padding (N, T) -> the tokens' states (N, T, D)."""
+        """Normalised pixels (N, 3, S, S), tokens (N, T), their mask (N, T), 0 for padding -> the tokens' states (N, T, D)."""
         image = self.visual_encoder(pixels).last_hidden_state  # class token and patches, after the last LayerNorm
         return self.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=image).last_hidden_state
 
 
 def blip_configs(file: Path, state: Mapping[str, Any], prefix: str) -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """transformers' configurations of the BLIP whose names begin with `prefix`, of the sizes that its tensors in `file` have."""
+    """transformers' configurations for the BLIP in `file` whose names begin with `prefix`, with the sizes of its tensors."""
     vision, text = f"{prefix}visual_encoder.", f"{prefix}text_encoder."
 
     def size(name: str, axis: int) -> int:
@@ -65,7 +65,7 @@ def blip_configs(file: Path, state: Mapping[str, Any], prefix: str) -> tuple[Bli
 
 
 def public_name(name: str) -> str:
-    """The name in the public files of a weight of `Blip`."""
+    """The public files' name of a weight of `Blip`."""
     before, encoder, rest = name.partition("visual_encoder.")
     if not encoder:
         return name

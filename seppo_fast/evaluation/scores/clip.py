@@ -21,8 +21,8 @@ from seppo_fast.models.values import check_values
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-HEADS = 16  # of both towers of ViT-H-14 (1280 / 80 and 1024 / 64): the one size that no tensor's shape tells
-# what open_clip's names begin with -> what transformers' do
+HEADS = 16  # of both towers of ViT-H-14 (1280 / 80 and 1024 / 64): the only size that tensors' shapes do not tell
+# beginnings of open_clip's names -> beginnings of transformers' names
 NAMES = (
     ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
@@ -97,7 +97,7 @@ def open_clip_config(state: Mapping[str, Tensor]) -> CLIPConfig:
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An open_clip state under the names of transformers' CLIPModel: projections transposed, q, k and v apart."""
+    """An open_clip state with the names of transformers' CLIPModel: projections transposed; q, k and v separate."""
     renamed = {}
     for name, tensor in state.items():
         new = next((new + name.removeprefix(old) for old, new in NAMES if name.startswith(old)), name)
@@ -115,7 +115,7 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_tokenizer(folder: Path, model: CLIPModel) -> CLIPTokenizer:
-    """CLIP's tokenizer, if its vocabulary is the model's (an empty folder would give one of two tokens)."""
+    """CLIP's tokenizer, checked to have the model's vocabulary (an empty folder would give a tokenizer of two tokens)."""
     with _explained(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     words = model.config.text_config.vocab_size
@@ -137,8 +137,8 @@ def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[st
     """Texts, cut at the model's context with the end token kept, -> embeddings (N, D) of length 1, fp32 on the model's device."""
     ids = tokenizer(list(texts), padding=True, truncation=True, max_length=model.config.text_config.max_position_embeddings,
                     return_tensors="pt").input_ids.to(model.device)
-    # No mask: the attention is causal, and what pads stands after the end token. That is looked for here because the
-    # configurations of old CLIPs name a wrong one (2), by which transformers takes the largest id instead.
+    # No mask: the attention is causal, and padding comes after the end token. The end token is found here, because the
+    # configurations of old CLIPs name a wrong one (2), for which transformers takes the largest id instead.
     end = (ids == tokenizer.eos_token_id).int().argmax(dim=-1)
     hidden = model.text_model(input_ids=ids).last_hidden_state
     features = model.text_projection(hidden[torch.arange(len(ids), device=ids.device), end])
@@ -157,7 +157,7 @@ def image_size(model: CLIPModel) -> int:
 def center_pixels(images: Sequence[Image.Image], size: int, half: Callable[[int], int] = lambda margin: margin // 2) -> Tensor:
     """Short side to `size` (PIL's bicubic), center crop: (N, 3, S, S), normalised, as transformers' CLIPImageProcessor.
 
-    `half` of an odd margin is where libraries differ: torchvision's CenterCrop, so OpenAI's `clip`, takes `round(margin / 2)`.
+    Libraries differ in the `half` of an odd margin: torchvision's CenterCrop, and so OpenAI's `clip`, takes `round(margin / 2)`.
     """
     cropped = []
     for image in images:
@@ -170,9 +170,9 @@ def center_pixels(images: Sequence[Image.Image], size: int, half: Callable[[int]
 
 
 def padded_pixels(images: Sequence[Image.Image], size: int) -> Tensor:
-    """Long side to `size`, black around: (N, 3, S, S), normalised, as hpsv2's `ResizeMaxSize` after `ToTensor`.
+    """Long side to `size` with a black border: (N, 3, S, S), normalised, as hpsv2's `ResizeMaxSize` after `ToTensor`.
 
-    The bicubic antialiases, which torchvision does for tensors since 0.17; it is not clamped to [0, 1].
+    Bicubic with antialiasing, as torchvision does for tensors since 0.17; not clamped to [0, 1].
     """
     padded = []
     for image in images:
@@ -192,12 +192,12 @@ def _levels(image: Image.Image) -> Tensor:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Errors that transformers raises while it loads become a UserError that names the path; no progress bars."""
+    """Turn errors that transformers raises while it loads into a UserError that names the path; no progress bars."""
     try:
         with without_bars():
             yield
     except MemoryError:
         raise
-    except Exception as error:  # libraries raise what they like over a damaged file
+    except Exception as error:  # libraries may raise anything about a damaged file
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load {path} ({type(error).__name__}: {reason or 'no message'}).") from error

@@ -12,9 +12,9 @@ from seppo_fast.evaluation.scores.clip import center_pixels, cosines, image_size
 
 
 def load(parts: Mapping[str, Path], device: torch.device) -> Scorer:
-    """100 max(cosine, 0) an image: torchmetrics' weight (the paper's is 2.5) and prompt as it is (the paper's has a prefix).
+    """100 max(cosine, 0) for each image: torchmetrics' weight (the paper's is 2.5), and the prompt without the paper's prefix.
 
-    A long prompt is cut as the paper's code cuts it, with the end token kept; torchmetrics drops that token.
+    A long prompt is cut as in the paper's code, which keeps the end token; torchmetrics drops that token.
     """
     model = load_clip(parts["model"], device)
     tokenizer = load_tokenizer(parts["model"], model)

@@ -13,7 +13,7 @@ from seppo_fast.evaluation.scores.clip import cosines, image_size, load_open_cli
 
 
 def load(parts: Mapping[str, Path], device: torch.device) -> Scorer:
-    """100 times the cosine, as the paper's tables have it (27.20 and the like; `hpsv2.score` gives 0.2720), in fp32."""
+    """100 times the cosine, as in the paper's tables (27.20, where `hpsv2.score` gives 0.2720), in fp32."""
     model = load_open_clip(parts["model"], device)
     tokenizer = load_tokenizer(parts["tokenizer"], model)
 
@@ -25,7 +25,7 @@ def load(parts: Mapping[str, Path], device: torch.device) -> Scorer:
 
 
 def cleaned(prompt: str) -> str:
-    """What open_clip's tokenizer does first and transformers' does not: curly quotes, HTML entities, broken Unicode."""
+    """The prompt as open_clip's tokenizer cleans it, and transformers' does not: curly quotes, HTML entities, broken Unicode."""
     import ftfy
 
     return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()

@@ -22,7 +22,7 @@ ADDED = {"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]}  # the la
 
 
 def load(parts: Mapping[str, Path], device: torch.device) -> Scorer:
-    """The reward as `ImageReward.score` gives it, in fp32; on the authors' data of mean 0 and standard deviation 1."""
+    """The reward as `ImageReward.score` computes it, in fp32; on the authors' data it has mean 0 and standard deviation 1."""
     model = load_reward(parts["model"], device)
     vision, text = model.blip.visual_encoder.config, model.blip.text_encoder.config
     tokenizer = load_tokenizer(parts["tokenizer"], text.vocab_size)
@@ -38,7 +38,7 @@ def load(parts: Mapping[str, Path], device: torch.device) -> Scorer:
 
 
 class Reward(nn.Module):
-    """The network of the public file, with its names except those that `public_name` translates."""
+    """The network of the public file, with the same names except those that `public_name` translates."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig):
         super().__init__()
@@ -62,15 +62,15 @@ def load_reward(file: Path, device: torch.device) -> Reward:
     check_fit(file, {public_name(name): tensor for name, tensor in wanted.items()}, state, "ImageReward")
     model.load_state_dict({name: state[public_name(name)] for name in wanted}, assign=True)
     embeddings = model.blip.text_encoder.embeddings
-    embeddings.position_ids = torch.arange(configs[1].max_position_embeddings)[None]  # no weight, so still on the meta device
+    embeddings.position_ids = torch.arange(configs[1].max_position_embeddings)[None]  # not a weight, so still on the meta device
     return model.to(device, torch.float32).eval().requires_grad_(False)
 
 
 def load_tokenizer(folder: Path, words: int) -> BertTokenizer:
-    """bert-base-uncased's tokenizer and BLIP's two tokens, if its vocabulary is the model's (an empty folder gives one of 5)."""
+    """bert-base-uncased's tokenizer with BLIP's two tokens, checked to have the model's vocabulary (an empty folder gives 5)."""
     try:
         tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever transformers and its parsers raise; the folder's files are the only input
+    except Exception as error:  # transformers and its parsers may raise anything; the folder's files are the only input
         raise UserError(f"cannot load the tokenizer in {folder}: {(str(error).strip() or 'no message').splitlines()[0]}") from error
     tokenizer.add_special_tokens(ADDED)
     if len(tokenizer) != words:

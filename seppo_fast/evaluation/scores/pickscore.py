@@ -1,4 +1,4 @@
-"""PickScore (Kirstain et al. 2023): how people on Pick-a-Pic would choose, by a CLIP-H/14 tuned on their choices."""
+"""PickScore (Kirstain et al. 2023): a CLIP-H/14 that was tuned on people's choices in Pick-a-Pic."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +23,6 @@ def load(parts: Mapping[str, Path], device: torch.device) -> Scorer:
     return score
 
 
-# the model card takes tokenizer and preprocessing from the CLIP that was tuned
+# the model card takes tokenizer and preprocessing from the CLIP that PickScore was tuned from
 PICKSCORE = Score("pickscore", "PickScore",
                   {"model": "yuvalkirstain/PickScore_v1", "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}, load)

@@ -1,4 +1,4 @@
-"""Vendi score (Friedman & Dieng 2023): how many different images a set amounts to."""
+"""Vendi score (Friedman & Dieng 2023): the effective number of different images in a set."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ def load(parts: Mapping[str, Path], device: torch.device) -> Embedder:
 
 
 def vendi(embeddings: Tensor) -> float:
-    """exp(-sum l log l) over the eigenvalues l of K / N, K the cosines of (N, D) embeddings: 1 (all alike) to N. NaN of none."""
+    """exp(-sum l log l) over the eigenvalues l of K / N, K the cosines of (N, D) embeddings: 1 (all alike) to N; NaN if N is 0."""
     vectors = embeddings.double()
     vectors = vectors / vectors.norm(dim=-1, keepdim=True)
     if not len(vectors) or not vectors.isfinite().all():
         return float("nan")
-    # X X^T and X^T X have the same eigenvalues but for zeros, which add nothing
+    # X X^T and X^T X have the same eigenvalues except for zeros, which add nothing
     gram = vectors @ vectors.T if len(vectors) <= vectors.shape[1] else vectors.T @ vectors
     # rounding makes some of the zeros negative
     return float(torch.special.entr(torch.linalg.eigvalsh(gram / len(vectors)).clamp(min=0)).sum().exp())

@@ -10,9 +10,9 @@ from seppo_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Moments:
-    """All that the distance needs of M features: their number, sum (D,) and sum of outer products (D, D), fp64 on the CPU.
+    """What the distance needs of M features: their number, sum (D,) and sum of outer products (D, D), fp64 on the CPU.
 
-    Sums of batches and of ranks add up: `Moments.of(some) + Moments.of(others)`.
+    Moments of batches and of ranks can be added: `Moments.of(some) + Moments.of(others)`.
     """
 
     count: int
@@ -21,12 +21,12 @@ class Moments:
 
     @staticmethod
     def none(size: int) -> "Moments":
-        """Of no features of D = `size` numbers."""
+        """The moments of no features, of D = `size` numbers each."""
         return Moments(0, torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64))
 
     @staticmethod
     def of(features: Tensor) -> "Moments":
-        """Of features (M, D)."""
+        """The moments of features (M, D)."""
         features = features.detach().cpu().double()
         return Moments(len(features), features.sum(0), features.T @ features)
 
@@ -39,19 +39,18 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased (over M - 1), as numpy.cov, pytorch-fid and torchmetrics have it."""
+        """The unbiased covariance (over M - 1), as in numpy.cov, pytorch-fid and torchmetrics."""
         return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
 def frechet(generated: Moments, real: Moments) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the Gaussians with the sets' means and covariances.
 
-    With no more features than dimensions the covariances are singular; the distance is defined all the same. It is biased
-    upwards, the more so the fewer features there are: only distances of equally many features can be compared.
-    NaN where a feature is not finite.
+    With no more features than dimensions the covariances are singular, but the distance is still defined. It is biased
+    upwards, more with fewer features: compare only distances of equally many features. NaN where a feature is not finite.
 
-    With C = L L^T the eigenvalues of C1 C2 are the squares of the singular values of L1^T L2. Those are exact to fp64 for singular
-    covariances too, of which the usual roots of C1 C2 (scipy's sqrtm, torchmetrics' eigenvalues) keep half the digits.
+    With C = L L^T the eigenvalues of C1 C2 are the squares of the singular values of L1^T L2. These are exact to fp64 also for
+    singular covariances, where the usual roots of C1 C2 (scipy's sqrtm, torchmetrics' eigenvalues) keep half the digits.
     """
     if min(generated.count, real.count) < 2:
         raise UserError("a Frechet distance (FID, FVD) needs two or more features on each side, and has"
@@ -64,7 +63,7 @@ def frechet(generated: Moments, real: Moments) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """L (D, rank) with covariance = L L^T; directions that are zero up to rounding are left out."""
+    """L (D, rank) with covariance = L L^T, without directions that are zero up to rounding."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()

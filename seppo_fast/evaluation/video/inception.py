@@ -28,7 +28,7 @@ class Conv(NamedTuple):
 
 
 Pool = Callable[[Tensor], Tensor]
-Step = Conv | tuple[Conv, Conv] | Pool  # two convolutions: both take what came before, and their channels go on together
+Step = Conv | tuple[Conv, Conv] | Pool  # two convolutions take the same input, and their channels are concatenated
 
 
 class Unit(nn.Module):
@@ -44,14 +44,14 @@ class Unit(nn.Module):
 
 
 class Block(nn.Module):
-    """Branches side by side, each a sequence of steps."""
+    """Parallel branches, each a sequence of steps."""
 
     def __init__(self, before: int, *branches: Sequence[Step]) -> None:
         super().__init__()
         self.branches = [self.built(before, branch) for branch in branches]
 
     def built(self, channels: int, branch: Sequence[Step]) -> list[list[Pool]]:
-        """The steps, one after another; the branches of a step side by side."""
+        """Run the steps one after another, and the convolutions of a step in parallel."""
         steps: list[list[Pool]] = []
         for step in branch:
             if not isinstance(step, tuple):
@@ -144,7 +144,7 @@ class Inception(nn.Module):
 
 
 def prepared(frames: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] as the network takes them: scaled as pytorch-fid does, bilinear and not antialiased."""
+    """Pictures (B, 3, H, W) in [0, 1] as the network takes them: scaled as in pytorch-fid, bilinear without antialiasing."""
     return F.interpolate(frames, (SIDE, SIDE), mode="bilinear", align_corners=False) * 2 - 1
 
 

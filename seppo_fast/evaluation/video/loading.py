@@ -16,7 +16,7 @@ def load_network(build: Callable[[], Network], file: Path, what: str, device: to
                  ) -> Network:
     """`build()` with the weights in `file`, fp32, for inference on the device; UserError where they are not those of `what`.
 
-    Names that begin with one of `unused` belong to layers that the score does without.
+    Names that begin with one of `unused` belong to layers that the score does not need.
     """
     with torch.device("meta"):
         network = build()

@@ -1,7 +1,7 @@
 """Learned perceptual image patch similarity (Zhang et al., 2018, Eq. 1), version 0.1 on AlexNet.
 
-torchmetrics has it, and the learned weights of its channels are torchmetrics' file; but it takes AlexNet's convolutions from
-torchvision, whose wheels demand one exact torch. So these are here, with torchvision's names.
+The learned weights of the channels are a file of torchmetrics. torchmetrics' own LPIPS takes AlexNet from torchvision, whose
+wheels need one exact version of torch, so AlexNet's convolutions are written here, with torchvision's names.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ SOURCE = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 LINEAR = "functional/image/lpips_models/alex.pth"  # in torchmetrics' folder
 # Of ImageNet, for colours in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-# Less, and nothing is left for the second pooling.
+# With fewer pixels, nothing is left for the second pooling.
 SMALLEST = 31
 
 
@@ -46,7 +46,7 @@ class AlexNet(nn.Module):
 
 
 def distance(network: AlexNet, linear: Sequence[Tensor], one: Tensor, other: Tensor) -> Tensor:
-    """Pictures twice (B, 3, H, W) in [0, 1] -> (B,): the weighted squared difference of unit vectors, averaged, of all layers."""
+    """Two batches of pictures (B, 3, H, W) in [0, 1] -> (B,): weighted squared differences of unit vectors, over all layers."""
     if min(one.shape[-2:]) < SMALLEST:
         raise UserError(f"LPIPS needs frames of at least {SMALLEST}x{SMALLEST} pixels, and these are"
                         f" {one.shape[-1]}x{one.shape[-2]}")
@@ -55,18 +55,18 @@ def distance(network: AlexNet, linear: Sequence[Tensor], one: Tensor, other: Ten
 
 
 def scaled(pictures: Tensor) -> Tensor:
-    """[0, 1] to what the network takes."""
+    """Pictures in [0, 1] as the network takes them."""
     shift, scale = (pictures.new_tensor(values).view(3, 1, 1) for values in (SHIFT, SCALE))
     return (pictures * 2 - 1 - shift) / scale
 
 
 def unit(maps: Tensor) -> Tensor:
-    """Each point's vector at length 1."""
+    """The maps with each point's vector scaled to length 1."""
     return maps / (maps.norm(dim=1, keepdim=True) + 1e-10)
 
 
 def load(file: Path, device: torch.device) -> tuple[AlexNet, list[Tensor]]:
-    """The network with the published weights, its classifier left out, and the weights of its channels."""
+    """The network with the published weights, without its classifier, and the weights of its channels."""
     import torchmetrics
 
     learned = read_tensors(Path(torchmetrics.__file__).parent / LINEAR)

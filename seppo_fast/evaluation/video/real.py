@@ -15,7 +15,7 @@ from seppo_fast.errors import UserError
 def read_clip(path: Path, frames: int, resolution: int) -> Tensor:
     """`frames` frames evenly over the whole clip, (F, 3, R, R) in [0, 1]: short side to `resolution`, center crop, as for training.
 
-    A clip of fewer frames repeats some. PyAV decodes it, everywhere, so that a score depends on no machine's decoder.
+    A clip of fewer frames repeats some. PyAV decodes it on every machine, so that a score does not depend on a GPU's decoder.
     """
     data = config.Data(resolution=resolution, crop="center", flip=False, video=config.Video(frames=frames, choice="uniform"))
     try:
@@ -24,6 +24,6 @@ def read_clip(path: Path, frames: int, resolution: int) -> Tensor:
         raise
     except BadRow as bad:
         raise UserError(f"the real clip {path} cannot be used: {bad}") from None
-    except Exception as error:  # FFmpeg's many, and a file that is replaced between the two readings
+    except Exception as error:  # FFmpeg has many errors, and a file may be replaced between the two readings
         raise UserError(f"the real clip {path} cannot be decoded: {error}") from error
     return pixels.add_(1).div_(2)

@@ -1,7 +1,7 @@
-"""The scores of generated clips beside real ones (Table 3): LPIPS, SSIM and PSNR of pairs, FID and FVD of all.
+"""The scores of generated clips against real ones (Table 3): LPIPS, SSIM and PSNR of pairs, FID and FVD of all clips.
 
-A pair is a generated clip and the real clip of the same prompt, frame by frame. Clips go through the networks one at a time: a
-clip's value does not depend on what else is in the batch, nor the memory on how much.
+A pair is a generated clip and the real clip of the same prompt, frame by frame. Clips go through the networks one at a time, so
+that neither a clip's value nor the memory depends on the batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,10 +20,10 @@ Features = Callable[[Tensor], Tensor]  # clips (N, F, 3, H, W) in [0, 1] -> feat
 
 @dataclass(frozen=True)
 class VideoScore:
-    """A score of clips, where its weights are published, and how they become a scorer.
+    """A score of clips: its names, where its weights are published, and how they are loaded.
 
-    Of kind "sample", each pair has a value. Of kind "set", all clips together have one: `frechet(generated, real)` of the
-    `Moments` of their features, which add up over batches and ranks.
+    With kind "sample", each pair has a value. With kind "set", all clips together have one: `frechet(generated, real)` of the
+    `Moments` of their features, which are added over batches and ranks.
     """
 
     name: str  # what --scores says, and the column of scores.csv
@@ -36,13 +36,13 @@ class VideoScore:
 
 
 def load_lpips(parts: Mapping[str, Path], device: torch.device) -> PairScorer:
-    """The mean over frames."""
+    """LPIPS, the mean over frames."""
     network, linear = lpips.load(parts["model"], device)
     return each_pair(lambda generated, real: lpips.distance(network, linear, generated, real), device)
 
 
 def load_ssim(parts: Mapping[str, Path], device: torch.device) -> PairScorer:
-    """The mean over frames; Gaussian windows of 11 pixels (Wang et al., 2004), each colour for itself, borders mirrored."""
+    """SSIM, the mean over frames; Gaussian windows of 11 pixels (Wang et al., 2004), each colour alone, mirrored borders."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     return each_pair(lambda generated, real: structural_similarity_index_measure(
@@ -50,7 +50,7 @@ def load_ssim(parts: Mapping[str, Path], device: torch.device) -> PairScorer:
 
 
 def load_psnr(parts: Mapping[str, Path], device: torch.device) -> PairScorer:
-    """In dB, the mean over frames; infinite where a frame is its own copy."""
+    """PSNR in dB, the mean over frames; infinite where two frames are equal."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     return each_pair(lambda generated, real: peak_signal_noise_ratio(
@@ -70,7 +70,7 @@ def load_fvd(parts: Mapping[str, Path], device: torch.device) -> Features:
 
 
 def each_pair(values: PairScorer, device: torch.device) -> PairScorer:
-    """`values` of two clips' frames (F, 3, H, W) -> (F,), to the means of many clips."""
+    """A scorer of many pairs of clips: the mean over frames of `values`, a function of two clips' frames (F, 3, H, W) -> (F,)."""
 
     @torch.no_grad()
     def score(generated: Tensor, real: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def each_pair(values: PairScorer, device: torch.device) -> PairScorer:
 
 
 def each_clip(features: Features, size: int, device: torch.device) -> Features:
-    """`features` of one clip's frames (F, 3, H, W) -> (M, D), to those of many clips."""
+    """The features of many clips, from `features`, a function of one clip's frames (F, 3, H, W) -> (M, D)."""
 
     @torch.no_grad()
     def score(clips: Tensor) -> Tensor:

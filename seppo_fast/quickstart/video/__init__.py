@@ -1,1 +1,1 @@
-"""The quickstart for video: a tiny AnimateDiff made on the spot, and what SePPO does to its movement."""
+"""The quickstart for video: it makes a tiny AnimateDiff and shows what SePPO does to its movement."""

@@ -1,4 +1,4 @@
-"""The base model: a complete AnimateDiff pipeline directory, tiny and trained here on a sloppy crawl of clips."""
+"""The base model: a complete, tiny AnimateDiff pipeline directory, trained here on a crawl of clips with faults."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ class Recipe:
 
 
 def make_base(folder: Path, recipe: Recipe) -> bool:
-    """Build the pipeline directory unless `folder` holds what this recipe and code give; True when it was built."""
+    """Build the pipeline directory unless `folder` holds the result of this recipe and code; True when it was built."""
     code = ("video/base.py", "video/clips.py", "fitting.py", "digits.py", "tokenizer.py")
     return make_once(folder, recipe, code, train_base)
 
@@ -57,12 +57,12 @@ def train_base(recipe: Recipe) -> AnimateDiffPipeline:
         num_train_timesteps=1000, beta_schedule="linear", beta_start=0.00085, beta_end=0.012,
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing",
     )
-    # The networks' initial weights are the only draws from torch's global generator.
+    # Only the networks' initial weights are drawn from torch's global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         vae, text, unet = new_vae(), new_text_encoder(tokenizer), new_unet()
     train_vae(vae, crawl, recipe)
-    train_text_encoder(text, tokenizer, clips, recipe)  # CLIP, too, knew what words mean before anybody made videos of them
+    train_text_encoder(text, tokenizer, clips, recipe)  # on the clean clips: real video models get a CLIP that is trained already
     latents = encode_all(vae, crawl)
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     with torch.no_grad():
@@ -77,7 +77,7 @@ def train_base(recipe: Recipe) -> AnimateDiffPipeline:
 def new_tokenizer() -> CLIPTokenizer:
     """A tokenizer of the captions' words, the same each time."""
     words = sorted({word for caption in CAPTIONS for word in caption.split()})
-    # The learner takes equally frequent pairs ("ee" and "en" at a word's end) in an order that differs from call to call.
+    # The trainer takes equally frequent pairs ("ee" and "en" at a word's end) in an order that differs from call to call.
     return train_tokenizer([(word + " ") * 2**index for index, word in enumerate(words)])
 
 
@@ -93,7 +93,7 @@ def new_vae() -> AutoencoderKL:
 def new_unet() -> UNetMotionModel:
     """About 1.4 million parameters; a motion module after every layer, attention to the prompt at 2x2.
 
-    Motion modules look along time at one place: only where the places are few do they see a digit all along its way.
+    A motion module attends along time at one place. Only where the places are few does it see a digit on its whole way.
     """
     return UNetMotionModel(
         sample_size=LATENTS[1], in_channels=LATENTS[0], out_channels=LATENTS[0], layers_per_block=1, block_out_channels=(32, 64),
@@ -105,7 +105,7 @@ def new_unet() -> UNetMotionModel:
 
 
 def train_vae(vae: AutoencoderKL, crawl: Clips, recipe: Recipe) -> None:
-    """Reconstruction of single frames and a faint pull to the normal distribution; pixels in [-1, 1]."""
+    """Train the VAE: reconstruction of single frames and a weak pull to the normal distribution; pixels in [-1, 1]."""
     random = generator(recipe.seed, "vae")
 
     def loss() -> Tensor:
@@ -127,7 +127,7 @@ def encode_all(vae: AutoencoderKL, crawl: Clips) -> Tensor:
 
 
 def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, clips: Clips, recipe: Recipe) -> None:
-    """CLIP's contrast of clips with captions; the clips' tower is one linear map of four coarse frames and is thrown away."""
+    """Train the text encoder with CLIP's loss; the clips' tower is one linear map of four coarse frames and is not kept."""
     random = generator(recipe.seed, "text")
     seen = F.avg_pool2d(clips.pixels[:, [0, 5, 10, 15], 0], 4).flatten(1)
     seen = seen - seen.mean(dim=0)
@@ -139,7 +139,7 @@ def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, clips: Cli
     def loss() -> Tensor:
         rows = torch.randint(len(clips), (recipe.text_batch_size,), generator=random)
         shown, said = F.normalize(tower(seen[rows]), dim=1), F.normalize(text(tokens).pooler_output, dim=1)
-        # With forty captions in all, each clip is told from every caption there is rather than from its batch's.
+        # There are only forty captions, so each clip is compared with all of them, and not with its batch's.
         return F.cross_entropy(10 * shown @ said.T, clips.labels[rows])
 
     fit([*text.parameters(), *tower.parameters()], loss, recipe.text_steps, recipe.text_lr, "text encoder")
@@ -148,10 +148,10 @@ def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, clips: Cli
 def train_unet(
     unet: UNetMotionModel, embeds: Tensor, latents: Tensor, labels: Tensor, scheduler: DDIMScheduler, recipe: Recipe,
 ) -> None:
-    """Noise prediction at one timestep a clip; `embeds` are those of the forty captions and, last, of the empty one.
+    """Train the UNet: noise prediction at one timestep a clip; `embeds` are of the forty captions and, last, the empty one.
 
-    Late timesteps come more often: all frames together show where a clip goes but in nearly pure noise, and only there is
-    the prompt needed for it.
+    Late timesteps are drawn more often. The frames together show the direction except in nearly pure noise, so only there the
+    network needs the prompt for it.
     """
     random = generator(recipe.seed, "unet")
     batch, last = recipe.unet_batch_size, scheduler.config.num_train_timesteps - 1

@@ -1,4 +1,4 @@
-"""Clips of scikit-learn's digits that travel over a dark canvas, with captions; the sloppy crawl that the base learns from."""
+"""Clips of scikit-learn's digits that travel over a dark canvas, with captions, and the faulty crawl that the base learns."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Clips:
 
 
 def clips_of(digits: Digits, directions: Tensor, across: Tensor) -> Clips:
-    """Each digit over the whole canvas in its direction `(N,)`, `across` `(N,)` pixels from the left or the upper edge."""
+    """Clips of each digit crossing the canvas in its direction `(N,)`, `across` `(N,)` pixels from the left or upper edge."""
     travelled = torch.linspace(0, TRAVEL, FRAMES).round().long()
     step = STEPS[directions]  # (N, 2)
     start = torch.where(step < 0, TRAVEL, torch.where(step > 0, 0, across[:, None]))
@@ -38,14 +38,14 @@ def clips_of(digits: Digits, directions: Tensor, across: Tensor) -> Clips:
 
 
 def random_clips(digits: Digits, count: int, random: torch.Generator) -> Clips:
-    """`count` clips that go through the digits and the directions evenly, each along the middle of the canvas."""
+    """`count` clips with all digits and directions equally often, each along the middle of the canvas."""
     order = torch.cat([torch.randperm(len(digits), generator=random) for _ in range(-(-count // len(digits)))])[:count]
     directions = torch.arange(count)[torch.randperm(count, generator=random)] % len(DIRECTIONS)
     return clips_of(Digits(digits.pixels[order], digits.labels[order]), directions, torch.full((count,), TRAVEL // 2))
 
 
 def spoiled(clips: Clips, wrong_directions: float, bad_motion: float, degraded: float, seed: int) -> Clips:
-    """A sloppy crawl of the clips: shares of them have the wrong direction in the caption, move badly, or are degraded."""
+    """The clips as a crawl with faults: shares of them have the wrong direction in the caption, move badly, or are degraded."""
     random, count = generator(seed, "video crawl"), len(clips)
     pixels, labels = clips.pixels.clone(), clips.labels.clone()
     bad = torch.rand(count, generator=random) < bad_motion

@@ -21,7 +21,7 @@ def write_demonstrations(folder: Path, clips: Clips) -> Path:
     for index, label in enumerate(clips.labels.tolist()):
         write_clip(folder / f"{index:04d}.webm", frames[index])
         rows.append((f"{index:04d}", CAPTIONS[label], 0))
-    # Last, so that an interrupted folder is no data set.
+    # Last, so that an incomplete folder is not a data set.
     path = folder / "demonstrations.csv"
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("videoid", "name", "is_transmit"), *rows])
@@ -30,7 +30,7 @@ def write_demonstrations(folder: Path, clips: Clips) -> Path:
 
 def write_clip(path: Path, frames: np.ndarray) -> None:
     """One VP9 file of grey frames (F, H, W) uint8, nearly lossless, the same bytes each time."""
-    # Without bitexact the file would carry a random number.
+    # Without bitexact the file would contain a random number.
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         options = {"crf": "4", "b": "0", "deadline": "realtime", "cpu-used": "8"}
         stream = container.add_stream("libvpx-vp9", rate=RATE, options=options)

@@ -1,4 +1,4 @@
-"""The judge: samples drawn by plain diffusers, their movement measured, their likeness to clips of held-out digits."""
+"""The judge: plain diffusers draws samples; their movement is measured, and their likeness to clips of held-out digits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ STILL = TRAVEL / 4  # pixels in a clip; a digit that travels less does not move
 
 @dataclass(frozen=True)
 class Scores:
-    """Of a set of clips. Accuracy and `moving` are shares; SSIM and PSNR (dB) are means over the clips."""
+    """Scores of a set of clips. Accuracy and `moving` are shares; SSIM and PSNR (dB) are means over the clips."""
 
     direction_accuracy: float
     moving: float
@@ -36,8 +36,8 @@ class Scores:
 class Judge:
     """Scores by the centroid's direction, and by Frechet distance, SSIM and PSNR to clips of digits that no model saw.
 
-    `accuracy` is the direction accuracy on those held-out clips, `real` the scores of clean clips of the models' own digits:
-    what a perfect model would get.
+    `accuracy` is the direction accuracy on those held-out clips. `real` are the scores of clean clips of the models' own digits,
+    which a perfect model would reach.
     """
 
     def __init__(self, held_out: Digits, others: Digits, samples: int, seed: int = 0):
@@ -68,7 +68,7 @@ class Judge:
         return float(metric.compute())
 
     def nearest(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """For each clip the nearest held-out clip of its caption, by squared error, in the same shape."""
+        """For each clip, the nearest held-out clip of its caption by squared error, in the same shape."""
         pairs = torch.empty_like(pixels)
         for label in labels.unique():
             candidates = self.held_out.pixels[self.held_out.labels == label]
@@ -78,7 +78,7 @@ class Judge:
 
 
 class Features(nn.Module):
-    """A clip's frames and the differences of successive frames, both 8x8, on 64 random directions that the seed fixes."""
+    """Features of clips: their frames and the differences of successive frames, both 8x8, projected on 64 seeded directions."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -93,7 +93,7 @@ class Features(nn.Module):
 
 
 def every_direction(digits: Digits) -> Clips:
-    """Each digit once in each direction, along the middle of the canvas."""
+    """Clips of each digit once in each direction, along the middle of the canvas."""
     count = len(DIRECTIONS)
     directions = torch.arange(count).repeat_interleave(len(digits))
     middle = torch.full((len(directions),), TRAVEL // 2)
@@ -101,7 +101,7 @@ def every_direction(digits: Digits) -> Clips:
 
 
 def travel(pixels: Tensor) -> Tensor:
-    """How far the bright pixels travel, `(N, 2)`: x and y in pixels from first to last frame, by least squares on the centroids.
+    """How far the bright pixels travel, `(N, 2)`: x and y in pixels from first to last frame, a least-squares fit to centroids.
 
     A pixel counts if it is brighter than its frame's median by at least a quarter of the largest such difference in the clip.
     """
@@ -109,7 +109,7 @@ def travel(pixels: Tensor) -> Tensor:
     ink = (frames - frames.flatten(2).median(dim=2).values[..., None, None]).clamp(min=0)
     ink = torch.where(ink >= ink.amax(dim=(1, 2, 3), keepdim=True) / 4, ink, 0)
     mass = ink.sum(dim=(2, 3)).clamp(min=1e-6)
-    place = torch.arange(RESOLUTION) - (RESOLUTION - 1) / 2  # from the middle, where a frame without ink is then said to be
+    place = torch.arange(RESOLUTION) - (RESOLUTION - 1) / 2  # from the middle, which is the centroid of a frame without ink
     centroid = torch.stack([(ink.sum(dim=2) * place).sum(dim=2), (ink.sum(dim=3) * place).sum(dim=2)], dim=2) / mass[..., None]
     time = torch.arange(FRAMES) - (FRAMES - 1) / 2
     return (time[:, None] * centroid).sum(dim=1) / time.square().sum() * (FRAMES - 1)

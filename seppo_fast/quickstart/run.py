@@ -1,0 +1,59 @@
+"""The quickstart from its base model to its pictures and figures."""
+
+import json
+import time
+from pathlib import Path
+
+from seppo_fast.configfile import load_config
+from seppo_fast.quickstart.base import Recipe, make_base
+from seppo_fast.quickstart.demonstrations import write_demonstrations
+from seppo_fast.quickstart.digits import CAPTIONS, split_digits
+from seppo_fast.quickstart.judge import Judge, draw
+from seppo_fast.quickstart.report import curves, read_metrics, side_by_side, table, write_result
+from seppo_fast.quickstart.steps import align, overrides, own_folder, say, timed, where
+
+CONFIG = "quickstart.json"
+SAMPLES = 500
+STEPS = 20
+
+
+def run(out: Path, seed: int) -> int:
+    """Base, demonstrations, training by the literal command, judgement. Exit status: 0, or the training's own."""
+    own_folder(out)
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    say("1/4  the base model: tokenizer, VAE, text encoder and UNet, trained here on sloppy data")
+    with timed(seconds, "base"):
+        if not make_base(out / "base", Recipe(seed=seed)):
+            print(f"{out / 'base'} was made by this code and these settings already: reused")
+
+    say("2/4  the demonstrations: clean digits with right captions")
+    with timed(seconds, "demonstrations"):
+        digits, held_out = split_digits(seed)
+        count = write_demonstrations(out / "demonstrations", digits)
+        print(f"{count} pictures in {out / 'demonstrations'}")
+
+    if status := align(out, CONFIG, overrides(out, seed), seconds):
+        return status
+
+    say("4/4  the judgement: plain diffusers pipelines, the same noise for both models")
+    guidance_scale = load_config(CONFIG, overrides(out, seed)).seppo.sampler.guidance_scale
+    with timed(seconds, "judgement"):
+        judge = Judge(held_out, digits, seed)
+        labels = [index % len(CAPTIONS) for index in range(SAMPLES)]
+        before = draw(out / "base", labels, seed, STEPS, guidance_scale)
+        after = draw(out / "run" / "final", labels, seed, STEPS, guidance_scale)
+        base, trained = judge.score(before, labels), judge.score(after, labels)
+    rows = read_metrics(out / "run" / "metrics.jsonl")
+    side_by_side(out / "side_by_side.png", before, after, labels)
+    curves(out / "curves.png", rows)
+    seconds["total"] = time.perf_counter() - started
+    settings = {
+        "seed": seed, "judge_steps": STEPS, "guidance_scale": guidance_scale,
+        "config": json.loads((out / "run" / "config.json").read_text()),
+    }
+    write_result(out / "result.json", base, trained, judge, rows, seconds, settings)
+    print(table(base, trained, judge, rows))
+    print(where(seconds, out, ("side_by_side.png", "curves.png")))
+    return 0
