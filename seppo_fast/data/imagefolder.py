@@ -1,43 +1,114 @@
-"""A folder of images with metadata.jsonl or metadata.csv files (the `datasets` imagefolder convention)."""
+"""A folder of images with metadata.jsonl or metadata.csv files (the `datasets` imagefolder convention).
 
-from collections.abc import Iterator
+Of a pair, either a second column names the loser's file (`file_name`, `loser_file_name`), or winner and loser have the same name
+in two folders beside one another (`chosen/1.png`, `rejected/1.png`).
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 from seppo_fast import config
-from seppo_fast.data.columns import CAPTIONS, pick, refuse_pairs
-from seppo_fast.data.metadata import Layout, Span, identity, metadata_files, named, scan_all
-from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, checked_caption, embedded, inside
+from seppo_fast.data.columns import CAPTIONS, image_columns, pick
+from seppo_fast.data.metadata import NAMES, Layout, Span, identity, metadata_files, named, records, scan_all
+from seppo_fast.data.pairs import BACK, FOLDERS, PAIRS, Use, beside, each, refuse_single
+from seppo_fast.data.rows import BadRow, ImageLike, Part, Row, Skipped, Source, checked_caption, embedded, inside, short
 from seppo_fast.errors import UserError
 
 FILES = ("file_name", "image")  # columns that name a file
+WINNERS = tuple(dict.fromkeys((*FILES, *(winner for winner, _ in PAIRS))))
+LOOK_AT = 16  # rows of a part that tell in which folders the files are
+REMEDY = ("name each loser in a column 'loser_file_name' (or seppo.data.loser_column), or put winners and losers under the same"
+          " names into folders 'chosen' and 'rejected' beside one another")
 
 
-def open_imagefolder(folder: Path, data: config.Data, needs_loser: bool, only: Path | None = None) -> Source:
+def open_imagefolder(folder: Path, data: config.Data, use: Use, only: Path | None = None) -> Source:
     """Images named in the folder's and its sub-folders' metadata files (or in `only` one), in parts of 256 rows."""
-    refuse_pairs(f"the image folder {folder}", needs_loser, data.choose)
-    files = [only] if only else metadata_files(folder)
+    files = [only] if only else without_losers(metadata_files(folder), folder)
     where = str(files[0]) if len(files) == 1 else f"the metadata under {folder}"
-    names = (data.image_column,) if data.image_column else FILES
+    names = (data.image_column,) if data.image_column else WINNERS
     found = scan_all(files, folder, names, data.split, where)
     if not found.spans:
         raise UserError(f"{where} has no rows; it wants one per image: a file_name and a text")
-    image = pick(data.image_column, FILES, found.columns, "image", where)
-    layout = Layout(folder, pick(data.caption_column, CAPTIONS, found.columns, "caption", where), found.headers,
-                    lambda file, record: embedded(record.get(image)) or inside(file.parent, record.get(image),
-                                                                                   outside=data.allow_outside),
-                    names, data.split, found.splits)
+    image, loser = image_columns(data, dict.fromkeys(found.columns, "text"), FILES, use, where)
+    winners = {file: names_folder(file, header, image) for file, header in found.headers.items()}
+    losers = {file: place if place == file.parent else beside(place, folder) for file, place in winners.items()}
+    caption = pick(data.caption_column, CAPTIONS, found.columns, "caption", where)
+
+    def locate(columns: Callable[[str], Iterable[str]], file: Path, record: dict, key: str) -> list[ImageLike]:
+        def locate_one(column: str) -> ImageLike:
+            place = (losers if column == loser else winners)[file]
+            return embedded(record.get(column)) or inside(place, record.get(column), outside=data.allow_outside)
+
+        return each(columns(key), locate_one)
+
+    spans, told = [span for span, _ in found.spans], {"image": image, "caption": caption}
+    layout = Layout(folder, caption, found.headers, partial(locate, lambda key: (image,)), names, data.split, found.splits)
+    if use.both and loser:
+        layout = replace(layout, locate=partial(locate, lambda key: use.of(key, image, loser)))
+        told["loser"] = loser
+    elif use.both:
+        layout = with_folders(layout, spans, use, f"the image folder {folder}")
+        told["loser"] = "folder"
     parts = [Part(f"{span.file.relative_to(folder)}:{span.line}", count, lambda span=span: rows(span, layout))
              for span, count in found.spans]
-    return Source(str(folder), "imagefolder", {"image": image, "caption": layout.caption}, parts,
-                  lambda: identity([span for span, _ in found.spans], layout))
+    return Source(str(folder), "imagefolder", told, parts, lambda: identity(spans, layout))
+
+
+def without_losers(files: Sequence[Path], root: Path) -> list[Path]:
+    """The metadata files but those of losers' folders, where the winners' folders have theirs."""
+    return [file for file in files
+            if (other := beside(file.parent, root, BACK)) is None or not any(other / name in files for name in NAMES)]
+
+
+def names_folder(file: Path, header: list[str] | None, column: str) -> Path:
+    """The folder in which a metadata file's names are: its own, or the winners' there if only that one has such files."""
+    places = [file.parent / winners for winners, losers in FOLDERS.items()
+              if (file.parent / winners).is_dir() and (file.parent / losers).is_dir()]
+    if places:
+        found = [record.get(column) for _, _, record in islice(records(Span(file, 0, 1, 0), header), LOOK_AT)
+                 if isinstance(record, dict)]
+        for place in (file.parent, *places):
+            if any(is_there(place, name) for name in found):
+                return place
+    return file.parent
+
+
+def is_there(place: Path, name: object) -> bool:
+    """Whether a folder has a file of this name."""
+    try:
+        return os.path.lexists(inside(place, name))
+    except BadRow:
+        return False
+
+
+def with_folders(layout: Layout, spans: Sequence[Span], use: Use, where: str) -> Layout:
+    """The layout of pairs whose losers are files of the winners' names in a folder beside theirs; `UserError` if none is."""
+    losers_beside = lru_cache(maxsize=None)(partial(beside, root=layout.root))
+    single = layout.locate
+
+    def locate(file: Path, record: dict, key: str) -> Sequence[ImageLike]:
+        (winner,) = single(file, record, key)
+        if not isinstance(winner, Path) or (losers := losers_beside(winner.parent)) is None:
+            name = "an embedded image" if not isinstance(winner, Path) else short(winner.relative_to(layout.root))
+            raise BadRow(f"no loser: {name} is in no folder of winners ({', '.join(FOLDERS)}) with the losers' beside it")
+        return use.of(key, winner, losers / winner.name)
+
+    seen = (files for span in spans for _, _, files in islice(named(span, layout), LOOK_AT) if not isinstance(files, BadRow))
+    if not any(isinstance(winner, Path) and losers_beside(winner.parent) for (winner,) in seen):
+        refuse_single(where, use, REMEDY)
+    return replace(layout, locate=locate)
 
 
 def rows(span: Span, layout: Layout) -> Iterator[Row | Skipped]:
     """The rows of one part."""
-    for key, record, image in named(span, layout):
+    for key, record, images in named(span, layout):
         try:
-            if isinstance(image, BadRow):
-                raise image
-            yield Row(key, checked_caption(record.get(layout.caption)), image)
+            if isinstance(images, BadRow):
+                raise images
+            yield Row(key, checked_caption(record.get(layout.caption)), *images)
         except BadRow as bad:
             yield Skipped(key, str(bad))

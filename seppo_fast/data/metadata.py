@@ -39,7 +39,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """How records read. `locate(metadata file, record)` is the file, or the image itself, that a record names.
+    """How records read. `locate(metadata file, record, key)`: the file, or the image itself, that a record names; of a pair, both.
 
     `headers`: the names in the CSVs' first lines. `files` are the columns of which the first that is there names the file;
     `splits`: those that are wanted of what the names of folders tell.
@@ -48,7 +48,7 @@ class Layout:
     root: Path
     caption: str
     headers: dict[Path, list[str] | None]
-    locate: Callable[[Path, dict], ImageLike]
+    locate: Callable[[Path, dict, str], Sequence[ImageLike]]
     files: Sequence[str]
     split: str
     splits: Collection[str | None]
@@ -205,9 +205,8 @@ def scan_all(files: Sequence[Path], root: Path, names: Sequence[str], split: str
     return Scanned([(span, rows) for span, rows in spans if rows], list(columns), headers, chosen)
 
 
-def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, ImageLike | BadRow]]:
-    """(key, record, the named file or why there is none) of a part's rows in the split; the key is the metadata file and its line.
-    """
+def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, Sequence[ImageLike] | BadRow]]:
+    """(key, record, the named files or why there are none) of a part's rows in the split; the key is metadata file and line."""
     relative = span.file.relative_to(layout.root)
     for _, line, record in islice(records(span, layout.headers.get(span.file)), span.count):
         if row_split(span.file, record, layout.root, layout.files, layout.split) not in layout.splits:
@@ -217,7 +216,7 @@ def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, ImageLike | B
             yield key, {}, record
             continue
         try:
-            yield key, record, layout.locate(span.file, record)
+            yield key, record, layout.locate(span.file, record, key)
         except BadRow as bad:
             yield key, record, bad
 
@@ -226,10 +225,11 @@ def identity(spans: Sequence[Span], layout: Layout) -> Identity:
     """Of the metadata files' content and of every named file."""
     def digest(span: Span) -> tuple[bytes, str]:
         seen, written = hashlib.sha256(), []
-        for key, record, file in named(span, layout):
-            stamp, when = times_of(file) if isinstance(file, Path) else ("unusable", None)
-            seen.update(json.dumps([key, record, stamp], sort_keys=True, default=str).encode())
-            written.append(when)
+        for key, record, files in named(span, layout):
+            times = [times_of(file) if isinstance(file, Path) else ("unusable", None)
+                     for file in ([files] if isinstance(files, BadRow) else files)]
+            seen.update(json.dumps([key, record, *(stamp for stamp, _ in times)], sort_keys=True, default=str).encode())
+            written += [when for _, when in times]
         return seen.digest(), digest_of(written)
 
     whole = hashlib.sha256()
