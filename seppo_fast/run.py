@@ -144,7 +144,8 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Source]:
         if turn:
             model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
                                motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames)
-            source = open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed, video=model.video)
+            source = open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed,
+                                 video=model.video, method=ours.method)
         ranks.barrier()
     return model, source
 

@@ -5,17 +5,18 @@ in two folders beside one another (`chosen/1.png`, `rejected/1.png`).
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, image_columns, pick
 from seppo_fast.data.metadata import NAMES, Layout, Span, identity, metadata_files, named, records, scan_all
 from seppo_fast.data.pairs import BACK, FOLDERS, PAIRS, Use, beside, each, refuse_single
 from seppo_fast.data.rows import BadRow, ImageLike, Part, Row, Skipped, Source, checked_caption, embedded, inside, short
+from seppo_fast.data.splits import split_of_folders
 from seppo_fast.errors import UserError
 
 FILES = ("file_name", "image")  # columns that name a file
@@ -41,6 +42,8 @@ def open_imagefolder(folder: Path, data: config.Data, use: Use, only: Path | Non
     def locate(columns: Callable[[str], Iterable[str]], file: Path, record: dict, key: str) -> list[ImageLike]:
         def locate_one(column: str) -> ImageLike:
             place = (losers if column == loser else winners)[file]
+            if column == loser:
+                check_split(record.get(column), data.split, found.splits)
             return embedded(record.get(column)) or inside(place, record.get(column), outside=data.allow_outside)
 
         return each(columns(key), locate_one)
@@ -56,6 +59,13 @@ def open_imagefolder(folder: Path, data: config.Data, use: Use, only: Path | Non
     parts = [Part(f"{span.file.relative_to(folder)}:{span.line}", count, lambda span=span: rows(span, layout))
              for span, count in found.spans]
     return Source(str(folder), "imagefolder", told, parts, lambda: identity(spans, layout))
+
+
+def check_split(name: object, split: str, splits: Collection[str | None]) -> None:
+    """`BadRow` for a loser in a folder of another split than is read."""
+    told = split_of_folders(PurePosixPath(name).parent.parts, split) if isinstance(name, str) else None
+    if told is not None and told not in splits:
+        raise BadRow(f"{short(name)} is of the split {told}")
 
 
 def without_losers(files: Sequence[Path], root: Path) -> list[Path]:

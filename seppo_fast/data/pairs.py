@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 
-from seppo_fast import config
 from seppo_fast.data.rows import BadRow
 from seppo_fast.errors import UserError
 from seppo_fast.seeds import generator
@@ -28,25 +27,25 @@ BACK = {loser: winner for winner, loser in FOLDERS.items()}
 
 @dataclass(frozen=True)
 class Use:
-    """What a run takes of each pair: winner and loser where the method `needs_loser`, else one image, as `choose` says."""
+    """What a run takes of each pair: winner and loser where the method `needs_loser`, else one image, as `choose` says.
+
+    `method` is the method's name in messages.
+    """
 
     needs_loser: bool = False
     choose: str = "winner"
     seed: int = 0
+    method: str = "dpo"
 
     @property
     def both(self) -> bool:
         """Whether each row must be a pair."""
         return self.needs_loser or self.choose == "random"
 
-    def first(self, key: str) -> bool:
-        """With `choose` "random": whether the row of this key gives the first image of its pair."""
-        return bool(torch.rand((), generator=generator(self.seed, "choose", key)) < 0.5)
-
     def of(self, key: str, winner: T, loser: T) -> tuple[T, ...]:
-        """(winner, loser) where the method needs both, else the one image that is trained on."""
+        """(winner, loser) where the method needs both, else the one image that is trained on; the row's `key` decides by chance."""
         if self.choose == "random":
-            return (winner,) if self.first(key) else (loser,)
+            return (winner,) if torch.rand((), generator=generator(self.seed, "choose", key)) < 0.5 else (loser,)
         return (winner, loser) if self.needs_loser else (winner,)
 
 
@@ -64,23 +63,18 @@ def each(items: Sequence[T], read: Callable[[T], R]) -> list[R]:
 def check_choice(use: Use) -> None:
     """`UserError` when the method needs winners, and `choose` may take losers for them."""
     if use.needs_loser and use.choose == "random":
-        raise UserError(f"seppo.data.choose='random' does not go with {who_needs_pairs()}, whose winner is the preferred image;"
+        raise UserError(f"seppo.data.choose='random' does not go with method {use.method!r}, whose winner is the preferred image;"
                         " set seppo.data.choose to 'winner'")
 
 
 def refuse_single(where: str, use: Use, remedy: str, unit: str = "image") -> None:
     """For a source with one image (or clip) a row: `UserError` when the method or `choose` wants pairs."""
     if use.needs_loser:
-        raise UserError(f"{who_needs_pairs()} needs pairs of {unit}s, but {where} has one {unit} a row: {remedy}."
+        raise UserError(f"method {use.method!r} needs pairs of {unit}s, but {where} has one {unit} a row: {remedy}."
                         " Method 'seppo' makes its own losers")
     if use.choose == "random":
         raise UserError(f"seppo.data.choose='random' picks one {unit} of a pair, but {where} has one {unit} a row:"
                         f" {remedy}, or set seppo.data.choose to 'winner'")
-
-
-def who_needs_pairs() -> str:
-    """The methods that train on given losers, as a message names them."""
-    return "method " + " or ".join(repr(name) for name, row in config.METHODS.items() if row.needs_losers)
 
 
 def beside(place: Path, root: Path, names: Mapping[str, str] = FOLDERS) -> Path | None:

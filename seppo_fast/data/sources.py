@@ -27,14 +27,15 @@ PATTERN = re.compile(r"[*?{\[]")
 
 
 @readable()
-def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | None = False) -> Source:
+def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | None = False, method: str = "dpo") -> Source:
     """`data.source` as a list of parts. Reads file lists, footers and metadata files, never an image or a video.
 
     A video model (`video`) wants clips, any other images; `UserError` when the source has the other kind. None: whichever it has.
+    `method` is what a message calls the method that needs losers.
     """
     if not data.source:
         raise UserError(SOURCE_NOT_SET)
-    use = Use(needs_loser, data.choose, seed)
+    use = Use(needs_loser, data.choose, seed, method)
     check_choice(use)
     path = expanded(data.source)
     if path.exists() and not path.is_file() and not path.is_dir():

@@ -303,6 +303,14 @@ def test_losers_keep_to_their_folder(tmp_path: Path) -> None:
     assert row.loser == folder / "../1.png"
 
 
+def test_a_loser_of_another_split_is_not_trained_on(tmp_path: Path) -> None:
+    put(tmp_path / "train", WINNERS), put(tmp_path / "test", LOSERS)
+    rows = [{"file_name": "train/0.png", "loser_file_name": name, "text": "x"} for name in ("test/0.png", "train/1.png")]
+    bad, good = rows_of(metadata(tmp_path, *rows), needs_loser=True)
+    assert bad.reason == "the loser: test/0.png is of the split test" and contents(good) == (WINNERS[0], WINNERS[1])
+    assert len([row for row in rows_of(tmp_path, needs_loser=True, split="all") if isinstance(row, Row)]) == 2
+
+
 def test_two_folders_and_images_beside_them(tmp_path: Path) -> None:
     """Where the named files are beside the metadata, folders called so are something else."""
     folder = folders("chosen", "rejected")(tmp_path / "s")
