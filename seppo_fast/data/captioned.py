@@ -86,7 +86,7 @@ def open_captioned(folder: Path, data: config.Data, use: Use) -> Source:
 
 
 def with_losers(place: Path, found: Sequence[Captioned], root: Path, use: Use) -> list[Captioned]:
-    """A folder's images, with their losers if the run wants them. A folder of losers has none of its own, but those left alone."""
+    """A folder's images, with their losers if the run wants them; of a folder of losers only those that have no winner."""
     if (winners := beside(place, root, BACK)) is not None:
         return [Captioned(item.image, (), alone=True) for item in found
                 if use.both and not os.path.lexists(winners / item.image.name)]
@@ -106,7 +106,7 @@ def rows(found: Sequence[Captioned], folder: Path, use: Use) -> Iterator[Row | S
 
 
 def images_of(item: Captioned, key: str, use: Use) -> tuple[Path, ...]:
-    """The image, or of a pair what the run takes of it; `BadRow` where half of it is missing."""
+    """The image, or what the run takes of the pair; `BadRow` where half of the pair is missing."""
     if item.alone:
         raise BadRow("no winner: no file of this name is in the folder of the winners")
     if not use.both:
@@ -136,7 +136,7 @@ def caption_of(item: Captioned) -> str:
 
 
 def identity(chunks: Sequence[Sequence[Captioned]], folder: Path) -> Identity:
-    """Of the names of all files, their sizes and times."""
+    """The identity of all files: their names, sizes and times."""
     def digest(found: Sequence[Captioned]) -> tuple[str, str]:
         files = [file for item in found for file in (item.image, *item.texts, *([item.loser] if item.loser else []))]
         stamps = [(printable(str(file.relative_to(folder))), *times_of(file)) for file in files]

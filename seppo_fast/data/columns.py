@@ -49,7 +49,7 @@ class Columns:
         return [*images, *([self.loser] if self.loser else []), self.caption]
 
     def row(self, key: str, record: dict[str, Any]) -> Row | Skipped:
-        """One record as a row, or why it is none."""
+        """One record as a row, or why it cannot be used."""
         key = printable(key)
         try:
             images = each(self.images(key, record), lambda name: as_image(record.get(name), self.folder, self.outside))
@@ -125,7 +125,7 @@ def image_columns(data: config.Data, kinds: Mapping[str, Kind | None], known: Se
 
 def image_column(loser: str | None, pairs: Sequence[tuple[str, str]], kinds: Mapping[str, Kind | None], known: Sequence[str],
                  use: Use, where: str) -> str:
-    """The one column that can be meant: the winner's of one of the `pairs`, or one of the `known` names, but no `loser`'s."""
+    """The only column that can be meant: a winner's of the `pairs`, or one of the `known` names; never a loser's."""
     winners = list(dict.fromkeys(winner for winner, _ in pairs if winner not in PLAIN))
     single = [name for name in known if name not in (*winners, *LOSERS, loser)]
     there = [name for name in single if name in kinds]
@@ -147,13 +147,13 @@ def check_both(data: config.Data, where: str) -> None:
 
 
 def ambiguous(what: str, names: Sequence[str], where: str) -> NoReturn:
-    """`UserError` for several columns that may be the one."""
+    """`UserError` for several columns, each of which may be meant."""
     raise UserError(f"{where} has several columns that may hold the {what}: {printable(', '.join(names))}. Say which is meant with"
                     " seppo.data.image_column (of a pair: the winner) and, for pairs, seppo.data.loser_column")
 
 
 def kind_of(type: pa.DataType) -> Kind | None:
-    """Whether a column can hold images, by their content, or as texts (names of files, base64)."""
+    """How a column of this type can hold images: as content, as text (file names, base64), or not at all."""
     if pa.types.is_dictionary(type):
         return kind_of(type.value_type)
     binary = pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_fixed_size_binary(type)

@@ -1,4 +1,4 @@
-"""A part of the source to rows of latents: images are decoded in threads, ahead of the VAE; clips come decoded."""
+"""Turns a part of the source into rows of latents: images are decoded in threads, ahead of the VAE; clips come decoded."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator

@@ -37,7 +37,7 @@ def made_of(source: Source, names: str, model: Any, data: config.Data, seed: int
 
 
 def of_files_alone(about: dict[str, Any]) -> dict[str, Any]:
-    """The part of `made_of` that does not change with what is drawn from the files: a stream keeps no pixels."""
+    """The part of `made_of` that matters for a stream, which keeps no pixels: preprocessing is left out."""
     return {name: value for name, value in about.items() if name not in ("preprocessing", "shape")}
 
 

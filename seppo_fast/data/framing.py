@@ -12,7 +12,7 @@ LONGEST_ASPECT = 64
 
 @dataclass(frozen=True)
 class Framing:
-    """The picture scaled to `width` x `height`, of it the square at (`left`, `top`), then mirrored or not."""
+    """How a picture is cut: scale it to `width` x `height`, take the square at (`left`, `top`), mirror that if `mirror`."""
 
     width: int
     height: int
@@ -34,7 +34,7 @@ def framing(width: int, height: int, resolution: int, crop: str, flip: bool, gen
 
 
 def framed_alike(first: Framing, width: int, height: int, resolution: int, crop: str) -> Framing:
-    """How a picture is framed like another, of whatever size: at the same place of it, and mirrored if the other one is."""
+    """The framing of a picture like that of another one of any size: the same relative place, mirrored if the other is."""
     size = scaled(width, height, resolution)
 
     def place(offset: int, spare: int, here: int) -> int:
@@ -46,7 +46,7 @@ def framed_alike(first: Framing, width: int, height: int, resolution: int, crop:
 
 
 def scaled(width: int, height: int, resolution: int) -> tuple[int, int]:
-    """The size with a short side of `resolution`; `BadRow` when the long one would be too long."""
+    """The size whose short side is `resolution`; `BadRow` when the long side would be too long."""
     if max(width, height) > LONGEST_ASPECT * min(width, height):
         raise BadRow(f"{width}x{height} pixels: more than {LONGEST_ASPECT} times as long as wide")
     # torchvision's Resize(int): the long side is truncated, not rounded.

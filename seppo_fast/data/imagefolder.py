@@ -50,12 +50,12 @@ def open_imagefolder(folder: Path, data: config.Data, use: Use, only: Path | Non
 
     spans, told = [span for span, _ in found.spans], {"image": image, "caption": caption}
     layout = Layout(folder, caption, found.headers, partial(locate, lambda key: (image,)), names, data.split, found.splits)
-    if use.both and loser:
-        layout = replace(layout, locate=partial(locate, lambda key: use.of(key, image, loser)))
-        told["loser"] = loser
-    elif use.both:
+    if loser is None:
         layout = with_folders(layout, spans, use, f"the image folder {folder}")
-        told["loser"] = "folder"
+    elif use.both:
+        layout = replace(layout, locate=partial(locate, lambda key: use.of(key, image, loser)))
+    if use.both:
+        told["loser"] = loser or "folder"
     parts = [Part(f"{span.file.relative_to(folder)}:{span.line}", count, lambda span=span: rows(span, layout))
              for span, count in found.spans]
     return Source(str(folder), "imagefolder", told, parts, lambda: identity(spans, layout))
@@ -69,13 +69,13 @@ def check_split(name: object, split: str, splits: Collection[str | None]) -> Non
 
 
 def without_losers(files: Sequence[Path], root: Path) -> list[Path]:
-    """The metadata files but those of losers' folders, where the winners' folders have theirs."""
+    """The metadata files without those in losers' folders whose winners' folder has a metadata file, too."""
     return [file for file in files
             if (other := beside(file.parent, root, BACK)) is None or not any(other / name in files for name in NAMES)]
 
 
 def names_folder(file: Path, header: list[str] | None, column: str) -> Path:
-    """The folder in which a metadata file's names are: its own, or the winners' there if only that one has such files."""
+    """The folder that a metadata file's names are relative to: its own, or a folder of winners in it, where the files are."""
     places = [file.parent / winners for winners, losers in FOLDERS.items()
               if (file.parent / winners).is_dir() and (file.parent / losers).is_dir()]
     if places:
@@ -96,21 +96,30 @@ def is_there(place: Path, name: object) -> bool:
 
 
 def with_folders(layout: Layout, spans: Sequence[Span], use: Use, where: str) -> Layout:
-    """The layout of pairs whose losers are files of the winners' names in a folder beside theirs; `UserError` if none is."""
-    losers_beside = lru_cache(maxsize=None)(partial(beside, root=layout.root))
-    single = layout.locate
+    """The layout where folders may say who wins: a loser has its winner's name in the folder beside, and is no row of its own.
+
+    `UserError` where the run needs pairs and there are none.
+    """
+    losers_of, winners_of = (lru_cache(maxsize=None)(partial(beside, root=layout.root, names=names)) for names in (FOLDERS, BACK))
 
     def locate(file: Path, record: dict, key: str) -> Sequence[ImageLike]:
-        (winner,) = single(file, record, key)
-        if not isinstance(winner, Path) or (losers := losers_beside(winner.parent)) is None:
-            name = "an embedded image" if not isinstance(winner, Path) else short(winner.relative_to(layout.root))
-            raise BadRow(f"no loser: {name} is in no folder of winners ({', '.join(FOLDERS)}) with the losers' beside it")
-        return use.of(key, winner, losers / winner.name)
+        (image,) = layout.locate(file, record, key)
+        place = image.parent if isinstance(image, Path) else None
+        if place and winners_of(place):
+            raise BadRow(f"{shown(image)} is in the losers' folder beside the winners'; a row names the winner")
+        if not use.both:
+            return (image,)
+        if not (losers := place and losers_of(place)):
+            raise BadRow(f"no loser: {shown(image)} is in no folder of winners ({', '.join(FOLDERS)}) with the losers' beside it")
+        return use.of(key, image, losers / image.name)
 
-    seen = (files for span in spans for _, _, files in islice(named(span, layout), LOOK_AT) if not isinstance(files, BadRow))
-    if not any(isinstance(winner, Path) and losers_beside(winner.parent) for (winner,) in seen):
+    def shown(image: ImageLike) -> str:
+        return short(os.path.relpath(image, layout.root)) if isinstance(image, Path) else "an embedded image"
+
+    found = replace(layout, locate=locate)
+    if use.both and all(isinstance(files, BadRow) for span in spans for _, _, files in islice(named(span, found), LOOK_AT)):
         refuse_single(where, use, REMEDY)
-    return replace(layout, locate=locate)
+    return found
 
 
 def rows(span: Span, layout: Layout) -> Iterator[Row | Skipped]:

@@ -1,4 +1,4 @@
-"""Metadata files (metadata.jsonl, .csv) that name files: read in parts, each of which starts anywhere in its file."""
+"""Metadata files (metadata.jsonl, .csv) that name files. They are read in parts, each from its own offset in the file."""
 
 import csv
 import hashlib
@@ -39,7 +39,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """How records read. `locate(metadata file, record, key)`: the file, or the image itself, that a record names; of a pair, both.
+    """How records are read. `locate(metadata file, record, key)`: the file (or image) that a record names; of a pair, both.
 
     `headers`: the names in the CSVs' first lines. `files` are the columns of which the first that is there names the file;
     `splits`: those that are wanted of what the names of folders tell.
@@ -56,7 +56,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Scanned:
-    """The parts of metadata files with the rows of each that are of the split, and every column that is seen."""
+    """The parts of metadata files, each with how many of its rows are of the split, and every column that was seen."""
 
     spans: list[tuple[Span, int]]
     columns: list[str]
@@ -74,7 +74,7 @@ def metadata_files(folder: Path, what: str = "image") -> list[Path]:
 
 
 def metadata_in(folder: Path) -> Iterator[Path]:
-    """The metadata files under a folder, from the top, without more looking than is asked for."""
+    """The metadata files under a folder, from the top; folders are read only as far as the caller iterates."""
     for place, names in walk(folder):
         here = [name for name in NAMES if name in names]
         if len(here) > 1:
@@ -83,14 +83,14 @@ def metadata_in(folder: Path) -> Iterator[Path]:
 
 
 def folder_split(file: Path, root: Path, split: str) -> str | None:
-    """The split that the folders of a metadata file tell; `test.csv` is of the split test when that is wanted."""
+    """The split that a metadata file's folders name; the file `test.csv` is of the split test when that split is wanted."""
     told = split_of_folders(file.parent.relative_to(root).parts, split)
     own = None if file.name in NAMES else split_named(file.name, split)
     return told or (own if own == canonical(split) else None)
 
 
 def row_split(file: Path, record: dict | BadRow, root: Path, names: Sequence[str], split: str) -> str | None:
-    """The split that a row is of, by its metadata file's folders, else by those that it names; ANY where it names no file.
+    """The split of a row: by its metadata file's folders, else by the folders in the name it gives; ANY where it names no file.
 
     The files' own names do not count: `steam train.png` is no split.
     """
@@ -222,7 +222,7 @@ def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, Sequence[Imag
 
 
 def identity(spans: Sequence[Span], layout: Layout) -> Identity:
-    """Of the metadata files' content and of every named file."""
+    """The identity of the metadata files' content and of every named file."""
     def digest(span: Span) -> tuple[bytes, str]:
         seen, written = hashlib.sha256(), []
         for key, record, files in named(span, layout):
@@ -255,10 +255,10 @@ def stamp_of(file: Path) -> list[int] | str:
 
 
 def written_at(file: Path) -> int | None:
-    """When anything of the file changed last (ctime, ns), which no program can set; None for one that is missing."""
+    """When the file changed last (ctime, ns), which no program can set; None for a missing file."""
     return times_of(file)[1]
 
 
 def digest_of(seen: Any) -> str:
-    """The digest of what JSON can hold."""
+    """The digest of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()

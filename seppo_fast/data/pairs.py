@@ -50,7 +50,7 @@ class Use:
 
 
 def each(items: Sequence[T], read: Callable[[T], R]) -> list[R]:
-    """`read` for a row's image, or for winner and loser; the `BadRow` of the second says that it is the loser's."""
+    """`read` of a row's image, or of winner and loser; the second one's `BadRow` says that it is about the loser."""
     found = []
     for place, item in enumerate(items):
         try:
@@ -61,7 +61,7 @@ def each(items: Sequence[T], read: Callable[[T], R]) -> list[R]:
 
 
 def check_choice(use: Use) -> None:
-    """`UserError` when the method needs winners, and `choose` may take losers for them."""
+    """`UserError` when the method needs a winner and a loser, and `choose` would mix them."""
     if use.needs_loser and use.choose == "random":
         raise UserError(f"seppo.data.choose='random' does not go with method {use.method!r}, whose winner is the preferred image;"
                         " set seppo.data.choose to 'winner'")
@@ -78,9 +78,9 @@ def refuse_single(where: str, use: Use, remedy: str, unit: str = "image") -> Non
 
 
 def beside(place: Path, root: Path, names: Mapping[str, str] = FOLDERS) -> Path | None:
-    """What corresponds to a folder of winners in the losers' folder beside it, both under `root`; None where there is none.
+    """The folder of losers that belongs to `place`, a folder of winners (or one in it), under `root`; None where there is none.
 
-    With `BACK` for `names`, what corresponds to a folder of losers among the winners.
+    With `BACK` for `names`: the folder of winners that belongs to a folder of losers.
     """
     for folder in (place, *place.parents):
         if folder == root:

@@ -1,4 +1,4 @@
-"""Demonstrations wherever they are: finds out what `data.source` is, and opens it without reading the images."""
+"""Finds out what `data.source` is, and opens it without reading the images."""
 
 import re
 from pathlib import Path
@@ -87,7 +87,7 @@ def open_hub(data: config.Data, use: Use) -> Source:
 
 
 def detect(path: Path, data: config.Data) -> str:
-    """The format that the files there have; a name that is no path is a hub id."""
+    """The value of `data.format` that fits the files there; a name that is no path is a hub id."""
     if path.is_file():
         if path.name.endswith(SUFFIXES):
             return "webdataset"

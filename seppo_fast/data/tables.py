@@ -95,7 +95,7 @@ def parquet_rows(file: Path, name: str, group: int, first: int, columns: Columns
 
 
 def in_bytes(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
-    """Some rows with a column of texts as bytes: one that is no UTF-8 is one bad row, not an exception for all."""
+    """The rows with their column of texts as bytes, so that a text that is no UTF-8 is one bad row, not an error for all."""
     column = batch.column(name)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return batch
@@ -103,7 +103,7 @@ def in_bytes(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
 
 
 def stamps(files: Sequence[Path], root: Path, parts: Iterable[Sequence[Path]]) -> Identity:
-    """Of these files, of which each part has some."""
+    """The identity of these files; `parts` are the files of each part."""
     seen = [[os.path.relpath(file, root) if root.is_dir() else file.name, stamp_of(file)] for file in files]
     return Identity(digest_of(seen), tuple(digest_of([written_at(file) for file in part]) for part in parts))
 
@@ -129,7 +129,7 @@ def open_dataset_folder(folder: Path, data: config.Data, use: Use) -> Source:
 
 
 def from_disk(folder: Path) -> tuple[datasets.Dataset | datasets.DatasetDict, str]:
-    """What `datasets` finds in the folder, memory-mapped, and the path by which it did: the folder's own may look like a URL."""
+    """The memory-mapped dataset in a folder, and the link by which it was opened: the folder's own path may look like a URL."""
     with tempfile.TemporaryDirectory(prefix="seppo_fast_") as place:
         link = os.path.join(place, "data")
         os.symlink(folder.absolute(), link)
@@ -183,7 +183,7 @@ def dataset_source(name: str, dataset: datasets.Dataset, files: Sequence[Path], 
 
 
 def file_ends(dataset: datasets.Dataset) -> list[int]:
-    """After which row each of its files ends."""
+    """The number of rows up to the end of each of the dataset's files."""
     tables = [blocks[0] for blocks in dataset.data.blocks] if isinstance(dataset.data, ConcatenationTable) else [dataset.data]
     return list(accumulate(map(len, tables)))
 

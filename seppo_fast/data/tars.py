@@ -84,7 +84,7 @@ def open_tars(source: str, data: config.Data, use: Use) -> Source:
 
 
 def only(sample: dict[str, bytes], endings: Sequence[str], what: str) -> str:
-    """The one of the endings that the sample has a file of; `BadRow` for none or several."""
+    """The one ending of which the sample has a file; `BadRow` for none or several."""
     found = [ending for ending in endings if ending in sample]
     if not found:
         raise BadRow(f"no {what}; the sample has: {', '.join(sample)}; {NEIGHBOURS}")
@@ -128,7 +128,7 @@ def alternatives(pattern: str) -> Iterator[str]:
 
 
 def matching(files: list[Path], split: str) -> list[Path]:
-    """Of files that one pattern means those of the split, where they are of several."""
+    """The files of the split among those that one pattern matches, where these are of several splits."""
     if len(files) == 1:
         check_file(files[0], split)
         return files
@@ -241,7 +241,7 @@ def caption_of(sample: dict[str, bytes], extension: str, key: str | None) -> str
 
 
 def is_clear(content: bytes) -> bool:
-    """Whether a .json says each thing once."""
+    """Whether a .json has each key once."""
     try:
         json_object(content)
     except BadRow:

@@ -317,3 +317,13 @@ def test_two_folders_and_images_beside_them(tmp_path: Path) -> None:
     put(folder, [image_bytes(50 + i) for i in range(COUNT)])
     assert contents(rows_of(folder)[0]) == (image_bytes(50),)
     assert "has one image a row" in refused(folder, needs_loser=True)
+
+
+@pytest.mark.parametrize("needs_loser", [True, False])
+def test_losers_that_metadata_list_as_images_are_no_winners(needs_loser: bool, tmp_path: Path) -> None:
+    folder = folders("chosen", "rejected", "chosen/{}.png")(tmp_path)
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "rejected/0.png", "text": "x"}\n')
+    *good, bad = rows_of(folder, needs_loser=needs_loser)
+    assert [row.image.parent.name for row in good] == ["chosen"] * COUNT
+    assert bad.reason == "rejected/0.png is in the losers' folder beside the winners'; a row names the winner"

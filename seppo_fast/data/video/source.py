@@ -47,7 +47,7 @@ def video_metadata(path: Path, data: config.Data) -> list[Path] | None:
 
 
 def has_ids(file: Path) -> bool:
-    """Whether a CSV has video ids; others may be what they want."""
+    """Whether a CSV has a column of video ids; other CSVs are ignored."""
     if file.is_dir():
         return False
     with open_data(file) as stream:
