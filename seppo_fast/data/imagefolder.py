@@ -16,7 +16,7 @@ from seppo_fast.data.columns import CAPTIONS, image_columns, pick
 from seppo_fast.data.metadata import NAMES, Layout, Span, identity, metadata_files, named, records, scan_all
 from seppo_fast.data.pairs import BACK, FOLDERS, PAIRS, Use, beside, each, refuse_single
 from seppo_fast.data.rows import BadRow, ImageLike, Part, Row, Skipped, Source, checked_caption, embedded, inside, short
-from seppo_fast.data.splits import split_of_folders
+from seppo_fast.data.splits import ALL, split_of_folders
 from seppo_fast.errors import UserError
 
 FILES = ("file_name", "image")  # columns that name a file
@@ -64,7 +64,7 @@ def open_imagefolder(folder: Path, data: config.Data, use: Use, only: Path | Non
 def check_split(name: object, split: str, splits: Collection[str | None]) -> None:
     """`BadRow` for a loser in a folder of another split than is read."""
     told = split_of_folders(PurePosixPath(name).parent.parts, split) if isinstance(name, str) else None
-    if told is not None and told not in splits:
+    if split != ALL and told not in (None, *splits):
         raise BadRow(f"{short(name)} is of the split {told}")
 
 

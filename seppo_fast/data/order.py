@@ -1,4 +1,4 @@
-"""The order of the demonstrations: a seeded permutation per epoch, indexed by a counter that never resets. And which are held out."""
+"""The order of the demonstrations: a seeded permutation per epoch, indexed by a counter that never resets; which are held out."""
 
 from collections.abc import Sequence
 from functools import lru_cache
