@@ -107,7 +107,9 @@ class Data(Section):
     split: str = "train"
     """Which split of the source; `all` takes every one."""
     image_column: str | None = None
-    """The column with the images, if it has an unusual name."""
+    """The column with the images, or with the winners of pairs, if it has an unusual name."""
+    loser_column: str | None = None
+    """The column with the losers of preference pairs, if it has an unusual name."""
     caption_column: str | None = None
     """The column with the prompts, if it has an unusual name."""
     choose: Literal["winner", "random"] = "winner"

@@ -164,7 +164,8 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
                 fixed = open_model(ours.reference_model.path, revision=ours.reference_model.revision,
                                    variant=ours.reference_model.variant, labels=OF_REFERENCE)
                 check_fits(fixed, model, ranks.device)
-            source = open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed, video=model.video)
+            source = open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed,
+                                 video=model.video, method=ours.method)
         ranks.barrier()
     return model, improvement, fixed, source
 

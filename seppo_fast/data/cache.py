@@ -53,7 +53,7 @@ Batches = Iterator[tuple[dict[str, Any], list[Skipped], int]]  # columns, unusab
 
 @dataclass(frozen=True)
 class Job:
-    """What every part needs to become a shard; `holds` is "latents" or, for a stream, "clips"."""
+    """What is needed to write a part's shard; `holds` is "latents" or, for a stream, "clips"."""
 
     source: Source
     model: Any
@@ -72,7 +72,7 @@ class Job:
 def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, needs_loser: bool, output_dir: Path,
                 rank: int = 0, world: int = 1, device: str | torch.device = "cpu",
                 barrier: Callable[[], None] = lambda: None, progress: bool = True) -> LatentCache | ClipStream:
-    """The rows of this source, model and preprocessing: opened when they are there, else made, by each rank its share.
+    """The cache of this source, model and preprocessing. What is not in it yet is made first; each rank makes its share.
 
     Every rank calls it with the same arguments; `barrier` must wait for all. Rank 0 writes `output_dir/skipped.jsonl`.
     """
@@ -105,14 +105,14 @@ def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, nee
 
 
 def give_back_memory() -> None:
-    """After the last reference to a network is gone: frees its memory for the training."""
+    """Frees the memory of a network for the training; no reference to the network may be left."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def write_parts(job: Job, mine: range, show: bool) -> None:
-    """Encodes, or probes, those of my parts that are not finished yet, or damaged."""
+    """Encodes (or probes) those of this rank's parts that are missing or damaged."""
     arrows = {part: row_shard(job.folder, part, job.holds) for part in mine}
     todo = unusable(arrows, job.data.workers, show)
     if not todo:
@@ -133,13 +133,13 @@ def write_parts(job: Job, mine: range, show: bool) -> None:
 
 
 def is_made(arrow: Path, damaged: bool) -> bool:
-    """Whether another run has made the file by now; `damaged` is whether it was there, but not whole."""
+    """Whether another run has made the file in the meantime. `damaged`: the file was there before, but damaged."""
     return not is_damaged(arrow) if damaged else read_stamp(arrow) is not None
 
 
 @contextmanager
 def reader(job: Job, threads: ThreadPoolExecutor) -> Iterator[Callable[[Part, Content], Batches]]:
-    """What makes a part's columns; the VAE is gone afterwards."""
+    """The function that makes the columns of a part; the VAE is freed at the end of the block."""
     data, seed = job.data, job.seed
     if job.holds == "clips":
         yield lambda part, content: described(part, job.source.root, data, seed, threads, content)
@@ -188,7 +188,7 @@ def write_part(job: Job, part: int, batches: Batches, content: Content, bar: Pro
 
 
 def encode_prompts(job: Job, texts: pa.Array, mine: range, show: bool) -> None:
-    """Encodes the distinct prompts of those of my shards that are not finished yet."""
+    """Encodes the distinct prompts of those of this rank's shards that are missing or damaged."""
     arrows = {number: prompt_shard(job.folder, number) for number in mine}
     todo = unusable(arrows, job.data.workers, show)
     if not todo:
@@ -199,7 +199,7 @@ def encode_prompts(job: Job, texts: pa.Array, mine: range, show: bool) -> None:
 
 
 def encode_shards(job: Job, shards: dict[int, pa.Array], arrows: dict[int, Path], damaged: dict[int, bool], show: bool) -> None:
-    """Loads the text encoder, and writes each shard unless another run does."""
+    """Loads the text encoder and writes the shards, except those that another run writes."""
     embed, (tokens, limit) = job.model.load_text(job.device), token_counter(job.model)
     total = sum(map(len, shards.values()))
     with tqdm(desc="encoding prompts", total=total, unit="prompt", disable=not show) as bar:
@@ -217,7 +217,7 @@ def encode_shards(job: Job, shards: dict[int, pa.Array], arrows: dict[int, Path]
 @torch.no_grad()
 def encode_prompt_shard(job: Job, number: int, prompts: list[str], embed: Callable[[list[str]], Conditions],
                         about: dict[str, Any]) -> None:
-    """Writes one shard of embeddings, and declares it with what is known `about` its prompts."""
+    """Writes one shard of embeddings and the JSON beside it, which also holds `about`."""
     dtype = getattr(torch, job.data.cache_dtype)
     arrow, shard, shapes = prompt_shard(job.folder, number), None, {}
     with replacing(arrow) as file:

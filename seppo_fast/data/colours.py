@@ -1,4 +1,4 @@
-"""Colours as files store them -> sRGB: embedded profiles, a PNG's gamma, and signals of colours that are not converted here."""
+"""Converts the colours of files to sRGB: embedded profiles, a PNG's gamma. Refuses colours that cannot be converted here."""
 
 import io
 from functools import lru_cache

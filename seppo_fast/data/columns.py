@@ -1,20 +1,22 @@
-"""Columns of a table (parquet, `datasets`) to rows: which are image and caption, and which image of a pair wins."""
+"""Columns of a table (parquet, `datasets`) or of metadata: which are image, loser and caption, and what a row holds."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import datasets
-import torch
+import pyarrow as pa
 from huggingface_hub import constants
 from PIL import Image
 
+from seppo_fast import config
+from seppo_fast.data.pairs import LOSERS, PAIRS, PLAIN, Use, each
 from seppo_fast.data.rows import BadRow, ImageLike, Row, Skipped, Tie, checked_caption, embedded, inside, printable
 from seppo_fast.errors import UserError
-from seppo_fast.seeds import generator
 
+Kind = Literal["content", "text"]
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "file_name")
 CAPTIONS = ("text", "caption", "prompt")
 MOST_LISTED = 30  # columns in a message
@@ -24,40 +26,41 @@ FETCHED = (Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row's parts are. `image` is None for Pick-a-Pic pairs (`PAIR`), of which `choose` picks the winner."""
+    """Where a row's parts are. `image` is None for Pick-a-Pic pairs (`PAIR`), whose label tells the winner.
+
+    `loser` is the column of the other image where the run takes something of it.
+    """
 
     image: str | None
     caption: str
-    needs_loser: bool = False
-    choose: str = "winner"
-    seed: int = 0
+    loser: str | None = None
+    use: Use = Use()
     folder: Path | None = None
     has_label: bool = False
     outside: bool = False
 
     def named(self) -> dict[str, str]:
         """What goes into the cache's fingerprint."""
-        return {"image": self.image or "+".join(PAIR), "caption": self.caption}
+        return {"image": self.image or "+".join(PAIR), "caption": self.caption} | ({"loser": self.loser} if self.loser else {})
 
     def needed(self) -> list[str]:
         """The columns to read from disk."""
         images = [self.image] if self.image else [*PAIR, *(["has_label"] if self.has_label else [])]
-        return [*images, self.caption]
+        return [*images, *([self.loser] if self.loser else []), self.caption]
 
     def row(self, key: str, record: dict[str, Any]) -> Row | Skipped:
-        """One record as a row, or why it is none."""
+        """One record as a row, or why it cannot be used."""
         key = printable(key)
         try:
-            if self.image is None:
-                winner, loser = self.pair(key, record)
-            else:
-                winner, loser = as_image(record.get(self.image), self.folder, self.outside), None
-            return Row(key, checked_caption(record.get(self.caption)), winner, loser)
+            images = each(self.images(key, record), lambda name: as_image(record.get(name), self.folder, self.outside))
+            return Row(key, checked_caption(record.get(self.caption)), *images)
         except BadRow as bad:
             return Skipped(key, str(bad), isinstance(bad, Tie))
 
-    def pair(self, key: str, record: dict[str, Any]) -> tuple[ImageLike, ImageLike | None]:
-        """Winner and, where wanted, loser of a Pick-a-Pic row; as in DiffusionDPO, label_0 == 0 swaps the two."""
+    def images(self, key: str, record: dict[str, Any]) -> tuple[str, ...]:
+        """The columns of the row's image, or of winner and loser; in Pick-a-Pic, as in DiffusionDPO, label_0 == 0 swaps the two."""
+        if self.image is not None:
+            return self.use.of(key, self.image, self.loser) if self.loser else (self.image,)
         label = record["label_0"]
         if self.has_label and record["has_label"] is False:
             raise Tie("tie: no preference was recorded (has_label is false)")
@@ -65,12 +68,8 @@ class Columns:
             raise Tie("tie: label_0 is 0.5")
         if label not in (0, 1):
             raise BadRow(f"label_0 is {label!r}, which is none of 0, 0.5, 1")
-        first_wins = bool(label == 1)
-        if self.choose == "random":
-            first_wins = bool(torch.rand((), generator=generator(self.seed, "choose", key)) < 0.5)
-        names = ("jpg_0", "jpg_1") if first_wins else ("jpg_1", "jpg_0")
-        winner = as_image(record[names[0]], self.folder, self.outside)
-        return winner, as_image(record[names[1]], self.folder, self.outside) if self.needs_loser else None
+        first, second = PAIR[:2]
+        return self.use.of(key, first, second) if label == 1 or self.use.choose == "random" else self.use.of(key, second, first)
 
 
 def as_image(value: Any, folder: Path | None, outside: bool = False) -> ImageLike:
@@ -103,6 +102,66 @@ def fetched(name: object, outside: bool) -> Path:
     return inside(FETCHED[0], name, outside=outside or ours)
 
 
+def image_columns(data: config.Data, kinds: Mapping[str, Kind | None], known: Sequence[str], use: Use, where: str
+                  ) -> tuple[str, str | None]:
+    """The column of the image, or of the winner, and that of the loser where there is one.
+
+    `kinds`: what each column can hold. `known`: the names of columns with one image a row, the likeliest first. `UserError` when
+    the names leave open which column is meant.
+    """
+    check_both(data, where)
+    if data.loser_column is not None:
+        pick(data.loser_column, (), list(kinds), "loser", where)
+    pairs = [(winner, loser) for winner, loser in PAIRS
+             if kinds.get(winner) is not None and kinds.get(winner) == kinds.get(loser)
+             and data.image_column in (None, winner) and data.loser_column in (None, loser)]
+    image = data.image_column or image_column(data.loser_column, pairs, kinds, known, use, where)
+    pick(image, (), list(kinds), "image", where)
+    losers = [data.loser_column] if data.loser_column else [loser for winner, loser in pairs if winner == image]
+    if len(losers) > 1 and use.both:
+        ambiguous("loser", losers, where)
+    return image, losers[0] if len(losers) == 1 else None
+
+
+def image_column(loser: str | None, pairs: Sequence[tuple[str, str]], kinds: Mapping[str, Kind | None], known: Sequence[str],
+                 use: Use, where: str) -> str:
+    """The only column that can be meant: a winner's of the `pairs`, or one of the `known` names; never a loser's."""
+    winners = list(dict.fromkeys(winner for winner, _ in pairs if winner not in PLAIN))
+    single = [name for name in known if name not in (*winners, *LOSERS, loser)]
+    there = [name for name in single if name in kinds]
+    # Beside an image, `chosen` and `rejected` as texts are mostly two answers to it.
+    if there and not use.both and all(kinds[name] == "text" for name in winners):
+        winners = []
+    if there[:1] and there[0] in IMAGES:
+        there = there[:1]
+    if len(meant := [*winners, *there]) > 1:
+        ambiguous("image", meant, where)
+    return meant[0] if meant else pick(None, single, list(kinds), "image", where)
+
+
+def check_both(data: config.Data, where: str) -> None:
+    """`UserError` when winner and loser are to be of one column."""
+    if data.loser_column is not None and data.loser_column == data.image_column:
+        raise UserError(f"seppo.data.image_column and seppo.data.loser_column are both {data.image_column!r}; name where {where}"
+                        " has the winner, and where the loser")
+
+
+def ambiguous(what: str, names: Sequence[str], where: str) -> NoReturn:
+    """`UserError` for several columns, each of which may be meant."""
+    raise UserError(f"{where} has several columns that may hold the {what}: {printable(', '.join(names))}. Say which is meant with"
+                    " seppo.data.image_column (of a pair: the winner) and, for pairs, seppo.data.loser_column")
+
+
+def kind_of(type: pa.DataType) -> Kind | None:
+    """How a column of this type can hold images: as content, as text (file names, base64), or not at all."""
+    if pa.types.is_dictionary(type):
+        return kind_of(type.value_type)
+    binary = pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_fixed_size_binary(type)
+    if binary or pa.types.is_struct(type):
+        return "content"
+    return "text" if pa.types.is_string(type) or pa.types.is_large_string(type) else None
+
+
 def pick(wanted: str | None, known: Sequence[str], available: Sequence[str], what: str, where: str) -> str:
     """The configured column, else the first known one that is there; `UserError` lists those that are."""
     rest = len(available) - MOST_LISTED
@@ -110,19 +169,9 @@ def pick(wanted: str | None, known: Sequence[str], available: Sequence[str], wha
     if wanted is not None:
         if wanted in available:
             return wanted
-        raise UserError(f"data.{what}_column={wanted!r}: {where} has no such column; it has: {there}")
+        raise UserError(f"seppo.data.{what}_column={wanted!r}: {where} has no such column; it has: {there}")
     for name in known:
         if name in available:
             return name
     raise UserError(f"{where} has no {what} column (looked for {', '.join(known)}); it has: {there}."
-                    f" Set data.{what}_column to one of them")
-
-
-def refuse_pairs(where: str, needs_loser: bool, choose: str) -> None:
-    """For sources with one image a row: `UserError` when the method or `choose` wants pairs."""
-    if needs_loser:
-        raise UserError(f"method 'dpo' needs pairs of images (columns {', '.join(PAIR)}, caption, as in Pick-a-Pic),"
-                        f" but {where} has one image a row; method 'seppo' makes its own losers")
-    if choose == "random":
-        raise UserError(f"seppo.data.choose='random' picks one image of a pair, but {where} has one image a row;"
-                        " set seppo.data.choose to 'winner'")
+                    f" Set seppo.data.{what}_column to one of them")

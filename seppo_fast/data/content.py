@@ -1,4 +1,4 @@
-"""What demonstrations are, whatever the times of their files: digests of rows and files, kept with the cache.
+"""Whether demonstrations have changed, judged by their content: digests of rows and files, kept with the cache.
 
 Files whose names, sizes and times (mtime and ctime) are as before are trusted. Where they are not, the files are read once and
 compared with finished caches, so that a `touch`, a copy or an unpacked archive costs no new encoding.
@@ -59,7 +59,7 @@ def read_all(row: Row) -> list[ImageLike | BadRow]:
 
 
 def sha256_of(image: ImageLike | BadRow) -> str:
-    """The digest of a file's content; a word where there is none."""
+    """The digest of an image's content, or "unreadable"."""
     if isinstance(image, Path):
         try:
             with open_regular(image) as stream:
@@ -72,7 +72,7 @@ def sha256_of(image: ImageLike | BadRow) -> str:
 
 
 def digests_of(part: Part, threads: ThreadPoolExecutor, files: bool = True) -> dict[str, str]:
-    """A part's digests; without `files`, only what its rows say counts."""
+    """A part's digests; without `files` no file is read, and only the digest of the texts is right."""
     content, rows = Content(), []
 
     def add(row: Row | Skipped) -> None:
@@ -89,7 +89,7 @@ def digests_of(part: Part, threads: ThreadPoolExecutor, files: bool = True) -> d
 
 
 def content_of(about: dict[str, Any], stamps: Sequence[dict[str, Any]]) -> str | None:
-    """A digest of all that decides a cache's content, without names' times; None where an older program made the cache."""
+    """A digest of all that decides a cache's content, but not of its files' times; None for a cache of an older version."""
     if not all("content" in stamp for stamp in stamps):
         return None
     return digest(timeless(about) | {"content": [stamp["content"] for stamp in stamps]})
@@ -119,7 +119,7 @@ def same_content(about: dict[str, Any], source: Source, folder: Path, workers: i
 
 
 def finished(folder: Path, about: dict[str, Any], parts: int) -> list[dict[str, Any]] | None:
-    """What was declared about each part of a cache that is made as `about` says; None when it is not finished or another."""
+    """The stamp of each part of a cache; None when the cache is not finished, or not made as `about` says."""
     said, _ = read_about(folder)
     if said is None or timeless(said) != timeless(about):
         return None
@@ -128,7 +128,7 @@ def finished(folder: Path, about: dict[str, Any], parts: int) -> list[dict[str, 
 
 
 def read_about(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """What a cache is made of, and when its parts' files had been written; (None, []) where nothing that can be read says so."""
+    """What a cache is made of, and when the files of its parts had been written; (None, []) where that cannot be read."""
     try:
         about = parse_json((folder / ABOUT).read_bytes())
         written = about.pop("written", [])
@@ -167,7 +167,7 @@ def contents_of(stamps: Sequence[dict[str, Any]] | None) -> str | None:
 
 
 def same_as(folder: Path, about: dict[str, Any], parts: int) -> Path | None:
-    """The other cache that was found to hold the content of this one, if it still does."""
+    """The other cache that was found to have the same content as this one, if it still has."""
     try:
         said = parse_json((folder / SAME).read_bytes())
         other = folder.parent / said["folder"]
@@ -180,7 +180,7 @@ def same_as(folder: Path, about: dict[str, Any], parts: int) -> Path | None:
 
 def compare_again(folder: Path, about: dict[str, Any], source: Source, holds: str, compared: list[str], written: list[str],
                   workers: int, say: Callable[[str], None]) -> None:
-    """Of parts with files that were written to since they were last compared, the content decides what is encoded anew."""
+    """Compares the content of parts whose files were written to since the last comparison; changed parts will be encoded anew."""
     place = same_as(folder, about, len(source.parts)) or folder
     stamps = {part: read_stamp(row_shard(place, part, holds)) for part, when in enumerate(written)
               if compared[part:part + 1] != [when]}
@@ -200,6 +200,6 @@ def compare_again(folder: Path, about: dict[str, Any], source: Source, holds: st
 
 
 def remember(folder: Path, about: dict[str, Any], written: list[str], must: bool) -> None:
-    """Writes what a cache is made of; one that others made and we may only read is compared again at the next start."""
+    """Writes what a cache is made of. Where we may only read the cache, it is compared again at the next start."""
     with nullcontext() if must else suppress(UserError):
         write_json(folder / ABOUT, about | {"written": written})

@@ -1,4 +1,4 @@
-"""A part of the source to rows of latents: images are decoded in threads, ahead of the VAE; clips come decoded."""
+"""Turns a part of the source into rows of latents: images are decoded in threads, ahead of the VAE; clips come decoded."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from seppo_fast import config
 from seppo_fast.data.content import Content, read_all, sha256_of
-from seppo_fast.data.images import load_rgb, prepare
+from seppo_fast.data.images import load_rgb, prepare_alike
+from seppo_fast.data.pairs import each
 from seppo_fast.data.rows import BadRow, Part, Row, Skipped
 from seppo_fast.seeds import generator
 
@@ -18,7 +19,7 @@ Pixels = tuple[Row, Tensor, Tensor | None]
 
 
 def pixels_of(row: Row | Skipped, data: config.Data, seed: int, content: Content) -> Pixels | Skipped:
-    """Winner (and loser) as (3, R, R) in [-1, 1]; crop and flip depend on (seed, key) alone. `content` gets the digests."""
+    """Winner (and loser) as (3, R, R) in [-1, 1]; their crop and flip are one, by (seed, key) alone. `content` gets the digests."""
     if isinstance(row, Skipped):
         content.add(row)
         return row
@@ -26,10 +27,13 @@ def pixels_of(row: Row | Skipped, data: config.Data, seed: int, content: Content
     files = read_all(row)
     content.add(row, [sha256_of(file) for file in files])
     try:
-        images = [prepare(load_rgb(file), data.resolution, data.crop, data.flip, random) for file in files]
+        pixels = prepare_alike(each(files, load_rgb), data.resolution, data.crop, data.flip, random)
     except BadRow as bad:
         return Skipped(row.key, str(bad))
-    return row, images[0], images[1] if len(images) > 1 else None
+    if len(pixels) == 1:
+        return row, pixels[0], None
+    winner, loser = pixels
+    return Skipped(row.key, "winner and loser are the same picture") if torch.equal(winner, loser) else (row, winner, loser)
 
 
 def decoded(part: Part, data: config.Data, seed: int, threads: Executor, content: Content | None = None,

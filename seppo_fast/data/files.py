@@ -19,7 +19,7 @@ def open_data(file: Path) -> BinaryIO:
 
 
 def check_readable(file: Path) -> None:
-    """`UserError` where `open_data` has one: for a file that a library opens by its name."""
+    """The check of `open_data` for a file that a library will open by its name."""
     open_data(file).close()
 
 
@@ -30,7 +30,7 @@ def cannot_read(error: OSError, file: object) -> UserError:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Makes messages of errors of the operating system that name a file."""
+    """Turns an `OSError` that names a file into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -40,9 +40,9 @@ def readable() -> Iterator[None]:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, the names of its files) of this folder and those in it, from the top, sorted; links are followed, but in no circle.
+    """(folder, names of its files) for this folder and all below it, sorted. Links are followed, unless they lead back up.
 
-    `UserError` where one cannot be looked into: what is in it would be missing without a word.
+    `UserError` where a folder cannot be read: its files would be missing and nobody would know.
     """
     def stop(error: OSError) -> None:
         raise cannot_read(error, error.filename)
@@ -53,7 +53,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def leads_back(place: str, name: str) -> bool:
-    """Whether a folder is a link to one that it lies in."""
+    """Whether a folder is a link to a folder above it."""
     path = os.path.join(place, name)
     return os.path.islink(path) and Path(place).resolve().is_relative_to(Path(path).resolve())
 

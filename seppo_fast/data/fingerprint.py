@@ -13,6 +13,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.opening import expanded
 
 FORMAT = 2  # raise it when the cache's layout or the preprocessing changes
+PAIRS = 2  # the same for what only pairs have; before 2 winner and loser were cropped and mirrored apart
 
 
 def made_of(source: Source, names: str, model: Any, data: config.Data, seed: int, needs_loser: bool, streams: bool
@@ -29,13 +30,14 @@ def made_of(source: Source, names: str, model: Any, data: config.Data, seed: int
         "preprocessing": {"resolution": data.resolution, "crop": data.crop, "flip": data.flip, "choose": data.choose,
                           "seed": seed if drawn else None, **({"video": frames} if model.video else {})},
         "needs_loser": needs_loser,
+        **({"pairs": PAIRS} if needs_loser else {}),
         "dtype": data.cache_dtype,
         "shape": latent_shape(model, data),
     }
 
 
 def of_files_alone(about: dict[str, Any]) -> dict[str, Any]:
-    """The part of `made_of` that does not change with what is drawn from the files: a stream keeps no pixels."""
+    """The part of `made_of` that matters for a stream, which keeps no pixels: preprocessing is left out."""
     return {name: value for name, value in about.items() if name not in ("preprocessing", "shape")}
 
 

@@ -1,4 +1,4 @@
-"""Metadata files that are not what their name says: which form they have instead, and how to make them right."""
+"""Metadata files whose content does not fit their name: which form it has instead, and how to convert it."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ LONE_CR = re.compile(rb"\r(?!\n)[^\n]")
 
 
 def header_of(file: Path) -> list[str] | None:
-    """The names in a CSV's first line, None for a .jsonl; `UserError` when the file as a whole has another form."""
+    """The column names in a CSV's first line, None for a .jsonl; `UserError` when the file has another form."""
     with open_data(file) as stream:
         head = stream.read(HEAD)
     if head.startswith(WIDE) or b"\0" in head[:256]:

@@ -1,5 +1,6 @@
 """Any image file to RGB, and RGB to the pixels that the VAE encodes (as DiffusionDPO's `train_transforms`)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from seppo_fast.data.colours import check_signal, to_srgb
-from seppo_fast.data.framing import framing
+from seppo_fast.data.framing import Framing, framed_alike, framing
 from seppo_fast.data.rows import BadRow, ImageLike, open_image, read_bytes
 
 # EXIF orientation -> what undoes it. `PIL.ImageOps.exif_transpose` also rewrites the EXIF, and fails on broken ones.
@@ -145,7 +146,19 @@ def grey_levels(values: np.ndarray, mode: str, bits: int = 16, negative: bool = 
 
 def prepare(image: Image.Image, resolution: int, crop: str, flip: bool, generator: torch.Generator) -> Tensor:
     """RGB -> (3, R, R) fp32 in [-1, 1]: short side to R (bilinear, antialiased), center or random crop, mirror."""
-    framed = framing(*image.size, resolution, crop, flip, generator)
+    return prepare_alike([image], resolution, crop, flip, generator)[0]
+
+
+def prepare_alike(images: Sequence[Image.Image], resolution: int, crop: str, flip: bool, generator: torch.Generator
+                  ) -> list[Tensor]:
+    """`prepare` for pictures that belong together: the others are cropped and mirrored as the first is, whatever their sizes."""
+    first = framing(*images[0].size, resolution, crop, flip, generator)
+    others = [framed_alike(first, *image.size, resolution, crop) for image in images[1:]]
+    return [square(image, framed, resolution) for image, framed in zip(images, (first, *others), strict=True)]
+
+
+def square(image: Image.Image, framed: Framing, resolution: int) -> Tensor:
+    """The part of an RGB image that the model sees, (3, R, R) fp32 in [-1, 1]."""
     size = (framed.width, framed.height)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)

@@ -45,7 +45,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The distinct captions, "" first, then in the order of their first row; `of_row` (rows,) int32: which is whose."""
+    """The distinct captions, "" first, then in the order of their first row; `of_row` (rows,) int32: each row's caption."""
 
     texts: pa.Array
     of_row: np.ndarray
@@ -71,7 +71,7 @@ class PromptCache:
 
 
 class LatentCache:
-    """Rows in the order of the source's parts, whoever wrote them. Nothing is read before it is asked for."""
+    """The cached rows, in the order of the source's parts. Nothing is read before it is asked for."""
 
     def __init__(self, folder: Path, images: Images | None = None, patience: float = 0, content: str | None = None):
         self.folder = folder
@@ -108,7 +108,7 @@ class LatentCache:
 
 
 def tensor_of(table: pa.Table, name: str, shape: tuple[int, ...]) -> Tensor | None:
-    """A column as (rows, *shape) fp32; None where the table has no such."""
+    """A column as (rows, *shape) fp32; None where the table has no such column."""
     return torch.from_numpy(as_numpy(table.column(name), shape)) if name in table.column_names else None
 
 
@@ -135,7 +135,7 @@ def open_images(folder: Path, parts: int, patience: float = 0, holds: str = "lat
 
 
 def stamps_of(arrows: list[Path], patience: float) -> list[dict[str, Any]]:
-    """What was declared about each shard; waits `patience` seconds for those of other machines to become visible."""
+    """The stamp of each shard; waits up to `patience` seconds until what other machines wrote becomes visible."""
     give_up = time.monotonic() + patience
     stamps: list[dict[str, Any]] = []
     for arrow in arrows:

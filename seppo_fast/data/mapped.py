@@ -45,7 +45,7 @@ class Mapped:
 
 
 def check_whole(files: Iterable[tuple[Path, int]], advice: str) -> None:
-    """`UserError` where one of these memory-mapped files is shorter than its size then, or gone."""
+    """`UserError` where one of these memory-mapped files is gone, or shorter than the size beside it."""
     for file, size in files:
         try:
             whole = os.stat(file).st_size >= size

@@ -1,4 +1,4 @@
-"""Metadata files (metadata.jsonl, .csv) that name files: read in parts, each of which starts anywhere in its file."""
+"""Metadata files (metadata.jsonl, .csv) that name files. They are read in parts, each from its own offset in the file."""
 
 import csv
 import hashlib
@@ -39,7 +39,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """How records read. `locate(metadata file, record)` is the file, or the image itself, that a record names.
+    """How records are read. `locate(metadata file, record, key)`: the file (or image) that a record names; of a pair, both.
 
     `headers`: the names in the CSVs' first lines. `files` are the columns of which the first that is there names the file;
     `splits`: those that are wanted of what the names of folders tell.
@@ -48,7 +48,7 @@ class Layout:
     root: Path
     caption: str
     headers: dict[Path, list[str] | None]
-    locate: Callable[[Path, dict], ImageLike]
+    locate: Callable[[Path, dict, str], Sequence[ImageLike]]
     files: Sequence[str]
     split: str
     splits: Collection[str | None]
@@ -56,7 +56,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Scanned:
-    """The parts of metadata files with the rows of each that are of the split, and every column that is seen."""
+    """The parts of metadata files, each with how many of its rows are of the split, and every column that was seen."""
 
     spans: list[tuple[Span, int]]
     columns: list[str]
@@ -74,7 +74,7 @@ def metadata_files(folder: Path, what: str = "image") -> list[Path]:
 
 
 def metadata_in(folder: Path) -> Iterator[Path]:
-    """The metadata files under a folder, from the top, without more looking than is asked for."""
+    """The metadata files under a folder, from the top; folders are read only as far as the caller iterates."""
     for place, names in walk(folder):
         here = [name for name in NAMES if name in names]
         if len(here) > 1:
@@ -83,14 +83,14 @@ def metadata_in(folder: Path) -> Iterator[Path]:
 
 
 def folder_split(file: Path, root: Path, split: str) -> str | None:
-    """The split that the folders of a metadata file tell; `test.csv` is of the split test when that is wanted."""
+    """The split that a metadata file's folders name; the file `test.csv` is of the split test when that split is wanted."""
     told = split_of_folders(file.parent.relative_to(root).parts, split)
     own = None if file.name in NAMES else split_named(file.name, split)
     return told or (own if own == canonical(split) else None)
 
 
 def row_split(file: Path, record: dict | BadRow, root: Path, names: Sequence[str], split: str) -> str | None:
-    """The split that a row is of, by its metadata file's folders, else by those that it names; ANY where it names no file.
+    """The split of a row: by its metadata file's folders, else by the folders in the name it gives; ANY where it names no file.
 
     The files' own names do not count: `steam train.png` is no split.
     """
@@ -205,9 +205,8 @@ def scan_all(files: Sequence[Path], root: Path, names: Sequence[str], split: str
     return Scanned([(span, rows) for span, rows in spans if rows], list(columns), headers, chosen)
 
 
-def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, ImageLike | BadRow]]:
-    """(key, record, the named file or why there is none) of a part's rows in the split; the key is the metadata file and its line.
-    """
+def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, Sequence[ImageLike] | BadRow]]:
+    """(key, record, the named files or why there are none) of a part's rows in the split; the key is metadata file and line."""
     relative = span.file.relative_to(layout.root)
     for _, line, record in islice(records(span, layout.headers.get(span.file)), span.count):
         if row_split(span.file, record, layout.root, layout.files, layout.split) not in layout.splits:
@@ -217,19 +216,20 @@ def named(span: Span, layout: Layout) -> Iterator[tuple[str, dict, ImageLike | B
             yield key, {}, record
             continue
         try:
-            yield key, record, layout.locate(span.file, record)
+            yield key, record, layout.locate(span.file, record, key)
         except BadRow as bad:
             yield key, record, bad
 
 
 def identity(spans: Sequence[Span], layout: Layout) -> Identity:
-    """Of the metadata files' content and of every named file."""
+    """The identity of the metadata files' content and of every named file."""
     def digest(span: Span) -> tuple[bytes, str]:
         seen, written = hashlib.sha256(), []
-        for key, record, file in named(span, layout):
-            stamp, when = times_of(file) if isinstance(file, Path) else ("unusable", None)
-            seen.update(json.dumps([key, record, stamp], sort_keys=True, default=str).encode())
-            written.append(when)
+        for key, record, files in named(span, layout):
+            times = [times_of(file) if isinstance(file, Path) else ("unusable", None)
+                     for file in ([files] if isinstance(files, BadRow) else files)]
+            seen.update(json.dumps([key, record, *(stamp for stamp, _ in times)], sort_keys=True, default=str).encode())
+            written += [when for _, when in times]
         return seen.digest(), digest_of(written)
 
     whole = hashlib.sha256()
@@ -255,10 +255,10 @@ def stamp_of(file: Path) -> list[int] | str:
 
 
 def written_at(file: Path) -> int | None:
-    """When anything of the file changed last (ctime, ns), which no program can set; None for one that is missing."""
+    """When the file changed last (ctime, ns), which no program can set; None for a missing file."""
     return times_of(file)[1]
 
 
 def digest_of(seen: Any) -> str:
-    """The digest of what JSON can hold."""
+    """The digest of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Which demonstration comes when: a seeded permutation per epoch, addressed by a counter that never resets. And which never do."""
+"""The order of the demonstrations: a seeded permutation per epoch, indexed by a counter that never resets; which are held out."""
 
 from collections.abc import Sequence
 from functools import lru_cache

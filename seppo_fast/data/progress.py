@@ -6,7 +6,7 @@ from seppo_fast.data.rows import Source
 
 
 class Progress:
-    """Rows/s and time left of this rank's share; where parts do not say their length, the finished ones tell."""
+    """Rows/s and time left for this rank's share; parts of unknown length count as the finished ones' mean."""
 
     def __init__(self, source: Source, todo: list[int], show: bool, doing: str, unit: str):
         self.left = {part: source.parts[part].count for part in todo}

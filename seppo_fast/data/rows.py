@@ -50,7 +50,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Part:
-    """A unit of work; `rows()` starts from its beginning each time. `count`: how many rows, where that is known."""
+    """A unit of work; each call of `rows()` starts at its beginning. `count`: its number of rows, where that is known."""
 
     name: str
     count: int | None
@@ -58,7 +58,7 @@ class Part:
 
 
 class Identity(NamedTuple):
-    """`names`: a digest of the files' names, sizes and times of change (mtime), which whoever puts other content there may keep.
+    """`names`: a digest of the files' names, sizes and times of change (mtime). Other content may be put there with all three kept.
 
     `written`, of each part: a digest of the times (ctime) that the operating system sets itself, at every write, copy and rename.
     They say that content should be compared. Inodes would add nothing, and are others at each mount of some network file systems.
@@ -84,7 +84,7 @@ class Source:
 
     @property
     def count(self) -> int | None:
-        """Rows in all, usable or not; None where only reading them tells (tars)."""
+        """The number of rows, usable or not; None where it is not known without reading them (tars)."""
         counts = [part.count for part in self.parts]
         return None if None in counts else sum(counts)
 
@@ -98,7 +98,7 @@ class Tie(BadRow):
 
 
 def printable(text: str) -> str:
-    """`text` with whatever UTF-8 cannot hold replaced: a key must fit into Arrow and JSON."""
+    """`text` without what UTF-8 cannot hold (replaced by "?"): a key must fit into Arrow and JSON."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -120,7 +120,7 @@ def checked_caption(value: object) -> str:
 
 
 def short(name: object) -> str:
-    """A file name as a message shows it: printable, its middle left out where it is long."""
+    """A file name for a message: printable, and without its middle where it is long."""
     text = printable(str(name))
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN // 2]}...{text[-LONGEST_SHOWN // 4:]}"
 
@@ -157,7 +157,7 @@ def looks_embedded(text: str) -> bool:
 
 
 def embedded(value: object) -> bytes | None:
-    """The image that a text holds (base64, or as a data: URI); None for a file name, `BadRow` when neither can be."""
+    """The image that a text holds (base64 or a data: URI); None for a file name, `BadRow` when it can be neither."""
     if not isinstance(value, str) or not looks_embedded(value):
         return None
     uri = value.startswith("data:")
@@ -196,7 +196,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def check_size(size: int) -> None:
-    """`BadRow` for what cannot be an image, and would fill the memory."""
+    """`BadRow` for a file so large that it cannot be an image and would fill the memory."""
     if size > LARGEST_IMAGE:
         raise BadRow(f"a file of {size:,} bytes; images of up to {LARGEST_IMAGE:,} bytes are read")
 

@@ -1,4 +1,4 @@
-"""A part of the cache is an Arrow file and a JSON that declares it finished; both appear by rename or not at all."""
+"""A part of the cache is an Arrow file, and a JSON that says that it is finished. Both appear whole (by rename) or not at all."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ STALE_SECONDS = 24 * 3600
 
 @contextmanager
 def clear_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk or a forbidden folder into a message that names the folder."""
+    """Turns the errors of a full disk or a read-only folder into a `UserError` that names the folder."""
     try:
         yield
     except OSError as error:
@@ -43,7 +43,7 @@ def clear_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
-    """A file that becomes `target` when the block ends well. Its name is unique: two jobs never write the same file."""
+    """A temporary file that becomes `target` when the block ends without an error. Its name is unique to this job."""
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     with clear_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def remove_stale(folder: Path) -> None:
-    """Deletes what killed runs left behind; a running one touches its file every few seconds."""
+    """Deletes temporary files of killed runs: those that nobody wrote to for a day."""
     for left in folder.glob("*/.*.tmp"):
         try:
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
@@ -112,7 +112,7 @@ class Shard:
 
 
 def as_array(values: Tensor | list[str], length: int | None) -> pa.Array:
-    """A tensor (rows, ...) with `length` numbers a row, or strings, as an Arrow array of as many rows."""
+    """An Arrow array of a tensor (rows, ...) with `length` numbers a row, or of strings."""
     if length is None:
         return pa.array(values, pa.string())
     return pa.FixedSizeListArray.from_arrays(pa.array(values.contiguous().numpy().reshape(-1)), length)

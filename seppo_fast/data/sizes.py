@@ -1,4 +1,4 @@
-"""How large pictures are, by their headers alone."""
+"""How large pictures are; only their headers are read."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ BLURRED = 2  # a picture that is enlarged more is mostly the resampling filter's
 
 
 def size_of(image: ImageLike) -> tuple[int, int] | None:
-    """Width and height; None of what is no picture, which is told elsewhere."""
+    """Width and height; None for what is no picture (it is reported when it is encoded)."""
     try:
         if not isinstance(image, Path):
             return open_image(image).size
@@ -27,7 +27,7 @@ def is_blurred(size: tuple[int, int], resolution: int) -> bool:
 
 
 def enlarged(sizes: dict[str, tuple[int, int]], resolution: int) -> str:
-    """How many of the pictures, by key, are very small, and the smallest of them; empty where none is."""
+    """The line that says how many pictures are very small, and which is the smallest; empty where none is. `sizes` by key."""
     small = {key: size for key, size in sizes.items() if is_blurred(size, resolution)}
     if not small:
         return ""

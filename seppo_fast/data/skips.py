@@ -17,7 +17,7 @@ WORTH_STOPPING = 1000  # rows; smaller sets are read to the end, so that the lis
 
 
 def most_skippable(source: Source, share: float) -> float:
-    """More bad rows than this are too many whatever the rest is like; infinite where that is unknown, or no hurry."""
+    """With more bad rows than this there are too many, however good the rest is; infinite for small sets and unknown counts."""
     counts = [part.count for part in source.parts]
     if None in counts or sum(counts) < WORTH_STOPPING:
         return float("inf")
@@ -40,7 +40,7 @@ def check_skipped(stamps: list[dict[str, Any]], share: float, name: str, output_
 
 
 def stop_early(bad: list[Skipped], name: str, output_dir: Path, share: float) -> None:
-    """Too many bad rows already: no need to read the rest."""
+    """Stops the run: there are too many bad rows already, and the rest need not be read."""
     skipped = [(row.key, row.reason) for row in bad]
     write_skipped(output_dir, skipped)
     found = f"{len(skipped)} rows so far cannot be used, so the rest was not read"

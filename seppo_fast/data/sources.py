@@ -1,4 +1,4 @@
-"""Demonstrations wherever they are: finds out what `data.source` is, and opens it without reading the images."""
+"""Finds out what `data.source` is, and opens it without reading the images."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ from seppo_fast.data.captioned import has_captions, open_captioned
 from seppo_fast.data.files import readable, walk
 from seppo_fast.data.imagefolder import open_imagefolder
 from seppo_fast.data.metadata import NAMES
+from seppo_fast.data.pairs import Use, check_choice
 from seppo_fast.data.rows import Part, Row, Skipped, Source
 from seppo_fast.data.tables import open_dataset_folder, open_hub_dataset, open_parquet
 from seppo_fast.data.tars import SUFFIXES, open_tars
@@ -26,13 +27,16 @@ PATTERN = re.compile(r"[*?{\[]")
 
 
 @readable()
-def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | None = False) -> Source:
+def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | None = False, method: str = "dpo") -> Source:
     """`data.source` as a list of parts. Reads file lists, footers and metadata files, never an image or a video.
 
     A video model (`video`) wants clips, any other images; `UserError` when the source has the other kind. None: whichever it has.
+    `method` is what a message calls the method that needs losers.
     """
     if not data.source:
         raise UserError(SOURCE_NOT_SET)
+    use = Use(needs_loser, data.choose, seed, method)
+    check_choice(use)
     path = expanded(data.source)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"seppo.data.source={data.source!r} is neither a regular file nor a folder")
@@ -41,14 +45,14 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
         raise UserError(f"seppo.data.source={data.source!r} has videos, and the model makes images: set seppo.model.path to an"
                         " AnimateDiff directory, or seppo.model.motion_adapter, which makes a Stable Diffusion 1.x one")
     if clips:
-        return open_videos(path, clips, data, needs_loser)
+        return open_videos(path, clips, data, use)
     if video or data.format == "video":
         raise UserError(f"seppo.data.source={data.source!r}: {NO_VIDEOS}" + ("" if path.exists() else "; nothing is there"))
     kind = detect(path, data) if data.format == "auto" else data.format
     if kind == "webdataset":
-        return open_tars(data.source, data, needs_loser)
+        return open_tars(data.source, data, use)
     if kind == "datasets" and not path.exists():
-        return open_hub(data, needs_loser, seed)
+        return open_hub(data, use)
     if not path.exists():
         raise UserError(f"seppo.data.source={data.source!r}: no such file or folder")
     if kind == "imagefolder":
@@ -56,15 +60,15 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
             if path.suffix.lower() not in (".jsonl", ".csv"):
                 raise UserError(f"seppo.data.source={data.source!r} is no metadata file (.jsonl or .csv);"
                                 " seppo.data.format 'imagefolder' wants one, or its folder")
-            return open_imagefolder(path.parent, data, needs_loser, only=path)
-        return open_imagefolder(path, data, needs_loser)
+            return open_imagefolder(path.parent, data, use, only=path)
+        return open_imagefolder(path, data, use)
     if kind == "captions":
         if path.is_file():
             raise UserError(f"seppo.data.source={data.source!r} is a file; seppo.data.format 'captions' wants the images' folder")
-        return open_captioned(path, data, needs_loser)
+        return open_captioned(path, data, use)
     if kind == "datasets":
-        return open_dataset_folder(path, data, needs_loser, seed)
-    return open_parquet(path, data, needs_loser, seed)
+        return open_dataset_folder(path, data, use)
+    return open_parquet(path, data, use)
 
 
 @readable()
@@ -75,15 +79,15 @@ def is_hub_dataset(data: config.Data) -> bool:
     return missing and (detect(path, data) if data.format == "auto" else data.format) == "datasets"
 
 
-def open_hub(data: config.Data, needs_loser: bool, seed: int) -> Source:
+def open_hub(data: config.Data, use: Use) -> Source:
     """`data.source` as a hub id, unless it can only have been meant as a path."""
     if not HUB_ID.fullmatch(data.source):
         raise UserError(f"seppo.data.source={data.source!r}: no such file or folder")
-    return open_hub_dataset(data.source, data, needs_loser, seed)
+    return open_hub_dataset(data.source, data, use)
 
 
 def detect(path: Path, data: config.Data) -> str:
-    """The format that the files there have; a name that is no path is a hub id."""
+    """The value of `data.format` that fits the files there; a name that is no path is a hub id."""
     if path.is_file():
         if path.name.endswith(SUFFIXES):
             return "webdataset"

@@ -29,12 +29,12 @@ def split_named(part: str, wanted: str) -> str | None:
 
 
 def split_of_folders(folders: Iterable[str], wanted: str) -> str | None:
-    """The split that the innermost telling folder's name tells."""
+    """The split that the innermost folder with a split's name gives."""
     return next(filter(None, (split_named(part, wanted) for part in reversed(tuple(folders)))), None)
 
 
 def splits_of(names: Sequence[str], wanted: str) -> list[str | None]:
-    """The split of each file, by its name relative to the source's folder; None where none is told."""
+    """The split of each file, by its name relative to the source's folder; None where the name gives none."""
     sharded = [SHARDED.fullmatch(name) for name in names]
     found = [match for match in sharded if match]
     if any(match[1] in (wanted, *KEYWORDS) or match.string.startswith("data/") for match in found):
@@ -43,7 +43,7 @@ def splits_of(names: Sequence[str], wanted: str) -> list[str | None]:
 
 
 def split_of(name: str, wanted: str) -> str | None:
-    """The split that a relative path tells: its folders', else the file's own name."""
+    """The split that a relative path gives: by its folders, else by the file's own name."""
     path = PurePosixPath(name)
     return split_of_folders(path.parent.parts, wanted) or split_named(path.name, wanted)
 
@@ -54,7 +54,7 @@ def canonical(split: str) -> str:
 
 
 def choose(splits: Iterable[str | None], wanted: str, where: str, examples: Sequence[str] = ()) -> set[str | None]:
-    """Which of the splits that are there make up `data.split`; None is what names no split, e.g. the files `examples`."""
+    """Those of the `splits` that make up `data.split`; None stands for files that name no split, such as the `examples`."""
     there = set(splits)
     if wanted == ALL:
         return there
@@ -79,6 +79,6 @@ def files_of_split(files: Sequence[Path], root: Path, wanted: str) -> list[Path]
 
 
 def check_file(file: Path, wanted: str) -> None:
-    """`UserError` when one file was given, and a split that it cannot be; it may be called anything for the split train."""
+    """`UserError` when the source is one file that is not of the split; for the split train it may have any name."""
     if wanted not in (TRAIN, ALL):
         choose(splits_of([file.name], wanted), wanted, str(file))

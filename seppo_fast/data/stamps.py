@@ -1,4 +1,4 @@
-"""The JSON beside a finished Arrow file: that it is whole, by size and checksum, and what was learnt when it was made."""
+"""The stamp: a JSON beside a finished Arrow file with its size and checksum, and what was learnt when it was made."""
 
 import json
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ UNSEALED = ({"read": int, "rows": int, "ties": int, "skipped": list}, {"rows": i
 
 
 def declare(arrow: Path, written: Hashing, stamp: dict[str, Any]) -> None:
-    """Marks an Arrow file (already in its place) as finished; `written` is the stream that it was written through."""
+    """Writes the stamp of a finished Arrow file (already in its place); `written` is the stream that it was written through."""
     stamp = stamp | {"bytes": written.size, CHECKSUM: written.hexdigest()}
     write_json(arrow.with_suffix(".json"), stamp | {SEAL: seal_of(stamp)})
 
 
 def read_stamp(arrow: Path) -> dict[str, Any] | None:
-    """What the JSON beside a finished Arrow file says; None when either is missing, torn or damaged."""
+    """The stamp of a finished Arrow file; None when either is missing, cut off or damaged."""
     try:
         stamp = parse_json(arrow.with_suffix(".json").read_bytes())
         return stamp if stamp["bytes"] == arrow.stat().st_size and is_sound(stamp) else None
@@ -34,20 +34,20 @@ def read_stamp(arrow: Path) -> dict[str, Any] | None:
 
 
 def is_sound(stamp: dict[str, Any]) -> bool:
-    """Whether a stamp says what was written; one of an older program, which has no checksums, says all that it should."""
+    """Whether a stamp is undamaged, by its checksum; in one of an older version, which has none, by its keys."""
     if CHECKSUM in stamp or SEAL in stamp:
         return stamp[SEAL] == seal_of(stamp)
     return any(all(isinstance(stamp.get(name), kind) for name, kind in form.items()) for form in UNSEALED)
 
 
 def seal_of(stamp: dict[str, Any]) -> str:
-    """The checksum of what a stamp says."""
+    """The checksum of a stamp itself."""
     said = {name: value for name, value in stamp.items() if name != SEAL}
     return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
 
 def is_damaged(arrow: Path) -> bool:
-    """Whether a finished Arrow file is not what was written; one of an older program, whether it cannot be opened."""
+    """Whether a finished Arrow file is damaged, by its checksum; one of an older version, whether it cannot be opened."""
     stamp = read_stamp(arrow)
     try:
         if stamp is None or CHECKSUM in stamp:
@@ -61,7 +61,7 @@ def is_damaged(arrow: Path) -> bool:
 
 
 def unusable(arrows: Mapping[int, Path], workers: int, show: bool) -> dict[int, bool]:
-    """The numbers of those Arrow files that are to be made, and whether each is damaged, which is said, or not there. Reads all.
+    """The numbers of the Arrow files that must be made, each with whether it is damaged (True) or missing. Reads all files.
 
     A disk that lost a bit leaves size and times as they were, so nothing is remembered from one start to the next: 500 GB take
     some minutes at a disk's speed, shared by the ranks, once a start.

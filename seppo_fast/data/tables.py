@@ -1,4 +1,4 @@
-"""Tables with images in them: Pick-a-Pic and other parquet files, `datasets` directories, hub datasets."""
+"""Tables that hold images: Pick-a-Pic and other parquet files, `datasets` directories, hub datasets."""
 
 import os
 import tempfile
@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -14,10 +13,11 @@ import pyarrow.parquet as pq
 from datasets.table import ConcatenationTable
 
 from seppo_fast import config
-from seppo_fast.data.columns import CAPTIONS, IMAGES, PAIR, Columns, pick, refuse_pairs
+from seppo_fast.data.columns import CAPTIONS, IMAGES, PAIR, Columns, image_columns, kind_of, pick
 from seppo_fast.data.files import check_readable, files_under
 from seppo_fast.data.mapped import check_whole
 from seppo_fast.data.metadata import digest_of, stamp_of, written_at
+from seppo_fast.data.pairs import Use, refuse_single
 from seppo_fast.data.rows import Identity, Part, Row, Skipped, Source
 from seppo_fast.data.splits import ALL, TRAIN, check_file, files_of_split
 from seppo_fast.errors import UserError
@@ -29,14 +29,14 @@ BUFFER = 1 << 20
 ADVICE = "restore it and start again, what is cached stays valid"
 
 
-def open_parquet(path: Path, data: config.Data, needs_loser: bool, seed: int) -> Source:
+def open_parquet(path: Path, data: config.Data, use: Use) -> Source:
     """A parquet file, or a folder of them; a part is a row group."""
     if path.is_file():
         check_file(path, data.split)
     files = [path] if path.is_file() else parquet_files(path, data.split)
     footers = {file: footer(file) for file in files}
-    names = list(footers[files[0]].schema.to_arrow_schema().names)
-    columns = choose_columns(str(files[0]), names, (), data, needs_loser, seed, path if path.is_dir() else path.parent)
+    schema = footers[files[0]].schema.to_arrow_schema()
+    columns = choose_columns(str(files[0]), schema, (), data, use, path if path.is_dir() else path.parent)
     for file, meta in footers.items():
         check_columns(meta.schema.to_arrow_schema().names, str(file))
         missing = [name for name in columns.needed() if name not in meta.schema.to_arrow_schema().names]
@@ -95,7 +95,7 @@ def parquet_rows(file: Path, name: str, group: int, first: int, columns: Columns
 
 
 def in_bytes(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
-    """Some rows with a column of texts as bytes: one that is no UTF-8 is one bad row, not an exception for all."""
+    """The rows with their column of texts as bytes, so that a text that is no UTF-8 is one bad row, not an error for all."""
     column = batch.column(name)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return batch
@@ -103,12 +103,12 @@ def in_bytes(batch: pa.RecordBatch, name: str) -> pa.RecordBatch:
 
 
 def stamps(files: Sequence[Path], root: Path, parts: Iterable[Sequence[Path]]) -> Identity:
-    """Of these files, of which each part has some."""
+    """The identity of these files; `parts` are the files of each part."""
     seen = [[os.path.relpath(file, root) if root.is_dir() else file.name, stamp_of(file)] for file in files]
     return Identity(digest_of(seen), tuple(digest_of([written_at(file) for file in part]) for part in parts))
 
 
-def open_dataset_folder(folder: Path, data: config.Data, needs_loser: bool, seed: int) -> Source:
+def open_dataset_folder(folder: Path, data: config.Data, use: Use) -> Source:
     """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     files_under(folder, (".arrow", ".json"))
     try:
@@ -125,18 +125,18 @@ def open_dataset_folder(folder: Path, data: config.Data, needs_loser: bool, seed
     names = [os.path.relpath(entry["filename"], place) for entry in loaded.cache_files]
     if any(name.split(os.sep)[0] == ".." for name in names):
         raise UserError(f"{folder} is of tables outside it, by the names in its state.json; put them there")
-    return dataset_source(str(folder), loaded, [folder / name for name in names], data, needs_loser, seed, folder)
+    return dataset_source(str(folder), loaded, [folder / name for name in names], data, use, folder)
 
 
 def from_disk(folder: Path) -> tuple[datasets.Dataset | datasets.DatasetDict, str]:
-    """What `datasets` finds in the folder, memory-mapped, and the path by which it did: the folder's own may look like a URL."""
+    """The memory-mapped dataset in a folder, and the link by which it was opened: the folder's own path may look like a URL."""
     with tempfile.TemporaryDirectory(prefix="seppo_fast_") as place:
         link = os.path.join(place, "data")
         os.symlink(folder.absolute(), link)
         return datasets.load_from_disk(link), link
 
 
-def open_hub_dataset(name: str, data: config.Data, needs_loser: bool, seed: int) -> Source:
+def open_hub_dataset(name: str, data: config.Data, use: Use) -> Source:
     """A dataset of the hub, downloaded by `datasets` into its own cache."""
     try:
         loaded = datasets.load_dataset(name, split=data.split)
@@ -144,16 +144,16 @@ def open_hub_dataset(name: str, data: config.Data, needs_loser: bool, seed: int)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"seppo.data.source={name!r}: there is no such file or folder here, and as a hub dataset (split"
                         f" {data.split!r}) it cannot be loaded: {reason}") from error
-    return dataset_source(name, loaded, [], data, needs_loser, seed, None)
+    return dataset_source(name, loaded, [], data, use, None)
 
 
-def dataset_source(name: str, dataset: datasets.Dataset, files: Sequence[Path], data: config.Data, needs_loser: bool,
-                   seed: int, folder: Path | None) -> Source:
+def dataset_source(name: str, dataset: datasets.Dataset, files: Sequence[Path], data: config.Data, use: Use,
+                   folder: Path | None) -> Source:
     """An opened (memory-mapped) dataset in parts of 256 rows."""
     if not len(dataset):
         raise UserError(f"{name} has no rows")
     kinds = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    columns = choose_columns(name, dataset.column_names, kinds, data, needs_loser, seed, folder)
+    columns = choose_columns(name, dataset.features.arrow_schema, kinds, data, use, folder)
     dataset = dataset.with_format(None).select_columns(columns.needed())
     for column in kinds:
         if column in dataset.column_names:
@@ -183,21 +183,27 @@ def dataset_source(name: str, dataset: datasets.Dataset, files: Sequence[Path], 
 
 
 def file_ends(dataset: datasets.Dataset) -> list[int]:
-    """After which row each of its files ends."""
+    """The number of rows up to the end of each of the dataset's files."""
     tables = [blocks[0] for blocks in dataset.data.blocks] if isinstance(dataset.data, ConcatenationTable) else [dataset.data]
     return list(accumulate(map(len, tables)))
 
 
-def choose_columns(where: str, names: list[str], images: Any, data: config.Data, needs_loser: bool, seed: int,
-                   folder: Path | None) -> Columns:
-    """Pairs when Pick-a-Pic's columns are there and no image column was asked for, else single images."""
+def choose_columns(where: str, schema: pa.Schema, images: Sequence[str], data: config.Data, use: Use, folder: Path | None
+                   ) -> Columns:
+    """Pairs when Pick-a-Pic's columns are there and no others were asked for, else a column of images, and of losers if need be.
+
+    `images`: the columns that are declared to hold images.
+    """
+    names, labelled = schema.names, all(name in schema.names for name in PAIR)
     caption = pick(data.caption_column, CAPTIONS, names, "caption", where)
-    if data.image_column is None and all(name in names for name in PAIR):
-        if needs_loser and data.choose == "random":
-            raise UserError("seppo.data.choose='random' does not go with method 'dpo', whose winner is the preferred"
-                            " image; set seppo.data.choose to 'winner'")
-        return Columns(None, caption, needs_loser, data.choose, seed, folder, "has_label" in names,
-                       data.allow_outside)
-    image = pick(data.image_column, (*images, *IMAGES), names, "image", where)
-    refuse_pairs(f"{where} (column {image!r})", needs_loser, data.choose)
-    return Columns(image, caption, folder=folder, outside=data.allow_outside)
+    if labelled and data.loser_column in PAIR:
+        raise UserError(f"seppo.data.loser_column={data.loser_column!r}: in {where} label_0 says of each row which of jpg_0 and"
+                        " jpg_1 is the loser; leave seppo.data.image_column and seppo.data.loser_column out")
+    if labelled and data.image_column is None and data.loser_column is None:
+        return Columns(None, caption, None, use, folder, "has_label" in names, data.allow_outside)
+    known = [*(name for name in IMAGES if name in images), *(name for name in images if name not in IMAGES)] or IMAGES
+    image, loser = image_columns(data, {field.name: kind_of(field.type) for field in schema}, known, use, where)
+    if loser is None:
+        refuse_single(f"{where} (column {image!r})", use, "name the column of the losers with seppo.data.loser_column, or call the"
+                      f" columns 'chosen' and 'rejected', or as in Pick-a-Pic ({', '.join(PAIR)})")
+    return Columns(image, caption, loser if use.both else None, use, folder, outside=data.allow_outside)

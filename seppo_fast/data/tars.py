@@ -1,4 +1,6 @@
-"""WebDataset tars: samples are neighbouring files of one name, an image and a .txt or .json caption."""
+"""WebDataset tars: samples are neighbouring files of one name, an image (KEY.jpg), a caption (.txt or .json), of pairs a loser
+(KEY.loser.jpg or KEY.rejected.jpg).
+"""
 
 import bz2
 import glob
@@ -8,7 +10,7 @@ import os
 import tarfile
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
@@ -16,8 +18,9 @@ from typing import IO, BinaryIO
 import braceexpand
 
 from seppo_fast import config
-from seppo_fast.data.columns import CAPTIONS, pick, refuse_pairs
+from seppo_fast.data.columns import CAPTIONS, check_both, pick
 from seppo_fast.data.files import check_readable, files_under, open_data
+from seppo_fast.data.pairs import WORDS, Use, refuse_single
 from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, check_size, checked_caption, printable
 from seppo_fast.data.splits import ALL, TRAIN, check_file, files_of_split, splits_of
 from seppo_fast.data.tables import stamps
@@ -27,6 +30,7 @@ from seppo_fast.strict import GivenTwice, parse_json
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp")
+LOSERS = tuple(f"{loser}.{image}" for loser in WORDS.values() for image in IMAGES)
 TEXTS = ("txt", "caption", "text")
 LOOK_AT = 16  # samples that tell which files there are; the very first may be the one bad row
 DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
@@ -35,9 +39,8 @@ UNPACKED, TIMES = 1 << 28, 100  # bytes that a tar may unpack to, and how many t
 NEIGHBOURS = "a sample's files must be neighbours in the tar (tar --sort=name), and its name must be its own"
 
 
-def open_tars(source: str, data: config.Data, needs_loser: bool) -> Source:
+def open_tars(source: str, data: config.Data, use: Use) -> Source:
     """A tar, a folder of tars, or a pattern ("shards/{00000..00099}.tar", "shards/*.tar"); a part is a tar."""
-    refuse_pairs(f"the webdataset {source}", needs_loser, data.choose)
     files = tar_files(source, data.split)
     first: dict[str, bytes] = {}
     for _, sample in islice((pair for file in files for pair in samples(file)), LOOK_AT):
@@ -46,8 +49,17 @@ def open_tars(source: str, data: config.Data, needs_loser: bool) -> Source:
     if not first:
         raise UserError(f"{source} has no samples: the tars are empty")
     where = f"the beginning of {files[0]}"
+    check_both(data, where)
     image = pick(data.image_column, IMAGES, list(first), "image", where)
+    if data.loser_column is not None:
+        pick(data.loser_column, (), list(first), "loser", where)
+    elif not any(loser in first for loser in LOSERS):
+        refuse_single(f"the webdataset {source}", use, "put the losers beside the winners as KEY.loser.jpg, or name their ending"
+                      " with seppo.data.loser_column")
     caption, key = caption_field(first, data.caption_column, where)
+    # Tars often mix image types; an explicit choice means only that one.
+    images = [image] if data.image_column else IMAGES
+    losers = [data.loser_column] if data.loser_column else LOSERS
     root = Path(os.path.commonpath([file.parent for file in files]))
 
     def rows(file: Path) -> Iterator[Row | Skipped]:
@@ -57,19 +69,28 @@ def open_tars(source: str, data: config.Data, needs_loser: bool) -> Source:
             try:
                 if isinstance(sample, BadRow):
                     raise sample
-                # Tars often mix image types; an explicit choice means only that one.
-                found = [suffix for suffix in ([image] if data.image_column else IMAGES) if suffix in sample]
-                if not found:
-                    raise BadRow(f"no image; the sample has: {', '.join(sample)}; {NEIGHBOURS}")
-                if len(found) > 1:
-                    raise BadRow(f"it has several images ({', '.join(found)}); say which with seppo.data.image_column")
-                yield Row(label, caption_of(sample, caption, key), sample[found[0]])
+                taken = (only(sample, images, "image"),)
+                if use.both:
+                    taken = use.of(label, *taken, only(sample, losers, "loser"))
+                yield Row(label, caption_of(sample, caption, key), *(sample[ending] for ending in taken))
             except BadRow as bad:
                 yield Skipped(label, str(bad))
 
     parts = [Part(file.name, None, lambda file=file: rows(file)) for file in files]
     columns = {"image": data.image_column or "+".join(IMAGES), "caption": f"{caption}.{key}" if key else caption}
+    if use.both:
+        columns["loser"] = "+".join(losers)
     return Source(source, "webdataset", columns, parts, lambda: stamps(files, root, [[file] for file in files]))
+
+
+def only(sample: dict[str, bytes], endings: Sequence[str], what: str) -> str:
+    """The one ending of which the sample has a file; `BadRow` for none or several."""
+    found = [ending for ending in endings if ending in sample]
+    if not found:
+        raise BadRow(f"no {what}; the sample has: {', '.join(sample)}; {NEIGHBOURS}")
+    if len(found) > 1:
+        raise BadRow(f"it has several {what}s ({', '.join(found)}); say which with seppo.data.{what}_column")
+    return found[0]
 
 
 def tar_files(source: str, split: str) -> list[Path]:
@@ -107,7 +128,7 @@ def alternatives(pattern: str) -> Iterator[str]:
 
 
 def matching(files: list[Path], split: str) -> list[Path]:
-    """Of files that one pattern means those of the split, where they are of several."""
+    """The files of the split among those that one pattern matches, where these are of several splits."""
     if len(files) == 1:
         check_file(files[0], split)
         return files
@@ -220,7 +241,7 @@ def caption_of(sample: dict[str, bytes], extension: str, key: str | None) -> str
 
 
 def is_clear(content: bytes) -> bool:
-    """Whether a .json says each thing once."""
+    """Whether a .json has each key once."""
     try:
         json_object(content)
     except BadRow:

@@ -12,7 +12,7 @@ PAUSE = 0.5  # seconds between two looks at what another run is making
 
 
 def in_turn(arrows: Mapping[int, Path], work: Callable[[int], None]) -> None:
-    """`work` for the number of each file, while no other run makes that file: one that is being made comes after the rest.
+    """Calls `work` with the number of each file, while this run holds the file's lock. Files that another run makes come last.
 
     It waits until the other run has made it or died; `work` then finds out whether it is there.
     """
@@ -36,7 +36,7 @@ def in_turn(arrows: Mapping[int, Path], work: Callable[[int], None]) -> None:
 
 
 def hold(arrow: Path, stack: ExitStack) -> None:
-    """Lock the file; where a lock cannot be had, it is made all the same: two runs then make it, and one of them replaces it."""
+    """Locks the file. Where the file system has no locks, nothing is locked: two runs may make the file, and the last one stays."""
     lock = arrow.with_suffix(".lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)

@@ -103,5 +103,5 @@ def _source(config: Config, model: Model | None, missing: list[str]) -> Source |
         missing.append(f"seppo.data.source {ours.data.source} is no file or folder here: it will be downloaded from the hub")
     else:
         return open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed,
-                           video=None if model is None else model.video)
+                           video=None if model is None else model.video, method=ours.method)
     return None

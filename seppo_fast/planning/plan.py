@@ -191,8 +191,9 @@ def _first_rows(config: Config, model: Model | None, source: Source | None) -> d
     captions, sizes, lines = [], {}, {}
     for row in islice((row for part in source.parts for row in part.rows() if isinstance(row, Row)), LOOKED_AT):
         captions.append(row.prompt)
-        if source.kind != "video" and (size := size_of(row.image)) is not None:
-            sizes[row.key] = size
+        for name, image in ((row.key, row.image), (f"the loser of {row.key}", row.loser)) if source.kind != "video" else ():
+            if image is not None and (size := size_of(image)) is not None:
+                sizes[name] = size
     if model is not None and model.directory.weights and captions:
         count, limit = token_counter(model)
         if cut := cut_off(list(zip(captions, count(captions), strict=True)), limit):

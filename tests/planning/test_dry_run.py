@@ -72,6 +72,19 @@ def test_pictures_that_are_enlarged_are_counted(settings: Settings, train: Any, 
     assert "enlarged" not in dry_run(parse_config(settings()), 1)
 
 
+def test_a_method_that_needs_losers_says_that_there_are_none(settings: Settings, tmp_path: Path) -> None:
+    source = pictures(tmp_path / "d", a=(16, 16), b=(32, 16))
+    raw = settings(**{"seppo.data.source": str(source), "seppo.method": "dpo", "seppo.data.resolution": 32})
+    with pytest.raises(UserError, match="method 'dpo' needs pairs of images, but .* has one image a row: put winners with their"):
+        dry_run(parse_config(raw), 1)
+    (tmp_path / "pairs").mkdir()
+    source.rename(tmp_path / "pairs" / "chosen")
+    pictures(tmp_path / "pairs" / "rejected", a=(16, 16), b=(8, 8))
+    raw["seppo"]["data"]["source"] = str(tmp_path / "pairs")
+    said = dry_run(parse_config(raw), 1)
+    assert "1 of 4 enlarged more than 2 times to 32 pixels, the smallest is the loser of chosen/b.png (8x8)" in said
+
+
 def test_sizes_are_read_from_headers(tmp_path: Path) -> None:
     file = pictures(tmp_path / "d", a=(30, 20)) / "a.png"
     content = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Whether a container file is what its own headers say: FFmpeg reads one that was cut off, or has a hole, without a word."""
+"""Whether a container file is as long as its headers say: FFmpeg reads a file that was cut off without any message."""
 
 import os
 from pathlib import Path

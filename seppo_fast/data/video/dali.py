@@ -34,7 +34,7 @@ def is_installed() -> bool:
 
 
 class Dali:
-    """A pipeline, built when it is first needed, and again after a file that ended it. For one thread at a time."""
+    """A pipeline, built at its first use and again after a file that broke it. For one thread at a time."""
 
     def __init__(self, resolution: int, at_once: int, threads: int, device: torch.device) -> None:
         self.resolution, self.at_once, self.threads, self.device = resolution, at_once, threads, device

@@ -50,7 +50,7 @@ class Decoder:
         return [found.result() if isinstance(found := results[place], Future) else found for place in range(len(clips))]
 
     def changed(self, clip: Clip) -> UserError | None:
-        """What is wrong when the file is not the one that was probed; where its times leave a doubt, the content decides."""
+        """What is wrong when the file is not the one that was probed; where its times have changed, its content is compared."""
         facts, written = clip.facts, written_at(clip.file)
         if written is not None and written == self.same.get(clip.file):
             return None
@@ -63,7 +63,7 @@ class Decoder:
                          " make another run of this one. Restore it, or start anew in another seppo.output_dir")
 
     def by_dali(self, clips: Sequence[Clip]) -> list[Tensor | None]:
-        """DALI's share; a file that it gives back undone is not tried again."""
+        """The clips that DALI decodes; a file that DALI could not decode is not tried again."""
         found = self.dali.decode(clips) if clips else []
         for pixels, clip in zip(found, clips, strict=True):
             if pixels is None:
@@ -80,7 +80,7 @@ class Decoder:
         return self.dali.refuses(clip.facts)
 
     def tell(self, codec: str, why: str, about: str) -> None:
-        """A line on a codec that PyAV decodes, once for each of its reasons."""
+        """Prints why PyAV decodes a codec, once for each reason."""
         if (codec, about) not in self.said:
             self.said.add((codec, about))
             self.say(f"videos: {codec} is decoded by PyAV on the CPU: {why}")
@@ -91,7 +91,7 @@ class Decoder:
 
 
 def by_pyav(clip: Clip) -> Tensor | UserError:
-    """The frames, or what is wrong with a file that was in order when it was probed."""
+    """The frames, or the error for a file that could be decoded when it was probed."""
     try:
         return pyav.decode(clip)
     except MemoryError:

@@ -27,7 +27,7 @@ class Prefetcher:
         self.thread.start()
 
     def announce(self, items: Sequence[Item]) -> None:
-        """These come next, after what was announced before."""
+        """Announces the items that come next, after those announced before."""
         with self.changed:
             self.coming.update(dict.fromkeys(item for item in items if item not in self.made and item not in self.making))
             self.changed.notify_all()
@@ -55,7 +55,7 @@ class Prefetcher:
         return [found[item] for item in items]
 
     def close(self) -> None:
-        """Ends the thread, after what it is at."""
+        """Ends the thread once it has finished its current items."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
@@ -68,7 +68,7 @@ class Prefetcher:
         return list(self.coming)[:max(0, min(self.at_once, self.room - len(self.made)))]
 
     def work(self) -> None:
-        """The thread."""
+        """What the thread runs."""
         try:
             while True:
                 with self.changed:

@@ -1,4 +1,4 @@
-"""Whether a video can be read to its end, and what it is: every file is looked at before it may enter a batch."""
+"""Reads each video to its end before it is used: whether that works, and what the video is."""
 
 import errno
 import struct
@@ -64,7 +64,7 @@ def need_av() -> Any:
 
 
 def probe(file: Path) -> Facts:
-    """Reads the whole file once, decodes every frame, and takes whatever FFmpeg complains about for a reason to skip it.
+    """Reads the whole file once and decodes every frame; whatever FFmpeg complains about is a reason to skip the file.
 
     Found are files that are empty, cut off, of another kind than their name says, without a video, or of changing size, damage to
     the structure of Matroska and WebM, and what a decoder notices: some of single flipped bits in H.264, fewer in MJPEG.

@@ -12,6 +12,7 @@ from seppo_fast.data.columns import CAPTIONS, pick
 from seppo_fast.data.files import open_data
 from seppo_fast.data.forms import header_of
 from seppo_fast.data.metadata import Layout, Span, identity, metadata_files, metadata_in, named, records, scan_all
+from seppo_fast.data.pairs import Use, refuse_single
 from seppo_fast.data.rows import BadRow, Part, Row, Skipped, Source, checked_caption, inside, short
 from seppo_fast.data.splits import files_of_split
 from seppo_fast.data.video.frames import is_fixed
@@ -46,7 +47,7 @@ def video_metadata(path: Path, data: config.Data) -> list[Path] | None:
 
 
 def has_ids(file: Path) -> bool:
-    """Whether a CSV has video ids; others may be what they want."""
+    """Whether a CSV has a column of video ids; other CSVs are ignored."""
     if file.is_dir():
         return False
     with open_data(file) as stream:
@@ -64,12 +65,9 @@ def names_videos(file: Path) -> bool:
                for record in islice(good, LOOK_AT))
 
 
-def open_videos(path: Path, files: Sequence[Path], data: config.Data, needs_loser: bool) -> Source:
+def open_videos(path: Path, files: Sequence[Path], data: config.Data, use: Use) -> Source:
     """The rows of these metadata files, in parts of 256; no video is opened."""
-    if needs_loser:
-        raise UserError(f"method 'dpo' needs pairs, but {path} has one clip a row; method 'seppo' makes its own losers")
-    if data.choose == "random":
-        raise UserError(f"seppo.data.choose='random' picks one of a pair, but {path} has one clip a row; set it to 'winner'")
+    refuse_single(str(path), use, "pairs of clips are not read", "clip")
     base = path.parent if path.is_file() else path
     where = str(files[0]) if len(files) == 1 else f"the metadata under {path}"
     names = (ID, *FILES)
@@ -120,12 +118,12 @@ def plain(name: str) -> str:
     return stem + dot + suffix.lower()
 
 
-def by_id(places: dict[Path, dict[str, str]], outside: bool, file: Path, record: dict) -> Path:
+def by_id(places: dict[Path, dict[str, str]], outside: bool, file: Path, record: dict, key: str) -> tuple[Path]:
     """The video of a `videoid`: the first that is there."""
     video = str(record.get(ID) if record.get(ID) is not None else "").strip()
     if not video:
         raise BadRow(f"no {ID}")
-    return found_video(places, video, outside)
+    return (found_video(places, video, outside),)
 
 
 def found_video(places: dict[Path, dict[str, str]], video: str, outside: bool = False) -> Path:
@@ -146,19 +144,19 @@ def found_video(places: dict[Path, dict[str, str]], video: str, outside: bool = 
     raise BadRow(f"no such video file: {short(path)} with {', '.join(SUFFIXES)}")
 
 
-def by_name(folder: Path | None, column: str, outside: bool, file: Path, record: dict) -> Path:
+def by_name(folder: Path | None, column: str, outside: bool, file: Path, record: dict, key: str) -> tuple[Path]:
     """The video that a `file_name` names, beside its metadata file or in `data.video.folder`."""
-    return inside(folder or file.parent, record.get(column), "video", outside)
+    return (inside(folder or file.parent, record.get(column), "video", outside),)
 
 
 def rows(span: Span, layout: Layout, has_time_lapse: bool) -> Iterator[Row | Skipped]:
     """The rows of one part."""
-    for key, record, video in named(span, layout):
+    for key, record, files in named(span, layout):
         try:
-            if isinstance(video, BadRow):
-                raise video
+            if isinstance(files, BadRow):
+                raise files
             lapse = has_time_lapse and is_time_lapse(record.get(TIME_LAPSE))
-            yield Row(key, checked_caption(record.get(layout.caption)), video, time_lapse=lapse)
+            yield Row(key, checked_caption(record.get(layout.caption)), *files, time_lapse=lapse)
         except BadRow as bad:
             yield Skipped(key, str(bad))
 
