@@ -290,7 +290,7 @@ def unknown(path: str, name: str, siblings: Iterable[str]) -> str:
     near = nearest(name, siblings)
     prefix = path[: len(path) - len(name)]
     # A key that is right but in the wrong place has no near sibling: look for its name everywhere.
-    everywhere = [p for p in sorted(_paths(Seppo, "seppo.") | DEEPSPEED_KEYS) if p.split(".")[-1] == name]
+    everywhere = [p for p in [*_paths(Seppo, "seppo."), *sorted(DEEPSPEED_KEYS)] if p.split(".")[-1] == name]
     hint = prefix + near if near else everywhere[0] if everywhere else None
     return f"{path}: unknown key" + (f"; did you mean {hint}?" if hint else "")
 
@@ -314,11 +314,12 @@ def _nested(annotation: Any) -> type[BaseModel] | None:
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
-def _paths(section: type[BaseModel], prefix: str) -> set[str]:
-    paths = set()
+def _paths(section: type[BaseModel], prefix: str) -> list[str]:
+    """All keys in the order in which they are declared."""
+    paths = []
     for name, field in section.model_fields.items():
         nested = _nested(field.annotation)
-        paths |= {prefix + name} | (_paths(nested, f"{prefix}{name}.") if nested else set())
+        paths += [prefix + name, *(_paths(nested, f"{prefix}{name}.") if nested else [])]
     return paths
 
 

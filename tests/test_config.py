@@ -95,7 +95,7 @@ def test_a_key_like_no_other_gets_no_advice() -> None:
     ("seppo.model.lora", {"dropout": 1.0}, "less than 1"),
     ("seppo.model.path", "", "not an empty text"),
     ("seppo.output_dir", "", "not an empty text"),
-    ("seppo.method", "sepo", "'seppo', 'spin', 'ditto', 'dpo' or 'sft' (got 'sepo')"),
+    ("seppo.method", "sepo", "'seppo', 'spin', 'ditto', 'dpo', 'iterative_dpo', 'sft' or 'improvement' (got 'sepo')"),
     ("seppo.iterations", 0, "greater than 0"),
     ("seppo.updates_per_iteration", True, "valid integer (got True)"),
     ("seppo.caption_dropout", 1.5, "less than or equal to 1"),
@@ -197,10 +197,11 @@ def test_zero_and_one_are_false_and_true_and_a_jobs_name_is_any_word() -> None:
 @pytest.mark.parametrize("key", ["reference", "flipper"])
 def test_methods_take_their_own_reference_and_flipper_only(method: str, key: str) -> None:
     allowed = getattr(METHODS[method], key + "s")
+    method_keys = {"seppo.method": method} | ({"seppo.improvement.path": "somewhere"} if method == "iterative_dpo" else {})
     every = {"reference": ["uniform", "latest", "initial"], "flipper": ["aaf", "indicator", "none"]}[key]
-    assert getattr(parse_config(changed(**{"seppo.method": method})).seppo, key) == (allowed[0] if allowed else None)
+    assert getattr(parse_config(changed(**method_keys)).seppo, key) == (allowed[0] if allowed else None)
     for choice in every:
-        raw = changed(**{"seppo.method": method, f"seppo.{key}": choice})
+        raw = changed(**method_keys, **{f"seppo.{key}": choice})
         if choice in allowed:
             assert getattr(parse_config(raw).seppo, key) == choice
         else:
