@@ -81,4 +81,5 @@ def _latents(model: Model, device: torch.device | str) -> Tensor:
 
 
 def _alike(own: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(own[name].shape == value.shape and (own[name] - value).norm() <= SAME * value.norm() for name, value in other.items())
+    return all(own[name].shape == value.shape and bool((own[name] - value).norm() <= SAME * value.norm())
+               for name, value in other.items())
