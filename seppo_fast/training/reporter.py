@@ -59,8 +59,8 @@ class Reporter:
                                    for name in ("loss_reconstruct", "loss_unconditional"))
             if with_image and without and not fmean(with_image) < fmean(without):
                 self.say(f"iteration {self._tasks[0]['iteration']}: reconstructing a picture from itself has a loss of"
-                         f" {fmean(with_image):.4f}, and from nothing {fmean(without):.4f}: it ignores its image so far, and"
-                         " cannot improve a picture. Train longer, or raise seppo.improvement.tasks.reconstruct or the learning rate")
+                         f" {fmean(with_image):.4f}, and from nothing {fmean(without):.4f}: it ignores its image so far"
+                         " and cannot improve one. Train longer, or raise seppo.improvement.tasks.reconstruct or the learning rate")
             self._tasks = []
         if "loss_reconstruct" in row or "loss_unconditional" in row:
             self._tasks.append(row)

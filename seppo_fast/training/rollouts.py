@@ -138,8 +138,9 @@ class SampleSet:
 
     def remove_old(self, iterations: Iterable[int]) -> None:
         """Remove the sets of all iterations but these, those of the kept checkpoints and the present one."""
+        kept = {self._folder(k).name for k in iterations}
         for path in self.folder.glob("iteration_*"):
-            if path.name not in {self._folder(k).name for k in iterations}:
+            if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _open(self, k: int) -> None:
