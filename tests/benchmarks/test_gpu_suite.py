@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ROOT
-from benchmarks.gpu_suite import checks, steps, wheels
+from benchmarks.gpu_suite import checks, loss_steps, steps, training_steps, wheels
 from benchmarks.gpu_suite.__main__ import ended
 
 MUST = {"loss": ("build", "tests_native", "tests_triton", "bandwidth", "memcheck", "racecheck"),
@@ -64,3 +64,10 @@ def test_wheels_are_those_that_the_machine_lacks(tmp_path: Path) -> None:
     assert all("==" in wheels.pinned(name, constraints) for name in wanted), "each is pinned"
     (tmp_path / "a-1-py3-none-any.whl").write_bytes(bytes(3 << 20))
     assert wheels.listed(tmp_path.glob("*.whl")).splitlines()[-1].split() == ["3.00", "MiB", "in", "all,", "1", "wheels"]
+
+
+def test_every_step_has_its_code() -> None:
+    """Only a machine with a GPU runs the steps."""
+    others = {"build", "memcheck", "racecheck", *checks.TESTS}
+    assert others <= steps.STEPS.keys() and training_steps.NEEDED.keys() <= steps.STEPS.keys()
+    assert all(callable(getattr(loss_steps, name)) for name in steps.LOSS.keys() - others)
