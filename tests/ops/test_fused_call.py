@@ -136,6 +136,7 @@ def test_no_gradient_is_made_that_nobody_wants():
     assert fused._pair_loss(model.detach(), ref, target, 2000.0, 0, 1.0, 1.0, False)[2].shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck(dtype, shared):
@@ -149,6 +150,7 @@ def test_opcheck(dtype, shared):
     torch.library.opcheck(torch.ops.seppo_fast.rescale_.default, (model.detach(), torch.tensor([0.5, 3.0]), 2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_references_errors(dtype):
     """Under opcheck, autograd and the compiler like its predictions."""
