@@ -132,10 +132,11 @@ def test_it_ends_where_it_gets_no_better(trained: Any, keys: Any, train: Any, se
 
 
 def test_the_best_stays(trained: Any, keys: Any, clip: Path, ranks: Any, tmp_path: Path) -> None:
-    """By Vendi, a set's score, with PickScore beside it; at such a rate the last policy is not the best."""
+    """By Vendi, a set's score, with PickScore beside it; of this model at such a rate the last policy is not the best."""
     known = keys()["seppo.evaluation"]["weights"] | {"vendi": str(clip)}
+    base = tiny_sd(tmp_path / "base", block_out_channels=(8, 16), mid_block_type=None, up_block_types=("UpBlock2D",) * 2)
     run = trained(**keys(scores=["pickscore", "vendi"], weights=known, watch="vendi", keep_best=True, per_prompt=2),
-                  **{"seppo.checkpoint.keep_last": 1, "optimizer.params.lr": 3e-3})
+                  **{"seppo.checkpoint.keep_last": 1, "optimizer.params.lr": 3e-3, "seppo.model.path": str(base)})
     values = scored(run, "vendi")
     best = max(values, key=values.get)
     assert 0 < best < 4 and checkpoints(run) == [f"update_{best:08d}", "update_00000004"]
