@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -153,16 +154,21 @@ def settings(sd: Path, demonstrations: Path, cache_dir: Path, tmp_path: Path) ->
 
 
 @pytest.fixture(scope="session")
-def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def quick_compiler() -> Iterator[None]:
     """PyTorch's compiler makes its CPU kernels without optimisation and in this process: a third of the time.
 
     What it compiles for and from is the same. Its probes of the processor, each a process that imports torch, are left out.
+    The compiler's path is always the same: PyTorch keeps kernels and precompiled headers (200 MB) by it, in its own folder.
     """
     from torch._inductor import config
 
-    compiler = tmp_path_factory.mktemp("compiler") / "g++"  # by this name the compiler's kind is known
-    compiler.write_text(f'#!/bin/sh\nexec {config.cpp.cxx[-1]} "$@" -O0\n')  # the last -O is the one that counts
-    compiler.chmod(0o755)
+    folder = Path(tempfile.gettempdir()) / f"seppo_fast_tests_{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    compiler = folder / "g++"  # by this name the compiler's kind is known
+    part = folder / f"g++.{os.getpid()}"  # another worker may be using it
+    part.write_text(f'#!/bin/sh\nexec {config.cpp.cxx[-1]} "$@" -O0\n')  # the last -O is the one that counts
+    part.chmod(0o755)
+    part.rename(compiler)
     with config.patch({"cpp.cxx": (str(compiler),), "cpp.vec_isa_ok": False, "compile_threads": 1}):
         yield
 
@@ -246,9 +252,10 @@ def free_port() -> str:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    """A process that has imported everything and forks the ranks of each run."""
-    server = Forks()
+def forks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Forks]:
+    """A process that has imported everything and forks the ranks of each run; pytest-xdist's workers share it."""
+    server = Forks(tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else None)
+    pytestconfig.add_cleanup(server.wait)  # not here, where the time of the last test would run out
     yield server
     server.close()
 

@@ -7,6 +7,7 @@ or after it. SIGKILL goes to the whole group, as when a machine goes down; anyth
 """
 
 import faulthandler
+import fcntl
 import functools
 import gc
 import importlib
@@ -27,9 +28,10 @@ import traceback
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
+READY = "ready\n"
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,19 @@ def unranked() -> dict[str, str]:
 
 
 class Forks:
-    """The client: one server process until `close`."""
+    """The client of a server process. It ends when its last client closes; those with the same `shared` folder have one."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        estimates = Path(self._folder.name) / "estimates"
-        estimates.mkdir()
-        self._server = subprocess.Popen([sys.executable, __file__, str(estimates)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env=unranked() | {"OMP_NUM_THREADS": "1"})
+        self.server: subprocess.Popen | None = None  # if this client started it
+        self.folder = folder = shared or Path(self._folder.name)
+        with open(folder / "forks.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self._stream = connected(folder / "forks")
+            except OSError:  # there was none yet, or it has ended
+                self.server = start(folder)
+                self._stream = connected(folder / "forks")
 
     def run(self, raw: dict[str, Any] | list[dict[str, Any]] | str, *arguments: str, ranks: int = 1, strike: Strike | None = None,
             file_limit: int | None = None, timeout: float = 120, module: str = "seppo_fast.train") -> Result:
@@ -108,23 +115,46 @@ class Forks:
         return str(file)
 
     def _ask(self, jobs: list[dict[str, Any]]) -> list[Result]:
-        self._server.stdin.write(json.dumps(jobs) + "\n")
-        self._server.stdin.flush()
-        return [Result(**result) for result in json.loads(self._server.stdout.readline())]
+        self._stream.write(json.dumps(jobs) + "\n")
+        self._stream.flush()
+        return [Result(**result) for result in json.loads(self._stream.readline())]
 
     def close(self) -> None:
-        """End the server."""
-        self._server.stdin.close()
-        self._server.wait()
+        """Leave the server."""
+        self._stream.close()
+
+    def wait(self) -> None:
+        """Until the server's last client has left, if this one started it."""
+        if self.server is not None:
+            self.server.wait()
         self._folder.cleanup()
 
 
-def serve() -> None:
-    """A JSON list of jobs a line on stdin, the list of their results a line on stdout."""
+def start(folder: Path) -> subprocess.Popen:
+    """A server whose clients connect to `folder/forks`. They can at once, and wait until it has imported everything."""
+    path = folder / "forks"
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        return subprocess.Popen([sys.executable, __file__, str(listener.fileno()), str(folder)], cwd=ROOT,
+                                stdin=subprocess.DEVNULL, pass_fds=[listener.fileno()], env=unranked() | {"OMP_NUM_THREADS": "1"})
+
+
+def connected(path: Path) -> TextIO:
+    """Lines to and from a process of its own that the server forked for this client; an OSError where there is no server."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        stream = connection.makefile("rw")
+    if stream.readline() != READY:
+        raise ConnectionResetError(f"the server of {path} ended")
+    return stream
+
+
+def serve(listener: socket.socket, folder: Path) -> None:
+    """Fork a process for each client, until none is left."""
     sys.path[0], here = str(ROOT), sys.path[0]
     sys.path.append(here)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     import deepspeed.ops
     import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (takes PyTorch's compiler with it: seconds in each rank)
@@ -133,13 +163,39 @@ def serve() -> None:
     import seppo_fast.planning.dry_run  # noqa: F401
     import seppo_fast.train  # noqa: F401
 
-    estimates.remember(Path(sys.argv[1]))
+    kept = folder / "estimates"
+    kept.mkdir(exist_ok=True)
+    estimates.remember(kept)
     assert deepspeed.ops.__compatible_ops__  # else every rank tries the compiler out
     gc.collect()
     gc.freeze()  # what the ranks share need not be searched by every collection of theirs, nor copied for it
-    for line in sys.stdin:
-        answers.write(json.dumps(run_jobs(json.loads(line))) + "\n")
-        answers.flush()
+    clients: dict[int, int] = {}  # the process that serves it, by a descriptor that is ready when that ends
+    while True:
+        for ready in select.select([listener, *clients], [], [])[0]:
+            if ready is listener:
+                child = serve_client(listener)
+                clients[os.pidfd_open(child)] = child
+            else:
+                os.waitpid(clients.pop(ready), 0)
+                os.close(ready)
+        if not clients:
+            return
+
+
+def serve_client(listener: socket.socket) -> int:
+    """The process that answers the next client: a JSON list of jobs a line, and the list of their results a line."""
+    connection, _ = listener.accept()
+    with connection:
+        if child := os.fork():
+            return child
+        listener.close()
+        stream = connection.makefile("rw")
+    stream.write(READY)
+    stream.flush()
+    for line in stream:
+        stream.write(json.dumps(run_jobs(json.loads(line))) + "\n")
+        stream.flush()
+    os._exit(0)
 
 
 def run_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -258,4 +314,4 @@ def arm(strike: Strike, struck: mmap.mmap) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))

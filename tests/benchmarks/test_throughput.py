@@ -31,6 +31,7 @@ def test_networks_have_the_published_sizes_and_flops_are_counted_twice_alike(nam
     assert flops / 1e12 == pytest.approx(tflop, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [False, True])
 def test_the_obvious_trainer_trains(sd: Path, demonstrations: Path, batched: bool) -> None:
     torch.manual_seed(0)

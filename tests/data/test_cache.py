@@ -191,6 +191,7 @@ def test_latents_that_are_not_finite_are_skipped(tmp_path, sd):
     assert len(cached(model, settings(folder, tmp_path, cache_dtype="float32"), tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_a_torn_shard_is_made_again_and_the_others_are_not(model, tmp_path):
     folder = write_folder(tmp_path / "d", 600)
     data = settings(folder, tmp_path, encode_batch_size=64)

@@ -72,6 +72,7 @@ def test_batches_order_and_an_interruption_change_nothing(run: Any, folders: dic
         assert values(again)[key] == pytest.approx(value, abs=2e-2), key  # a grey level may round otherwise
 
 
+@pytest.mark.slow
 def test_the_table_is_the_samples_mean_and_what_is_missing_is_said(run: Any, tmp_path: Path) -> None:
     result = run(tmp_path)
     missing = {score["name"]: score["missing"] for score in result["scores"]}
@@ -93,6 +94,7 @@ def test_the_table_is_the_samples_mean_and_what_is_missing_is_said(run: Any, tmp
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 7
 
 
+@pytest.mark.slow
 def test_a_damaged_sample_is_named_and_the_rest_is_kept(run: Any, tmp_path: Path) -> None:
     run(tmp_path, models=("base",))
     damaged = sorted((tmp_path / "samples" / "base").iterdir())[0]
@@ -104,6 +106,7 @@ def test_a_damaged_sample_is_named_and_the_rest_is_kept(run: Any, tmp_path: Path
     assert next(row["count"] for row in result["table"] if row["score"] == "pickscore") == 2
 
 
+@pytest.mark.slow
 def test_a_sample_that_a_scorer_makes_nothing_of_is_named_and_the_rest_is_kept(
         run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path)
@@ -129,6 +132,7 @@ def test_a_sample_that_a_scorer_makes_nothing_of_is_named_and_the_rest_is_kept(
     assert '"problem":"PickScore is nan"' in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_samples_is_refused(run: Any, folders: dict[str, Path], evaluated: Any, tmp_path: Path) -> None:
     run(tmp_path, models=("base",))
     with pytest.raises(UserError, match="holds samples with seed 0, and now it is 1"):

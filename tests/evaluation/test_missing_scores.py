@@ -60,6 +60,7 @@ def test_all_missing_is_an_error_after_the_pictures_were_made(arguments: Any, ra
     assert (tmp_path / "index.html").read_text().count("data:image/webp") == 2
 
 
+@pytest.mark.slow
 def test_a_later_run_keeps_the_times_of_the_first(arguments: Any, ranks: Any, folders: Path, tmp_path: Path) -> None:
     def seconds(*more: str) -> dict[str, float]:
         given = arguments(tmp_path, "--scores", "vendi", "--weights", f"vendi={folders / 'clip'}", *more)
@@ -83,6 +84,7 @@ def test_times_that_are_none_are_damage(arguments: Any, ranks: Any, tmp_path: Pa
         evaluate(request_of(arguments(tmp_path), ranks, print), ranks, lambda line: None)
 
 
+@pytest.mark.slow
 def test_weights_and_models_of_ones_own_are_named(arguments: Any, ranks: Any, folders: Path, tmp_path: Path) -> None:
     given = arguments(tmp_path, "--scores", "vendi", "--weights", f"vendi={folders / 'clip'}")
     result = evaluate(request_of(given, ranks, print), ranks, lambda line: None)

@@ -11,6 +11,7 @@ from tiny import tiny_adapter
 from seppo_fast.errors import UserError
 
 
+@pytest.mark.slow
 def test_a_score_that_refuses_the_clips_is_missing_with_its_reason(
         evaluated: Any, of_videos: Any, networks: dict[str, Path], tmp_path: Path) -> None:
     result = evaluated(of_videos(tmp_path, "--frames", 8, "--scores", "lpips", "psnr", "fvd",
@@ -27,6 +28,7 @@ def test_a_score_that_refuses_the_clips_is_missing_with_its_reason(
         assert all(reason in text for reason in missing.values() if reason), name
 
 
+@pytest.mark.slow
 def test_without_a_package_the_scores_that_need_it_are_missing(
         evaluated: Any, of_videos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)

@@ -107,4 +107,5 @@ def play_for(seconds: float, seed: int, among: Sequence[str] = (*KINDS,), first:
                 number += 1
     finally:
         forks.close()
+        forks.wait()
     return tally

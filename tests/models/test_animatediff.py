@@ -101,6 +101,7 @@ def test_the_vae_sees_and_makes_frame_after_frame(model, sd_folder):
     torch.testing.assert_close(video[:, 4], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_pipeline(model, animatediff_folder):
     """The solver's table, one timestep a video and guidance give what `AnimateDiffPipeline` makes of the same noise."""
     pipeline = AnimateDiffPipeline.from_pretrained(animatediff_folder)
@@ -144,6 +145,7 @@ def test_adapters_that_do_not_fit_are_refused(sd_folder, sdxl_folder, animatedif
     refused("cut/diffusion_pytorch_model.safetensors", adapter=cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "motion"), [(None, {True}), ("temporal", {True}), ("spatial", {False}), ("all", {True, False})])
 def test_lora_goes_where_it_is_asked_for(part, motion, model, animatediff_folder, tmp_path):
     lora = Lora(rank=2, alpha=3.0, layers=part)
@@ -172,6 +174,7 @@ def test_targets_are_looked_for_in_that_part_alone(model, sd_folder):
         choose_trained(open_model(str(sd_folder)).load_unet(torch.float32), Lora(layers="temporal"), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("source", ["model", "of_parts"])
 def test_without_lora_the_motion_modules_are_trained_and_a_pipeline_is_saved(source, dtype, request, tmp_path):
@@ -195,6 +198,7 @@ def test_without_lora_the_motion_modules_are_trained_and_a_pipeline_is_saved(sou
     assert index["_class_name"] == "AnimateDiffPipeline" and "safety_checker" not in index
 
 
+@pytest.mark.slow
 def test_an_adapter_made_of_the_network_has_all_its_settings():
     """diffusers' own `save_motion_modules` forgets how many layers the modules have."""
     unet = UNetMotionModel(
@@ -234,6 +238,7 @@ def test_compiled_blocks_compute_the_same(model, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_gradients(model):
     gradients = []
     for checkpointed in (False, True):

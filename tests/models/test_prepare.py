@@ -102,6 +102,7 @@ def test_compiled_blocks_train_as_before(quick_compiler):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_leaves_the_plain_network():
     torch.compiler.reset()  # what other tests compiled would do
     net = unet()

@@ -2,21 +2,12 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ops.on_ranks import make
 from torch import nn
 
 from seppo_fast.ops import fused, native, per_sample_mse, seppo_loss
 
 pytestmark = pytest.mark.skipif(native.why_not(torch.device("cpu")) is not None, reason=str(native.why_not(torch.device("cpu"))))
-
-
-def make(shape=(4, 4, 8, 8), dtype=torch.float32, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    target = torch.randn(shape, generator=g)
-    ref = target + 0.3 * torch.randn(shape, generator=g)
-    model = ref + 0.02 * torch.randn(shape, generator=g)
-    return model.to(dtype).requires_grad_(), ref.to(dtype), target.to(dtype)
 
 
 def grads(outputs, model, *upstream, **options):
@@ -136,6 +127,7 @@ def test_no_gradient_is_made_that_nobody_wants():
     assert fused._pair_loss(model.detach(), ref, target, 2000.0, 0, 1.0, 1.0, False)[2].shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck(dtype, shared):
@@ -149,6 +141,7 @@ def test_opcheck(dtype, shared):
     torch.library.opcheck(torch.ops.seppo_fast.rescale_.default, (model.detach(), torch.tensor([0.5, 3.0]), 2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_references_errors(dtype):
     """Under opcheck, autograd and the compiler like its predictions."""
@@ -225,20 +218,9 @@ def test_the_launcher_of_other_devices_rescales_with_one_rounding():
                     assert (got is given) == in_place and (in_place or torch.equal(given, grad))
 
 
-def _rank(rank, world, port, folder):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.manual_seed(0)
-    layer = nn.parallel.DistributedDataParallel(nn.Linear(12, 12))
-    noisy, ref, target = (x.detach() for x in make((4, 12), seed=rank))
-    for _ in range(2):
-        seppo_loss(layer(noisy), ref, target, 50.0).backward()
-    torch.save(layer.module.weight.grad, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_ddp(unused_tcp_port_number, tmp_path):
-    mp.spawn(_rank, args=(2, unused_tcp_port_number, tmp_path), nprocs=2)
+def test_ddp(forks, tmp_path):
+    done = forks.run([str(tmp_path)], ranks=2, module="ops.on_ranks")
+    assert done.statuses == [0, 0], done.output
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
     layer = nn.Linear(12, 12)
@@ -248,11 +230,3 @@ def test_ddp(unused_tcp_port_number, tmp_path):
             (0.5 * seppo_loss(layer(noisy), ref, target, 50.0, backend="reference")).backward()
     assert torch.equal(results[0], results[1])
     torch.testing.assert_close(results[0], layer.weight.grad)
-
-
-@pytest.fixture
-def unused_tcp_port_number():
-    import socket
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -331,6 +331,7 @@ def test_compiles_in_one_graph(flipper):
         torch.testing.assert_close(torch.autograd.grad(got, model), torch.autograd.grad(want, model))
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor():
     torch._dynamo.reset()
     model, ref, target = make((4, 4, 8, 8), dtype=torch.bfloat16)

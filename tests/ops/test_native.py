@@ -81,6 +81,7 @@ def test_any_shape_and_strides(pairs, rest, dtype, shared, permute, seed):
     assert_within_twice(inputs)
 
 
+@pytest.mark.slow
 def test_the_same_bits_20_times_whatever_the_threads():
     before = torch.get_num_threads()
     try:

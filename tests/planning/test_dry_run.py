@@ -145,6 +145,7 @@ def test_a_gpu_is_timed() -> None:
     assert rate.device == name and 1 < rate.matmul_tflops < 100_000, "less means that the clock does not wait for the device"
 
 
+@pytest.mark.slow
 def test_the_shipped_configuration_for_a_folder(tmp_path: Path) -> None:
     source = pictures(tmp_path / "d", **{f"p{number:02}": (512, 512) for number in range(30)})
     config = load_config("lora_folder.json", [f"seppo.data.source={source}", f"seppo.output_dir={tmp_path / 'run'}"])

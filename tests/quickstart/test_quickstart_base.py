@@ -57,6 +57,7 @@ def test_the_trainer_opens_it(base):
     assert conditions["prompt_embeds"].shape == (11, 77, 32)
 
 
+@pytest.mark.slow
 def test_is_reused_only_when_made_alike(base):
     before = {path: path.stat().st_mtime_ns for path in base.rglob("*") if path.is_file()}
     assert not make_base(base, RECIPE)

@@ -53,6 +53,7 @@ def test_scaling_factor_is_the_latents_own(pipeline):
     assert (latents * pipeline.vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_noise_does_not_depend_on_the_batch_size(base):
     alone = draw(base, None, [1, 2], seed=5, steps=2, guidance_scale=2.0, batch_size=1)
     together = draw(base, None, [1, 2], seed=5, steps=2, guidance_scale=2.0, batch_size=2)
@@ -60,6 +61,7 @@ def test_noise_does_not_depend_on_the_batch_size(base):
     assert not torch.allclose(draw(base, None, [1, 2], seed=6, steps=2, guidance_scale=2.0), together, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_draws_with_lora_weights(base, tmp_path):
     unet = AnimateDiffPipeline.from_pretrained(base).unet
     names = [name for name, _ in unet.named_modules() if "motion_modules" in name and name.endswith("to_q")]
@@ -70,6 +72,7 @@ def test_draws_with_lora_weights(base, tmp_path):
     assert (draw(base, tmp_path, [1], seed=0, steps=2, guidance_scale=2.0) - plain).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_is_made_alike_twice_and_reused(base):
     before = {path: path.stat().st_mtime_ns for path in base.rglob("*") if path.is_file()}
     assert not make_base(base, RECIPE)

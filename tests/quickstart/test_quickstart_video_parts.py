@@ -103,6 +103,7 @@ def test_what_does_not_move_has_no_direction(clips):
     assert (direction(torch.zeros(2, FRAMES, 1, 32, 32)) == -1).all()
 
 
+@pytest.mark.slow
 def test_judge_knows_real_clips(judge, clips):
     assert judge.accuracy == 1.0
     scores = judge.score(clips.pixels, clips.labels.tolist())
@@ -137,6 +138,7 @@ def rows():
     return [{"update": k, "iteration": k, "aaf_rate": 0.5, "implicit_acc": 0.25 * k} | dict.fromkeys(keys, 0.5) for k in (1, 2)]
 
 
+@pytest.mark.slow
 def test_table_and_result_state_what_was_measured(judge, clips, rows, tmp_path):
     labels = clips.labels.tolist()
     before, after = judge.score(clips.pixels.flip(1), labels), judge.score(clips.pixels, labels)

@@ -112,6 +112,7 @@ def test_video_latents():
     torch.testing.assert_close(frames, torch.stack(each, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 def test_it_never_reads_a_value(guidance):
     """On the meta device `.item()`, a branch on a value or a copy to the host raises: so nothing synchronises."""

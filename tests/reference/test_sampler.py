@@ -116,6 +116,7 @@ def test_conditions_must_be_those_of_the_empty_prompt():
 # compile
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_the_loops_alone():
     """One compilation for all blocks and batches; padded when ragged; a NaN stays in its batch; a changed model is noticed."""
     torch.compiler.reset()  # what other tests compiled would do
@@ -252,6 +253,7 @@ def test_batch_size_is_found(free, wanted):
     close(drawing.draw(noise, conditions), expected(unet, noise, conditions))
 
 
+@pytest.mark.slow
 def test_batch_size_of_several_ranks_and_at_first_use():
     noise, conditions = given(3)
     drawing, said = sampler(network(), batch_size="auto", say=(said := []).append), said

@@ -196,6 +196,7 @@ def test_a_section_that_makes_no_sense(settings: Any, changes: dict[str, Any], w
     assert words in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_it(settings: Any) -> None:
     said = dry_run(parse_config(settings(**HELD)), 1)
     line = next(line for line in said.splitlines() if line.strip().startswith("held out"))

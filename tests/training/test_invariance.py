@@ -10,7 +10,6 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 from outcomes import Weights, apart, column, rows, unet_of, weights
 from safetensors.torch import load_file
-from tiny import tiny_sd
 
 Trained = Callable[..., Path]
 
@@ -31,21 +30,14 @@ EVERY = FP32 | BF16 | AUTOCAST | {"lora zero 3": {"seppo.model.lora": {"rank": 2
                                   "sft zero 2": {"seppo.method": "sft", **FP32["zero 2"]}}
 
 
-@pytest.fixture(scope="module")
-def attentive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For LoRA, with three attentions: on `sd`, which has one, one and two ranks ended 2.2e-6 apart, just above the bound."""
-    return tiny_sd(tmp_path_factory.mktemp("models") / "attentive", block_out_channels=(8, 16), mid_block_type=None)
-
-
 @pytest.fixture
 def on_two_ranks(settings: Callable[..., dict[str, Any]], train_on_ranks: Callable[..., list[Path]], finished: dict[str, Path],
-                 attentive: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+                 tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run folders by name of EVERY, all made in one launch."""
     if "zero 0" not in finished:
         folder = tmp_path_factory.mktemp("two-ranks")
         reference = {name: {} if "sft" in name else {"seppo.reference": "latest"} for name in EVERY}
-        models = {"lora zero 3": {"seppo.model.path": str(attentive)}}
-        raws = [settings(**STEADY, **models.get(name, {}), zero_force_ds_cpu_optimizer=False, **changes, **reference[name],
+        raws = [settings(**STEADY, zero_force_ds_cpu_optimizer=False, **changes, **reference[name],
                          **{"seppo.output_dir": str(folder / name.replace(" ", "-"))}) for name, changes in EVERY.items()]
         finished.update(zip(EVERY, train_on_ranks(raws), strict=True))
     return {name: finished[name] for name in EVERY}
@@ -74,11 +66,10 @@ def test_zero_stages_change_nothing(name: str, on_two_ranks: dict[str, Path]) ->
     same_metrics(on_two_ranks["zero 0"], on_two_ranks[name])
 
 
-def test_sft_and_lora_on_ranks(trained: Trained, on_two_ranks: dict[str, Path], attentive: Path) -> None:
+def test_sft_and_lora_on_ranks(trained: Trained, on_two_ranks: dict[str, Path]) -> None:
     sft = trained(**STEADY, **{"seppo.method": "sft"})
     assert apart(weights(sft), weights(on_two_ranks["sft zero 2"])) < 2e-6
-    lora = trained(**STEADY, **{"seppo.model.lora": {"rank": 2, "alpha": 4.0}, "seppo.reference": "latest",
-                                "seppo.model.path": str(attentive)})
+    lora = trained(**STEADY, **{"seppo.model.lora": {"rank": 2, "alpha": 4.0}, "seppo.reference": "latest"})
     assert apart(weights(lora), weights(on_two_ranks["lora zero 3"])) < 2e-6
 
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from outcomes import apart, column, identical, rows, unet_of, weights
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import tiny_sdxl
+from tiny import tiny_sd, tiny_sdxl
 
 from seppo_fast.config import Lora
 from seppo_fast.models import open_model
@@ -113,8 +113,9 @@ def test_lora_loads_and_reproduces_the_policy(family: str, trained: Trained, sd:
     assert "load_lora_weights" in card and "lora" in card.split("---")[1]
 
 
-def test_pool_keeps_adapters_only(trained: Trained) -> None:
-    run, full = trained(**{"seppo.model.lora": LORA}), trained()
+def test_pool_keeps_adapters_only(trained: Trained, tmp_path: Path) -> None:
+    wide = {"seppo.model.path": str(tiny_sd(tmp_path / "wide"))}  # beside its weights, adapters are small
+    run, full = trained(**wide, **{"seppo.model.lora": LORA}), trained(**wide)
     for k in range(3):
         with safe_open(run / "pool" / f"policy_{k:05}.safetensors", "pt") as file:
             assert file.keys() and all("lora_" in name for name in file.keys())

@@ -96,12 +96,13 @@ def test_training_does_not_notice(trained: Any, keys: Any, changes: dict[str, An
 
 def test_two_ranks_measure_what_one_does(train_on_ranks: Any, settings: Any, keys: Any, clip: Path, tmp_path: Path) -> None:
     """One of two ranks has two prompts and the other one, in batches of one; with ZeRO-3 each has a part of the policy."""
-    evaluation = keys(scores=["pickscore", "vendi"],
+    evaluation = keys(scores=["pickscore", "vendi"], every=2,
                       weights={name: str(clip) for name in ("pickscore", "pickscore.tokenizer", "vendi")})
 
     def raw(name: str, stage: int = 0) -> dict[str, Any]:
         return settings(**{"seppo.output_dir": str(tmp_path / name), "seppo.sampler.batch_size": 1, "seppo.iterations": 1,
-                           "zero_optimization": {"stage": stage}, **evaluation})
+                           "train_batch_size": 4, "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage},
+                           **evaluation})
 
     [one] = train_on_ranks([raw("one")], ranks=1)
     for two in train_on_ranks([raw("two"), raw("zero 3", stage=3)], ranks=2):
@@ -131,10 +132,11 @@ def test_it_ends_where_it_gets_no_better(trained: Any, keys: Any, train: Any, se
 
 
 def test_the_best_stays(trained: Any, keys: Any, clip: Path, ranks: Any, tmp_path: Path) -> None:
-    """By Vendi, a set's score, with PickScore beside it; at such a rate the last policy is not the best."""
+    """By Vendi, a set's score, with PickScore beside it; of this model at such a rate the last policy is not the best."""
     known = keys()["seppo.evaluation"]["weights"] | {"vendi": str(clip)}
+    base = tiny_sd(tmp_path / "base", block_out_channels=(8, 16), mid_block_type=None, up_block_types=("UpBlock2D",) * 2)
     run = trained(**keys(scores=["pickscore", "vendi"], weights=known, watch="vendi", keep_best=True, per_prompt=2),
-                  **{"seppo.checkpoint.keep_last": 1, "optimizer.params.lr": 3e-3})
+                  **{"seppo.checkpoint.keep_last": 1, "optimizer.params.lr": 3e-3, "seppo.model.path": str(base)})
     values = scored(run, "vendi")
     best = max(values, key=values.get)
     assert 0 < best < 4 and checkpoints(run) == [f"update_{best:08d}", "update_00000004"]
@@ -149,7 +151,8 @@ def test_stopped_in_an_evaluation(forks: Forks, settings: Any, keys: Any, tmp_pa
     """The third, after the second update; resumed, the run has the same rows and weights as one that was never stopped."""
 
     def run(name: str, strike: Strike | None = None, *arguments: str) -> int:
-        raw = settings(**{"seppo.output_dir": str(tmp_path / name), **keys(keep_best=True), "seppo.checkpoint.every": 1})
+        raw = settings(**{"seppo.output_dir": str(tmp_path / name), **keys(keep_best=True), "seppo.checkpoint.every": 1,
+                          "seppo.iterations": 1, "seppo.updates_per_iteration": 3})
         return forks.run(raw, *arguments, strike=strike).status
 
     whole = tmp_path / "whole"

@@ -41,8 +41,8 @@ CAPTIONS = ("a photo of the red cat", "the blue sky", "a dog")
 @pytest.fixture(scope="session")
 def animatediff(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny AnimateDiff pipeline directory: 16x16 pixels, (4, F, 8, 8) latents, positions for 8 frames."""
-    return tiny_animatediff(tmp_path_factory.mktemp("models") / "animatediff", channels=(8, 16),
-                            up_block_types=("UpBlock2D", "UpBlock2D"))
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return tiny_animatediff(tmp_path_factory.mktemp("models") / "animatediff", channels=(8,), **blocks)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +69,7 @@ def video_settings(settings: Callable[..., dict[str, Any]], animatediff: Path, c
             "train_micro_batch_size_per_gpu": 2, "seppo.model.path": str(animatediff), "seppo.model.lora": LORA,
             "seppo.beta": 300.0, "seppo.data.source": str(clips), "seppo.data.max_skipped": 0.3,
             "seppo.data.video": {"frames": FRAMES, "stride": 2},
-            "seppo.data.workers": 2, "seppo.sampler.batch_size": 4, **changes})
+            "seppo.data.workers": 2, "seppo.sampler.batch_size": 4, "seppo.sampler.steps": 2, **changes})
 
     return make
 
