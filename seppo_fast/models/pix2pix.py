@@ -15,8 +15,6 @@ IMAGE = "image_latents"  # the condition (B, C, h, w): the VAE posterior's mean,
 PIPELINES = {"sd": "StableDiffusionInstructPix2PixPipeline", "sdxl": "StableDiffusionXLInstructPix2PixPipeline"}
 NOT_IN_XL = ("feature_extractor", "image_encoder")  # which StableDiffusionXLPipeline may have
 SCALES = "is_cosxl_edit"  # SDXL's switch in model_index.json: the pipeline scales the image latents
-# What the pipelines are called with: the paper's s_T and s_I.
-GUIDANCE = {"guidance_scale": 3.5, "image_guidance_scale": 3.0}
 
 
 def has_image_condition(directory: Directory) -> bool:

@@ -4,7 +4,7 @@ import json
 from importlib.metadata import version
 
 import seppo_fast
-from seppo_fast.config import Model
+from seppo_fast.config import Seppo
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.models.animatediff import SCHEDULER
 
@@ -19,12 +19,12 @@ tags: [{task}, {family}, seppo, preference-optimization{lora_tag}]
 
 # {title}
 
-`{base}`, aligned with demonstrations by seppo_fast {version} (`method: {method}`), {what}.
+`{base}`, {trained} by seppo_fast {version} (`method: {method}`), {what}.
 
 {usage}
 
 ## Data
-{rows} demonstrations from `{source}` ({choose}), at {resolution} pixels{frames}.
+{rows} {kind} from `{source}`{choose}, at {resolution} pixels{frames}.
 
 ## Method
 {method_text}
@@ -65,32 +65,42 @@ def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: i
         settings["seppo"].pop(private)
     settings["seppo"]["data"].pop("cache_dir")
     ours = config.seppo
-    clips = ours.data.video
+    clips, improves = ours.data.video, ours.method == "improvement"
+    adapter = bool(ours.model.lora) and not improves
     return CARD.format(
         base=ours.model.path, lora_tag=", lora" if ours.model.lora else "", title=f"{ours.model.path} with {ours.method}",
-        task="text-to-video" if video else "text-to-image", family="animatediff" if video else "stable-diffusion",
-        version=seppo_fast.__version__, method=ours.method, usage=usage(ours.model),
-        what=f"to be loaded with diffusers' `{'load_lora_weights' if ours.model.lora else 'from_pretrained'}`",
-        rows=rows, source=ours.data.source, choose=f"choose: {ours.data.choose}", resolution=ours.data.resolution,
+        task="text-to-video" if video else "image-to-image" if improves else "text-to-image", family="animatediff" if video else "stable-diffusion",
+        trained="trained on preference pairs to improve a given picture" if improves else "aligned with demonstrations",
+        version=seppo_fast.__version__, method=ours.method, usage=usage(ours),
+        what=f"to be loaded with diffusers' `{'load_lora_weights' if adapter else 'from_pretrained'}`"
+             + ("; the LoRA is merged into the UNet" if improves and ours.model.lora else ""),
+        rows=rows, kind="preference pairs" if improves else "demonstrations", source=ours.data.source,
+        choose="" if improves else f" (choose: {ours.data.choose})", resolution=ours.data.resolution,
         frames=f", {clips.frames} frames a clip ({clips.choice})" if video else "",
         method_text=METHOD_TEXT[ours.method].format(reference=ours.reference, flipper=ours.flipper,
-                                                         improvement=ours.improvement.path), updates=updates,
+                                                    improvement=ours.improvement.path), updates=updates,
         started=f"Training began with the policy of `{started}`.\n\n" if started else "",
         batch=batch.size, skipped=skipped, settings=json.dumps(settings, indent=1),
         versions="\n".join(f"- {package} {version(package)}" for package in PACKAGES),
     )
 
 
-def usage(model: Model) -> str:
-    """How the folder of the trained model is loaded, as code."""
+def usage(ours: Seppo) -> str:
+    """How the folder of the trained model is loaded, as code; of an improvement model also how a picture is improved."""
+    model, weights = ours.model, ours.improvement
     lines = ["from diffusers import DiffusionPipeline", "", "pipeline = DiffusionPipeline.from_pretrained(FOLDER)"]
-    if model.lora:
-        lines[-1:] = [f"pipeline = DiffusionPipeline.from_pretrained({model.path!r})", "pipeline.load_lora_weights(FOLDER)"]
-    if model.lora and model.motion_adapter:
+    if ours.method == "improvement":
+        lines[1:1] = ["from diffusers.utils import load_image"]
+        lines += [f"picture = load_image(PICTURE).resize(({ours.data.resolution}, {ours.data.resolution}))",
+                  f"improved = pipeline(PROMPT, image=picture, guidance_scale={weights.guidance_scale},"
+                  f" image_guidance_scale={weights.image_guidance_scale}).images[0]"]
+    elif model.lora and model.motion_adapter:
         lines = ["from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter", "",
                  f"adapter = MotionAdapter.from_pretrained({model.motion_adapter!r})",
                  f"pipeline = AnimateDiffPipeline.from_pretrained({model.path!r}, motion_adapter=adapter)",
                  "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config,",
                  f"    {', '.join(f'{key}={value!r}' for key, value in SCHEDULER.items() if key != '_class_name')})",
                  "pipeline.load_lora_weights(FOLDER)"]
+    elif model.lora:
+        lines[-1:] = [f"pipeline = DiffusionPipeline.from_pretrained({model.path!r})", "pipeline.load_lora_weights(FOLDER)"]
     return "\n".join(["```python", *lines, "```"])
