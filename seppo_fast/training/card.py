@@ -69,7 +69,8 @@ def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: i
     adapter = bool(ours.model.lora) and not improves
     return CARD.format(
         base=ours.model.path, lora_tag=", lora" if ours.model.lora else "", title=f"{ours.model.path} with {ours.method}",
-        task="text-to-video" if video else "image-to-image" if improves else "text-to-image", family="animatediff" if video else "stable-diffusion",
+        task="text-to-video" if video else "image-to-image" if improves else "text-to-image",
+        family="animatediff" if video else "stable-diffusion",
         trained="trained on preference pairs to improve a given picture" if improves else "aligned with demonstrations",
         version=seppo_fast.__version__, method=ours.method, usage=usage(ours),
         what=f"to be loaded with diffusers' `{'load_lora_weights' if adapter else 'from_pretrained'}`"

@@ -22,12 +22,14 @@ def test_a_lora_run(settings: Any, train: Any, sd: Path, pickapic: Path, tmp_pat
     raw = settings(**{"seppo.method": "improvement", "seppo.data.source": str(pickapic), "seppo.model.lora": LORA,
                       "seppo.data.cache_dir": str(tmp_path / "cache")})
     run = train(raw)
-    card, weights = (run / "final" / "README.md").read_text(), load_file(max((run / "checkpoints").iterdir()) / "policy.safetensors")
+    checkpoint = max((run / "checkpoints").iterdir())
+    card, weights = (run / "final" / "README.md").read_text(), load_file(checkpoint / "policy.safetensors")
     assert weights["conv_in.weight"].shape[1] == 8 and weights["conv_in.weight"][:, 4:].abs().max() > 0
     assert len(rows(run)) == 4 and all(".lora_" in name or name.startswith("conv_in.") for name in weights)
 
     assert "tags: [image-to-image, stable-diffusion, seppo, preference-optimization, lora]" in card
-    assert "trained on preference pairs to improve a given picture by seppo_fast" in card and "the LoRA is merged into the UNet" in card
+    assert "trained on preference pairs to improve a given picture by seppo_fast" in card
+    assert "to be loaded with diffusers' `from_pretrained`; the LoRA is merged into the UNet" in card
     assert "12 preference pairs from" in card and "choose:" not in card and "load_lora_weights" not in card
     Image.effect_noise((20, 24), 90).convert("RGB").save(tmp_path / "picture.png")
     found: dict[str, Any] = {}
@@ -49,5 +51,5 @@ def test_a_lora_run(settings: Any, train: Any, sd: Path, pickapic: Path, tmp_pat
     again = train(settings(**{"seppo.method": "improvement", "seppo.data.source": str(pickapic), "seppo.model.lora": LORA,
                               "seppo.data.cache_dir": str(tmp_path / "cache"), "seppo.output_dir": str(tmp_path / "again"),
                               "seppo.iterations": 1, "seppo.updates_per_iteration": 1,
-                              "seppo.model.start_from": str(max((run / "checkpoints").iterdir()))}))
+                              "seppo.model.start_from": str(checkpoint)}))
     assert "Training began with the policy of" in (again / "final" / "README.md").read_text()
