@@ -68,7 +68,7 @@ class Model(Section):
     start_from: Name | None = None
     """A checkpoint or past policy of another run, whose weights this run begins with."""
     lora: Lora | None = None
-    """Train a LoRA instead of all weights."""
+    """Train a LoRA instead of all weights. Of an improvement model `final/` is the whole pipeline, with the LoRA merged into it."""
 
 
 class Video(Section):
