@@ -52,8 +52,8 @@ def add_image_condition(model: Model) -> Model:
     if model.image_condition:
         return model
     if isinstance(model, AnimateDiff):
-        raise UserError(f"{model.directory.labels.path}: {model.path} is a video model, and an improvement model is one of images:"
-                        " give a Stable Diffusion or SDXL pipeline, and no motion adapter")
+        raise UserError(f"{model.directory.labels.path} {model.path}: an improvement model is made of an image model, and not of a"
+                        " video model: give a Stable Diffusion or SDXL pipeline, and no motion adapter")
     return type(model)(with_image_condition(model.directory, model.name))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seppo_fast.checksums import checksum
 from seppo_fast.errors import UserError
-from seppo_fast.models import Model
+from seppo_fast.models import Model, StableDiffusionXL
 from seppo_fast.models.common import alphas_cumprod
 
 PROMPT = "a photograph of a red bicycle in front of a white house"
@@ -21,8 +21,9 @@ def check_improvement_model(model: Model, policy: Model, device: torch.device | 
     the same of a picture and a prompt: a published model's files may be of another format or precision.
     """
     problems = [f"{name} is {own!r} and not {other!r}" for name, own, other in _facts(model, policy) if own != other]
-    if not problems:
-        problems = _schedule(model, policy) + _encoders(model, policy, device)
+    problems += _schedule(model, policy)
+    if model.name == policy.name:
+        problems += _encoders(model, policy, device)
     if problems:
         raise UserError(f"{model.directory.labels.path}: {model.path} does not fit the policy's model {policy.path}: "
                         f"{'; '.join(problems)}. Train an improvement model from the policy's own base (method \"improvement\")")
@@ -41,8 +42,9 @@ def _facts(model: Model, policy: Model) -> list[tuple[str, object, object]]:
     facts.append(("its text width (cross_attention_dim)", own.get("cross_attention_dim"), other.get("cross_attention_dim")))
     if own.get("sample_size") and other.get("sample_size"):
         facts.append(("its image size (the UNet's sample_size)", own["sample_size"], other["sample_size"]))
-    zeros = [getattr(each, "zeros_for_empty_prompt", None) for each in (model, policy)]
-    return [*facts, ("its force_zeros_for_empty_prompt", *zeros)]
+    if isinstance(model, StableDiffusionXL) and isinstance(policy, StableDiffusionXL):
+        facts.append(("its force_zeros_for_empty_prompt", model.zeros_for_empty_prompt, policy.zeros_for_empty_prompt))
+    return facts
 
 
 def _schedule(model: Model, policy: Model) -> list[str]:

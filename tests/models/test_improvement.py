@@ -98,6 +98,13 @@ def test_all_is_said_at_once(own, sd_folder, tmp_path):
     named(own, sd_folder, "noise schedule", "VAE", "text encoder")
 
 
+def test_configuration_and_weights_at_once(own, sd_folder, tmp_path):
+    edit(own / "unet/config.json", sample_size=16)
+    shutil.rmtree(own / "vae")
+    shutil.copytree(tiny_sd(tmp_path / "other", seed=1) / "vae", own / "vae")
+    named(own, sd_folder, "its image size", "its VAE makes other latents")
+
+
 def test_another_family(xl_pix2pix_folder, sd_folder, animatediff_folder, pix2pix_folder):
     with pytest.raises(UserError, match="its kind is 'sdxl' and not 'sd'.* its text width .* is 80 and not 32"):
         check(xl_pix2pix_folder, sd_folder)

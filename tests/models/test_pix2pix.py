@@ -86,7 +86,7 @@ def test_kinds_that_are_asked_for_in_the_wrong_place(sd_folder, pix2pix_folder, 
     with pytest.raises(UserError, match="is a StableDiffusionPipeline, which is given no image that it could improve"):
         open_improvement_model(str(sd_folder))
     for folder, adapter in ((animatediff_folder, None), (sd_folder, str(adapter_folder))):
-        with pytest.raises(UserError, match="is a video model"):
+        with pytest.raises(UserError, match="an improvement model is made of an image model"):
             open_model(str(folder), motion_adapter=adapter, image_condition=True)
     with pytest.raises(UserError, match="motion adapters go with Stable Diffusion 1.x"):
         open_model(str(pix2pix_folder), motion_adapter=str(adapter_folder), image_condition=True)
