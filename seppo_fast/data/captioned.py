@@ -20,7 +20,7 @@ from seppo_fast import config
 from seppo_fast.data.files import walk
 from seppo_fast.data.metadata import ROWS_PER_PART, STAT_THREADS, digest_of, times_of
 from seppo_fast.data.pairs import BACK, FOLDERS, Use, beside, refuse_single
-from seppo_fast.data.rows import BadRow, Identity, Part, Row, Skipped, Source, checked_caption, printable, read_bytes
+from seppo_fast.data.rows import BadRow, Identity, Part, Row, Skipped, Source, checked_caption, inside, printable, read_bytes
 from seppo_fast.data.splits import choose, split_of_folders
 from seppo_fast.errors import UserError
 
@@ -89,9 +89,9 @@ def with_losers(place: Path, found: Sequence[Captioned], root: Path, use: Use) -
     """A folder's images, with their losers if the run wants them; of a folder of losers only those that have no winner."""
     if (winners := beside(place, root, BACK)) is not None:
         return [Captioned(item.image, (), alone=True) for item in found
-                if use.both and not os.path.lexists(winners / item.image.name)]
+                if use.both and not os.path.lexists(inside(winners, item.image.name))]
     losers = beside(place, root) if use.both else None
-    return [replace(item, loser=losers / item.image.name) for item in found] if losers else list(found)
+    return [replace(item, loser=inside(losers, item.image.name)) for item in found] if losers else list(found)
 
 
 def rows(found: Sequence[Captioned], folder: Path, use: Use) -> Iterator[Row | Skipped]:

@@ -5,7 +5,7 @@ in two folders beside one another (`chosen/1.png`, `rejected/1.png`).
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -15,7 +15,19 @@ from seppo_fast import config
 from seppo_fast.data.columns import CAPTIONS, image_columns, pick
 from seppo_fast.data.metadata import NAMES, Layout, Span, identity, metadata_files, named, records, scan_all
 from seppo_fast.data.pairs import BACK, FOLDERS, PAIRS, Use, beside, each, refuse_single
-from seppo_fast.data.rows import BadRow, ImageLike, Part, Row, Skipped, Source, checked_caption, embedded, inside, short
+from seppo_fast.data.rows import (
+    BadRow,
+    ImageLike,
+    Part,
+    Row,
+    Skipped,
+    Source,
+    checked_caption,
+    embedded,
+    inside,
+    looks_embedded,
+    short,
+)
 from seppo_fast.data.splits import ALL, split_of_folders
 from seppo_fast.errors import UserError
 
@@ -39,21 +51,23 @@ def open_imagefolder(folder: Path, data: config.Data, use: Use, only: Path | Non
     losers = {file: place if place == file.parent else beside(place, folder) for file, place in winners.items()}
     caption = pick(data.caption_column, CAPTIONS, found.columns, "caption", where)
 
-    def locate(columns: Callable[[str], Iterable[str]], file: Path, record: dict, key: str) -> list[ImageLike]:
-        def locate_one(column: str) -> ImageLike:
-            place = (losers if column == loser else winners)[file]
+    def locate_image(file: Path, record: dict, key: str) -> tuple[ImageLike]:
+        return (named_image(record.get(image), winners[file], data.allow_outside),)
+
+    def locate_pair(file: Path, record: dict, key: str) -> list[ImageLike]:
+        def one(column: str) -> ImageLike:
             if column == loser:
                 check_split(record.get(column), data.split, found.splits)
-            return embedded(record.get(column)) or inside(place, record.get(column), outside=data.allow_outside)
+            return named_image(record.get(column), (losers if column == loser else winners)[file], data.allow_outside)
 
-        return each(columns(key), locate_one)
+        return each(use.of(key, image, loser), one)
 
     spans, told = [span for span, _ in found.spans], {"image": image, "caption": caption}
-    layout = Layout(folder, caption, found.headers, partial(locate, lambda key: (image,)), names, data.split, found.splits)
+    layout = Layout(folder, caption, found.headers, locate_image, names, data.split, found.splits)
     if loser is None:
         layout = with_folders(layout, spans, use, f"the image folder {folder}")
     elif use.both:
-        layout = replace(layout, locate=partial(locate, lambda key: use.of(key, image, loser)))
+        layout = replace(layout, locate=locate_pair)
     if use.both:
         told["loser"] = loser or "folder"
     parts = [Part(f"{span.file.relative_to(folder)}:{span.line}", count, lambda span=span: rows(span, layout))
@@ -61,9 +75,16 @@ def open_imagefolder(folder: Path, data: config.Data, use: Use, only: Path | Non
     return Source(str(folder), "imagefolder", told, parts, lambda: identity(spans, layout))
 
 
+def named_image(name: object, place: Path, outside: bool) -> ImageLike:
+    """The file of this name in a folder, or the image that the text itself is; `BadRow` for neither."""
+    return embedded(name) or inside(place, name, outside=outside)
+
+
 def check_split(name: object, split: str, splits: Collection[str | None]) -> None:
     """`BadRow` for a loser in a folder of another split than is read."""
-    told = split_of_folders(PurePosixPath(name).parent.parts, split) if isinstance(name, str) else None
+    if not isinstance(name, str) or looks_embedded(name):
+        return
+    told = split_of_folders(PurePosixPath(name).parent.parts, split)
     if split != ALL and told not in (None, *splits):
         raise BadRow(f"{short(name)} is of the split {told}")
 
@@ -111,7 +132,7 @@ def with_folders(layout: Layout, spans: Sequence[Span], use: Use, where: str) ->
             return (image,)
         if not (losers := place and losers_of(place)):
             raise BadRow(f"no loser: {shown(image)} is in no folder of winners ({', '.join(FOLDERS)}) with the losers' beside it")
-        return use.of(key, image, losers / image.name)
+        return use.of(key, image, inside(losers, image.name))
 
     def shown(image: ImageLike) -> str:
         return short(os.path.relpath(image, layout.root)) if isinstance(image, Path) else "an embedded image"

@@ -19,7 +19,7 @@ from seppo_fast.opening import expanded
 __all__ = ["Part", "Row", "Skipped", "Source", "is_hub_dataset", "open_source"]
 
 SOURCE_NOT_SET = ("seppo.data.source is not set: --set seppo.data.source=PATH (an image folder with metadata.jsonl or a .txt"
-                  " beside each image, Pick-a-Pic parquet files, a datasets directory or hub id, webdataset tars; for a video model"
+                  " beside each image, parquet files, a datasets directory or hub id, webdataset tars; for a video model"
                   " a CSV or folder of videos)")
 NO_VIDEOS = f"no videos that this program knows; it wants {FORMS}"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
