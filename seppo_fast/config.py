@@ -21,7 +21,7 @@ class Section(BaseModel):
 class Lora(Section):
     """A PEFT LoRA on the UNet. `targets` are module names or suffixes, as in `peft.LoraConfig.target_modules`.
 
-    `layers` is for video models: adapters on the motion modules' layers, on those of the image model below, or on both.
+    `layers` is for video models: adapters on the layers of the motion modules, on those of the image model, or on both.
     """
 
     rank: Positive = 16
@@ -42,11 +42,12 @@ class Model(Section):
     `motion_adapter`, a MotionAdapter's directory or hub id, makes a Stable Diffusion 1.x an AnimateDiff.
 
     `start_from` begins with the weights of another run's policy instead of the model's: a checkpoint's folder, its
-    policy.safetensors, or a file of a pool. They are the pool's policy 0 and DITTO's initial one; the optimizer begins anew.
+    policy.safetensors, or a file of a pool. They become the pool's policy 0 (DITTO's initial policy); the optimizer starts empty.
 
     `channels_last`, `attention` and `compile` hold for policy and reference alike: a rounding difference between the two
-    would decide the signs where they are nearly equal. `compile` makes other kernels with gradients than without, so `online`
-    asks the reference with gradients, too; a score made ahead has that noise, but at an iteration's start, where all are ties.
+    would decide the signs where they are nearly equal. Compiled kernels with gradients differ from those without, so with
+    `online` the reference runs with gradients, too. Errors computed at `rollout` differ by that rounding, except at an
+    iteration's start, where all pairs are ties.
     """
 
     path: Name
@@ -72,7 +73,7 @@ class Model(Section):
 
 
 class Video(Section):
-    """Which frames of a clip a video model sees, and who decodes them.
+    """Which frames of a clip a video model sees, and what decodes them.
 
     `choice`: "uniform" is the whole clip evenly, endpoints included; "window" `frames` frames, `stride` apart, from a random
     start; "dynamic" is MagicTime's: uniform where the row is a time-lapse (`is_transmit` 0), else a window. Clips of fewer frames
@@ -86,7 +87,7 @@ class Video(Section):
     stride: Positive = 4
     """Distance in frames within a window."""
     decoder: Literal["auto", "dali", "pyav"] = "auto"
-    """Who decodes; `auto` is DALI where it can, else PyAV."""
+    """What decodes; `auto` is DALI where it can, else PyAV."""
     folder: Name | None = None
     """Where a CSV's videos are, if not beside it or in its `videos` folder."""
 
@@ -142,10 +143,10 @@ class Data(Section):
 
 
 class Sampler(Section):
-    """How reference samples are made. `window`: for how much training ahead, one optimizer update or one iteration.
+    """How reference samples are drawn. `window`: they are drawn ahead for one optimizer update or for one iteration.
 
-    `batch_size` "auto" is measured; `cuda_graph` is without effect on the CPU. `compile` and `fuse_projections` are the
-    sampling loop's alone.
+    `batch_size` "auto" is measured; `cuda_graph` has no effect on the CPU. `compile` and `fuse_projections` apply to the sampling
+    loop only.
     """
 
     solver: Literal["ddim", "dpmsolver++", "pndm", "unipc", "euler"] = "ddim"
@@ -245,15 +246,16 @@ class Samples(Section):
 class Evaluation(Section):
     """Measures of the policy, every `every` updates (0: never) and before the first.
 
-    Scores of its samples of fixed `prompts`, a file as the evaluate command reads, or the prompts; `scores`, `weights`, `real`: as
-    its flags. With `data.hold_out` its errors on what is held out, too, and then `prompts` may be left empty. `watch` is the
-    measure that decides which policy is best (null: the first of `scores`, or without prompts "heldout_winner_gain"; there also is
-    "heldout_implicit_acc"), `patience` after how many evaluations in a row without a better one the run ends (null: never),
-    `keep_best` whether the best one's checkpoint stays, and is exported.
+    The policy draws samples for fixed `prompts` (a list, or a file as the evaluate command reads), which are scored; `scores`,
+    `weights` and `real` are as that command's flags. With `data.hold_out` the policy's errors on held-out demonstrations are
+    measured, too, and `prompts` may be empty. `watch` is the measure that decides which policy is best: a score,
+    "heldout_winner_gain" or "heldout_implicit_acc" (null: the first of `scores`, or without prompts "heldout_winner_gain").
+    `patience`: the run ends after so many evaluations in a row without a better one (null: never). `keep_best`: the best policy's
+    checkpoint stays and is exported.
     """
 
     every: NotNegative = 0
-    """Updates between two evaluations; 0 evaluates never."""
+    """Updates between two evaluations; 0 never evaluates."""
     prompts: Name | list[Name] = []
     """A file of prompts, or a list of them; may be empty with `data.hold_out`."""
     limit: Positive | None = None
@@ -273,7 +275,7 @@ class Evaluation(Section):
     watch: Name | None = None
     """The measure that says which policy is best; null is the first score, or without prompts the held-out gain."""
     patience: Positive | None = None
-    """The run ends after so many evaluations in a row without a better one; null never."""
+    """The run ends after so many evaluations in a row without a better one; null: never."""
     keep_best: bool = False
     """Keep the best policy's checkpoint, and export it to `best/`."""
 
@@ -289,9 +291,9 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def makes_sense(self) -> "Evaluation":
-        """Nothing that is asked for waits in vain for an evaluation."""
+        """Refuse `patience` and `keep_best` without evaluations."""
         if not self.every and (self.patience or self.keep_best):
-            raise ValueError(f"{'patience' if self.patience else 'keep_best'} needs every, after how many updates to evaluate")
+            raise ValueError(f"{'patience' if self.patience else 'keep_best'} needs every, the updates between evaluations")
         return self
 
 
@@ -341,7 +343,7 @@ METHODS = {
 
 
 class Seppo(Section):
-    """`reference_score` rollout: the reference's errors on a pair are computed once, where its sample is made."""
+    """`reference_score` rollout: the reference's errors on a pair are computed once, when its sample is drawn."""
 
     model: Model
     data: Data = Data()
@@ -362,7 +364,7 @@ class Seppo(Section):
     caption_dropout: Share = 0.0
     """Share of the prompts that is replaced by the empty one."""
     iterations: Positive = 7
-    """How many times a policy joins the pool."""
+    """Iterations of Algorithm 1; after each the policy joins the pool."""
     updates_per_iteration: Positive = 30
     """Optimizer updates of an iteration."""
     seed: Seed = 0
@@ -379,12 +381,12 @@ class Seppo(Section):
 
     @property
     def scored_ahead(self) -> bool:
-        """Whether no training step asks the reference: a whole iteration's scores are made ahead."""
+        """Whether training steps never use the reference: its errors are computed ahead for a whole iteration."""
         return self.reference_score == "rollout" and self.sampler.window == "iteration"
 
     @property
     def flips(self) -> bool:
-        """Whether a flipper may count a loser as something else."""
+        """Whether a flipper may change the sign of a pair's second half."""
         return self.flipper not in (None, "none")
 
     @property
@@ -394,7 +396,7 @@ class Seppo(Section):
 
     @property
     def looks(self) -> bool:
-        """Whether the policy is looked at on the way, for which even SFT needs a second network."""
+        """Whether there are grids or evaluations during training, for which even SFT needs a second network."""
         return self.samples.every > 0 or self.evaluation.every > 0
 
     @model_validator(mode="before")
@@ -427,13 +429,13 @@ class Seppo(Section):
 
     @model_validator(mode="after")
     def evaluations_have_what_they_measure(self) -> "Seppo":
-        """Scores need prompts, and errors on held-out demonstrations need these; what is held out needs evaluations."""
+        """Refuse evaluations with nothing to measure, held-out demonstrations without evaluations, and an unknown `watch`."""
         asked, held = self.evaluation, self.data.hold_out is not None
         if asked.every and not asked.prompts and not held:
             raise ValueError("seppo.evaluation.prompts is needed with every: a file of prompts, or a list of them; or set"
                              " seppo.data.hold_out, whose measures need no prompts")
         if held and not asked.every:
-            raise ValueError("data.hold_out needs evaluation.every, after how many updates what is held out is measured")
+            raise ValueError("data.hold_out needs evaluation.every, the updates between two measures of what is held out")
         known = [*(asked.scores if asked.prompts or not held else []), *(self.held_out_measures if held else [])]
         if asked.watch is not None and asked.watch not in known:
             raise ValueError(f"seppo.evaluation.watch={asked.watch!r} is none of the scores ({', '.join(known)})")
@@ -466,12 +468,12 @@ class Seppo(Section):
 
     @property
     def held_out_measures(self) -> tuple[str, ...]:
-        """What held-out demonstrations tell of this method: without pairs, that is the winners' errors."""
+        """The held-out measures that this method has: without pairs, only that of the winners' errors."""
         return HELD_OUT if self.flipper else HELD_OUT[:1]
 
     @model_validator(mode="after")
     def fused_projections_are_plain(self) -> "Seppo":
-        """What is known to stop the sampler is known before any model loads."""
+        """Refuse, before any model loads, settings that `fuse_projections` does not go with."""
         if self.sampler.fuse_projections and self.model.lora is not None:
             raise ValueError("sampler.fuse_projections does not go with model.lora, whose adapters sit on the projections that"
                              " would be fused; set it to false")

@@ -31,8 +31,8 @@ DEEPSPEED_KEYS = frozenset(
 
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-COUNTED = (*BATCH_KEYS, "optimizer.params.lr", "gradient_clipping")  # whose numbers have checks of their own
-# Keys of DeepSpeed's whose value is free text, and may be any word.
+COUNTED = (*BATCH_KEYS, "optimizer.params.lr", "gradient_clipping")  # their numbers are checked elsewhere
+# Keys of DeepSpeed's whose value may be any text.
 FREE_TEXT = frozenset("job_name output_path project group team workspace experiment_name experiment_key api_key run_name".split())
 SWITCHES = ("zero_allow_untested_optimizer zero_force_ds_cpu_optimizer prescale_gradients disable_allgather wall_clock_breakdown"
             " memory_breakdown dump_state disable_python_gc").split()
@@ -69,7 +69,7 @@ def load_config(name: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def given_config(config: Mapping[str, Any] | str | Path, values: Mapping[str, Any]) -> Config:
-    """The checked configuration from a dictionary, or from what `load_config` reads, with `values` by key path put in."""
+    """The checked configuration from a dictionary or a file (as `load_config` reads it), with `values` set by key path."""
     if isinstance(config, Mapping):
         raw = _as_json(config, "the configuration")
     elif isinstance(config, str | Path):
@@ -84,10 +84,10 @@ def given_config(config: Mapping[str, Any] | str | Path, values: Mapping[str, An
 
 
 def _as_json(value: Any, where: str) -> Any:
-    """A copy as it would come from a file: tuples are lists, and paths are texts."""
+    """A copy as it would come from a JSON file: tuples become lists, and paths texts."""
     try:
         return json.loads(json.dumps(value, default=os.fspath))
-    except (TypeError, ValueError, RecursionError) as error:  # of a type that JSON has not, or in itself
+    except (TypeError, ValueError, RecursionError) as error:  # a type that JSON lacks, or an object that contains itself
         raise UserError(f"{where}: holds what a configuration file cannot ({error})") from None
 
 
@@ -103,7 +103,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
-    """Check a configuration dictionary and make it a `Config`; every problem names the key, what is expected, a near key."""
+    """The `Config` of a dictionary, checked; every problem names the key, what is expected, and the nearest known key."""
     problems = [unknown(key, key, DEEPSPEED_KEYS | {"seppo"}) for key in raw if key not in DEEPSPEED_KEYS | {"seppo"}]
     problems += _deepspeed_problems(raw)
     seppo = None
@@ -153,8 +153,8 @@ def _set(raw: dict[str, Any], override: str) -> None:
     _put(raw, path, value, f"--set {override}")
 
 
-def _put(raw: dict[str, Any], path: str, value: Any, said: str) -> None:
-    """Set the key at `path`; `said` is how a message names what was asked for."""
+def _put(raw: dict[str, Any], path: str, value: Any, given: str) -> None:
+    """Set the key at `path`; messages name what was given as `given`."""
     *parents, last = path.split(".")
     node = raw
     for depth, key in enumerate(parents):
@@ -162,7 +162,7 @@ def _put(raw: dict[str, Any], path: str, value: Any, said: str) -> None:
             node[key] = {}
         node = node[key]
         if not isinstance(node, dict):
-            raise UserError(f"{said}: {'.'.join(parents[: depth + 1])} is not a section")
+            raise UserError(f"{given}: {'.'.join(parents[: depth + 1])} is not a section")
     node[last] = value
 
 
@@ -192,7 +192,7 @@ def _deepspeed_problems(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _words(path: str, key: str, value: Any) -> list[str]:
-    """A line for each text in a section of DeepSpeed's that means no text: whoever reads "False" by its truth takes it for true."""
+    """A line for each text in DeepSpeed's part that should be another type: DeepSpeed would take the text "False" for true."""
     if isinstance(value, Mapping):
         return [line for name, item in value.items() for line in _words(f"{path}.{name}", name, item)]
     if isinstance(value, list):
@@ -201,7 +201,7 @@ def _words(path: str, key: str, value: Any) -> list[str]:
         return []
     word = value.strip().lower()
     if word == "auto":
-        return [f"{path}: \"auto\" is a placeholder that Hugging Face's Trainer fills in, and nobody does here; give the value"
+        return [f"{path}: \"auto\" is a placeholder that Hugging Face's Trainer fills in, but nothing here; give the value"
                 " itself, or leave the key out"]
     switch = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(word)
     if switch is not None:
@@ -218,7 +218,7 @@ def _is_enabled(section: Any) -> bool:
 
 
 def explain_all(error: ValidationError, root: type[BaseModel], prefix: str) -> list[str]:
-    """A line for each key of `root`, whose section is `prefix`, that is wrong. Of a union pydantic tells each option's error."""
+    """A line for each key of `root`, whose section is `prefix`, that is wrong. For a union pydantic has one for each option."""
     lines: list[str] = []
     for item in error.errors():
         names, annotation = _field(item["loc"], root)
@@ -278,11 +278,11 @@ def _explain(item: Mapping[str, Any], root: type[BaseModel], prefix: str) -> str
         return f"{path}: expected a section, {{...}} (got {item['input']!r})"
     if item["type"] == "string_too_short":
         return f"{path}: expected a name, not an empty text"
-    wanted = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    problem = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     for wordy, short in (("Input should be a valid ", "expected a valid "), ("Input should be greater", "expected a value greater"),
                          ("Input should be less", "expected a value less"), ("Input should be ", "expected ")):
-        wanted = short + wanted.removeprefix(wordy) if wanted.startswith(wordy) else wanted
-    return f"{path}: {wanted}" + ("" if item["type"] == "value_error" else f" (got {item['input']!r})")
+        problem = short + problem.removeprefix(wordy) if problem.startswith(wordy) else problem
+    return f"{path}: {problem}" + ("" if item["type"] == "value_error" else f" (got {item['input']!r})")
 
 
 def unknown(path: str, name: str, siblings: Iterable[str]) -> str:

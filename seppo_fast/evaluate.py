@@ -8,7 +8,6 @@ weights is reported at once and left out; if every score is missing, the exit st
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # see train.py
@@ -71,8 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     from seppo_fast.ranks import join
 
     ranks = join()
-    say = partial(print, flush=True) if ranks.rank == 0 else lambda line: None  # into a pipe, too, before hours of drawing
-    result = evaluate(request_of(arguments, ranks, say), ranks, say)
+    result = evaluate(request_of(arguments, ranks, ranks.say), ranks, ranks.say)
     if result is not None:
         print(f"\n{markdown(result)}\n{arguments.out / 'index.html'}", flush=True)
     if ranks.objects(result is not None and nothing_scored(result))[0]:

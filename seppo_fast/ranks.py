@@ -59,6 +59,11 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def say(self, line: str) -> None:
+        """Print a line once for all ranks; at once, also into a pipe."""
+        if self.rank == 0:
+            print(line, flush=True)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self.largest(0)

@@ -1,9 +1,8 @@
-"""A run from its configuration to `final/`: what Algorithm 1 needs, in the order in which it can be had."""
+"""A run from its configuration to `final/`: makes what Algorithm 1 needs, trains, and exports the model."""
 
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ from seppo_fast.training.reporter import Reporter
 from seppo_fast.training.rollouts import OneUse, SampleSet
 from seppo_fast.training.samples import PROMPTS, Grids
 from seppo_fast.training.trainer import Trainer
-from seppo_fast.training.validation import Validation, check_scores, open_validation, what_is_wanted
+from seppo_fast.training.validation import Validation, check_scores, open_validation, request_of
 
 
 def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
@@ -73,9 +72,9 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     if lacking := unsupported(config):
         raise UserError(lacking)
     if ranks.device.type == "cpu" and (hint := too_many_threads(ranks.local_world, torch.get_num_threads(), cores())):
-        teller(ranks)(hint)
+        ranks.say(hint)
     model, improvement, fixed, source = open_inputs(config, ranks)
-    wanted = open_wanted(config, model, ranks)
+    request = open_request(config, model, ranks)
     table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
     cost = estimate(model, config, batch, len(table.timesteps))
     if ranks.rank == 0:
@@ -92,7 +91,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                         progress=ranks.rank == 0, output_dir=folder.path)
     trained_on, held = split(len(cache), ours.data.hold_out, ours.seed)
     begin(folder, state, cache, ranks)
-    teller(ranks)(f"{len(cache)} demonstrations are usable" + (f", of which {len(held)} are held out" if held else ""))
+    ranks.say(f"{len(cache)} demonstrations are usable" + (f", of which {len(held)} are held out" if held else ""))
 
     policy, second = load_policies(model, config, cache.shape[1:], ranks)
     if started:
@@ -107,7 +106,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     objective = Objective(model.denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta,
                           ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
     if objective.flipper:
-        teller(ranks)(f"loss: {loss_backend(ranks.device)}")
+        ranks.say(f"loss: {loss_backend(ranks.device)}")
     pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype, trained_on)
     pool = Pool(folder.path / "pool", pool_dtype(config), int(ours.pool.host_memory_gb * 1e9 / ranks.local_world), state.pool)
     reference = None
@@ -119,7 +118,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                                   fixed=None if fixed is None else hold(fixed, config, folder, ranks))
         improver = None
         if improvement is not None:
-            improver = open_improver(improvement, ours, objective, table, pairs, batch, ranks, teller(ranks))
+            improver = open_improver(improvement, ours, objective, table, pairs, batch, ranks, ranks.say)
     rollouts = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
         continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
@@ -129,7 +128,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     looks = None
     if reference is not None and ours.looks:
         looks = Looks(ours, ranks, engine, reference, prepare_grids(model, config, cache, folder, ranks),
-                      prepare_validation(wanted, model, cache.shape, objective.dtype, ranks),
+                      prepare_validation(request, model, cache.shape, objective.dtype, ranks),
                       open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None, reporter, signals, state)
     trainer = make_trainer(settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs,
                            reference=reference, improver=improver, looks=looks, reporter=reporter, signals=signals,
@@ -171,26 +170,26 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
 
 
 def starting_state(folder: RunFolder, config: Config, ranks: Ranks) -> State:
-    """The checkpoint's state, made sure to be of this run and configuration, or update 0's."""
+    """The state of the checkpoint, checked to be of this run and configuration; without a checkpoint, the one of update 0."""
     fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict())
     if folder.resume_from is None:
         return fresh
     state = checkpoint.state_of(folder.resume_from, folder.run_id, ranks.world, fresh.config)
     if measured(parse_config(state.config)) != measured(config) and state.evaluated is not None:
-        teller(ranks)("seppo.evaluation measures otherwise than before: the best policy is looked for from the next evaluation on")
+        ranks.say("seppo.evaluation measures otherwise than before: the best policy is searched anew from the next one on")
         state.compare_anew()
     state.config = fresh.config
     return state
 
 
 def measured(config: Config) -> dict[str, Any]:
-    """What makes values of evaluations comparable."""
+    """What must be equal for values of two evaluations to be comparable."""
     section = config.seppo.evaluation
     return section.model_dump(exclude={"every", "patience", "keep_best", "batch_size", "watch"}) | {"watch": section.watched}
 
 
 def begin(folder: RunFolder, state: State, cache: LatentCache | ClipStream, ranks: Ranks) -> None:
-    """Make sure that the checkpoint is of these data, remove the run folder's later traces, write config.json."""
+    """Check that the checkpoint is of these data, remove what the run folder has of later updates, write config.json."""
     if folder.resume_from:
         checkpoint.check_data(folder.resume_from, state, cache.fingerprint, cache.content)
     state.data, state.content = cache.fingerprint, cache.content
@@ -200,13 +199,13 @@ def begin(folder: RunFolder, state: State, cache: LatentCache | ClipStream, rank
             checkpoint.set_aside_later(folder.resume_from)
         rows = folder.path / "metrics.jsonl"
         if bad := keep_rows(rows, state.update, -1 if state.evaluated is None else state.evaluated):
-            print(f"{rows}: removed what were no rows of this run (line {', '.join(map(str, bad))})", flush=True)
+            print(f"{rows}: removed what was no row of this run (line {', '.join(map(str, bad))})", flush=True)
         with complete_or_not(folder.path / "config.json") as temporary:
             temporary.write_text(json.dumps(state.config, indent=2) + "\n")
 
 
 def continue_csv(monitor: csvMonitor, state: State, samples: int, resumed: bool) -> None:
-    """Have DeepSpeed's CSV files begin, or go on, as metrics.jsonl does."""
+    """Make DeepSpeed's CSV files begin or continue as metrics.jsonl does."""
     if resumed:
         csv_files.go_on(monitor, state.update, -1 if state.evaluated is None else state.evaluated, samples)
     elif aside := csv_files.set_aside(monitor):
@@ -214,7 +213,7 @@ def continue_csv(monitor: csvMonitor, state: State, samples: int, resumed: bool)
 
 
 def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
-    """The policy, for the engine, and one reference of the same architecture and dtype outside it (for grids, too)."""
+    """The policy, for the engine, and outside it a reference of the same architecture and dtype (for grids and scores, too)."""
     ours = config.seppo
     dtype = precision(config.deepspeed).dtype
     torch.manual_seed(ours.seed + ranks.rank)
@@ -228,17 +227,12 @@ def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks:
         policy.enable_gradient_checkpointing()
     settings = ours.model.model_copy(update={"attention": "sdpa"}) if ours.sampler.fuse_projections else ours.model
     prepare_unets([*filter(None, (policy, reference))], settings, latents, precision(config.deepspeed).autocast or dtype,
-                  ranks.device, teller(ranks), ranks.largest)
+                  ranks.device, ranks.say, ranks.largest)
     return policy, reference
 
 
-def teller(ranks: Ranks) -> Callable[[str], None]:
-    """What prints a line once for all ranks."""
-    return partial(print, flush=True) if ranks.rank == 0 else lambda line: None
-
-
 def loss_backend(device: torch.device) -> str:
-    """The backend that the loss takes on a device, and why not a faster one."""
+    """The loss backend for a device, and why the faster ones are not available."""
     lacking: list[str] = []
     for name, state in available_backends(device).items():
         if state == "available":
@@ -255,7 +249,7 @@ def open_sampler(config: Config, batch: Batch, objective: Objective, reference: 
     if ours.method == "improvement":
         empty, branches = with_image(pairs, ours.improvement)
     sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, branches, ours.sampler, objective.dtype,
-                      objective.autocast, teller(ranks))
+                      objective.autocast, ranks.say)
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
     wanted = updates * batch.size // batch.world
     return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size))
@@ -275,7 +269,7 @@ def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, fold
         return {"run": folder.run_id, "policy": pool.checksums[pool.path(drawer).name]}
 
     return SampleSet(folder.path / "rollouts", ours.sampler.samples_per_iteration, ours.updates_per_iteration * batch.size,
-                     batch.size, ours.seed, ranks, origin, teller(ranks))
+                     batch.size, ours.seed, ranks, origin, ranks.say)
 
 
 def hold(fixed: Model, config: Config, folder: RunFolder, ranks: Ranks) -> Pool:
@@ -297,7 +291,7 @@ def fill_pool(pool: Pool, engine: DeepSpeedEngine, last: int | None, ranks: Rank
 
 
 def prepare_grids(model: Model, config: Config, cache: LatentCache | ClipStream, folder: RunFolder, ranks: Ranks) -> Grids | None:
-    """What sample grids need, on rank 0, or None when none are wanted. The prompts default to the data's first ones."""
+    """What sample grids need, on rank 0, or None without grids. The prompts default to the data's first ones."""
     ours = config.seppo
     if not ours.samples.every or ranks.rank != 0:
         return None
@@ -314,16 +308,16 @@ def prepare_grids(model: Model, config: Config, cache: LatentCache | ClipStream,
     return Grids(folder.path / "samples", model, samples, conditions, cache.shape, ranks.device)
 
 
-def open_wanted(config: Config, model: Model, ranks: Ranks) -> Request | None:
-    """What is to be evaluated on the way, checked and its weights found; None when nothing is."""
+def open_request(config: Config, model: Model, ranks: Ranks) -> Request | None:
+    """The request of the evaluations during training, checked, with the scores' weights found; None if no samples are scored."""
     if not config.seppo.evaluation.draws:
         return None
-    wanted = what_is_wanted(config, model, teller(ranks))
-    check_scores(wanted, ranks)
-    return wanted
+    request = request_of(config, model, ranks.say)
+    check_scores(request, ranks)
+    return request
 
 
-def prepare_validation(wanted: Request | None, model: Model, shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks
+def prepare_validation(request: Request | None, model: Model, shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks
                        ) -> Validation | None:
-    """What evaluates the policy on the way, on every rank."""
-    return None if wanted is None else open_validation(wanted, model, dtype, shape, ranks)
+    """What scores the policy's samples during training, on every rank."""
+    return None if request is None else open_validation(request, model, dtype, shape, ranks)

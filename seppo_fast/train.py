@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from seppo_fast.signals import Stop, StopSignals
 
-# Run by path, Python puts this file's folder first, where our `data` and `models` would pass for top-level packages.
+# When this file is run by its path, its folder comes first, and `data` and `models` would be found as top-level packages.
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -27,10 +27,10 @@ def train(config: Mapping[str, Any] | str | Path, *, set: Mapping[str, Any] | No
 
     `config` is a dictionary with the keys of a configuration file, or such a file, or the name of one in seppo_fast/configs.
     `set` replaces keys by their path: `{"seppo.iterations": 3}`. `resume` is "auto" or a checkpoint, as on the command line.
-    The run is the command's: same checks, same files in `seppo.output_dir`, same words on stdout.
+    The run is the same as the command's: same checks, same files in `seppo.output_dir`, same output.
 
-    What is wrong with the input is a `seppo_fast.errors.UserError`. Ctrl-C and SIGTERM write a checkpoint, whose path is printed,
-    and then do what they do without us (KeyboardInterrupt). Afterwards signal handlers, environment and process group are as
+    Wrong input raises `seppo_fast.errors.UserError`. After Ctrl-C or SIGTERM a checkpoint is written and its path printed; then
+    the signal acts as usual (Ctrl-C: KeyboardInterrupt). Afterwards signal handlers, environment and process group are as
     before, and another run may follow. This is one process on one device; several GPUs need `deepspeed seppo_fast/train.py`.
     """
     from seppo_fast.configfile import given_config
@@ -48,7 +48,7 @@ def train(config: Mapping[str, Any] | str | Path, *, set: Mapping[str, Any] | No
         stop = caught
     print(stopped(stop, dry=False), file=sys.stderr, flush=True)
     signal.raise_signal(stop.signum)
-    raise SystemExit(128 + stop.signum)  # where the program's own handler goes on
+    raise SystemExit(128 + stop.signum)  # if the program's own handler returns
 
 
 def parse_arguments(argv: list[str] | None = None, prog: str = "seppo_fast/train.py") -> argparse.Namespace:
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None, prog: str = "seppo_fast/train.py") -> in
             status = signals.status(signals.received)
     failure.say(words)
     failure.close()
-    # Ordinary exit would wait for the other ranks in destructors of the process group; they are told by our absence.
+    # An ordinary exit would wait for the other ranks, in destructors of the process group; they notice that this one is gone.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -139,15 +139,15 @@ def work(arguments: argparse.Namespace, signals: "StopSignals") -> None:
 
 
 def unused_devices(world: int, devices: int) -> str | None:
-    """A line for somebody who started one process on a machine of several GPUs."""
+    """A hint for a run of one process on a machine with several GPUs."""
     if world > 1 or devices < 2:
         return None
-    return (f"one of this machine's {devices} GPUs trains; all of them with `deepspeed --module seppo_fast.train` and the same"
-            " arguments (CUDA_VISIBLE_DEVICES=0 is rid of this line)")
+    return (f"this run uses one of this machine's {devices} GPUs; to use all, start `deepspeed --module seppo_fast.train` with the"
+            " same arguments (set CUDA_VISIBLE_DEVICES=0 to hide this line)")
 
 
 def stopped(stop: "Stop", dry: bool) -> str:
-    """What is told of a stop by a signal."""
+    """The message about a stop by a signal."""
     if stop.checkpoint:
         return f"stopped by {stop}{stop.while_doing}; checkpoint: {stop.checkpoint}. Go on with --resume auto"
     return f"stopped by {stop}" if dry else f"stopped by {stop} before training began; what is cached is kept"

@@ -36,8 +36,8 @@ class Content:
 
     def add(self, row: Row | Skipped, files: Sequence[str] = ()) -> None:
         """A row, and the digests of its files."""
-        said = ["unusable"] if isinstance(row, Skipped) else ["row", row.prompt, row.time_lapse]
-        self.rows.append((json.dumps([row.key, *said]), json.dumps([row.key, *files])))
+        about = ["unusable"] if isinstance(row, Skipped) else ["row", row.prompt, row.time_lapse]
+        self.rows.append((json.dumps([row.key, *about]), json.dumps([row.key, *files])))
 
     def digests(self) -> dict[str, str]:
         """Of what the rows say, and of their files."""
@@ -120,8 +120,8 @@ def same_content(about: dict[str, Any], source: Source, folder: Path, workers: i
 
 def finished(folder: Path, about: dict[str, Any], parts: int) -> list[dict[str, Any]] | None:
     """The stamp of each part of a cache; None when the cache is not finished, or not made as `about` says."""
-    said, _ = read_about(folder)
-    if said is None or timeless(said) != timeless(about):
+    found, _ = read_about(folder)
+    if found is None or timeless(found) != timeless(about):
         return None
     stamps = [read_stamp(row_shard(folder, part)) for part in range(parts)]
     return stamps if all(stamp and "content" in stamp for stamp in stamps) else None
@@ -169,11 +169,11 @@ def contents_of(stamps: Sequence[dict[str, Any]] | None) -> str | None:
 def same_as(folder: Path, about: dict[str, Any], parts: int) -> Path | None:
     """The other cache that was found to have the same content as this one, if it still has."""
     try:
-        said = parse_json((folder / SAME).read_bytes())
-        other = folder.parent / said["folder"]
+        found = parse_json((folder / SAME).read_bytes())
+        other = folder.parent / found["folder"]
         stamps = finished(other, about, parts)
         # An older program did not say which content.
-        return other if stamps and said.get("content") in (None, contents_of(stamps)) else None
+        return other if stamps and found.get("content") in (None, contents_of(stamps)) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -42,8 +42,8 @@ def is_sound(stamp: dict[str, Any]) -> bool:
 
 def seal_of(stamp: dict[str, Any]) -> str:
     """The checksum of a stamp itself."""
-    said = {name: value for name, value in stamp.items() if name != SEAL}
-    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
+    content = {name: value for name, value in stamp.items() if name != SEAL}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def is_damaged(arrow: Path) -> bool:

@@ -21,7 +21,7 @@ from seppo_fast.reference.solver import solver_table
 from seppo_fast.training import start
 from seppo_fast.training.engine import check_engine_config, precision, unsupported
 from seppo_fast.training.folder import results_in
-from seppo_fast.training.validation import what_is_wanted
+from seppo_fast.training.validation import request_of
 
 
 def dry_run(config: Config, world: int, rates: str | None = None) -> str:
@@ -39,7 +39,7 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
         if model.video:
             model.check_frames(ours.data.video.frames)
         if ours.evaluation.draws:
-            what_is_wanted(config, model, lambda line: None)
+            request_of(config, model, lambda line: None)
         if ours.model.start_from:
             start.read(ours.model.start_from, model, ours.model, ours.seed)
     _others(config, model, missing)

@@ -73,9 +73,9 @@ class State:
     best: float | None = None
     best_update: int | None = None
     not_better: int = 0
-    content: str | None = None  # of the data, whatever the times of their files
+    content: str | None = None  # a digest of the data, without their files' times
     pool: dict[str, str] = field(default_factory=dict)  # checksums of the past policies' files, by name
-    sound: int | None = None  # of a state that an earlier version wrote it is not known
+    sound: int | None = None  # None in a state that an earlier version wrote
     errors: list[float] = field(default_factory=list)
     started_from: str | None = None  # seppo.model.start_from's file and its checksum
     heldout_error: float | None = None  # the initial model's on the held-out winners
@@ -83,7 +83,7 @@ class State:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def judge(self, value: float | None, better: str) -> None:
-        """Count an evaluation of the present policy; None, where the score has no value, is not better than anything."""
+        """Count an evaluation of the present policy; None, a score without a value, is never better."""
         self.evaluated = self.update
         ahead = value is not None and (self.best is None or (value > self.best if better == "higher" else value < self.best))
         if ahead:
@@ -91,7 +91,7 @@ class State:
         self.not_better = 0 if ahead else self.not_better + 1
 
     def watch(self, error: float) -> bool:
-        """Take note of the winners' error in the update that was just counted; whether it is in its range."""
+        """Record the winners' error of the update that was just counted; returns whether it is in range."""
         if not error <= min(largest_in_range(self.errors), sys.float_info.max):
             return False
         self.sound = self.update - 1  # an update's error is that of the policy before it
@@ -104,7 +104,7 @@ class State:
         return self.sound is not None and self.sound < self.update - 1
 
     def compare_anew(self) -> None:
-        """From the next evaluation on: what was measured otherwise is not compared with."""
+        """Forget the best value: from the next evaluation on something else is measured."""
         self.best, self.best_update, self.not_better = None, None, 0
 
 
@@ -200,7 +200,7 @@ def complete(folder: Path) -> list[Path]:
 
 
 def of_update(folder: Path, update: int | None) -> list[Path]:
-    """The complete checkpoints of the policy after this many updates: there may be one of a stop in the next one's middle, too."""
+    """The complete checkpoints of the policy after this many updates; a stop in the middle of the next update adds a second one."""
     return [] if update is None else [path for path in complete(folder) if update_of(path) == update]
 
 
@@ -215,7 +215,7 @@ def torn(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _named(folder: Path) -> list[Path]:
-    """What has a checkpoint's name, oldest first; a person's copy beside it has another."""
+    """Paths with a checkpoint's name, oldest first; copies under other names are ignored."""
     try:
         return sorted(path for path in folder.iterdir() if re.fullmatch(r"update_\d{8,}(_\d{8,})?", path.name))
     except FileNotFoundError:
@@ -225,12 +225,12 @@ def _named(folder: Path) -> list[Path]:
 
 
 def flaw(path: Path, ranks: Ranks) -> str | None:
-    """What is not as it was written in a complete checkpoint, or None; every rank must call, and all get the same answer."""
+    """What is damaged in a complete checkpoint, or None; every rank must call, and all get the same answer."""
     return next(filter(None, ranks.objects(damaged(path, ranks.rank, ranks.world) or _unreadable(path, ranks.rank))), None)
 
 
 def _unreadable(path: Path, rank: int) -> str | None:
-    """What checkpoints without checksums can be found damaged by, before anything is loaded."""
+    """Damage that shows before anything is loaded, also in checkpoints without checksums; or None."""
     own = path / f"rank_{rank}.safetensors"
     try:
         read_state(path)
@@ -257,7 +257,7 @@ def policy_of(path: Path) -> dict[str, Tensor]:
 
 
 def set_aside_later(path: Path) -> None:
-    """Rename the complete checkpoints after `path`, which a resumed run must neither take for its own nor count as kept."""
+    """Rename the complete checkpoints after `path`: the resumed run must neither resume from them nor count them as its own."""
     for later in [other for other in complete(path.parent) if other.name > path.name]:
         aside = later.with_name(f"set_aside_{later.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -266,7 +266,7 @@ def set_aside_later(path: Path) -> None:
 
 
 def anew(path: Path) -> str:
-    """How to begin a run from a checkpoint's weights where it cannot be resumed from."""
+    """Advice for a message: how to begin a new run with the weights of a checkpoint that cannot be resumed."""
     return (f"to begin anew from its weights, repeat the command without --resume and with --set"
             f" seppo.model.start_from={shlex.quote(str(path))} seppo.output_dir=ANOTHER_FOLDER")
 
@@ -282,7 +282,7 @@ def read_state(path: Path) -> State:
 
 
 def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> State:
-    """A checkpoint's state, after making sure that this run wrote it, with this configuration and world size."""
+    """A checkpoint's state, checked to be of this run, configuration and world size."""
     try:
         state = read_state(path)
     except ValueError as error:
@@ -300,13 +300,13 @@ def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> Sta
     differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(then, config)
                  if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)]
     if differing:
-        raise UserError(f"{path} is of another configuration; use its values; {anew(path)}. What differs:\n  "
+        raise UserError(f"{path} was written with another configuration; use that one's values; {anew(path)}. What differs:\n  "
                         + "\n  ".join(differing))
     return state
 
 
 def check_data(path: Path, state: State, data: str, content: str | None) -> None:
-    """Make sure that the checkpoint was trained on what the cache holds: by its `content`, else by its fingerprint `data`."""
+    """Check that the checkpoint was trained on what the cache holds: by its `content`, else by its fingerprint `data`."""
     same = state.data == data if None in (content, state.content) else state.content == content
     if not same:
         raise UserError(f"{path} was trained on other data or another model's latents (cache {state.data}, now {data}):"

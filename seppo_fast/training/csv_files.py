@@ -1,4 +1,4 @@
-"""DeepSpeed's CSV files across starts: it appends to what is there, and writes the header again in each process."""
+"""DeepSpeed's CSV files when a run starts or resumes: by itself it appends to existing files, with one more header a process."""
 
 import csv
 from pathlib import Path
@@ -12,7 +12,7 @@ EVALUATIONS = (OURS + "eval_", OURS + "heldout_")
 
 
 def go_on(monitor: csvMonitor, update: int, evaluated: int, samples: int) -> None:
-    """One header, and one row a step: up to the resumed update, its last evaluation, and DeepSpeed's count of samples."""
+    """Keep one header and one row a step, up to the resumed update, the last evaluation, or DeepSpeed's count of samples."""
     for file in files(monitor):
         last = evaluated if file.name.startswith(EVALUATIONS) else update if file.name.startswith(OURS) else samples
         with explained(file, "put this right, or switch csv_monitor off"):
@@ -21,7 +21,7 @@ def go_on(monitor: csvMonitor, update: int, evaluated: int, samples: int) -> Non
 
 
 def set_aside(monitor: csvMonitor) -> list[Path]:
-    """Rename the files of an earlier run, which a run that begins at update 0 would mix with its own; returns the new names."""
+    """Rename the files of an earlier run, so that a run from update 0 does not append to them; returns the new names."""
     aside = []
     for file in files(monitor):
         number = next(n for n in range(1, 10**6) if not file.with_name(f"{file.name}.{n}").exists())
@@ -31,13 +31,13 @@ def set_aside(monitor: csvMonitor) -> list[Path]:
 
 
 def files(monitor: csvMonitor) -> list[Path]:
-    """The CSV files that this monitor writes, as far as they are there."""
+    """The CSV files of this monitor that exist."""
     return sorted(file for file in Path(monitor.log_dir).iterdir()
                   if file.name.startswith((OURS, DEEPSPEEDS)) and file.suffix == ".csv" and file.is_file())
 
 
 def keep_steps(file: Path, last: int) -> bool:
-    """Leave the header and the newest row of each step up to `last`; whether there is a header."""
+    """Keep the header and the newest row of each step up to `last`; returns whether there is a header."""
     content = file.read_bytes()
     lines = content.decode(errors="replace").splitlines(keepends=True)
     header = next((line for line in lines if line.startswith("step,")), None)
@@ -52,6 +52,6 @@ def keep_steps(file: Path, last: int) -> bool:
 
 
 def _step(line: str) -> int | None:
-    """The step of a row; None of what is no row, or was cut off."""
+    """The step of a row; None for a line that is no row or was cut off."""
     fields = next(csv.reader([line]), [])
     return int(fields[0]) if len(fields) == 2 and fields[0].isdecimal() and line.endswith("\n") else None

@@ -1,4 +1,4 @@
-"""DeepSpeed's part of the configuration, read key by key: it ignores many mistakes and explains the others to its developers."""
+"""Checks DeepSpeed's part of the configuration key by key: DeepSpeed ignores many mistakes, and reports others without the key."""
 
 import inspect
 from collections.abc import Mapping

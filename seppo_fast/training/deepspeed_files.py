@@ -1,6 +1,6 @@
-"""DeepSpeed's files of a checkpoint: summed while they are written; read as tensors, from this checkpoint, running nothing.
+"""DeepSpeed's files of a checkpoint: written with checksums, and read as tensors, numbers and text, so that no code in them runs.
 
-DeepSpeed itself unpickles whatever it finds, and finds it by a pattern made of the folder's name.
+DeepSpeed itself unpickles every file that matches a pattern made of the folder's name; here only files of this checkpoint are read.
 """
 
 import glob
@@ -36,7 +36,7 @@ def save(engine: DeepSpeedEngine, folder: Path) -> dict[str, Written]:
 
 
 def load(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Have DeepSpeed read what `save` wrote; `UserError` where it cannot, or something else is in its place."""
+    """Have DeepSpeed read what `save` wrote; `UserError` where it cannot, or where a file was added or replaced."""
     known = listed(folder)
     for file in (folder / TAG).glob("*.pt"):  # DeepSpeed takes all that match, and merges them
         if file.relative_to(folder).as_posix() not in known:
@@ -56,7 +56,7 @@ INSTEAD = "go on from an earlier checkpoint with --resume PATH"
 
 
 class _Files(CheckpointEngine):
-    """What DeepSpeed saves and loads by; `written` has each file's size and checksum."""
+    """DeepSpeed saves and loads files through this; `written` has each file's size and checksum."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ class _Files(CheckpointEngine):
         with torch.serialization.safe_globals([*KEPT]):
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if unknown:
-            raise UserError(f"checkpoints hold tensors, numbers and text, and DeepSpeed's state holds {', '.join(sorted(unknown))},"
-                            " which would not be read again: choose another optimizer or scheduler")
+            raise UserError(f"a checkpoint holds tensors, numbers and text, but DeepSpeed's state holds"
+                            f" {', '.join(sorted(unknown))}, which would not be read again: choose another optimizer or scheduler")
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file of this checkpoint; code that a pickle holds is not run."""
@@ -111,7 +111,7 @@ def _files(engine: DeepSpeedEngine, folder: Path) -> Iterator[_Files]:
 
 @contextmanager
 def _plain_name(folder: Path) -> Iterator[str]:
-    """A path to `folder` that means itself where it is taken for a pattern."""
+    """A path to `folder` that is safe where DeepSpeed reads it as a glob pattern."""
     if glob.escape(str(folder)) == str(folder):
         yield str(folder)
         return

@@ -1,4 +1,4 @@
-"""Whether training has diverged, told by the policy's error on the winners: the loss may be small though a policy is destroyed."""
+"""Detects divergence by the policy's error on the winners: the loss may be small although the policy is destroyed."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ FACTOR, SPREADS = 4.0, 6.0
 
 
 def largest_in_range(errors: Sequence[float]) -> float:
-    """The largest winners' error (`model_mse_winner`) that is in range, by the last errors that were.
+    """The largest winners' error (`model_mse_winner`) that is in range, given the last `errors` that were in range.
 
     It is FACTOR times their median, or the median and SPREADS times their robust spread if that is more. Errors spread by a
     factor, because each window has other timesteps, so the spread is that of logarithms: 1.4826 times the median deviation.

@@ -116,7 +116,7 @@ def start_engine(policy: nn.Module, config: Config, batch: Batch) -> DeepSpeedEn
         engine, *_ = deepspeed.initialize(model=policy, model_parameters=weights, config=engine_config(config, batch))
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
-        scaler.raise_error_at_min_scale = False  # such updates are skipped and counted here, and end the run with a message
+        scaler.raise_error_at_min_scale = False  # such updates are skipped and counted; too many end the run with a message
     return engine
 
 
@@ -139,11 +139,11 @@ class Step(NamedTuple):
     grad_norm: float
     lr: float
     skipped: bool
-    harmless: bool  # skipped by a dynamic loss scale that still has room to fall: fp16's normal search for its scale
+    harmless: bool  # skipped while fp16's dynamic loss scale can still be lowered, as is normal
 
 
 def upstream_gradient(engine: DeepSpeedEngine) -> float:
-    """What `engine.backward` hands to the loss: known before, so that the loss's kernel can make the final gradient at once."""
+    """The gradient that `engine.backward` hands to the loss; known before, so that the kernel writes the final gradient."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return (1.0 if scaler is None else float(scaler.loss_scale)) / engine.gradient_accumulation_steps()
 

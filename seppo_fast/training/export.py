@@ -35,7 +35,7 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
 
 
 def say_how_it_ended(ours: Seppo, trainer: Trainer) -> None:
-    """What a person has to know of `final/`: that the run diverged, or ended early."""
+    """Print what one has to know about `final/`: that the run diverged, or ended early."""
     state = trainer.state
     if state.diverged:
         good = checkpoint.last_sound(trainer.folder / "checkpoints", state)
@@ -48,7 +48,7 @@ def say_how_it_ended(ours: Seppo, trainer: Trainer) -> None:
 
 
 def first_whole(checkpoints: list[Path]) -> dict[str, Tensor] | None:
-    """The weights of the first checkpoint whose weights are as they were written; those that are not are named."""
+    """The weights of the first checkpoint whose weights are undamaged; a line is printed for each damaged one."""
     for path in checkpoints:
         try:
             return checkpoint.policy_of(path)
@@ -77,7 +77,7 @@ def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, ro
 
 @contextmanager
 def stops_at_once(trainer: Trainer) -> Iterator[None]:
-    """Here rank 0 works alone, and a signal stops it at once: the last checkpoint has all of the training."""
+    """A block in which rank 0 works alone and a signal stops it at once: the last checkpoint has all of the training."""
     trainer.signals.deferred = trainer.ranks.rank != 0
     try:
         trainer.check_signals()

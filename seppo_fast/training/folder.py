@@ -1,4 +1,4 @@
-"""The run folder: whose it is, and where a run in it begins."""
+"""The run folder: which run it belongs to, and at which checkpoint that run begins."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def open_folder(config: Config, resume: str | None, ranks: Ranks) -> RunFolder:
 
 @contextmanager
 def alone_in(path: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep other runs out of the run folder; rank 0 does it for all. A folder made here in which nothing was written is removed."""
+    """Keep other runs out of the run folder; rank 0 does it for all. A folder that was made here and stays empty is removed."""
     if ranks.rank != 0:
         yield
         return
@@ -72,7 +72,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 def results_in(path: Path) -> list[str]:
-    """What of a run there is to lose in a folder: one that ended before its first update left nothing, and need not be resumed."""
+    """The results of a run in a folder. A run that ended before its first update has none, and another run may begin there."""
     return [name for name in ("checkpoints", "metrics.jsonl", "final") if (path / name).exists()]
 
 
@@ -85,8 +85,8 @@ def _prepare(path: Path, identity: Path, resume: str | None) -> None:
         raise UserError(f"{path} (seppo.output_dir) holds {' and '.join(results)} but no run.json, so no run of this program"
                         " can go on there: choose another seppo.output_dir")
     if not identity.exists() and resume not in (None, "auto"):
-        raise UserError(f"--resume {resume}: {path} (seppo.output_dir) holds no run, and checkpoints are only resumed from in"
-                        f" the folder of the run that wrote them; {checkpoint.anew(Path(resume))}")
+        raise UserError(f"--resume {resume}: {path} (seppo.output_dir) holds no run, and a checkpoint can only be resumed in"
+                        f" the folder of the run that wrote it; {checkpoint.anew(Path(resume))}")
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not identity.exists():

@@ -1,4 +1,4 @@
-"""Measures on demonstrations that are never trained on: whether what is learnt holds for others, too. No scorer is needed."""
+"""Measures on demonstrations that are never trained on: does the policy improve beyond its training data? No scorer is needed."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ DRAWS = 4  # noises and timesteps for each demonstration: an error depends on th
 class HeldOut:
     """Pairs of the held-out rows, `size` at a time; slots number them as they number pairs of updates.
 
-    Noise and timesteps never change, and both measures are against the model that training began with: values of two updates
+    Noise and timesteps never change, and both measures compare with the model that training began with: values of two updates
     differ by the policy alone. `rollouts` are that model's for this rank's slots: its samples and its errors.
     """
 
@@ -78,7 +78,7 @@ class HeldOut:
         return error, accuracy if self.objective.flipper else None
 
     def _in_step(self, slots: Sequence[int], size: int, check: Callable[[], None]) -> Iterator[Sequence[int]]:
-        """Batches of slots; before each, all ranks alike ask whether to stop, as often as the one that has most."""
+        """Batches of slots. All ranks check for a stop equally often: as often as the rank with the most batches."""
         batches = list(chunks(slots, size))
         for number in range(self.ranks.largest(len(batches))):
             check()
@@ -88,7 +88,7 @@ class HeldOut:
 
 def open_held_out(pairs: PairSource, rows: Sequence[int], settings: Seppo, objective: Objective, size: int, ranks: Ranks
                   ) -> HeldOut:
-    """What measures `rows` of the pairs' cache. Its draws are none of the training's, and captions are never dropped."""
+    """Measures on `rows` of the pairs' cache. Random numbers are not those of the training, and captions are never dropped."""
     own = settings.model_copy(update={"seed": generator(settings.seed, "held out").initial_seed(), "caption_dropout": 0.0})
     source = PairSource(pairs.cache, own, pairs.scaling_factor, pairs.num_timesteps, pairs.device, pairs.dtype, rows)
     return HeldOut(source, objective, ranks, size)

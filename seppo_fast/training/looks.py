@@ -1,4 +1,4 @@
-"""Looks at the present policy while it is trained: grids of samples, scores of samples, errors on held-out demonstrations."""
+"""Shows and measures the policy during training: grids of samples, scores of samples, errors on held-out demonstrations."""
 
 import time
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Looks:
     state: State
 
     def draw_grid(self) -> None:
-        """At its turn, samples of the present policy from fixed prompts and noise."""
+        """Draw samples of the present policy from fixed prompts and noise, if it is their turn."""
         every, update = self.settings.samples.every, self.state.update
         if not every or update % every:
             return
@@ -48,13 +48,13 @@ class Looks:
                     self.reporter.grid(update, self.grids.write(update, draw))
 
     def draw_missing_grid(self) -> None:
-        """The grid of this update, if the run is new, or was cut off before it was drawn."""
+        """Draw this update's grid if the run is new, or stopped before the grid was drawn."""
         update = self.state.update
         if self.ranks.largest(self.grids is not None and (update == 0 or not self.grids.drawn(update))):
             self.draw_grid()
 
     def evaluate(self) -> None:
-        """Measure the present policy at its turn, unless that is done; what a stop interrupts, a resumed run begins with."""
+        """Measure the present policy at its turn, unless that is done; a resumed run begins with what a stop interrupted."""
         every, update = self.settings.evaluation.every, self.state.update
         if not every or update % every or self.state.evaluated == update:
             return
@@ -81,7 +81,7 @@ class Looks:
 
     @contextmanager
     def policy_in_reference(self, here: bool = True) -> Iterator[None]:
-        """The reference's network holds the policy's weights; on ranks that are not `here` nothing happens."""
+        """The reference's network holds the policy's weights on ranks that are `here`; the others wait."""
         weights = policy_weights(self.engine, keep=here)
         if here:
             with self.reference.holding(weights):

@@ -2,7 +2,7 @@
 
     {"format": 2, "files": {"state.json": {"size": 2711, "xxh3_128": "0f3c..."}, ...}}
 
-Markers of the first format are `{"state.json": 2711, ...}`: their checkpoints are judged by sizes alone.
+Markers of the first format are `{"state.json": 2711, ...}`: only the sizes of their files are checked.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ _FIRST = TypeAdapter(Annotated[dict[Annotated[str, AfterValidator(_inside)], Ann
 
 
 def declare(folder: Path, known: Mapping[str, Written]) -> None:
-    """Write the marker. `known` are the files that were summed while they were written; the others are read back."""
+    """Write the marker. `known` are the files whose checksums were computed while writing; the others are read back."""
     files = {}
     (folder / MARKER).unlink(missing_ok=True)
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
@@ -80,7 +80,7 @@ def listed(folder: Path) -> dict[str, Written]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """Where a JSON file is not as it must be, and why."""
+    """The first problem of a JSON file: its key, and what is wrong."""
     what = error.errors()[0]
     return ".".join(map(str, what["loc"])) + ": " * bool(what["loc"]) + what["msg"]
 
@@ -105,7 +105,7 @@ def missing(folder: Path) -> str | None:
 def damaged(folder: Path, rank: int = 0, world: int = 1) -> str | None:
     """Which file of this rank's share is not as it was written, or None; the shares are about equal.
 
-    A core sums some 5 GB a second and more, so that this takes as long as the disk needs; what is loaded next is then in memory.
+    One core computes checksums at 5 GB a second or more, so this takes as long as reading the disk; loading then reads from memory.
     """
     try:
         files = listed(folder)
@@ -118,7 +118,7 @@ def damaged(folder: Path, rank: int = 0, world: int = 1) -> str | None:
 
 
 def differs(folder: Path, name: str, written: Written) -> str | None:
-    """Whether a file's content is not what was written, in words."""
+    """How a file differs from what was written, or None."""
     try:
         if written.xxh3_128 is not None and checksum(folder / name) != written.xxh3_128:
             return f"{name} is damaged: its checksum is not the one of what was written"

@@ -1,4 +1,4 @@
-"""What an update was like: means over the whole accumulation window and all ranks, never the last micro-batch."""
+"""Figures of an update: means over the whole accumulation window and all ranks, not of the last micro-batch."""
 
 import json
 import math
@@ -49,31 +49,31 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a line to metrics.jsonl; NaN and Inf become null, which JSON has a word for."""
+    """Add a line to metrics.jsonl; NaN and Inf, which JSON lacks, become null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     with path.open("a") as file:
         file.write(json.dumps(clean) + "\n")
 
 
 def keep_rows(path: Path, last_update: int, last_evaluated: int) -> list[int]:
-    """Drop the updates' and evaluations' rows after these, which a resumed run writes again, and what is no row.
+    """Remove rows after the last update and evaluation, which a resumed run writes again, and lines that are no rows.
 
-    Returns the numbers of lines that were no rows, but for a last one that a kill cut off.
+    Returns the numbers of the lines that are no rows, without a last line that a kill cut off.
     """
     if not path.exists():
         return []
     with explained(path, "put this right, or move it away: training does not need its rows"):
         *whole, torn = path.read_bytes().split(b"\n")
-        stays = [_stays(line, last_update, last_evaluated) for line in whole]
-        kept = [line for line, wanted in zip(whole, stays, strict=True) if wanted]
+        verdicts = [_stays(line, last_update, last_evaluated) for line in whole]
+        kept = [line for line, stays in zip(whole, verdicts, strict=True) if stays]
         if len(kept) < len(whole) or torn:
             with complete_or_not(path) as temporary:
                 temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-    return [number for number, wanted in enumerate(stays, start=1) if wanted is None]
+    return [number for number, stays in enumerate(verdicts, start=1) if stays is None]
 
 
 def _stays(line: bytes, last_update: int, last_evaluated: int) -> bool | None:
-    """Whether a line's row is one that stays; None where it is no row."""
+    """Whether a line's row stays; None for a line that is no row."""
     try:
         row = parse_json(line)
     except ValueError:  # not JSON, not UTF-8

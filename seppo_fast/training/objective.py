@@ -29,7 +29,7 @@ class Pairs:
 
 
 class Noised(NamedTuple):
-    """What policy and reference are both asked, for all samples of a micro-batch, and what they should answer."""
+    """The inputs of policy and reference for all samples of a micro-batch, and what they should predict."""
 
     latents: Tensor  # (2B, C, h, w)
     timesteps: Tensor  # (2B,)
@@ -41,8 +41,8 @@ class Noised(NamedTuple):
 class Objective:
     """What turns a micro-batch into a loss; `flipper` None: mean squared errors. `dtype`, `autocast`: of policy and reference.
 
-    `compiled`: a compiler makes other kernels with gradients than without, so the reference runs with them, too. PyTorch's
-    attention does likewise: call forward and backward within `same_with_gradients()`.
+    `compiled`: compiled kernels with gradients differ from those without, so the reference runs with gradients, too. So do the
+    kernels of PyTorch's attention: call forward and backward within `same_with_gradients()`.
     """
 
     denoise: Denoise
@@ -58,8 +58,8 @@ class Objective:
         `(B, 2)` with the task for the improvement model.
 
         `upstream` is the gradient that backward will be called with. A loss that is not finite has no finite gradients. The
-        reference is not called where the pairs bring its errors. It is None where the policy still is its reference: it
-        would answer the same. Nothing waits for the device.
+        reference is not called where the pairs have its errors. It is None where the policy still equals the reference, whose
+        predictions would be the same. Nothing waits for the device.
         """
         noised = self._noised(pairs)
         ref_pred = None
@@ -81,7 +81,7 @@ class Objective:
 
     @torch.no_grad()
     def score(self, reference: nn.Module, pairs: Pairs) -> Tensor:
-        """`(B, 2)` fp32: the reference's MSEs on winner and loser, the ones that `__call__` would compare with."""
+        """`(B, 2)` fp32: the reference's MSEs on winner and loser, as `__call__` would compute them."""
         noised = self._noised(pairs)
         return per_sample_mse(self._predict(reference, noised), noised.target).unflatten(0, (2, -1)).T
 
@@ -105,5 +105,5 @@ class Objective:
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:
-    """The loss, with NaN gradients where it is not finite: the trainer's one test for gradients then covers both."""
+    """The loss, with NaN gradients where it is not finite: the trainer then has to test the gradients only."""
     return loss * torch.where(loss.isfinite(), 1.0, torch.nan)

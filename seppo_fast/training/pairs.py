@@ -90,7 +90,7 @@ class PairSource:
                                             for slot in slots]))
 
     def prefetch(self, numbers: Iterable[int]) -> None:
-        """A hint that pairs of these samples come next, for clips that are decoded while something else goes on."""
+        """Announce the samples that come next, so that video clips are decoded in the background."""
         self.cache.prefetch(*self._places(numbers))
 
     def prompts(self, numbers: Sequence[int]) -> Conditions:

@@ -1,4 +1,4 @@
-"""The past policies of a resumed run: what is damaged or lost is made again from a checkpoint, or stops the run before it loads."""
+"""Checks the past policies of a resumed run: damaged or lost ones are restored from a checkpoint, else the run stops."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from seppo_fast.training.engine import pool_dtype
 
 
 def check_past(config: Config, folder: Path, state: State, ranks: Ranks) -> None:
-    """Make sure that all past policies are there, and that those that the run will need are as they were written."""
+    """Check that all past policies are there, and that those that the run will need are undamaged."""
     ours = config.seppo
     if ours.reference is None:
         return
@@ -47,7 +47,7 @@ def check_past(config: Config, folder: Path, state: State, ranks: Ranks) -> None
 
 
 def _restore(pool: Pool, index: int, checkpoints: Path, updates_per_iteration: int) -> bool:
-    """Whether a checkpoint had the policy's weights, which are in the pool now."""
+    """Put a policy back into the pool from a checkpoint; returns whether one had it."""
     for path in checkpoint.of_update(checkpoints, index * updates_per_iteration) if index else []:
         try:
             weights = checkpoint.policy_of(path)

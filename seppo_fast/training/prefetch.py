@@ -1,4 +1,4 @@
-"""The next micro-batch is made while this one is trained on."""
+"""Prepares the next micro-batch while the present one is trained on."""
 
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def prefetched(make: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Generator[Result]:
-    """`make(item)` of each item in turn; a thread is at the next one while the caller has this one. Its errors come here."""
+    """`make(item)` of each item in turn; a thread works on the next one meanwhile, and its exceptions are raised here."""
     on_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # a thread starts on GPU 0
     with ThreadPoolExecutor(1, initializer=on_device) as thread:
         coming = None

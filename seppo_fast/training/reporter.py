@@ -1,4 +1,4 @@
-"""What the person sees while it runs: progress bars, metrics.jsonl, and DeepSpeed's monitors."""
+"""What a run shows while it trains: progress bars, metrics.jsonl, and DeepSpeed's monitors."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -65,18 +65,18 @@ class Reporter:
         if "loss_reconstruct" in row or "loss_unconditional" in row:
             self._tasks.append(row)
 
-    def evaluation(self, row: dict[str, Any], said: Sequence[str]) -> None:
-        """Record the scores of an update's policy, and say them with what else there is to say."""
+    def evaluation(self, row: dict[str, Any], notes: Sequence[str]) -> None:
+        """Record the scores of an update's policy, and print them and the notes."""
         if self._silent:
             return
         self._record(row)
         scores = ", ".join(f"{name.removeprefix('eval_')} {'none' if value is None else f'{value:.4g}'}"
                            for name, value in row.items() if name.startswith(MEASURES))
-        for line in (f"update {row['update']}: {scores}", *said):
+        for line in (f"update {row['update']}: {scores}", *notes):
             self._bar.write(line)
 
     def grid(self, update: int, file: Path) -> None:
-        """Show a grid of samples in TensorBoard and W&B, of clips their middle frame."""
+        """Show a grid of samples in TensorBoard and W&B; of video clips, the middle frame."""
         boards, runs = self._monitor.tb_monitor, self._monitor.wandb_monitor
         if self._silent or boards is None and runs is None:
             return
@@ -97,7 +97,7 @@ class Reporter:
             self._bar.write(line)
 
     def _record(self, row: dict[str, Any]) -> None:
-        if not self._identity.exists():  # or the rows from here on would make a folder that looks like a run's
+        if not self._identity.exists():  # else the rows from here on would make a new folder that looks like a run's
             raise UserError(f"{self._rows.parent} (seppo.output_dir) was removed, renamed or unmounted while the run wrote to it;"
                             " what was trained since the last checkpoint is lost. Put it back and go on with --resume auto, or"
                             " begin anew in another seppo.output_dir")
@@ -111,6 +111,6 @@ class Reporter:
                 self._monitor.write_events([(f"seppo/{name}", value, row["update"]) for name, value in numbers.items()])
 
     def close(self) -> None:
-        """Leave the bar as it is and the terminal free."""
+        """End the progress bar."""
         self.see_whether_the_image_counts({})
         self._bar.close()

@@ -1,4 +1,4 @@
-"""Sample grids: one row a prompt, below its words, from noise that never changes, so that two grids differ by the policy alone."""
+"""Sample grids: a row for each prompt, its text above it. The noise never changes, so two grids differ by the policy alone."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +16,7 @@ from seppo_fast.models import Conditions, Model
 from seppo_fast.pictures import picture, save_clip
 from seppo_fast.seeds import normal
 
-PROMPTS = 4  # of the data, where none are given
+PROMPTS = 4  # how many of the data's prompts are used where none are given
 STILL, MOVING = ".png", ".webp"
 VISIBLE = 128  # pixels to which the longer side of small samples is enlarged
 GAP, CAPTION, FONT = 1, 16, 12  # pixels between samples, of a line of text, and of its letters
@@ -50,8 +50,8 @@ class Grids:
             latents = torch.cat([left, latents.unflatten(0, (-1, columns)), right], dim=1).flatten(0, 1)
             columns += 2
         vae = self._vae.to(self.device)
-        images = [self.model.decode(vae, latent).cpu() for latent in latents.split(1)]  # pixels are large beside a trainer
-        vae.to("cpu")  # the memory is the training's
+        images = [self.model.decode(vae, latent).cpu() for latent in latents.split(1)]  # pixels take much memory
+        vae.to("cpu")  # training needs the memory
         self.folder.mkdir(parents=True, exist_ok=True)
         return save_sheet(torch.cat(images), self.settings.prompts, columns, self.folder / name(update))
 
@@ -91,7 +91,7 @@ class Layout:
 
     @property
     def scale(self) -> int:
-        """Small samples are enlarged, by a whole number, so that no pixel is made up."""
+        """Factor by which small samples are enlarged: a whole number, so that no pixel is interpolated."""
         return max(1, VISIBLE // max(self.height, self.width))
 
     def place(self, index: int) -> tuple[int, int]:
@@ -106,7 +106,7 @@ class Layout:
 
 
 def sheet(images: Tensor, prompts: Sequence[str], columns: int) -> Image.Image:
-    """`(N, 3, H, W)` in [0, 1] as one picture: a row of `columns` a prompt, below as much of the prompt as the row is wide."""
+    """`(N, 3, H, W)` in [0, 1] as one picture: a row of `columns` samples for each prompt, which stands above, cut to the width."""
     height, width = images.shape[-2:]
     layout = Layout(height, width, columns)
     canvas = Image.new("RGB", layout.size(len(images)), "white")
@@ -123,7 +123,7 @@ def sheet(images: Tensor, prompts: Sequence[str], columns: int) -> Image.Image:
 
 @cache
 def letters() -> Font:
-    """The first of the fonts of many languages that the system has; else Pillow's own, of English letters."""
+    """The first font of FONTS, which cover many languages, that the system has; else Pillow's own, with English letters."""
     for name in FONTS:
         with suppress(OSError):
             return ImageFont.truetype(name, FONT)
@@ -131,7 +131,7 @@ def letters() -> Font:
 
 
 def shortened(text: str, width: int, font: Font) -> str:
-    """As much of a text as is `width` pixels wide, on one line."""
+    """A text on one line, cut to `width` pixels."""
     text = " ".join(text.split())[:LONGEST]
     if font.getlength(text) <= width:
         return text

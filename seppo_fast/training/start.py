@@ -1,4 +1,4 @@
-"""Where a run's policy begins when it is not the base model: the policy of a checkpoint or of a pool (seppo.model.start_from)."""
+"""Begins a run with the policy of a checkpoint or of a pool, in place of the base model (seppo.model.start_from)."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ KEY = "seppo.model.start_from"
 
 
 def find(given: str) -> Path:
-    """The file that the key names: a policy's, or that in a complete checkpoint's folder."""
+    """The policy's file that the key names, itself or by a complete checkpoint's folder."""
     path = expanded(given)
     file = path / POLICY if path.is_dir() else path
     if not file.is_file():
@@ -38,7 +38,7 @@ def find(given: str) -> Path:
 
 
 def read(given: str, model: Model, settings: Settings, seed: int) -> tuple[dict[str, Tensor], str]:
-    """The policy's weights by name, checked against the model's, and the file with its checksum, for people."""
+    """The policy's weights by name, checked against the model's, and the file with its checksum, for messages."""
     file = find(given)
     try:
         digest = checksum(file)
@@ -54,14 +54,14 @@ def read(given: str, model: Model, settings: Settings, seed: int) -> tuple[dict[
 
 
 def check_fit(file: Path, weights: dict[str, Tensor], model: Model, settings: Settings, seed: int) -> None:
-    """Refuse a policy that is not made of the weights that this run trains."""
+    """Refuse a policy whose weights are not those that this run trains."""
     with torch.device("meta"):
         unet = model.empty_unet()
         choose_trained(unet, settings.lora, seed)
-    wanted = {name: tuple(weight.shape) for name, weight in trainable_weights(unet).items()}
+    needed = {name: tuple(weight.shape) for name, weight in trainable_weights(unet).items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    for problem, names in (("lacks", wanted.keys() - found.keys()), ("has beside them", found.keys() - wanted.keys()),
-                           ("has in another shape", {name for name in wanted if found.get(name, wanted[name]) != wanted[name]})):
+    for problem, names in (("lacks", needed.keys() - found.keys()), ("has beside them", found.keys() - needed.keys()),
+                           ("has in another shape", {name for name in needed if found.get(name, needed[name]) != needed[name]})):
         if names:
             raise UserError(f"{KEY}: {file} is the policy of another model or another seppo.model.lora; of the weights that are"
                             f" trained here it {problem} {few(names)}. Set seppo.model as it was for that policy")
@@ -72,7 +72,7 @@ def check_fit(file: Path, weights: dict[str, Tensor], model: Model, settings: Se
 
 
 def written_as(file: Path) -> str | None:
-    """The checksum that a checkpoint's marker, or the newest checkpoint of the pool's run, says of a policy's file."""
+    """The recorded checksum of a policy's file: in its checkpoint's marker, or in the newest checkpoint of the pool's run."""
     try:
         if file.name == POLICY:
             return listed(file.parent)[POLICY].xxh3_128
@@ -83,7 +83,7 @@ def written_as(file: Path) -> str | None:
 
 
 def trained_as(file: Path) -> dict[str, Any]:
-    """The seppo.model.lora that a policy was trained with, by the files around it; empty where these do not say."""
+    """The seppo.model.lora that a policy was trained with, read from the files around it; empty if these do not say."""
     state, config = file.parent / "state.json", file.parent.parent / "config.json"
     try:
         raw = json.loads(state.read_bytes())["config"] if state.is_file() else json.loads(config.read_bytes())

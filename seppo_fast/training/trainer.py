@@ -38,7 +38,7 @@ PHASES = ("sampling", "training", "data", "evaluation", "grids", "pool", "checkp
 
 @dataclass
 class Trainer:
-    """One run. `reference` is None for SFT without `looks`, which is None where the policy is not looked at on the way.
+    """One run. `looks` is None without grids and evaluations; `reference` is None for SFT without `looks`.
 
     `rollouts` are what past policies drew for the updates to come.
     """
@@ -81,7 +81,7 @@ class Trainer:
                     self.draw_rollouts(k, update)  # line 3
                     done = self.update_policy(update)  # line 4
                     self.finish_update(k, *done)
-            self.save()  # unless it is there: what the export cannot finish needs no second training
+            self.save()  # unless it exists: a failed export then needs no second training
         except Stop as stop:
             stop.checkpoint = self.save()
             raise
@@ -131,8 +131,8 @@ class Trainer:
         return drawn
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:
-        """Line 4: one optimizer update over the accumulation window; returns how it went and all ranks' per-pair table."""
-        # For dropout: an update that is begun anew after a stop in its middle must draw the same.
+        """Line 4: one optimizer update over the accumulation window; returns its result and all ranks' table of pairs."""
+        # For dropout: an update that is repeated after a stop in its middle must draw the same.
         torch.manual_seed(generator(self.settings.seed, "dropout", update, self.ranks.rank).initial_seed())
         tables, done = [], None
         reference = None if self.reference is None or self.still_is_reference(update) else self.reference.module
@@ -147,16 +147,16 @@ class Trainer:
                     self.engine.backward(loss)
                     done = step(self.engine)
                 tables.append(table)
-                if done is None:  # after the last one the update is made and must be counted first
+                if done is None:  # after the last one, the update must be counted first
                     self.check_signals()
         with self.timed("training"):
             return done, self.ranks.gather(torch.cat(tables).cpu())
 
     def still_is_reference(self, update: int) -> bool:
-        """Whether the reference need not be asked, being the policy: the latest one, and no update has been made since.
+        """Whether the policy still equals its reference: that is the latest policy, and no update has been made since.
 
-        There every pair is a tie by definition. Two computations of the same error in batches of other sizes would be told
-        apart by their rounding, and the flipper would take that for an answer.
+        Then every pair is a tie by definition. The same error, computed twice in batches of other sizes, differs by rounding, and
+        the flipper would react to that difference.
         """
         if self.reference is None or self.settings.reference_score != "rollout":
             return False
@@ -167,7 +167,7 @@ class Trainer:
         return exact and same and not drops
 
     def finish_update(self, k: int, done: Step, table: Tensor) -> None:
-        """Count the update, report it, and at its turn add the policy to the pool, write a checkpoint, draw a grid."""
+        """Count and report the update; add the policy to the pool, evaluate, write a checkpoint, draw a grid, each at its turn."""
         self.rollouts.forget(self.slots(self.state.update))
         self.state.update += 1
         self.state.skipped += done.skipped
@@ -194,7 +194,7 @@ class Trainer:
         self.check_signals()
 
     def add_to_pool(self, k: int) -> None:
-        """Let the policy join the past ones, as the one of iteration k."""
+        """Add the policy to the past ones, as the policy of iteration k."""
         if self.reference is None or self.settings.reference is None:
             return
         pool = self.reference.pool
@@ -235,7 +235,7 @@ class Trainer:
     def report(self, k: int, done: Step, table: Tensor) -> None:
         """One row of metrics.jsonl; seconds are means over the ranks, memory is the largest.
 
-        `seconds` is the wall clock since the row before, and the others are its parts: what comes after a row is in the next.
+        `seconds` is the wall-clock time since the previous row, and the others are its parts.
         """
         now = time.perf_counter()
         parts, self.seconds = [self.seconds.get(name, 0.0) for name in PHASES], {}
@@ -253,7 +253,7 @@ class Trainer:
         self.reporter.update(row)
 
     def watch(self, table: Tensor) -> None:
-        """See whether the policy's error on the winners is in its range; remove the checkpoint that was kept until it was."""
+        """Check that the policy's error on the winners is in its range; if so, older checkpoints can be removed."""
         error, sound = table[:, 0].double().mean().item(), self.state.sound
         known = sound is not None and sound < self.state.update - 2  # by the update before this one
         if self.state.watch(error):
@@ -266,7 +266,7 @@ class Trainer:
                               f" checkpoint from before: {good or 'none yet'}")
 
     def remove_old_checkpoints(self) -> None:
-        """Down to `keep_last`, the best one, and the last sound one where the error on the winners is out of its range."""
+        """Keep the newest `keep_last`, the best one, and, where the winners' error is out of its range, the last sound one."""
         self.unproven = None
         if self.ranks.rank == 0:
             with self.timed("checkpoints"):

@@ -32,23 +32,23 @@ SECTION = "seppo.evaluation"
 
 @dataclass(frozen=True)
 class Validation:
-    """Samples go to `wanted.out`/samples/update_00000030. `embeds`: a prompt's conditions, on the CPU; `shape`: (C, ..., h, w)."""
+    """Samples go to `request.out`/samples/update_00000030. `embeds`: a prompt's conditions, on the CPU; `shape`: (C, ..., h, w)."""
 
-    wanted: Request
+    request: Request
     model: Model
     embeds: Mapping[str, Conditions]
     shape: tuple[int, ...]
     ranks: Ranks
 
     def __call__(self, update: int, reference: Reference, check: Callable[[], None]) -> tuple[dict[str, Any], list[str]]:
-        """Draw from the reference's network and score: the means, how many samples have a problem, and what is to be said.
+        """Draw from the reference's network and score: the means, how many samples have a problem, and notes for people.
 
         Every rank calls. `check` is called between batches by all ranks alike, and may raise.
         """
         ranks = self.ranks
         policy = Candidate(f"update_{update:08d}", str(self.model.path), self.model, lora=None)
-        wanted = replace(self.wanted, candidates=[policy])
-        folder = wanted.out / "samples" / policy.name
+        request = replace(self.request, candidates=[policy])
+        folder = request.out / "samples" / policy.name
         if ranks.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
             folder.mkdir(parents=True)
@@ -58,19 +58,19 @@ class Validation:
             check()
             return reference.sampler.draw(noise, conditions)
 
-        todo = share_of(policy, wanted.prompts, wanted.drawing, ranks)
+        todo = share_of(policy, request.prompts, request.drawing, ranks)
         batches = -(-len(todo) // reference.batch_size)
-        more = ranks.largest(batches) - batches  # another rank draws, and asks, more often
+        more = ranks.largest(batches) - batches  # another rank has more batches, and all ranks must check equally often
         vae = self.model.load_vae(ranks.device)
         renderer = Renderer(self.shape, self.embed, draw, partial(self.model.decode, vae), reference.batch_size, ranks.device)
-        problems = render(todo, wanted.prompts, wanted.drawing.seed, wanted.out, renderer, lambda: None)
+        problems = render(todo, request.prompts, request.drawing.seed, request.out, renderer, lambda: None)
         for _ in range(more):
             check()
         del renderer, vae
-        scored = score_all(Job(wanted, own_samples(wanted, problems, ranks), ranks))
+        scored = score_all(Job(request, own_samples(request, problems, ranks), ranks))
         give_back_memory()
-        row, said = summary(wanted, scored.scores, scored.samples, scored.set_rows)
-        return ranks.objects((row, said))[0]  # a set's value is the first rank's alone
+        row, notes = summary(request, scored.scores, scored.samples, scored.set_rows)
+        return ranks.objects((row, notes))[0]  # a set's value is the first rank's alone
 
     def embed(self, prompts: list[str]) -> Conditions:
         """Their conditions on the device."""
@@ -80,22 +80,22 @@ class Validation:
     @property
     def better(self) -> dict[str, str]:
         """Score -> "higher" or "lower"."""
-        return {score.name: score.better for score in scores_of(self.wanted.video)}
+        return {score.name: score.better for score in scores_of(self.request.video)}
 
 
-def summary(wanted: Request, scores: list[dict[str, Any]], samples: list[dict[str, Any]], set_rows: list[dict[str, Any]]
+def summary(request: Request, scores: list[dict[str, Any]], samples: list[dict[str, Any]], set_rows: list[dict[str, Any]]
             ) -> tuple[dict[str, Any], list[str]]:
     """The numbers of a row of metrics.jsonl, and what a person should know beside them."""
-    result = {"models": [{"name": name} for name in wanted.models], "groups": [ALL], "scores": scores, "samples": samples}
-    rows = [*tabulate(result, [prompt.sets for prompt in wanted.prompts]), *(row for row in set_rows if row["group"] == ALL)]
+    result = {"models": [{"name": name} for name in request.models], "groups": [ALL], "scores": scores, "samples": samples}
+    rows = [*tabulate(result, [prompt.sets for prompt in request.prompts]), *(row for row in set_rows if row["group"] == ALL)]
     faulty = [sample for sample in samples if sample["problem"]]
-    said = [f"{score['label']} is missing: {score['missing']}" for score in scores if score["missing"]]
-    said += [f"{len(faulty)} of {len(samples)} samples have a problem, the first: {faulty[0]['problem']}"] if faulty else []
+    notes = [f"{score['label']} is missing: {score['missing']}" for score in scores if score["missing"]]
+    notes += [f"{len(faulty)} of {len(samples)} samples have a problem, the first: {faulty[0]['problem']}"] if faulty else []
     row = {**{f"eval_{row['score']}": row["mean"] for row in rows}, "eval_samples": len(samples), "eval_problems": len(faulty)}
-    return row, said
+    return row, notes
 
 
-def what_is_wanted(config: Config, model: Model, say: Callable[[str], None]) -> Request:
+def request_of(config: Config, model: Model, say: Callable[[str], None]) -> Request:
     """The section as an evaluation in the run folder's `evaluation`, checked without loading or fetching anything."""
     ours = config.seppo
     asked = ours.evaluation
@@ -122,22 +122,22 @@ def prompts_of(config: Config, say: Callable[[str], None]) -> list[Prompt]:
     return [Prompt(text, ("prompts",)) for text in texts]
 
 
-def check_scores(wanted: Request, ranks: Ranks) -> None:
+def check_scores(request: Request, ranks: Ranks) -> None:
     """Find what the scores need, on the hub too; every rank calls. A UserError says which score lacks what."""
-    if missing := find_all(wanted, ranks):
+    if missing := find_all(request, ranks):
         raise UserError(f"{SECTION}.scores: {' '.join(missing.values())} In a configuration the flags are keys of {SECTION}, e.g."
                         f' {SECTION}.weights {{"SCORE": "PATH"}}; or leave the score out')
 
 
-def open_validation(wanted: Request, model: Model, dtype: torch.dtype, shape: tuple[int, ...], ranks: Ranks) -> Validation:
+def open_validation(request: Request, model: Model, dtype: torch.dtype, shape: tuple[int, ...], ranks: Ranks) -> Validation:
     """Embed this rank's prompts."""
-    mine = share_of(Candidate("policy", str(model.path), model, lora=None), wanted.prompts, wanted.drawing, ranks)
-    texts = list(dict.fromkeys(wanted.prompts[slot.prompt].text for slot in mine))
+    mine = share_of(Candidate("policy", str(model.path), model, lora=None), request.prompts, request.drawing, ranks)
+    texts = list(dict.fromkeys(request.prompts[slot.prompt].text for slot in mine))
     embed = model.load_text(ranks.device)
     embeds: dict[str, Conditions] = {}
-    for some in chunks(texts, wanted.batch):
+    for some in chunks(texts, request.batch):
         batch = {name: value.to("cpu", dtype) for name, value in embed(list(some)).items()}
         embeds |= {text: {name: value[i].clone() for name, value in batch.items()} for i, text in enumerate(some)}
     del embed
     give_back_memory()
-    return Validation(wanted, model, embeds, shape, ranks)
+    return Validation(request, model, embeds, shape, ranks)

@@ -249,7 +249,7 @@ class Maker:
 def settled(ahead: Prefetcher, count: int) -> None:
     """Waits until `count` items are made and nothing is at work."""
     with ahead.changed:
-        assert ahead.changed.wait_for(lambda: len(ahead.made) == count and not ahead.making, 30)
+        assert ahead.changed.wait_for(lambda: len(ahead.ready) == count and not ahead.making, 30)
 
 
 def test_reading_ahead_is_bounded_and_goes_on_when_something_is_taken():
@@ -275,7 +275,7 @@ def test_false_announcements_do_not_stay():
     assert ahead.take([50]) == [2500]
     ahead.announce([51, 52])
     settled(ahead, 2)
-    assert set(ahead.made) == {51, 52}
+    assert set(ahead.ready) == {51, 52}
     ahead.close()
 
 

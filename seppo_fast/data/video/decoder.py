@@ -21,7 +21,8 @@ class Decoder:
 
     def __init__(self, data: config.Data, device: str | torch.device, say: Callable[[str], None]) -> None:
         need_av()
-        self.choice, self.say, self.said = data.video.decoder, say, set()
+        self.choice, self.say = data.video.decoder, say
+        self.explained: set[tuple[str, str]] = set()
         installed = self.choice != "pyav" and dali.is_installed()
         if self.choice == "dali" and not installed:
             raise UserError("seppo.data.video.decoder='dali': DALI is not installed here; pip install 'seppo-fast[video]' on Linux,"
@@ -42,7 +43,7 @@ class Decoder:
                 results[place] = changed
             elif (why := self.not_by_dali(clip)) is not None:
                 if clip.file not in self.refused:
-                    self.tell(clip.facts.codec, why, why)
+                    self.explain(clip.facts.codec, why, why)
                 results[place] = self.threads.submit(by_pyav, clip)
         left = [place for place in range(len(clips)) if place not in results]
         for place, pixels in zip(left, self.by_dali([clips[place] for place in left]), strict=True):
@@ -68,7 +69,7 @@ class Decoder:
         for pixels, clip in zip(found, clips, strict=True):
             if pixels is None:
                 self.refused.add(clip.file)
-                self.tell(clip.facts.codec, f"DALI could not decode {clip.file.name} ({clip.facts.format})", "a file")
+                self.explain(clip.facts.codec, f"DALI could not decode {clip.file.name} ({clip.facts.format})", "a file")
         return found
 
     def not_by_dali(self, clip: Clip) -> str | None:
@@ -79,10 +80,10 @@ class Decoder:
             return f"DALI could not decode {clip.file.name}"
         return self.dali.refuses(clip.facts)
 
-    def tell(self, codec: str, why: str, about: str) -> None:
-        """Prints why PyAV decodes a codec, once for each reason."""
-        if (codec, about) not in self.said:
-            self.said.add((codec, about))
+    def explain(self, codec: str, why: str, about: str) -> None:
+        """Print why PyAV decodes a codec, once for each reason."""
+        if (codec, about) not in self.explained:
+            self.explained.add((codec, about))
             self.say(f"videos: {codec} is decoded by PyAV on the CPU: {why}")
 
     def close(self) -> None:

@@ -5,21 +5,21 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Prefetcher:
     """`make(items)` gives what each item is, or an exception; items are hashable, and what they are depends on nothing else.
 
-    So it changes only when something is made, never what. At most `room` made items wait to be taken.
+    So it changes only when something is made, never what. At most `room` items that are ready wait to be taken.
     """
 
-    def __init__(self, make: Callable[[list[Item]], list[Made | Exception]], room: int, at_once: int) -> None:
+    def __init__(self, make: Callable[[list[Item]], list[Result | Exception]], room: int, at_once: int) -> None:
         self.make, self.room, self.at_once = make, room, at_once
         self.urgent: dict[Item, None] = {}  # asked for now
         self.coming: dict[Item, None] = {}  # announced
         self.making: list[Item] = []
-        self.made: dict[Item, Made | Exception] = {}
+        self.ready: dict[Item, Result | Exception] = {}
         self.failure: BaseException | None = None
         self.closed = False
         self.changed = threading.Condition()
@@ -29,25 +29,25 @@ class Prefetcher:
     def announce(self, items: Sequence[Item]) -> None:
         """Announces the items that come next, after those announced before."""
         with self.changed:
-            self.coming.update(dict.fromkeys(item for item in items if item not in self.made and item not in self.making))
+            self.coming.update(dict.fromkeys(item for item in items if item not in self.ready and item not in self.making))
             self.changed.notify_all()
 
-    def take(self, items: Sequence[Item]) -> list[Made]:
-        """The items, waiting for what is not made yet; an item's exception is raised here."""
+    def take(self, items: Sequence[Item]) -> list[Result]:
+        """The items, waiting for what is not ready yet; an item's exception is raised here."""
         with self.changed:
-            missing = dict.fromkeys(item for item in items if item not in self.made and item not in self.making)
-            if len(self.made) >= self.room and all(item in missing and item not in self.coming for item in items):
-                self.made, self.coming = {}, {}  # what was announced is not what is wanted: let it not stay for ever
+            missing = dict.fromkeys(item for item in items if item not in self.ready and item not in self.making)
+            if len(self.ready) >= self.room and all(item in missing and item not in self.coming for item in items):
+                self.ready, self.coming = {}, {}  # nobody asks for what was announced: make room
             for item in missing:
                 self.coming.pop(item, None)
             self.urgent.update(missing)
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self.failure or self.closed or all(item in self.made for item in items))
+            self.changed.wait_for(lambda: self.failure or self.closed or all(item in self.ready for item in items))
             if self.failure is not None:
                 raise self.failure
             if self.closed:
                 raise RuntimeError("prefetcher was closed")
-            found = {item: self.made.pop(item) for item in dict.fromkeys(items)}
+            found = {item: self.ready.pop(item) for item in dict.fromkeys(items)}
             self.changed.notify_all()
         for item in found.values():
             if isinstance(item, Exception):
@@ -65,7 +65,7 @@ class Prefetcher:
         """What to make now; empty when there is nothing, or no room."""
         if self.urgent:
             return list(self.urgent)[:self.at_once]
-        return list(self.coming)[:max(0, min(self.at_once, self.room - len(self.made)))]
+        return list(self.coming)[:max(0, min(self.at_once, self.room - len(self.ready)))]
 
     def work(self) -> None:
         """What the thread runs."""
@@ -79,9 +79,9 @@ class Prefetcher:
                     for item in self.making:
                         self.urgent.pop(item, None)
                         self.coming.pop(item, None)
-                made = self.make(self.making)
+                results = self.make(self.making)
                 with self.changed:
-                    self.made.update(zip(self.making, made, strict=True))
+                    self.ready.update(zip(self.making, results, strict=True))
                     self.making = []
                     self.changed.notify_all()
         except BaseException as error:  # whoever waits must hear of it

@@ -163,7 +163,7 @@ def facts_of(stream: Any, frames: Iterator[Any], stamp: tuple[int, int]) -> Fact
         count += 1
         if (frame.width, frame.height) != size:
             raise BadRow(f"its pictures change their size: {size[0]}x{size[1]}, then {frame.width}x{frame.height}")
-        colours = [said or of_container for said, of_container in zip(colours_of(frame), container, strict=True)]
+        colours = [of_frame or of_container for of_frame, of_container in zip(colours_of(frame), container, strict=True)]
         check_colours(*colours[:3])
         if frame.interlaced_frame:
             raise BadRow("it is interlaced: each frame shows two moments, line by line; deinterlace it (FFmpeg's bwdif)")
