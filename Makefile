@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart quickstart-video test test-fast lint readme clean
+.PHONY: quickstart quickstart-video quickstart-improvement test test-fast lint readme clean
 
 quickstart: $(READY)
 	$(BIN)/python -m seppo_fast.quickstart --out runs/quickstart
@@ -13,6 +13,10 @@ quickstart: $(READY)
 # The same for video: a tiny AnimateDiff and clips of moving digits.
 quickstart-video: $(READY)
 	$(BIN)/python -m seppo_fast.quickstart.video --out runs/quickstart_video
+
+# The second method: an improvement model from pairs, then iterative DPO with it.
+quickstart-improvement: $(READY)
+	$(BIN)/python -m seppo_fast.quickstart.improvement --out runs/quickstart_improvement
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=10

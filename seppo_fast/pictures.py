@@ -1,5 +1,6 @@
 """Tensors of pixels as pictures, and pictures as animations."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,13 @@ MILLISECONDS = 125  # a frame: AnimateDiff's 8 a second
 def picture(pixels: Tensor) -> Image.Image:
     """Pixels `(3, H, W)` in [0, 1] as a picture; values beyond are clipped."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def png(pixels: Tensor) -> bytes:
+    """The file of a picture `(3, H, W)` in [0, 1]."""
+    file = io.BytesIO()
+    picture(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def save_clip(frames: Sequence[Image.Image], path: Path) -> None:

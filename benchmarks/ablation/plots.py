@@ -12,8 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from benchmarks.ablation.report import MAIN, MEASURES, Result, interval, runs_of  # noqa: E402
+from benchmarks.ablation.report import MAIN, MEASURES, Result, runs_of  # noqa: E402
 from benchmarks.ablation.runs import BASE  # noqa: E402
+from benchmarks.intervals import interval  # noqa: E402
 
 LINES = {"initial": ("reference = initial", "tab:red"), "latest": ("reference = latest", "tab:blue"),
          MAIN: ("uniform (SePPO-w)", "black"), "sft": ("SFT", "tab:orange")}

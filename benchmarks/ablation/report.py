@@ -1,41 +1,16 @@
 """The text on ablation.json: the table, and where the digits agree or disagree with the paper."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from scipy.stats import t
-
 from benchmarks.ablation.runs import BASE, METHODS
+from benchmarks.intervals import Interval, interval, minus, verdict
 
 MEASURES = {"prompt_accuracy": "prompt accuracy", "cleanliness": "cleanliness"}
 MAIN = "seppo_w"
 Result = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and half the width of its 95 % t-interval; None for a single value, which has no spread."""
-
-    mean: float
-    half: float | None
-
-    @property
-    def low(self) -> float:
-        return self.mean - (self.half or 0.0)
-
-    @property
-    def high(self) -> float:
-        return self.mean + (self.half or 0.0)
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """The mean of the values, one for each seed, with its interval."""
-    count = len(values)
-    if count < 2:
-        return Interval(mean(values), None)
-    return Interval(mean(values), float(t.ppf(0.975, count - 1)) * stdev(values) / count**0.5)
 
 
 def runs_of(result: Result, method: str) -> list[Mapping[str, Any]]:
@@ -62,11 +37,6 @@ def restlessness(result: Result, method: str, measure: str) -> list[float]:
 def rises(result: Result, method: str, measure: str) -> list[float]:
     """The rate of the last iteration minus that of the first."""
     return [run[measure][-1] - run[measure][0] for run in runs_of(result, method)]
-
-
-def minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """Differences paired by seed."""
-    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -106,15 +76,6 @@ CLAIMS = (
     Claim("SFT no longer improves in the second half of the training (Figure 3, right)", ("sft",),
           lambda result, measure: late_changes(result, "sft", measure), alike=True),
 )
-
-
-def verdict(found: Interval, alike: bool) -> str:
-    """`agrees`, `disagrees` or `open`. An interval that contains zero is `open`, and agrees where the paper says `alike`."""
-    if found.half is None:
-        return "open"
-    if found.low <= 0 <= found.high:
-        return "agrees" if alike else "open"
-    return "agrees" if found.low > 0 and not alike else "disagrees"
 
 
 def judged(result: Result) -> list[tuple[str, str]]:

@@ -2,33 +2,28 @@
 
 The method "base" makes the seed's base model and its data; the others train from them and judge the past policies.
 
-    WORK/settings.json             the settings of all runs in WORK
     WORK/seed_0/base/              a pipeline directory
     WORK/seed_0/pairs.parquet      the data, as in Pick-a-Pic
-    WORK/seed_0/indicator/         the trainer's run folder
-    WORK/seed_0/indicator.json     its result file; it appears when the run is finished
 """
 
-import io
 import json
 import signal
 import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from benchmarks.by_seed import Run, report_run, result_file
+from seppo_fast.errors import UserError
 
 if TYPE_CHECKING:  # the command and the README need no network
-    from torch import Tensor
-
     from seppo_fast.quickstart.base import Recipe
     from seppo_fast.quickstart.digits import Digits
     from seppo_fast.quickstart.judge import Scores
 
 BASE = "base"
-Run = dict[str, Any]  # seed, method, points, and the rates of each iteration
+OF_BASES = ("vae_steps", "text_steps", "unet_steps", "guidance_scale", "judge_samples", "judge_steps")
 
 
 @dataclass(frozen=True)
@@ -70,15 +65,6 @@ METHODS = {
 }
 
 
-def result_file(work: Path, seed: int, method: str) -> Path:
-    return work / f"seed_{seed}" / f"{method}.json"
-
-
-def unfinished(work: Path, seeds: int, methods: Sequence[str]) -> list[tuple[int, str]]:
-    """The runs of these seeds and methods that have no result file yet, in the order in which they are made."""
-    return [(seed, method) for seed in range(seeds) for method in methods if not result_file(work, seed, method).exists()]
-
-
 def overrides(work: Path, seed: int, method: str, settings: Settings) -> list[str]:
     """What a run changes in the quickstart's configuration."""
     home, total = (work / f"seed_{seed}").resolve(), settings.iterations * settings.updates
@@ -110,6 +96,25 @@ def recipe_of(seed: int, settings: Settings) -> "Recipe":
     return Recipe(seed=seed, vae_steps=settings.vae_steps, text_steps=settings.text_steps, unet_steps=settings.unet_steps)
 
 
+def take_bases(work: Path, other: Path, seeds: int, settings: Settings) -> None:
+    """Link the bases that another folder of runs has: a base depends on its recipe and its judge alone."""
+    try:
+        there = json.loads((other / "settings.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--bases {other}: {error}; give the --work of an earlier command") from error
+    differing = [f"{key} {there.get(key)} there, {getattr(settings, key)} now" for key in OF_BASES
+                 if there.get(key) != getattr(settings, key)]
+    if differing:
+        raise UserError(f"--bases {other}: its bases were made or judged otherwise ({'; '.join(differing)})")
+    for seed in range(seeds):
+        here, finished = result_file(work, seed, BASE), result_file(other, seed, BASE)
+        if finished.exists() and not here.exists():
+            here.parent.mkdir(exist_ok=True)
+            for name in ("base", "pairs.parquet"):
+                (here.parent / name).symlink_to((finished.parent / name).resolve())
+            here.write_text(finished.read_text())
+
+
 def make_base(home: Path, seed: int, settings: Settings) -> Run:
     """The seed's base and data, and the base's scores."""
     from seppo_fast.quickstart import base
@@ -128,6 +133,7 @@ def write_pairs(path: Path, digits: "Digits", recipe: "Recipe") -> None:
     import pyarrow.parquet as pq
     import torch
 
+    from seppo_fast.pictures import png
     from seppo_fast.quickstart.digits import CAPTIONS, sloppy_crawl
     from seppo_fast.seeds import generator
 
@@ -142,15 +148,6 @@ def write_pairs(path: Path, digits: "Digits", recipe: "Recipe") -> None:
         pictures = [png(pixels), png(crawl.pixels[loser])][:: 1 if first else -1]
         rows.append({"jpg_0": pictures[0], "jpg_1": pictures[1], "label_0": float(first), "caption": CAPTIONS[label]})
     pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-def png(pixels: "Tensor") -> bytes:
-    """A picture `(3, H, W)` in [0, 1] as a PNG file, like the quickstart's demonstrations."""
-    from seppo_fast.pictures import picture
-
-    file = io.BytesIO()
-    picture(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> Run:
@@ -179,13 +176,14 @@ def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> R
 def judge(base: Path, weights: Mapping[int, Path], seed: int, settings: Settings) -> list[dict[str, float]]:
     """The quickstart's judge on samples of the base with these UNet weights, from the same noise for all."""
     from seppo_fast.quickstart.digits import CAPTIONS, split_digits
-    from seppo_fast.quickstart.judge import Judge
+    from seppo_fast.quickstart.judge import Judge, draw
 
     digits, held_out = split_digits(seed)
     judged, points = Judge(held_out, digits, seed), []
     labels = [index % len(CAPTIONS) for index in range(settings.judge_samples)]
     for update, file in weights.items():
-        scores = judged.score(draw_with(base, file, labels, seed, settings), labels)
+        samples = draw(base, labels, seed, settings.judge_steps, settings.guidance_scale, weights=file)
+        scores = judged.score(samples, labels)
         points.append(point(update, scores))
         print(points[-1], flush=True)
     return points
@@ -195,33 +193,11 @@ def point(update: int, scores: "Scores") -> dict[str, float]:
     return {"update": update, "prompt_accuracy": scores.prompt_accuracy, "cleanliness": scores.cleanliness}
 
 
-def draw_with(base: Path, weights: Path, labels: Sequence[int], seed: int, settings: Settings) -> "Tensor":
-    """Samples of the pipeline `base` with other weights in its UNet. `draw` takes a directory, so this makes one of links."""
-    from seppo_fast.quickstart.judge import draw
-
-    with tempfile.TemporaryDirectory(prefix="seppo-ablation-") as folder:
-        pipeline = Path(folder)
-        for part in base.resolve().iterdir():
-            if part.name != "unet":
-                (pipeline / part.name).symlink_to(part)
-        (pipeline / "unet").mkdir()
-        (pipeline / "unet" / "config.json").symlink_to(base.resolve() / "unet" / "config.json")
-        (pipeline / "unet" / "diffusion_pytorch_model.safetensors").symlink_to(weights.resolve())
-        return draw(pipeline, labels, seed, settings.judge_steps, settings.guidance_scale)
-
-
 def main(work: Path, seed: int, method: str) -> None:
     """Make one run's result file."""
-    from benchmarks.result_files import commit
-
-    started, file = time.perf_counter(), result_file(work, seed, method)
-    settings = Settings(**json.loads((work / "settings.json").read_text()))
-    file.parent.mkdir(exist_ok=True)
-    found = make_base(file.parent, seed, settings) if method == BASE else train_and_judge(file.parent, seed, method, settings)
-    about = {"seconds": round(time.perf_counter() - started, 1), "cpu_seconds": round(time.process_time(), 1), "commit": commit()}
-    unready = file.with_suffix(".tmp")
-    unready.write_text(json.dumps({"seed": seed, "method": method, **found, **about}) + "\n")
-    unready.replace(file)
+    settings, home = Settings(**json.loads((work / "settings.json").read_text())), work / f"seed_{seed}"
+    report_run(work, seed, method, lambda: make_base(home, seed, settings) if method == BASE
+               else train_and_judge(home, seed, method, settings))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from benchmarks.ablation.report import BASE, MAIN, MEASURES, Result, above, interval, points
+from benchmarks.ablation.report import BASE, MAIN, MEASURES, Result, above, points
+from benchmarks.improvement.report import headline as improvement
+from benchmarks.intervals import interval
 from benchmarks.result_files import Row
 
 
@@ -44,4 +46,5 @@ def ablation(result: Result) -> str:
             f" {over(BASE)}; over SFT: {over('sft')}. Much of the paper's order does not show on this toy.")
 
 
-HEADLINES = {"loss_cpu.json": loss, "throughput_cpu.json": throughput, "video_cpu.json": decoding, "ablation.json": ablation}
+HEADLINES = {"loss_cpu.json": loss, "throughput_cpu.json": throughput, "video_cpu.json": decoding, "ablation.json": ablation,
+             "improvement.json": improvement}

@@ -40,9 +40,14 @@ def make_base(folder: Path, recipe: Recipe) -> bool:
 
 
 def train_base(recipe: Recipe) -> StableDiffusionPipeline:
-    """Tokenizer, VAE, text encoder and UNet trained on the crawl, and Stable Diffusion 1.5's noise schedule."""
+    """A pipeline trained on the sloppy crawl."""
     digits, _ = split_digits(recipe.seed)
     crawl = sloppy_crawl(digits, recipe.seed, recipe.copies, recipe.wrong_captions, recipe.degraded)
+    return train_on(crawl, crawl.pixels, recipe)
+
+
+def train_on(crawl: Digits, pictures: Tensor, recipe: Recipe) -> StableDiffusionPipeline:
+    """Tokenizer, text encoder and UNet trained on the crawl, a VAE on `pictures`, and Stable Diffusion 1.5's noise schedule."""
     tokenizer = train_tokenizer(CAPTIONS)
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
@@ -52,7 +57,7 @@ def train_base(recipe: Recipe) -> StableDiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         vae, text, unet = new_vae(), new_text_encoder(tokenizer), new_unet()
-    train_vae(vae, crawl, recipe)
+    train_vae(vae, pictures, recipe)
     train_text_encoder(text, tokenizer, crawl, recipe)
     latents = encode_all(vae, crawl)
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
@@ -83,13 +88,13 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def train_vae(vae: AutoencoderKL, crawl: Digits, recipe: Recipe) -> None:
+def train_vae(vae: AutoencoderKL, pictures: Tensor, recipe: Recipe) -> None:
     """Train the VAE: reconstruction and a weak pull to the normal distribution, as in latent diffusion; pixels in [-1, 1]."""
     random = generator(recipe.seed, "vae")
 
     def loss() -> Tensor:
-        rows = torch.randint(len(crawl), (recipe.batch_size,), generator=random)
-        pixels = crawl.pixels[rows] * 2 - 1
+        rows = torch.randint(len(pictures), (recipe.batch_size,), generator=random)
+        pixels = pictures[rows] * 2 - 1
         posterior = vae.encode(pixels).latent_dist
         restored = vae.decode(posterior.sample(random)).sample
         return F.mse_loss(restored, pixels) + recipe.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from sklearn.svm import SVC
 from torch import Tensor
 
@@ -31,20 +32,20 @@ class Judge:
         """Learn from `held_out`; `others` calibrate the distance and give the judge's own `accuracy`."""
         # It also learns bad scans of the same digits: a bad scan of the right digit costs cleanliness, not accuracy.
         bad = degrade(held_out.pixels, generator(seed, "judge"))
-        self.real = _grey(held_out.pixels)
+        self.real = grey(held_out.pixels)
         self.classifier = SVC(C=10.0, gamma=0.05).fit(
-            np.concatenate([self.real, _grey(bad)]), np.tile(held_out.labels.numpy(), 2)
+            np.concatenate([self.real, grey(bad)]), np.tile(held_out.labels.numpy(), 2)
         )
         self.accuracy = float((self.read(others.pixels) == others.labels.numpy()).mean())
         self.threshold = float(np.quantile(self.distance(others.pixels), 0.95))
 
     def read(self, pixels: Tensor) -> np.ndarray:
         """The digit that it reads in each picture `(N, 3, 16, 16)` in [0, 1], `(N,)`."""
-        return self.classifier.predict(_grey(pixels))
+        return self.classifier.predict(grey(pixels))
 
     def distance(self, pixels: Tensor) -> np.ndarray:
         """Euclidean distance of each picture to the nearest held-out digit, `(N,)`."""
-        return torch.cdist(torch.tensor(_grey(pixels)), torch.tensor(self.real)).min(dim=1).values.numpy()
+        return torch.cdist(torch.tensor(grey(pixels)), torch.tensor(self.real)).min(dim=1).values.numpy()
 
     def score(self, pixels: Tensor, labels: Sequence[int]) -> Scores:
         """Judge samples `(N, 3, 16, 16)` of the prompts `CAPTIONS[labels]`."""
@@ -54,10 +55,16 @@ class Judge:
 
 
 def draw(
-    folder: Path, labels: Sequence[int], seed: int, steps: int, guidance_scale: float, batch_size: int = 100
+    folder: Path, labels: Sequence[int], seed: int, steps: int, guidance_scale: float, batch_size: int = 100,
+    weights: Path | None = None,
 ) -> Tensor:
-    """Samples `(N, 3, 16, 16)` in [0, 1] of a pipeline directory; the noise of sample i depends on (seed, i) alone."""
+    """Samples `(N, 3, 16, 16)` in [0, 1] of a pipeline directory; the noise of sample i depends on (seed, i) alone.
+
+    `weights`: a past policy's file, whose weights the UNet gets.
+    """
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    if weights:
+        pipeline.unet.load_state_dict(load_file(weights))
     pipeline.set_progress_bar_config(disable=True)
     latent_size = RESOLUTION // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, latent_size, latent_size)
@@ -72,6 +79,6 @@ def draw(
     return torch.from_numpy(np.concatenate(pictures)).permute(0, 3, 1, 2)
 
 
-def _grey(pixels: Tensor) -> np.ndarray:
-    """`(N, 3, 16, 16)` to `(N, 64)`: the resolution of the scans."""
+def grey(pixels: Tensor) -> np.ndarray:
+    """`(N, 3, 16, 16)` to `(N, 64)`: grey, in the resolution of the scans."""
     return F.avg_pool2d(pixels.float().mean(dim=1, keepdim=True), 2).flatten(1).numpy()

@@ -67,15 +67,21 @@ def iterations(rows: Sequence[Mapping[str, Any]], *widths: int) -> list[str]:
     return lines
 
 
-def side_by_side(path: Path, base: Tensor, trained: Tensor, labels: Sequence[int], per_prompt: int = 8) -> None:
+def side_by_side(path: Path, base: Tensor, trained: Tensor, labels: Sequence[int], per_prompt: int = 8,
+                 method: str = "SePPO") -> None:
     """Save a picture with a row per prompt: samples `(N, 3, H, W)` of the base and, from the same noise, of the trained model."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 7), layout="constrained")
-    for axis, pixels, title in ((axes[0], base, "base"), (axes[1], trained, "after SePPO, same noise")):
+    grids(path, {"base": base, f"after {method}, same noise": trained}, labels, per_prompt)
+
+
+def grids(path: Path, panels: Mapping[str, Tensor], labels: Sequence[int], per_prompt: int) -> None:
+    """Save pictures `(N, 3, H, W)` of each title side by side, with a row per prompt."""
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 7), layout="constrained")
+    for axis, (title, pixels) in zip(axes, panels.items(), strict=True):
         rows = []
         for digit in range(len(WORDS)):
             of_digit = [index for index, label in enumerate(labels) if label == digit][:per_prompt]
             rows.append(torch.cat(list(pixels[of_digit]), dim=2))
-        size = base.shape[-1]
+        size = pixels.shape[-1]
         axis.imshow(torch.cat(rows, dim=1).permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
         axis.set_title(title)
         axis.set_xticks([])
@@ -137,7 +143,7 @@ def about_run(rows: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], s
         "seconds_in_training": {
             name: round(sum(row[f"seconds_{name}"] for row in rows), 1) for name in ("sampling", "training", "data")
         },
-        "first_iteration": {key: iteration_mean(rows, key, 0) for key in FIGURES},
-        "last_iteration": {key: iteration_mean(rows, key, -1) for key in FIGURES},
+        "first_iteration": {key: iteration_mean(rows, key, 0) for key in FIGURES if key in rows[0]},
+        "last_iteration": {key: iteration_mean(rows, key, -1) for key in FIGURES if key in rows[0]},
         "updates": len(rows),
     }

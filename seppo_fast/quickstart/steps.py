@@ -63,9 +63,14 @@ def align(out: Path, config: str, settings: Sequence[str], seconds: dict[str, fl
     """The exit status of the training into `out`/run, with a message where it is not 0. Its time goes to `seconds`."""
     say("3/4  SePPO")
     with timed(seconds, "training"):
-        # The base takes long and is kept. The trainer never overwrites a run folder, so an old one is removed here.
-        shutil.rmtree(out / "run", ignore_errors=True)
-        status = train(config, settings)
+        return train_anew(out / "run", config, settings)
+
+
+def train_anew(run: Path, config: str, settings: Sequence[str]) -> int:
+    """The exit status of a training into `run`, which is emptied first, with a message where it is not 0."""
+    # The trainer never overwrites a run folder, so an old one is removed here.
+    shutil.rmtree(run, ignore_errors=True)
+    status = train(config, [*settings, f"seppo.output_dir={run}"])
     if status:
         print(f"seppo_fast: the training ended with status {status}; its messages are above", file=sys.stderr)
     return status

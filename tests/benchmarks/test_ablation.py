@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ablation.__main__ import main, with_changes
+from benchmarks.ablation.__main__ import main
 from benchmarks.ablation.readme import ablation
-from benchmarks.ablation.report import CLAIMS, Interval, agreement, interval, judged, report, table, verdict
-from benchmarks.ablation.runs import BASE, METHODS, Run, Settings, overrides, policies, result_file, unfinished
-from benchmarks.ablation.work import alone_in, make_all, open_work, take_bases
+from benchmarks.ablation.report import CLAIMS, agreement, judged, report, table
+from benchmarks.ablation.runs import BASE, METHODS, Settings, overrides, policies, take_bases
+from benchmarks.by_seed import Run, alone_in, changed, make_all, open_work, result_file, unfinished
+from benchmarks.intervals import Interval, interval, verdict
 from seppo_fast.configfile import load_config
 from seppo_fast.errors import UserError
 
@@ -145,7 +146,7 @@ def test_a_work_folder_belongs_to_its_settings(tmp_path: Path) -> None:
     for _ in range(2):
         open_work(tmp_path / "work", Settings())
     with pytest.raises(UserError, match="other settings .updates 12 there, 5 now; beta 250.0 there, 500.0 now"):
-        open_work(tmp_path / "work", with_changes(["beta=500", "updates=5"]))
+        open_work(tmp_path / "work", changed(Settings(), ["beta=500", "updates=5"]))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(UserError, match="holds other things"):

@@ -1,0 +1,1 @@
+"""The quickstart of the second method: an improvement model from pairs, then iterative DPO with it."""
