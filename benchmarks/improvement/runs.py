@@ -84,7 +84,8 @@ def overrides(home: Path, seed: int, method: str, settings: Settings) -> list[st
     row = METHODS[method]
     iterative = row.method == "iterative_dpo"
     given |= {
-        "optimizer.params.lr": settings.sft_lr if method == "sft" else settings.lr, "seppo.method": row.method, "seppo.beta": settings.beta,
+        "optimizer.params.lr": settings.sft_lr if method == "sft" else settings.lr, "seppo.method": row.method,
+        "seppo.beta": settings.beta,
         "seppo.iterations": settings.iterations, "seppo.updates_per_iteration": settings.updates,
         "seppo.sampler.steps": settings.sampler_steps, "seppo.sampler.guidance_scale": settings.guidance_scale,
         "seppo.sampler.samples_per_iteration": getattr(settings, row.samples) if row.samples else "null",
