@@ -91,7 +91,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                         progress=ranks.rank == 0, output_dir=folder.path)
     trained_on, held = split(len(cache), ours.data.hold_out, ours.seed)
     begin(folder, state, cache, ranks)
-    ranks.say(f"{len(cache)} demonstrations are usable" + (f", of which {len(held)} are held out" if held else ""))
+    usable = "preference pairs" if METHODS[ours.method].needs_losers else "demonstrations"
+    ranks.say(f"{len(cache)} {usable} are usable" + (f", of which {len(held)} are held out" if held else ""))
 
     policy, second = load_policies(model, config, cache.shape[1:], ranks)
     if started:
