@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.monitor.csv_monitor import csvMonitor
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from seppo_fast.config import METHODS
@@ -47,6 +46,7 @@ from seppo_fast.training.held_out import open_held_out
 from seppo_fast.training.improving import grids_of_pairs, open_improver, with_image
 from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import keep_rows
+from seppo_fast.training.noise import noise_process
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource, Rollout
 from seppo_fast.training.past import check_past
@@ -91,7 +91,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                         progress=ranks.rank == 0, output_dir=folder.path)
     trained_on, held = split(len(cache), ours.data.hold_out, ours.seed)
     begin(folder, state, cache, ranks)
-    ranks.say(f"{len(cache)} demonstrations are usable" + (f", of which {len(held)} are held out" if held else ""))
+    usable = "preference pairs" if METHODS[ours.method].needs_losers else "demonstrations"
+    ranks.say(f"{len(cache)} {usable} are usable" + (f", of which {len(held)} are held out" if held else ""))
 
     policy, second = load_policies(model, config, cache.shape[1:], ranks)
     if started:
@@ -103,11 +104,11 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         if shares:
             share_frozen(second, engine.module)  # before it moves: its own base need not fit beside the policy's
         second.to(ranks.device)
-    objective = Objective(model.denoise, DDPMScheduler.from_config(model.scheduler_config), ours.beta,
+    objective = Objective(model.denoise, noise_process(model.scheduler_config), ours.beta,
                           ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
     if objective.flipper:
         ranks.say(f"loss: {loss_backend(ranks.device)}")
-    pairs = PairSource(cache, ours, model.scaling_factor, model.num_train_timesteps, ranks.device, objective.dtype, trained_on)
+    pairs = PairSource(cache, ours, model.scaling_factor, objective.process, ranks.device, objective.dtype, trained_on)
     pool = Pool(folder.path / "pool", pool_dtype(config), int(ours.pool.host_memory_gb * 1e9 / ranks.local_world), state.pool)
     reference = None
     # The sampler keeps to the attention that it is made under. What compiled blocks chose once is used again for what is scored.

@@ -23,7 +23,8 @@ def summarise(table: Tensor, flips: bool) -> dict[str, float]:
     Of the improvement model's `(pairs, 2)`, means by task; a task that no slot of the window had is left out.
 
     `aaf_rate` is the share of sign == -1, ties included (App. B.2's convention), and left out where nothing `flips`;
-    `implicit_acc` of logits > 0.
+    `implicit_acc` of logits > 0. `winner_gain` and `loser_gain` are the reference's error minus the policy's, `winner_worse` is the
+    share of pairs whose winner the policy predicts worse than the reference: both errors can rise while the loss falls.
     """
     table = table.double()
     if table.shape[1] == 2:  # (error, task)
@@ -33,12 +34,14 @@ def summarise(table: Tensor, flips: bool) -> dict[str, float]:
     means = dict(zip(COLUMNS, table[:, :4].mean(dim=0).tolist(), strict=False))
     if table.shape[1] == 1:
         return {"loss": means["model_mse_winner"], **means}
-    sign, logits = table[:, 4], table[:, 5]
+    gains, sign, logits = table[:, 2:4] - table[:, :2], table[:, 4], table[:, 5]
     low, middle, high = torch.quantile(logits, torch.tensor([0.05, 0.5, 0.95], dtype=torch.double)).tolist()
     rate = {"aaf_rate": (sign == -1).double().mean().item()} if flips else {}
     return {"loss": -logsigmoid(logits).mean().item(), **means, **rate,
+            "winner_gain": gains[:, 0].mean().item(), "loser_gain": gains[:, 1].mean().item(),
+            "winner_worse": (gains[:, 0] < 0).double().mean().item(),
             "implicit_acc": (logits > 0).double().mean().item(), "logit_p05": low, "logit_p50": middle,
-            "logit_p95": high}
+            "logit_p95": high, "abs_logit_p50": logits.abs().median().item()}
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from seppo_fast.models import Conditions
 from seppo_fast.ops import per_sample_mse, seppo_loss
+from seppo_fast.training.noise import Diffusion
 
 Denoise = Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
 
@@ -46,7 +46,7 @@ class Objective:
     """
 
     denoise: Denoise
-    scheduler: DDPMScheduler
+    process: Diffusion
     beta: float
     flipper: str | None
     dtype: torch.dtype
@@ -90,10 +90,9 @@ class Objective:
         timesteps = pairs.timesteps.repeat(halves)
         noise = torch.cat([pairs.noise] * (len(pairs.latents) // len(pairs.noise)))
         conditions = {name: torch.cat([value] * halves) for name, value in pairs.conditions.items()}
-        target = pairs.noise
-        if self.scheduler.config.prediction_type == "v_prediction":
-            target = self.scheduler.get_velocity(pairs.latents, noise, timesteps)
-        return Noised(self.scheduler.add_noise(pairs.latents, noise, timesteps), timesteps, conditions, target)
+        target = self.process.target(pairs.latents, noise, timesteps)
+        return Noised(self.process.noised(pairs.latents, noise, timesteps), timesteps, conditions,
+                      pairs.noise if target is None else target)
 
     def _predict(self, module: nn.Module, noised: Noised) -> Tensor:
         with self.precision(noised.latents.device):

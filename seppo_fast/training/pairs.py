@@ -15,6 +15,7 @@ from seppo_fast.data.latents import CachedRows
 from seppo_fast.models import Conditions
 from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.seeds import generator, normal
+from seppo_fast.training.noise import Diffusion
 from seppo_fast.training.objective import Pairs
 from seppo_fast.training.tasks import IMPROVE, UNCONDITIONAL, task_of
 
@@ -37,10 +38,10 @@ class PairSource:
     `rows`: those of the cache that are used; None is all of them.
     """
 
-    def __init__(self, cache: LatentCache | ClipStream, settings: Seppo, scaling_factor: float, num_timesteps: int,
+    def __init__(self, cache: LatentCache | ClipStream, settings: Seppo, scaling_factor: float, process: Diffusion,
                  device: torch.device, dtype: torch.dtype, rows: Sequence[int] | None = None) -> None:
         self.cache, self.settings, self.scaling_factor = cache, settings, scaling_factor
-        self.num_timesteps, self.device, self.dtype = num_timesteps, device, dtype
+        self.process, self.device, self.dtype = process, device, dtype
         self.order = Order(len(cache), settings.seed, rows)
         self.unconditional = self._embeddings([0])
 
@@ -86,8 +87,7 @@ class PairSource:
 
     def _timesteps(self, slots: Sequence[int]) -> Tensor:
         seed = self.settings.seed
-        return self._to_device(torch.stack([torch.randint(self.num_timesteps, (), generator=generator(seed, "timestep", slot))
-                                            for slot in slots]))
+        return self._to_device(torch.stack([self.process.time(generator(seed, "timestep", slot)) for slot in slots]))
 
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Announce the samples that come next, so that video clips are decoded in the background."""

@@ -138,6 +138,9 @@ def test_run_equals_plain_loop(case: str, settings: Callable[..., dict[str, Any]
             expected |= dict(zip(names, table[:, 1:5].mean(0), strict=True))
             expected |= {"aaf_rate": (table[:, 5] == -1).float().mean(), "implicit_acc": (table[:, 6] > 0).float().mean()}
             expected |= {f"logit_p{q:02}": table[:, 6].quantile(q / 100) for q in (5, 50, 95)}
+            gains = [table[:, 3] - table[:, 1], table[:, 4] - table[:, 2]]
+            expected |= {"winner_gain": gains[0].mean(), "loser_gain": gains[1].mean()}
+            assert row["winner_worse"] == pytest.approx(sum(gain < -1e-6 for gain in gains[0].tolist()) / len(gains[0]), abs=0.17)
         if case == "dpo":  # has no flipper
             assert "aaf_rate" not in row and expected.pop("aaf_rate") == 1
         for name, value in expected.items():
