@@ -12,11 +12,11 @@ from PIL import Image
 
 from seppo_fast.configfile import batch_plan, load_config
 from seppo_fast.quickstart.digits import CAPTIONS, Digits, split_digits
-from seppo_fast.quickstart.improvement.__main__ import STAGES
 from seppo_fast.quickstart.improvement.base import make_base, recipe_of
 from seppo_fast.quickstart.improvement.judge import Judge, Scores, improve
 from seppo_fast.quickstart.improvement.pairs import GAIN, LEAST, degrade_to, make_pairs, write_pairs
 from seppo_fast.quickstart.improvement.report import table, write_result
+from seppo_fast.quickstart.improvement.run import STAGES
 from seppo_fast.quickstart.judge import draw
 from seppo_fast.quickstart.report import grids
 from seppo_fast.quickstart.steps import overrides
