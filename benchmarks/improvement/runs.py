@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the command itself and the README need none of the networks
 
 BASE, IMPROVEMENT = "base", "improvement"
 APPLIED = 3  # times, one upon the other
+FIRST_SEED = 1  # 0 and 100 were used to choose the settings
 
 
 @dataclass(frozen=True)
