@@ -385,6 +385,12 @@ class Seppo(Section):
         return self.reference_score == "rollout" and self.sampler.window == "iteration"
 
     @property
+    def may_score_rollouts(self) -> bool:
+        """Whether `reference_score` may be rollout: each sample is used once, and there is a reference that draws all samples."""
+        row = METHODS[self.method]
+        return bool(row.references) and row.losers != "latest" and self.sampler.samples_per_iteration is None
+
+    @property
     def flips(self) -> bool:
         """Whether a flipper may change the sign of a pair's second half."""
         return self.flipper not in (None, "none")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from seppo_fast.config import METHODS
+from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.models import Model, UNet, add_image_condition
@@ -167,8 +167,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     return Cost(
         parameters=sum(weight.numel() for weight in unet.parameters()), trained=trained, forward=forward,
         sample=forward * guided * evaluations if generated else 0.0, improved=forward * tripled * evaluations if improves else 0.0,
-        per_pair=(ours.sampler.samples_per_iteration or batch.size * ours.updates_per_iteration)
-        / (batch.size * ours.updates_per_iteration), training=training, scoring=scoring,
+        per_pair=samples_of_a_pair(ours, batch), training=training, scoring=scoring,
         improver=improver, offloads_improver=ours.improvement.offload,
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
         reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.looks else 0,
@@ -178,6 +177,12 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         evaluation=vae + max(decoding, 0 if graph else sampler) if ours.evaluation.draws else 0,
         offloads=ours.scored_ahead and not shares,
     )
+
+
+def samples_of_a_pair(ours: Seppo, batch: Batch) -> float:
+    """Samples that are drawn for each pair on average: less than one where they are used more than once."""
+    pairs = batch.size * ours.updates_per_iteration
+    return (ours.sampler.samples_per_iteration or pairs) / pairs
 
 
 def vae_bytes(model: Model, shape: Sequence[int]) -> tuple[int, int]:

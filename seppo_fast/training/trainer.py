@@ -98,7 +98,7 @@ class Trainer:
         with self.timed("pool"):
             self.reference.take(pick(strategy, k, seed))
         if k < self.settings.iterations:
-            self.reference.pool.prefetch(pick(strategy, k + 1, seed))
+            self.reference.prefetch(pick(strategy, k + 1, seed))
 
     def draw_rollouts(self, k: int, update: int) -> None:
         """Line 3: losers by past policies, their improved winners, scores if `rollout`: what this update, or iteration, lacks."""
@@ -153,12 +153,12 @@ class Trainer:
             return done, self.ranks.gather(torch.cat(tables).cpu())
 
     def still_is_reference(self, update: int) -> bool:
-        """Whether the policy still equals its reference: that is the latest policy, and no update has been made since.
+        """Whether the policy still equals its reference: that is the latest policy of the pool, and no update has been made since.
 
         Then every pair is a tie by definition. The same error, computed twice in batches of other sizes, differs by rounding, and
         the flipper would react to that difference.
         """
-        if self.reference is None or self.settings.reference_score != "rollout":
+        if self.reference is None or self.reference.fixed is not None or self.settings.reference_score != "rollout":
             return False
         kept = self.reference.pool.dtype
         exact = torch.promote_types(kept, self.objective.dtype) == kept
