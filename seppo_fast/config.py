@@ -385,6 +385,11 @@ class Seppo(Section):
         return self.reference_score == "rollout" and self.sampler.window == "iteration"
 
     @property
+    def networks(self) -> Model:
+        """`model` as networks are to be prepared: projections can only be fused with PyTorch's own attention."""
+        return self.model.model_copy(update={"attention": "sdpa"}) if self.sampler.fuse_projections else self.model
+
+    @property
     def may_score_rollouts(self) -> bool:
         """Whether `reference_score` may be rollout: each sample is used once, and there is a reference that draws all samples."""
         row = METHODS[self.method]

@@ -31,6 +31,7 @@ from seppo_fast.ops import available_backends
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
+from seppo_fast.reference.batching import free_memory
 from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import Pool, pick
@@ -43,7 +44,7 @@ from seppo_fast.training.engine import check_engine_config, policy_weights, pool
 from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, alone_in, open_folder
 from seppo_fast.training.held_out import open_held_out
-from seppo_fast.training.improving import grids_of_pairs, open_improver, with_image
+from seppo_fast.training.improving import grids_of_pairs, half_of_memory, open_improver, with_image
 from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.noise import noise_process
@@ -119,7 +120,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                                   fixed=None if fixed is None else hold(fixed, config, folder, ranks))
         improver = None
         if improvement is not None:
-            improver = open_improver(improvement, ours, objective, table, pairs, batch, ranks, ranks.say)
+            improver = open_improver(improvement, ours, objective, table, pairs, size, ranks)
     rollouts = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
         continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
@@ -226,8 +227,7 @@ def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks:
         choose_trained(unet, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
-    settings = ours.model.model_copy(update={"attention": "sdpa"}) if ours.sampler.fuse_projections else ours.model
-    prepare_unets([*filter(None, (policy, reference))], settings, latents, precision(config.deepspeed).autocast or dtype,
+    prepare_unets([*filter(None, (policy, reference))], ours.networks, latents, precision(config.deepspeed).autocast or dtype,
                   ranks.device, ranks.say, ranks.largest)
     return policy, reference
 
@@ -252,8 +252,9 @@ def open_sampler(config: Config, batch: Batch, objective: Objective, reference: 
     sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, branches, ours.sampler, objective.dtype,
                       objective.autocast, ranks.say)
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
-    wanted = updates * batch.size // batch.world
-    return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size))
+    wanted = (ours.sampler.samples_per_iteration or updates * batch.size) // batch.world
+    free = half_of_memory if METHODS[ours.method].winners == "improvement" else free_memory
+    return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=free)
 
 
 def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, folder: RunFolder, pool: Pool, ranks: Ranks

@@ -23,8 +23,8 @@ def check_improvement_model(model: Model, policy: Model, device: torch.device | 
 def check_reference_model(model: Model, policy: Model, device: torch.device | str = "cpu") -> None:
     """`UserError` that names all in which the reference `model`, of which the network is used, does not fit the policy's model."""
     if policy.video:
-        raise UserError(f"{model.directory.labels.path}: {policy.path} is a video model, of which only the motion modules are trained:"
-                        " policy and reference share all other weights, and no other model can be the reference")
+        raise UserError(f"{model.directory.labels.path}: {policy.path} is a video model, of which only the motion modules are"
+                        " trained: policy and reference share all other weights, and no other model can be the reference")
     _refuse(model, policy, _differences(model, policy, device) + _architecture(model, policy),
             "Give a model that was trained from the same base as the policy's model")
 
@@ -49,7 +49,8 @@ def _differences(model: Model, policy: Model, device: torch.device | str) -> lis
 def _architecture(model: Model, policy: Model) -> list[str]:
     """What is to be said where the networks have other weights, by name or shape."""
     with torch.device("meta"):
-        own, other = ({name: tuple(weight.shape) for name, weight in each.empty_unet().named_parameters()} for each in (model, policy))
+        own, other = ({name: tuple(weight.shape) for name, weight in each.empty_unet().named_parameters()}
+                      for each in (model, policy))
     names = [name for name in {**other, **own} if own.get(name) != other.get(name)]
     return [f"its network is another: {len(names)} weights are missing or of another shape, the first {names[0]}"] if names else []
 

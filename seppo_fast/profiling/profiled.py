@@ -219,8 +219,8 @@ def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: floa
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
     parts = [phase_table(seconds, batch, updates, uneven)]
     if (share := samples_of_a_pair(config.seppo, batch)) != 1:
-        parts.append(f"a sample is used {1 / share:.3g} times (sampler.samples_per_iteration): of the time of drawing one for each pair,"
-                     f" {share:.3g} is counted as sampling")
+        parts.append(f"a sample is used {1 / share:.3g} times (sampler.samples_per_iteration): of the time of drawing one for each"
+                     f" pair, {share:.3g} is counted as sampling")
     collectives = 0.0
     for name, what in (("sampling", "samples in one batch"), ("training", "pairs in one micro-batch, with the optimizer step")):
         if name in found:

@@ -50,11 +50,11 @@ def test_an_improvement_model_is_profiled(settings: Callable[..., dict[str, Any]
     assert "sampling" not in text and "training, 8 pairs in one micro-batch" in text
 
 
-def test_of_samples_that_are_used_again_each_pair_has_a_share(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any, sd: Path,
-                                                              tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_samples_that_are_used_again_each_pair_has_a_share(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any,
+                                                              sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     improve = Improver.improve
-    monkeypatch.setattr(Improver, "improve", lambda self, losers, *given: drawn.append(len(losers)) or improve(self, losers, *given))
+    monkeypatch.setattr(Improver, "improve", lambda self, *given: drawn.append(len(given[0])) or improve(self, *given))
     raw = settings(**{"seppo.method": "iterative_dpo", "seppo.sampler.samples_per_iteration": 40, "seppo.sampler.batch_size": 4,
                       "seppo.updates_per_iteration": 1000, "seppo.improvement.offload": True,
                       "seppo.improvement.path": str(tiny_improvement(tmp_path / "improvement", sd))})

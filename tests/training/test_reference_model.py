@@ -55,9 +55,9 @@ def test_what_comes_next_is_read_from_where_it_is_taken(tmp_path):
 def test_a_network_of_another_shape_is_refused_before_anything_is_written(changes, words, settings, sd, tmp_path):
     folder = with_unet(sd, tmp_path / "other", **changes)
     raw = settings(**{"seppo.method": "dpo", "seppo.reference_model": {"path": str(folder)}})
-    with pytest.raises(UserError, match=f"seppo.reference_model.path: {folder} does not fit the policy's model .*: {words}") as error:
+    with pytest.raises(UserError, match=f"reference_model.path: {folder} does not fit the policy's model .*: {words}") as said:
         dry_run(parse_config(raw), 1)
-    assert "improvement" not in str(error.value) and not (tmp_path / "run").exists()
+    assert "improvement" not in str(said.value) and not (tmp_path / "run").exists()
 
 
 def test_a_video_model_shares_its_image_layers_with_the_reference(settings, tmp_path):
