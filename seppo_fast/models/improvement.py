@@ -1,12 +1,12 @@
-"""Whether an improvement model was made for a policy: for its latents, its prompts and its noise levels."""
+"""Whether an improvement model, or a reference model, was made for a policy: for its latents, its prompts and its noise levels."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from seppo_fast.checksums import checksum
-from seppo_fast.errors import UserError
+from seppo_fast.checksums import checksum, checksum_of
+from seppo_fast.errors import UserError, few
 from seppo_fast.models import Model, StableDiffusionXL
 from seppo_fast.models.common import alphas_cumprod
 
@@ -15,7 +15,7 @@ SAME = 0.01  # of the norm: weights that are stored in half precision make less 
 
 
 def check_improvement_model(model: Model, policy: Model, device: torch.device | str = "cpu") -> None:
-    """`UserError` that names all in which the improvement `model` does not fit the policy's model.
+    """`UserError` that names all in which an improvement model, or a reference model, does not fit the policy's model.
 
     VAE and text encoders are the same where their files are. Otherwise both are loaded, and what counts is whether they make
     the same of a picture and a prompt: a published model's files may be of another format or precision.
@@ -24,9 +24,25 @@ def check_improvement_model(model: Model, policy: Model, device: torch.device | 
     problems += _schedule(model, policy)
     if model.name == policy.name:
         problems += _encoders(model, policy, device)
+        if not model.image_condition:
+            problems += _network(model, policy)
     if problems:
         raise UserError(f"{model.directory.labels.path}: {model.path} does not fit the policy's model {policy.path}: "
-                        f"{'; '.join(problems)}. Train an improvement model from the policy's own base (method \"improvement\")")
+                        f"{'; '.join(problems)}. {_advice(model, policy)}")
+
+
+def _advice(model: Model, policy: Model) -> str:
+    if not model.image_condition:
+        return "The reference must be a model of the policy's architecture, with its VAE and text encoders"
+    if policy.video:
+        return "There are no improvement models of videos: train an image model, or by another method"
+    return "Train an improvement model from the policy's own base (method \"improvement\")"
+
+
+def network_checksum(model: Model) -> str:
+    """The checksum of the files that decide what a model's network answers."""
+    files = [model.path / "unet" / "config.json", *model.directory.weights["unet"].files]
+    return checksum_of("".join(map(checksum, files)).encode())
 
 
 def _facts(model: Model, policy: Model) -> list[tuple[str, object, object]]:
@@ -63,6 +79,14 @@ def _encoders(model: Model, policy: Model, device: torch.device | str) -> list[s
     if own["text"] != other["text"] and not _alike(*(each.load_text(device)([PROMPT]) for each in (model, policy))):
         problems.append("its text encoder or tokenizer makes other embeddings of a prompt")
     return problems
+
+
+def _network(model: Model, policy: Model) -> list[str]:
+    """What is to be said where a reference model's network cannot take the place of the policy's."""
+    with torch.device("meta"):
+        own, other = ({name: weight.shape for name, weight in each.empty_unet().named_parameters()} for each in (model, policy))
+    differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+    return [f"its UNet has other weights, or weights of other shapes: {few(differing)}"] if differing else []
 
 
 def _files(model: Model) -> dict[str, dict[Path, str]]:

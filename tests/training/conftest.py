@@ -1,6 +1,7 @@
-"""Runs in this process, made once a module for each different configuration."""
+"""Runs in this process, made once a module for each different configuration; an improvement model for the second stage."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,3 +28,15 @@ def trained(settings: Callable[..., dict[str, Any]], train: Callable[..., Path],
         return finished[key]
 
     return once
+
+
+@pytest.fixture(scope="session")
+def improvement(tmp_path_factory: pytest.TempPathFactory, sd: Path) -> Path:
+    """An improvement model with the encoders of the policy's model."""
+    from tiny import NARROW, tiny_pix2pix
+
+    folder = tiny_pix2pix(tmp_path_factory.mktemp("models") / "improvement", seed=3, **NARROW)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(folder / part)
+        shutil.copytree(sd / part, folder / part)
+    return folder
