@@ -1,7 +1,7 @@
 """A run from its configuration to `final/`: makes what Algorithm 1 needs, trains, and exports the model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.monitor.csv_monitor import csvMonitor
 from torch import Tensor, nn
 
+from seppo_fast.checksums import checksum_of
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config, batch_plan, parse_config
 from seppo_fast.data import ClipStream, LatentCache
@@ -23,7 +24,7 @@ from seppo_fast.evaluation.request import Request
 from seppo_fast.machine import cores, too_many_threads
 from seppo_fast.models import Model, open_improvement_model, open_model
 from seppo_fast.models.engines import same_with_gradients
-from seppo_fast.models.improvement import check_improvement_model, check_reference_model
+from seppo_fast.models.improvement import check_improvement_model, check_reference_model, network_checksum
 from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
 from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
@@ -81,7 +82,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     if ranks.rank == 0:
         print(plan(config, batch, cost, model, source), flush=True)
     folder = open_folder(config, resume, ranks)
-    state = starting_state(folder, config, ranks)
+    state = starting_state(folder, config, [improvement, fixed], ranks)
     if folder.resume_from:
         check_past(config, folder.path, state, ranks)
     started: dict[str, Tensor] = {}
@@ -134,7 +135,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                       open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None, reporter, signals, state)
     trainer = make_trainer(settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs,
                            reference=reference, improver=improver, looks=looks, reporter=reporter, signals=signals,
-                           folder=folder.path, state=state, rollouts=open_rollouts(rollouts, config, batch, folder, pool, ranks))
+                           folder=folder.path, state=state,
+                           rollouts=open_rollouts(rollouts, config, batch, folder, state, pool, ranks))
     try:
         with same_with_gradients():
             trainer.train()
@@ -171,16 +173,18 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
     return model, improvement, fixed, source
 
 
-def starting_state(folder: RunFolder, config: Config, ranks: Ranks) -> State:
+def starting_state(folder: RunFolder, config: Config, others: Sequence[Model | None], ranks: Ranks) -> State:
     """The state of the checkpoint, checked to be of this run and configuration; without a checkpoint, the one of update 0."""
-    fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict())
+    models = {other.directory.labels.path: network_checksum(other) for other in others if other is not None and ranks.rank == 0}
+    fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict(), models=ranks.objects(models)[0])
     if folder.resume_from is None:
         return fresh
     state = checkpoint.state_of(folder.resume_from, folder.run_id, ranks.world, fresh.config)
+    checkpoint.check_models(folder.resume_from, state, fresh.models)
     if measured(parse_config(state.config)) != measured(config) and state.evaluated is not None:
         ranks.say("seppo.evaluation measures otherwise than before: the best policy is searched anew from the next one on")
         state.compare_anew()
-    state.config = fresh.config
+    state.config, state.models = fresh.config, fresh.models
     return state
 
 
@@ -257,18 +261,21 @@ def open_sampler(config: Config, batch: Batch, objective: Objective, reference: 
     return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=free)
 
 
-def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, folder: RunFolder, pool: Pool, ranks: Ranks
-                  ) -> OneUse | SampleSet:
+def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, folder: RunFolder, state: State, pool: Pool,
+                  ranks: Ranks) -> OneUse | SampleSet:
     """Where rollouts are kept; `unused` are those of the checkpoint from which the run goes on."""
     ours = config.seppo
     strategy, seed = ours.reference, ours.seed
     if ours.sampler.samples_per_iteration is None or strategy is None:
         return OneUse(unused)
+    # Until its first checkpoint a run may be begun anew, with other settings, data or models in the same folder.
+    settings = json.dumps([checkpoint.fixed(state.config), state.content or state.data, state.models], sort_keys=True)
 
     def origin(k: int) -> dict[str, str]:
-        """What draws in iteration k: a run's settings never change."""
+        """What draws in iteration k."""
         drawer = k - 1 if METHODS[ours.method].losers == "latest" else pick(strategy, k, seed)
-        return {"run": folder.run_id, "policy": pool.checksums[pool.path(drawer).name]}
+        return {"run": folder.run_id, "settings": checksum_of(settings.encode()),
+                "policy": pool.checksums[pool.path(drawer).name]}
 
     return SampleSet(folder.path / "rollouts", ours.sampler.samples_per_iteration, ours.updates_per_iteration * batch.size,
                      batch.size, ours.seed, ranks, origin, ranks.say)

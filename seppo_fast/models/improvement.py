@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seppo_fast.checksums import checksum
+from seppo_fast.checksums import checksum, checksum_of
 from seppo_fast.errors import UserError
 from seppo_fast.models import Model, StableDiffusionXL
 from seppo_fast.models.common import alphas_cumprod
@@ -16,8 +16,9 @@ SAME = 0.01  # of the norm: weights that are stored in half precision make less 
 
 def check_improvement_model(model: Model, policy: Model, device: torch.device | str = "cpu") -> None:
     """`UserError` that names all in which the improvement `model` does not fit the policy's model."""
-    _refuse(model, policy, _differences(model, policy, device),
-            "Train an improvement model from the policy's own base (method \"improvement\")")
+    advice = ("There are no improvement models of videos: train an image model, or by another method" if policy.video else
+              'Train an improvement model from the policy\'s own base (method "improvement")')
+    _refuse(model, policy, _differences(model, policy, device), advice)
 
 
 def check_reference_model(model: Model, policy: Model, device: torch.device | str = "cpu") -> None:
@@ -26,7 +27,13 @@ def check_reference_model(model: Model, policy: Model, device: torch.device | st
         raise UserError(f"{model.directory.labels.path}: {policy.path} is a video model, of which only the motion modules are"
                         " trained: policy and reference share all other weights, and no other model can be the reference")
     _refuse(model, policy, _differences(model, policy, device) + _architecture(model, policy),
-            "Give a model that was trained from the same base as the policy's model")
+            "The reference must be a model of the policy's architecture, with its VAE and text encoders")
+
+
+def network_checksum(model: Model) -> str:
+    """The checksum of the files that decide what a model's network answers."""
+    files = [model.path / "unet" / "config.json", *model.directory.weights["unet"].files]
+    return checksum_of("".join(map(checksum, files)).encode())
 
 
 def _refuse(model: Model, policy: Model, problems: list[str], advice: str) -> None:

@@ -7,7 +7,6 @@ import torch
 from forked import Strike
 from outcomes import apart, identical, steady_rows, weights
 from safetensors.torch import load_file
-from tiny import tiny_improvement
 
 DRAW, ADD = "seppo_fast.reference.sampler:Sampler.draw", "seppo_fast.training.rollouts:SampleSet.add"
 # One run is killed at all of these in turn: what is drawn for an iteration, and where it goes on.
@@ -21,12 +20,6 @@ KILLS = {
     "the next iteration's set": Strike(ADD, 2, after=True),
     "the removal of old sets": Strike("seppo_fast.training.rollouts:SampleSet.remove_old", 1),
 }
-
-
-@pytest.fixture(scope="module")
-def improvement(tmp_path_factory, sd) -> Path:
-    """An improvement model with the encoders of the policy's model."""
-    return tiny_improvement(tmp_path_factory.mktemp("models") / "improvement", sd)
 
 
 @pytest.fixture
