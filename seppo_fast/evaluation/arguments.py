@@ -8,13 +8,14 @@ import torch
 
 from seppo_fast.config import Sampler
 from seppo_fast.errors import UserError
-from seppo_fast.evaluation.candidates import open_candidates
-from seppo_fast.evaluation.generate import Drawing
+from seppo_fast.evaluation.candidates import Candidate, open_candidates
+from seppo_fast.evaluation.generate import Drawing, check_sizes
 from seppo_fast.evaluation.prompts import read_prompts
 from seppo_fast.evaluation.request import Request
 from seppo_fast.evaluation.scoring import scores_of
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
+from seppo_fast.models.pix2pix import GUIDANCE
 from seppo_fast.ranks import Ranks
 
 
@@ -30,7 +31,8 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
     sampler = Sampler(solver=arguments.solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
     drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
-                      dtype_of(arguments.dtype, ranks.device), sampler)
+                      dtype_of(arguments.dtype, ranks.device), sampler, scales_of(arguments, candidates))
+    check_sizes(candidates, drawing)
     prompts = read_prompts(arguments.prompts, arguments.limit, say)
     return Request(candidates, prompts, scores, weights_of(arguments.weights), drawing, arguments.out, arguments.real,
                    arguments.score_batch_size)
@@ -44,6 +46,17 @@ def chosen(given: Sequence[str] | None, video: bool, flag: str) -> list[str]:
         raise UserError(f"{flag} {unknown[0]}: there is no such score of {'videos' if video else 'images'}; there are"
                         f" {', '.join(known)}")
     return [name for name in known if given is None or name in given]
+
+
+def scales_of(arguments: argparse.Namespace, candidates: Sequence[Candidate]) -> tuple[float, float]:
+    """The guidance scales of models that improve samples; UserError where some are given for no such model."""
+    given = arguments.improvement_guidance_scale, arguments.image_guidance_scale
+    for flag, scale in zip(("--improvement-guidance-scale", "--image-guidance-scale"), given, strict=True):
+        if scale is not None and not any(candidate.source for candidate in candidates):
+            raise UserError(f"{flag} {scale}: no model improves another's samples; name one by --models NAME=PATH@OTHER, or leave"
+                            " the flag out")
+    prompt, image = (usual if scale is None else scale for usual, scale in zip(GUIDANCE.values(), given, strict=True))
+    return prompt, image
 
 
 def check_real(folder: Path | None, model: Model, flag: str) -> None:

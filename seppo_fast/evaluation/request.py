@@ -27,6 +27,11 @@ class Request:
     def video(self) -> bool:
         return self.drawing.frames is not None
 
+    @property
+    def improves(self) -> bool:
+        """Whether a model improves another's samples."""
+        return any(candidate.source for candidate in self.candidates)
+
     @cached_property
     def models(self) -> list[str]:
         return [candidate.name for candidate in self.candidates]
