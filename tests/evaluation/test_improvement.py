@@ -9,10 +9,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
 from PIL import Image
-from tiny import tiny_adapter, tiny_pix2pix, tiny_sd, tiny_sdxl
+from safetensors.torch import save_file
+from tiny import NARROW, tiny_pix2pix, tiny_sd, tiny_sdxl
 
 from seppo_fast.errors import UserError
 from seppo_fast.evaluate import parse_arguments
+from seppo_fast.evaluation.candidates import open_candidates
 from seppo_fast.evaluation.files import keep
 from seppo_fast.evaluation.generate import initial_noise
 from seppo_fast.models.common import load_unet
@@ -24,11 +26,10 @@ from seppo_fast.reference.solver import open_scheduler
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-to-image model, two that improve, prompts."""
     root = tmp_path_factory.mktemp("improvement")
-    tiny_sd(root / "base")
+    tiny_sd(root / "base", **NARROW)
     for seed, name in enumerate(("better", "best"), 1):
-        tiny_pix2pix(root / name, seed=seed)
-    tiny_pix2pix(root / "small", sample_size=4)
-    tiny_adapter(root / "adapter")
+        tiny_pix2pix(root / name, seed=seed, **NARROW)
+    tiny_pix2pix(root / "small", sample_size=4, **NARROW)
     (root / "prompts.txt").write_text("a red cat\nthe sky\n")
     return root
 
@@ -40,7 +41,7 @@ def run(folders: Path, evaluated: Any) -> Any:
     def call(out: Path, *models: str, more: tuple[str, ...] = ()) -> dict[str, Any]:
         paths = (model.format(root=folders) if "=" in model else f"{model}={folders / model}" for model in models)
         return evaluated(["--models", *paths, "--prompts", str(folders / "prompts.txt"), "--out", str(out), "--steps", "2",
-                          "--scores", "pickscore", *more])
+                          "--batch-size", "2", "--scores", "pickscore", *more])
 
     return call
 
@@ -162,15 +163,14 @@ def test_a_folder_of_other_improvements_is_refused(run: Any, tmp_path: Path) -> 
     (("base", "once={root}/better@base", "twice={root}/best@once@base"), (), "there can be one @NAME"),
     (("base", "better={root}/better@"), (), "better@' does not exist"),
     (("base", "better=@base"), (), "'@base' does not exist"),
-    (("base", BETTER), ("--motion-adapter", "{root}/adapter"), "base makes videos"),
     (("base", "small={root}/small@base"), (), "images of 8 pixels along a side, and base draws 16: give a --resolution"),
     (("base",), ("--image-guidance-scale", "2"), "--image-guidance-scale 2.0: no model improves another's samples"),
     (("base",), ("--improvement-guidance-scale", "2"), "--improvement-guidance-scale 2.0: no model"),
 ])
 def test_what_cannot_be_improved_is_named_before_anything_is_drawn(
-        run: Any, folders: Path, tmp_path: Path, models: tuple[str, ...], more: tuple[str, ...], message: str) -> None:
+        run: Any, tmp_path: Path, models: tuple[str, ...], more: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        run(tmp_path / "out", *models, more=tuple(argument.format(root=folders) for argument in more))
+        run(tmp_path / "out", *models, more=more)
     assert not (tmp_path / "out").exists()
 
 
@@ -180,11 +180,27 @@ def test_a_resolution_fits_models_of_other_sizes(run: Any, tmp_path: Path) -> No
     assert {Image.open(file).size for file in tmp_path.rglob("*.png")} == {(24, 24)}
 
 
-def test_a_folder_with_an_at_is_a_folder(run: Any, folders: Path, tmp_path: Path) -> None:
+def test_clips_are_not_improved(videos: Path, folders: Path) -> None:
+    with pytest.raises(UserError, match="base makes videos, and an improvement model is one of images"):
+        open_candidates([f"base={videos / 'base'}", f"better={folders / 'better'}@base"], None, str(videos / "adapter"), 8)
+
+
+def test_a_lora_goes_on_an_improvement_model_that_is_named_with_it(folders: Path, tmp_path: Path) -> None:
+    base, lora = f"base={folders / 'base'}", tmp_path / "lora.safetensors"
+    layer = "unet.up_blocks.0.resnets.0.time_emb_proj"
+    save_file({f"{layer}.lora_A.weight": torch.ones(1, 32), f"{layer}.lora_B.weight": torch.ones(16, 1)}, lora)
+    _, better = open_candidates([base, f"better={folders / 'better'}+{lora}@base"], None, None, 16)
+    assert better.lora == lora and better.source is not None and better.local
+    with pytest.raises(UserError, match=f"improve: say better=PIPELINE.{lora}@base"):
+        open_candidates([base, f"better={lora}@base"], None, None, 16)
+
+
+def test_a_folder_with_an_at_is_a_folder(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "sd@base").symlink_to(folders / "base")
     (tmp_path / "a@b").symlink_to(folders / "better")
-    result = run(tmp_path / "out", "base", f"other={tmp_path / 'sd@base'}", f"better={tmp_path / 'a@b'}@base")
-    assert [(model["improves"], model["local"]) for model in result["models"]] == [(None, True), (None, True), ("base", True)]
+    found = open_candidates([f"base={folders / 'base'}", f"other={tmp_path / 'sd@base'}", f"better={tmp_path / 'a@b'}@base"],
+                            None, None, 16)
+    assert [(each.source and each.source.name, each.local) for each in found] == [(None, True), (None, True), ("base", True)]
 
 
 @pytest.mark.parametrize("flag", ["--image-guidance-scale", "--improvement-guidance-scale", "--guidance-scale"])
