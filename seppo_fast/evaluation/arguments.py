@@ -12,7 +12,7 @@ from seppo_fast.evaluation.candidates import Candidate, open_candidates
 from seppo_fast.evaluation.generate import Drawing, check_sizes
 from seppo_fast.evaluation.prompts import read_prompts
 from seppo_fast.evaluation.request import Request
-from seppo_fast.evaluation.scoring import scores_of
+from seppo_fast.evaluation.scoring import kind_of, scores_of
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
 from seppo_fast.models.pix2pix import GUIDANCE
@@ -26,7 +26,7 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
             candidates = open_candidates(arguments.models, arguments.variant, arguments.motion_adapter, arguments.frames)
         ranks.barrier()
     video = candidates[0].model.video
-    scores = chosen(arguments.scores, video, "--scores")
+    scores = chosen(arguments.scores, video, "--scores", several=arguments.per_prompt > 1)
     check_real(arguments.real, candidates[0].model, "--real")
     sampler = Sampler(solver=arguments.solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
@@ -38,14 +38,17 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
                    arguments.score_batch_size)
 
 
-def chosen(given: Sequence[str] | None, video: bool, flag: str) -> list[str]:
-    """The names of the given scores in the tables' order; all scores if none was given."""
+def chosen(given: Sequence[str] | None, video: bool, flag: str, several: bool = True) -> list[str]:
+    """The names of the given scores in the tables' order; if none was given, all scores, without those that need several
+    samples a prompt unless there are `several`."""
     known = [score.name for score in scores_of(video)]
     unknown = [name for name in given or () if name not in known]
     if unknown:
         raise UserError(f"{flag} {unknown[0]}: there is no such score of {'videos' if video else 'images'}; there are"
                         f" {', '.join(known)}")
-    return [name for name in known if given is None or name in given]
+    if given is None:
+        return [score.name for score in scores_of(video) if several or kind_of(score) != "prompt"]
+    return [name for name in known if name in given]
 
 
 def scales_of(arguments: argparse.Namespace, candidates: Sequence[Candidate]) -> tuple[float, float]:
