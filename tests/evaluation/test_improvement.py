@@ -1,10 +1,15 @@
 """Improvement models in an evaluation: what diffusers' pipelines make of the same sample, resumed, damaged, refused."""
 
 import json
+import re
+import shlex
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
@@ -12,8 +17,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import NARROW, tiny_pix2pix, tiny_sd, tiny_sdxl
 
+from seppo_fast import evaluation
 from seppo_fast.errors import UserError
 from seppo_fast.evaluate import parse_arguments
+from seppo_fast.evaluation.arguments import request_of
 from seppo_fast.evaluation.candidates import open_candidates
 from seppo_fast.evaluation.files import keep
 from seppo_fast.evaluation.generate import initial_noise
@@ -209,3 +216,25 @@ def test_scales_that_are_none_are_refused(flag: str, value: str, capsys: pytest.
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(["--models", "a=b", "--prompts", "c", "--out", "d", f"{flag}={value}"])
     assert f"{flag} {float(value)}: a number of at least 0 is needed" in capsys.readouterr().err
+
+
+def test_the_papers_tables_are_commands_that_work(folders: Path, ranks: Any, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    block = re.search(r"```bash\n(SD15=.*?)```", (Path(evaluation.__file__).parent / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    for name in ("dpo", "spin", "iterative_dpo", "n2560", "n12800", "n38400", "improvement"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "final").symlink_to(folders / ("better" if name == "improvement" else "base"))
+    (tmp_path / "pickapic").mkdir()
+    for name, words in (("train", "a red cat"), ("test", "the sky")):
+        pq.write_table(pa.table({"caption": [f"{words} {i // 2}" for i in range(1200)]}), tmp_path / "pickapic" / f"{name}.parquet")
+    first, samples, *rest = block.replace("\\\n", "").splitlines()
+    values = {"$SD15": str(folders / "base"), "$SAMPLES": samples.partition("=")[2].strip('"')}
+    assert first.startswith("SD15=")
+    commands = [shlex.split(reduce(lambda text, name: text.replace(name, values[name]), values, line))
+                for line in rest if line.startswith("python -m seppo_fast.evaluate ")]
+    asked = [request_of(parse_arguments(command[3:]), ranks, print) for command in commands]
+    assert [len(request.candidates) for request in asked] == [4, 4, 4, 4]
+    assert all(len(request.prompts) == 1000 and request.drawing.per_prompt == 64 for request in asked)
+    assert asked[0].scores == ["pickscore", "hpsv2", "aesthetic", "vendi_prompt"]
+    assert [candidate.turns for candidate in asked[2].candidates] == [0, 0, 1, 0]

@@ -95,9 +95,10 @@ def test_two_ranks_give_what_one_gives(forks: Forks, ranks: Any, of_videos: Any,
     clip, better = tiny_clip(tmp_path / "clip"), tiny_pix2pix(tmp_path / "better", **NARROW)
 
     def of_images(out: Path, *more: object) -> list[str]:
+        scores = ("pickscore", "vendi", "vendi_prompt")
         return ["--models", *(f"{name}={videos / name}" for name in ("base", "tuned")), "--prompts", str(tmp_path / "three.txt"),
-                "--out", str(out), "--steps", "1", "--batch-size", "1", "--score-batch-size", "1", "--scores", "pickscore", "vendi",
-                "vendi_prompt", "--weights", *(f"{name}={clip}" for name in ("pickscore", "vendi", "vendi_prompt")), *map(str, more)]
+                "--out", str(out), "--steps", "1", "--batch-size", "1", "--score-batch-size", "1", "--scores", *scores,
+                "--weights", *(f"{name}={clip}" for name in scores), *map(str, more)]
 
     asked = {
         "videos": lambda out: of_videos(out, *SHAPE, *weights, "--scores", "lpips", "ssim", "psnr", "fvd"),  # FID takes long

@@ -367,7 +367,7 @@ def test_an_improvement_is_shown_beside_what_it_improves(driver: Any, tmp_path: 
     made = demo(tmp_path)
     made["models"][2]["improves"] = "base"
     made["scores"][3]["kind"] = "prompt"
-    made["table"][11] |= {"count": 299, "low": 21.5, "high": 22.5, "win_rate": {"mean": 0.6, "low": 0.55, "high": 0.65, "count": 299}}
+    made["table"][11] |= {"count": 299, "low": 21.5, "high": 22.5, "win_rate": {"mean": 0.6, "low": 0.55, "high": 0.65}}
     write_page(made, tmp_path)
     page = Page(driver, tmp_path / "index.html").open()
     assert page.texts("#rows li:first-child figcaption") == ["base", "tuned", "sft improves base"]
