@@ -6,16 +6,15 @@ from pathlib import Path
 
 import torch
 
-from seppo_fast.config import Sampler
+from seppo_fast.config import Improvement, Sampler
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.candidates import Candidate, open_candidates
 from seppo_fast.evaluation.generate import Drawing, check_sizes
 from seppo_fast.evaluation.prompts import read_prompts
-from seppo_fast.evaluation.request import Request
+from seppo_fast.evaluation.request import SCALES, Request
 from seppo_fast.evaluation.scoring import kind_of, scores_of
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
-from seppo_fast.models.pix2pix import GUIDANCE
 from seppo_fast.ranks import Ranks
 
 
@@ -51,15 +50,14 @@ def chosen(given: Sequence[str] | None, video: bool, flag: str, several: bool = 
     return [name for name in known if name in given]
 
 
-def scales_of(arguments: argparse.Namespace, candidates: Sequence[Candidate]) -> tuple[float, float]:
-    """The guidance scales of models that improve samples; UserError where some are given for no such model."""
-    given = arguments.improvement_guidance_scale, arguments.image_guidance_scale
-    for flag, scale in zip(("--improvement-guidance-scale", "--image-guidance-scale"), given, strict=True):
-        if scale is not None and not any(candidate.source for candidate in candidates):
-            raise UserError(f"{flag} {scale}: no model improves another's samples; name one by --models NAME=PATH@OTHER, or leave"
-                            " the flag out")
-    prompt, image = (usual if scale is None else scale for usual, scale in zip(GUIDANCE.values(), given, strict=True))
-    return prompt, image
+def scales_of(arguments: argparse.Namespace, candidates: Sequence[Candidate]) -> Improvement:
+    """The guidance scales of models that improve samples; UserError where some are given and there is no such model."""
+    given = {name: scale for name in SCALES if (scale := getattr(arguments, name)) is not None}
+    if given and not any(candidate.source for candidate in candidates):
+        name, scale = next(iter(given.items()))
+        raise UserError(f"--{name.replace('_', '-')} {scale}: no model improves another's samples; name one by --models"
+                        " NAME=PATH@OTHER, or leave the flag out")
+    return Improvement(**{SCALES[name]: scale for name, scale in given.items()})
 
 
 def check_real(folder: Path | None, model: Model, flag: str) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from seppo_fast.evaluation.files import is_improvement, keep, read_source
 from seppo_fast.evaluation.prompts import Prompt
 from seppo_fast.models import Conditions, Model
 from seppo_fast.models.launches import set_processors
-from seppo_fast.models.pix2pix import GUIDANCE, IMAGE
+from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
 from seppo_fast.reference.guidance import classifier_free, double
@@ -34,7 +34,7 @@ READABLE = 40  # characters of the prompt in a file's name
 class Drawing:
     """How samples are drawn: everything that decides them except model and prompt. `frames` is None for images.
 
-    `improvement` has the guidance scales of models that improve others' samples, in place of the sampler's: prompt, image.
+    `improvement` has the guidance scales of models that improve others' samples, in place of the sampler's.
     """
 
     seed: int
@@ -43,7 +43,7 @@ class Drawing:
     frames: int | None
     dtype: torch.dtype
     sampler: config.Sampler
-    improvement: tuple[float, float] = (GUIDANCE["guidance_scale"], GUIDANCE["image_guidance_scale"])
+    improvement: config.Improvement = field(default_factory=config.Improvement)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
     branches, see = classifier_free(drawing.sampler.guidance_scale, empty), None
     if candidate.source is not None:
         empty |= {IMAGE: torch.zeros(1, *shape, device=ranks.device, dtype=dtype)}
-        branches = double(*drawing.improvement, empty)
+        branches = double(drawing.improvement.guidance_scale, drawing.improvement.image_guidance_scale, empty)
 
         def see(path: Path) -> Source:
             pixels, checksum = read_source(path, side_of(model, drawing))

@@ -9,6 +9,9 @@ from seppo_fast.evaluation.generate import Drawing
 from seppo_fast.evaluation.prompts import Prompt
 from seppo_fast.evaluation.report.table import groups_of
 
+# The scales of improvement models: as flags and settings name them -> as config.Improvement does.
+SCALES = {"improvement_guidance_scale": "guidance_scale", "image_guidance_scale": "image_guidance_scale"}
+
 
 @dataclass(frozen=True)
 class Request:

@@ -17,7 +17,7 @@ from seppo_fast.evaluation.generate import generate, share_of
 from seppo_fast.evaluation.prompts import tell_truncated
 from seppo_fast.evaluation.report.page import write_page
 from seppo_fast.evaluation.report.table import markdown, tabulate, write_csv
-from seppo_fast.evaluation.request import Request
+from seppo_fast.evaluation.request import SCALES, Request
 from seppo_fast.evaluation.scoring import Job, Sample, Scored, find_all, score_all
 from seppo_fast.machine import commit, machine
 from seppo_fast.opening import read_object
@@ -25,7 +25,6 @@ from seppo_fast.ranks import Ranks
 
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics")
 SETTINGS = "evaluation.json"
-SCALES = ("improvement_guidance_scale", "image_guidance_scale")
 
 
 def evaluate(request: Request, ranks: Ranks, say: Callable[[str], None] = print) -> dict[str, Any] | None:
@@ -126,7 +125,7 @@ def write_whole(file: Path, value: Mapping[str, Any]) -> None:
 def settings_of(request: Request) -> dict[str, Any]:
     """The settings that decide a sample, as JSON: without the batch size and the number of samples."""
     drawing = request.drawing
-    improvement = dict(zip(SCALES, drawing.improvement, strict=True)) if request.improves else {}
+    improvement = {name: getattr(drawing.improvement, key) for name, key in SCALES.items()} if request.improves else {}
     sampler = {name: getattr(drawing.sampler, name) for name in ("solver", "steps", "guidance_scale")}
     return {"seed": drawing.seed, "resolution": drawing.resolution, "frames": drawing.frames,
             "dtype": str(drawing.dtype).removeprefix("torch."), **sampler, **improvement}
