@@ -31,9 +31,9 @@ def result_file(work: Path, seed: int, method: str) -> Path:
     return work / f"seed_{seed}" / f"{method}.json"
 
 
-def unfinished(work: Path, seeds: int, methods: Sequence[str]) -> list[tuple[int, str]]:
+def unfinished(work: Path, seeds: Iterable[int], methods: Sequence[str]) -> list[tuple[int, str]]:
     """The runs of these seeds and methods that have no result file yet, in the order in which they are made."""
-    return [(seed, method) for seed in range(seeds) for method in methods if not result_file(work, seed, method).exists()]
+    return [(seed, method) for seed in seeds for method in methods if not result_file(work, seed, method).exists()]
 
 
 def report_run(work: Path, seed: int, method: str, make: Callable[[], dict[str, Any]]) -> None:
@@ -49,13 +49,15 @@ def report_run(work: Path, seed: int, method: str, make: Callable[[], dict[str, 
     unready.replace(file)
 
 
-def parser_of(name: str, about: str | None, methods: Sequence[str], settings: Any) -> argparse.ArgumentParser:
+def parser_of(name: str, about: str | None, methods: Sequence[str], settings: Any, first_seed: int = 0
+              ) -> argparse.ArgumentParser:
     """The command line of benchmarks.NAME."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help=f"folder for the table, the figures and {name}.json")
     parser.add_argument("--work", type=Path, default=Path("runs") / name, help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds: 0, 1, ... (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5,
+                        help=f"number of seeds: {first_seed}, {first_seed + 1}, ... (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(methods), metavar="METHOD",
                         help=f"any of {', '.join(methods)} (default: all)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
@@ -175,7 +177,7 @@ def make_all(todo: Sequence[tuple[int, str]], make: Callable[[int, str], dict[st
             raise
 
 
-def made(module: str, work: Path, seeds: int, stages: Iterable[Sequence[str]]) -> bool:
+def made(module: str, work: Path, seeds: Sequence[int], stages: Iterable[Sequence[str]]) -> bool:
     """Make what is unfinished, stage by stage: each needs the results of those before it. False when interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -189,15 +191,15 @@ def made(module: str, work: Path, seeds: int, stages: Iterable[Sequence[str]]) -
     return True
 
 
-def result_of(work: Path, seeds: int, methods: Sequence[str], settings: Any, about: Mapping[str, Any], started: float
+def result_of(work: Path, seeds: Sequence[int], methods: Sequence[str], settings: Any, about: Mapping[str, Any], started: float
               ) -> dict[str, Any]:
     """What the JSON of a benchmark holds; `started`, by the performance counter, is when the command began."""
-    runs = [json.loads(result_file(work, seed, method).read_text()) for method in methods for seed in range(seeds)]
+    runs = [json.loads(result_file(work, seed, method).read_text()) for method in methods for seed in seeds]
     # Of a run that was interrupted, the seconds of its last process alone.
     seconds = {"runs": sum(run["seconds"] for run in runs), "processor": sum(run["cpu_seconds"] for run in runs),
                "command": time.perf_counter() - started}
     return dict(about) | {
-        "settings": asdict(settings) | {"seeds": seeds, "side_by_side": WORKERS, "threads_of_each": 1},
+        "settings": asdict(settings) | {"seeds": len(seeds), "side_by_side": WORKERS, "threads_of_each": 1},
         "seconds": {name: round(value) for name, value in seconds.items()},
         "commits_of_runs": sorted({run["commit"] for run in runs}), "runs": runs,
     }

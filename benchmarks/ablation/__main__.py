@@ -41,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     began, started = about("cpu", "diffusers", "deepspeed"), time.perf_counter()
     # The bases come first, because all other runs need them. SFT, the shortest, comes last, so that both workers end at about
     # the same time.
-    if not made("benchmarks.ablation.runs", work, given.seeds, ([BASE], given.methods[::-1])):
+    if not made("benchmarks.ablation.runs", work, range(given.seeds), ([BASE], given.methods[::-1])):
         return 130
-    result = result_of(work, given.seeds, (BASE, *given.methods), given.settings, began, started)
+    result = result_of(work, range(given.seeds), (BASE, *given.methods), given.settings, began, started)
     (out / "ablation.json").write_text(json.dumps(result, indent=1) + "\n")
     figures(out, result)
     text = report(result)

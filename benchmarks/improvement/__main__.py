@@ -12,7 +12,7 @@ import sys
 import time
 
 from benchmarks.by_seed import checked, made, open_work, parser_of, result_of
-from benchmarks.improvement.runs import BASE, IMPROVEMENT, METHODS, Settings
+from benchmarks.improvement.runs import BASE, FIRST_SEED, IMPROVEMENT, METHODS, Settings
 from seppo_fast.errors import UserError
 from seppo_fast.quickstart.steps import explained
 
@@ -20,7 +20,7 @@ from seppo_fast.quickstart.steps import explained
 @explained
 def main(argv: list[str] | None = None) -> int:
     """Make what is unfinished and report everything. Exit status: 0, 2 with a message, 130 when interrupted."""
-    given = checked(parser_of("improvement", __doc__, METHODS, Settings()).parse_args(argv), METHODS, Settings())
+    given = checked(parser_of("improvement", __doc__, METHODS, Settings(), FIRST_SEED).parse_args(argv), METHODS, Settings())
     if needing := [method for method in given.methods if METHODS[method].from_spin and "spin" not in given.methods]:
         raise UserError(f"--methods {' '.join(needing)} begins with SPIN's policy: give spin, too")
     work = given.work.resolve()
@@ -29,12 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.improvement.report import report
     from benchmarks.result_files import about
 
+    seeds = range(FIRST_SEED, FIRST_SEED + given.seeds)
     began, started = about("cpu", "diffusers", "deepspeed"), time.perf_counter()
     rest = [method for method in given.methods if method != "spin"]
     stages = [BASE], [IMPROVEMENT, *(method for method in given.methods if method == "spin")], rest[::-1]
-    if not made("benchmarks.improvement.runs", work, given.seeds, stages):
+    if not made("benchmarks.improvement.runs", work, seeds, stages):
         return 130
-    result = result_of(work, given.seeds, (BASE, IMPROVEMENT, *given.methods), given.settings, began, started)
+    result = result_of(work, seeds, (BASE, IMPROVEMENT, *given.methods), given.settings, began, started)
     (given.out / "improvement.json").write_text(json.dumps(result, indent=1) + "\n")
     figures(given.out, result)
     text = report(result)

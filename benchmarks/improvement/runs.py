@@ -23,11 +23,13 @@ if TYPE_CHECKING:  # the command itself and the README need none of the networks
 
 BASE, IMPROVEMENT = "base", "improvement"
 APPLIED = 3  # times, one upon the other
+FIRST_SEED = 1  # 0 and 100 were used to choose the settings
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The quickstart's; rates and beta of each method were chosen on one seed that is not among those that are reported."""
+    """The quickstart's. The learning rates were chosen on seed 100, which is not reported: `lr` as one at which all iterations
+    of iterative DPO gain."""
 
     unet_steps: int = 700
     improvement_updates: int = 900
@@ -35,13 +37,11 @@ class Settings:
     batch_size: int = 64
     iterations: int = 3
     updates: int = 30
-    samples: int = 960
+    samples: int = 640
     few_samples: int = 64
-    lr: float = 1e-4
-    beta: float = 250.0
+    lr: float = 2e-5
     sft_lr: float = 1e-4
-    dpo_lr: float = 1e-4
-    spin_lr: float = 1e-4
+    beta: float = 250.0
     sampler_steps: int = 8
     guidance_scale: float = 2.0
     text_scale: float = 1.5
@@ -52,19 +52,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Method:
-    """What a policy is trained by: `method` as in the configuration, `lr` the name of its setting."""
+    """What a policy is trained by: `method` as in the configuration, `samples` the name of the setting."""
 
     label: str
     method: str
-    lr: str = "lr"
     samples: str | None = "samples"
     from_spin: bool = False
 
 
 METHODS = {
-    "sft": Method("SFT on the winners", "sft", "sft_lr", None),
-    "dpo": Method("offline DPO", "dpo", "dpo_lr", None),
-    "spin": Method("SPIN", "spin", "spin_lr"),
+    "sft": Method("SFT on the winners", "sft", None),
+    "dpo": Method("offline DPO", "dpo", None),
+    "spin": Method("SPIN", "spin"),
     "iterative": Method("iterative DPO from the base", "iterative_dpo"),
     "iterative_few": Method("iterative DPO from the base, few samples", "iterative_dpo", samples="few_samples"),
     "iterative_spin": Method("iterative DPO from SPIN", "iterative_dpo", from_spin=True),
@@ -86,7 +85,8 @@ def overrides(home: Path, seed: int, method: str, settings: Settings) -> list[st
     row = METHODS[method]
     iterative = row.method == "iterative_dpo"
     given |= {
-        "optimizer.params.lr": getattr(settings, row.lr), "seppo.method": row.method, "seppo.beta": settings.beta,
+        "optimizer.params.lr": settings.sft_lr if method == "sft" else settings.lr, "seppo.method": row.method,
+        "seppo.beta": settings.beta,
         "seppo.iterations": settings.iterations, "seppo.updates_per_iteration": settings.updates,
         "seppo.sampler.steps": settings.sampler_steps, "seppo.sampler.guidance_scale": settings.guidance_scale,
         "seppo.sampler.samples_per_iteration": getattr(settings, row.samples) if row.samples else "null",

@@ -100,12 +100,12 @@ def test_the_readme_block_has_text_and_figures(tmp_path: Path) -> None:
 
 
 def test_what_is_reported_is_not_made_again(tmp_path: Path) -> None:
-    assert unfinished(tmp_path, 2, ["seppo_w", "sft"]) == [(0, "seppo_w"), (0, "sft"), (1, "seppo_w"), (1, "sft")]
+    assert unfinished(tmp_path, range(2), ["seppo_w", "sft"]) == [(0, "seppo_w"), (0, "sft"), (1, "seppo_w"), (1, "sft")]
     file = result_file(tmp_path, 0, "sft")
     (file.parent / "sft" / "final").mkdir(parents=True)  # trained, and not judged
-    assert (0, "sft") in unfinished(tmp_path, 2, ["sft"])
+    assert (0, "sft") in unfinished(tmp_path, range(2), ["sft"])
     file.write_text("{}")
-    assert unfinished(tmp_path, 2, ["seppo_w", "sft"]) == [(0, "seppo_w"), (1, "seppo_w"), (1, "sft")]
+    assert unfinished(tmp_path, range(2), ["seppo_w", "sft"]) == [(0, "seppo_w"), (1, "seppo_w"), (1, "sft")]
 
 
 def test_every_method_is_one_change_of_the_quickstart(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_bases_of_another_folder_are_taken_where_they_fit(tmp_path: Path) -> Non
     (finished.parent / "base").mkdir(parents=True)
     finished.write_text('{"seed": 0}')
     take_bases(now, earlier, 2, Settings(lr=1e-4))
-    assert unfinished(now, 2, [BASE]) == [(1, BASE)] and result_file(now, 0, BASE).read_text() == '{"seed": 0}'
+    assert unfinished(now, range(2), [BASE]) == [(1, BASE)] and result_file(now, 0, BASE).read_text() == '{"seed": 0}'
     assert (now / "seed_0" / "base").resolve() == (finished.parent / "base").resolve()
     with pytest.raises(UserError, match="made or judged otherwise .unet_steps 700 there, 9 now"):
         take_bases(now, earlier, 2, Settings(unet_steps=9))

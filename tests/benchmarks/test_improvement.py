@@ -97,7 +97,7 @@ def test_each_method_is_what_it_says(method: str, tmp_path: Path) -> None:
         return
     assert ours.method == METHODS[method].method and ours.updates == 90
     assert (ours.improvement.path is not None) == (ours.method == "iterative_dpo")
-    assert ours.sampler.samples_per_iteration == {"sft": None, "dpo": None, "iterative_few": 64}.get(method, 960)
+    assert ours.sampler.samples_per_iteration == {"sft": None, "dpo": None, "iterative_few": 64}.get(method, 640)
     if method == "iterative_spin":
         assert ours.model.start_from == str(policies(tmp_path / "spin", "spin", Settings())[-1])
         assert ours.reference_model.path == str(tmp_path / "base")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_animatediff
+from tiny import NARROW, tiny_animatediff, tiny_pix2pix
 from torch import Tensor, nn
 
 import seppo_fast
@@ -36,8 +36,10 @@ DRY_RUN_ELSEWHERE = {"ds_a100", "ds_a100_video", "lora_folder"}  # in test_comma
 def test_the_shipped_configurations_pass_their_dry_run(name: str, sd: Path, tmp_path: Path) -> None:
     """The quickstarts' with models of their kind: theirs are made by the quickstart."""
     overrides = [f"seppo.output_dir={tmp_path / 'run'}", "seppo.data.source=null"]
-    if name == "quickstart":
+    if name in ("quickstart", "quickstart_improvement", "quickstart_iterative_dpo"):
         overrides.append(f"seppo.model.path={sd}")
+    if name == "quickstart_iterative_dpo":
+        overrides.append(f"seppo.improvement.path={tiny_pix2pix(tmp_path / 'improvement', **NARROW)}")
     if name == "quickstart_video":
         overrides += [f"seppo.model.path={tiny_animatediff(tmp_path / 'base')}", "seppo.data.video.frames=8"]
     printed = dry_run(load_config(f"{name}.json", overrides), 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
+from sklearn.decomposition import PCA
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.neural_network import MLPRegressor
 from sklearn.svm import SVC
@@ -18,7 +19,8 @@ from seppo_fast.quickstart.improvement.pairs import degrade_to
 from seppo_fast.quickstart.judge import grey
 from seppo_fast.seeds import generator, normal
 
-COPIES = 6  # of each held-out digit, each at a level of its own
+COPIES = 5  # of each held-out digit, each at a level of its own
+FEATURES = 12  # principal components of the held-out digits
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,13 @@ class Judge:
         levels = torch.rand(len(pixels), generator=random)
         bad = grey(degrade_to(pixels, levels, random))
         self.real = grey(held_out.pixels)
-        self.middle = self.real.mean(axis=0)
+        self.features = PCA(FEATURES, random_state=0).fit(self.real)
         # Levels show in how the pixels are distributed, wherever they are: order makes the regressor blind to the digit.
         self.levels = HistGradientBoostingRegressor(random_state=0).fit(np.sort(bad, axis=1), levels.numpy())
         self.classifier = SVC(C=10.0, gamma=0.05).fit(np.concatenate([self.real, bad]),
                                                      np.concatenate([held_out.labels.numpy(), labels]))
-        self.restorer = MLPRegressor(hidden_layer_sizes=(128,), early_stopping=True, random_state=0).fit(bad, grey(pixels))
+        self.restorer = MLPRegressor(hidden_layer_sizes=(128,), learning_rate_init=3e-3, early_stopping=True, tol=1e-3,
+                                     random_state=0).fit(bad, grey(pixels))
 
     def level(self, pixels: Tensor) -> np.ndarray:
         """The level of degradation that is read in each picture `(N, 3, 16, 16)` in [0, 1], `(N,)`."""
@@ -58,10 +61,10 @@ class Judge:
         return torch.cdist(torch.tensor(grey(pixels)), torch.tensor(self.real)).min(dim=1).values.numpy()
 
     def diversity(self, pixels: Tensor, labels: Sequence[int]) -> float:
-        """Vendi within a prompt, of the restored pictures: grain alone makes no picture another."""
-        restored = torch.tensor(self.restorer.predict(grey(pixels)) - self.middle)
+        """Vendi within a prompt, of restored pictures in a few components: grain should not make a picture another."""
+        found = torch.tensor(self.features.transform(self.restorer.predict(grey(pixels))))
         of = torch.tensor(labels)
-        return float(np.mean([vendi(restored[of == label]) for label in sorted(set(labels))]))
+        return float(np.mean([vendi(found[of == label]) for label in sorted(set(labels))]))
 
     def score(self, pixels: Tensor, labels: Sequence[int]) -> Scores:
         """Judge samples `(N, 3, 16, 16)` of the prompts `CAPTIONS[labels]`."""
