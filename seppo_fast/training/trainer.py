@@ -286,7 +286,7 @@ class Trainer:
 
     def unusable_samples(self, slots: Sequence[int]) -> str:
         """Says how many of a skipped update's samples are not finite, and what drew them; the words for it, empty if all are."""
-        found = sum(self.ranks.objects(self.rollouts.not_finite(slots)), [])
+        found: list[str] = sum(self.ranks.objects(self.rollouts.not_finite(slots)), [])
         if not found:
             return ""
         words = f"of its {self.batch.size} samples {len(found)} are not finite: {blame(found)}"
