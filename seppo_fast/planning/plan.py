@@ -70,6 +70,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     if samples:
         size = "a size that is measured" if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
         each = f"{kept} an iteration, used {updates * batch.size / samples:.3g} times" if kept else f"{batch.size} an update"
+        if (unused := (kept or 0) - ours.updates_per_iteration * batch.size) > 0:
+            each = f"{kept} an iteration, of which {unused} are never used"
         lines["reference samples"] = (f"{samples} in all, {each}, in batches of {size}; {ours.sampler.solver},"
                                       f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}")
     if method.winners == "improvement":

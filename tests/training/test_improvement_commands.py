@@ -15,7 +15,7 @@ def test_the_dry_runs_at_full_size(forks: Any, tmp_path: Path) -> None:
                      for name in ("improvement", "iterative_dpo"))
     for result, lines in (
         (first, ["improvement, tasks improve 0.6, reconstruct 0.2, unconditional 0.2", "200000 = 200 iterations x 1000",
-                 "effective batch    2048 pairs = 8 a rank x", "859.5 M parameters (859.5 M trained)",
+                 "2048 pairs = 8 a rank x 256 accumulated", "859.5 M parameters (859.5 M trained)",
                  "before you train: seppo.data.source is not set", "NVIDIA A100: "]),
         (second, ["iterative_dpo, reference initial, flipper none, beta 2000", "15000 = 3 iterations x 5000",
                   "115200 in all, 38400 an iteration, used 267 times",
