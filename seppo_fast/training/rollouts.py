@@ -27,9 +27,9 @@ from seppo_fast.training.pairs import Rollout
 
 
 def not_finite(batch: Mapping[str, Tensor]) -> dict[int, str]:
-    """Of a batch's tensors (B, ...), by sample, the name of the first one that is not finite; "loser" comes before "winner"."""
+    """By place in a batch of samples (B, ...), which of them is not finite: the "loser", or else the "winner" made of it."""
     found: dict[int, str] = {}
-    for name in sorted(batch):
+    for name in filter(batch.__contains__, ("loser", "winner")):
         for i in (~batch[name].flatten(1).isfinite().all(1)).nonzero().flatten().tolist():
             found.setdefault(i, name)
     return found

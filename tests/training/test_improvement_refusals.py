@@ -201,3 +201,16 @@ def test_zero_3_and_bf16_train_both_stages_on_two_ranks(stage_one: Any, stage_tw
     for run in runs:
         assert [row["skipped_steps"] for row in rows(run)] == [0] * 2 and (run / "final" / "model_index.json").is_file()
     assert rows(runs[0])[-1]["image_weight_norm"] > 0
+
+
+def test_a_runs_folder_in_place_of_its_model_is_named(stage_two: Any, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    for name in ("run.json", "config.json"):
+        (tmp_path / "one" / name).write_text("{}")
+    with pytest.raises(UserError, match="one has no model_index.json.* the trained model is in .*one/final"):
+        dry_run(parse_config(stage_two(**{"seppo.improvement.path": str(tmp_path / "one")})), 1)
+
+
+def test_the_plan_says_how_many_samples_of_a_set_are_never_used(stage_two: Any) -> None:
+    plan = dry_run(parse_config(stage_two(**{"seppo.sampler.samples_per_iteration": 40})), 1)
+    assert "80 in all, 40 an iteration, of which 24 are never used" in plan
