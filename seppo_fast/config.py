@@ -185,10 +185,31 @@ class Tasks(Section):
         total = self.improve + self.reconstruct + self.unconditional
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the shares sum to {total:g}, and must sum to 1: give all three")
+        if self.improve == 0:
+            raise ValueError("improve is 0, and the model would never see a winner beside its loser; give it a share")
         return self
 
 
-class Improvement(Section):
+class OtherModel(Section):
+    """A model beside the policy's own."""
+
+    path: Name | None = None
+    """A diffusers pipeline's directory, or its id on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Which weight files are read, such as `fp16`."""
+
+    @model_validator(mode="after")
+    def of_a_path(self) -> "OtherModel":
+        """Refuse what says which files of no model are read."""
+        for key in ("revision", "variant"):
+            if self.path is None and getattr(self, key) is not None:
+                raise ValueError(f"{key} is given without path, the model that it belongs to")
+        return self
+
+
+class Improvement(OtherModel):
     """The improvement model, which makes winners of losers.
 
     `tasks` is for method "improvement", which trains it; the rest for "iterative_dpo", which uses the model in `path`. Sample
@@ -197,10 +218,6 @@ class Improvement(Section):
 
     path: Name | None = None
     """The trained improvement model: an InstructPix2Pix pipeline's directory, such as a run's `final/`, or its id on the hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    variant: str | None = None
-    """Which weight files are read, such as `fp16`."""
     guidance_scale: Annotated[float, Field(ge=0)] = 3.5
     """Strength of the prompt (s_T of Eq. 9); 1 is none."""
     image_guidance_scale: Annotated[float, Field(ge=0)] = 3.0
@@ -210,15 +227,11 @@ class Improvement(Section):
     tasks: Tasks = Tasks()
 
 
-class ReferenceModel(Section):
+class ReferenceModel(OtherModel):
     """Another model of the policy's architecture as the reference, in place of the one that training begins with."""
 
     path: Name | None = None
     """A diffusers pipeline's directory, or its id on the hub; null takes the initial policy."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    variant: str | None = None
-    """Which weight files are read, such as `fp16`."""
 
 
 class Pool(Section):
@@ -383,6 +396,17 @@ class Seppo(Section):
     def scored_ahead(self) -> bool:
         """Whether training steps never use the reference: its errors are computed ahead for a whole iteration."""
         return self.reference_score == "rollout" and self.sampler.window == "iteration"
+
+    @property
+    def networks(self) -> Model:
+        """`model` as networks are to be prepared: projections can only be fused with PyTorch's own attention."""
+        return self.model.model_copy(update={"attention": "sdpa"}) if self.sampler.fuse_projections else self.model
+
+    @property
+    def may_score_rollouts(self) -> bool:
+        """Whether `reference_score` may be rollout: each sample is used once, and there is a reference that draws all samples."""
+        row = METHODS[self.method]
+        return bool(row.references) and row.losers != "latest" and self.sampler.samples_per_iteration is None
 
     @property
     def flips(self) -> bool:

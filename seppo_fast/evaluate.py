@@ -7,6 +7,7 @@ weights is reported at once and left out; if every score is missing, the exit st
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -20,8 +21,9 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="NAME=PATH",
-        help="pipeline directories or hub ids, or LoRA weights, which are put on the first model (or write PIPELINE+LORA); win"
-             " rates compare with the first model")
+        help="pipeline directories or hub ids, or LoRA weights, which are put on the first model (or write PIPELINE+LORA);"
+             " PATH@OTHER is an improvement model: it improves the samples of OTHER, a model named before it; win rates compare"
+             " with the first model")
     add("--prompts", nargs="+", required=True, metavar="[NAME=]FILE",
         help="text, JSONL, CSV, Parti-prompts' TSV, HPSv2's JSON files or their folder, Pick-a-Pic's parquet")
     add("--out", type=Path, required=True, help="the folder for samples, scores and the page")
@@ -34,7 +36,12 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_
     add("--seed", type=int, default=0, help="of the noise; 0 by default")
     add("--solver", default="ddim", choices=("ddim", "dpmsolver++", "pndm", "unipc", "euler"), help="ddim by default")
     add("--steps", type=int, default=50, help="of the solver; 50 by default")
-    add("--guidance-scale", type=float, default=7.5, help="classifier-free guidance; 7.5 by default, 1 is none")
+    add("--guidance-scale", type=float, default=7.5,
+        help="classifier-free guidance of the models that draw from a prompt alone; 7.5 by default, 1 is none")
+    add("--improvement-guidance-scale", type=float, metavar="S_T",
+        help="of improvement models: strength of the prompt (s_T of Eq. 9); 3.5 by default, 1 is none")
+    add("--image-guidance-scale", type=float, metavar="S_I",
+        help="of improvement models: how near they stay to the sample that they improve (s_I of Eq. 9); 3.0 by default, 1 is none")
     add("--resolution", type=int, help="pixels along a side; by default the model's own")
     add("--frames", type=int, default=16, help="frames of a video; 16 by default")
     add("--motion-adapter", metavar="PATH", help="makes an AnimateDiff of Stable Diffusion 1.x")
@@ -46,10 +53,11 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     for name, least in (("per_prompt", 1), ("limit", 1), ("steps", 1), ("frames", 1), ("batch_size", 1), ("score_batch_size", 1),
-                        ("resolution", 8), ("seed", 0), ("guidance_scale", 0)):
+                        ("resolution", 8), ("seed", 0), ("guidance_scale", 0), ("improvement_guidance_scale", 0),
+                        ("image_guidance_scale", 0)):
         value = getattr(arguments, name)
-        if value is not None and not value >= least:
-            parser.error(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
+        if value is not None and not least <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: a number of at least {least} is needed")
     return arguments
 
 

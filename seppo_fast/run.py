@@ -1,7 +1,7 @@
 """A run from its configuration to `final/`: makes what Algorithm 1 needs, trains, and exports the model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.monitor.csv_monitor import csvMonitor
 from torch import Tensor, nn
 
+from seppo_fast.checksums import checksum_of
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config, batch_plan, parse_config
 from seppo_fast.data import ClipStream, LatentCache
@@ -23,7 +24,7 @@ from seppo_fast.evaluation.request import Request
 from seppo_fast.machine import cores, too_many_threads
 from seppo_fast.models import Model, open_improvement_model, open_model
 from seppo_fast.models.engines import same_with_gradients
-from seppo_fast.models.improvement import check_improvement_model as check_fits
+from seppo_fast.models.improvement import check_improvement_model, check_reference_model, network_checksum
 from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
 from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
 from seppo_fast.models.prepare import prepare_unets
@@ -31,6 +32,7 @@ from seppo_fast.ops import available_backends
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
+from seppo_fast.reference.batching import free_memory
 from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import Pool, pick
@@ -43,7 +45,7 @@ from seppo_fast.training.engine import check_engine_config, policy_weights, pool
 from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, alone_in, open_folder
 from seppo_fast.training.held_out import open_held_out
-from seppo_fast.training.improving import grids_of_pairs, open_improver, with_image
+from seppo_fast.training.improving import grids_of_pairs, half_of_memory, open_improver, with_image
 from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.noise import noise_process
@@ -80,7 +82,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     if ranks.rank == 0:
         print(plan(config, batch, cost, model, source), flush=True)
     folder = open_folder(config, resume, ranks)
-    state = starting_state(folder, config, ranks)
+    state = starting_state(folder, config, [improvement, fixed], ranks)
     if folder.resume_from:
         check_past(config, folder.path, state, ranks)
     started: dict[str, Tensor] = {}
@@ -119,7 +121,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                                   fixed=None if fixed is None else hold(fixed, config, folder, ranks))
         improver = None
         if improvement is not None:
-            improver = open_improver(improvement, ours, objective, table, pairs, batch, ranks, ranks.say)
+            improver = open_improver(improvement, ours, objective, table, pairs, size, ranks)
     rollouts = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
         continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
@@ -133,7 +135,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                       open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None, reporter, signals, state)
     trainer = make_trainer(settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs,
                            reference=reference, improver=improver, looks=looks, reporter=reporter, signals=signals,
-                           folder=folder.path, state=state, rollouts=open_rollouts(rollouts, config, batch, folder, pool, ranks))
+                           folder=folder.path, state=state,
+                           rollouts=open_rollouts(rollouts, config, batch, folder, state, pool, ranks))
     try:
         with same_with_gradients():
             trainer.train()
@@ -159,27 +162,29 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
             if ours.improvement.path is not None:
                 improvement = open_improvement_model(ours.improvement.path, revision=ours.improvement.revision,
                                                      variant=ours.improvement.variant, labels=OF_IMPROVEMENT)
-                check_fits(improvement, model, ranks.device)
+                check_improvement_model(improvement, model, ranks.device)
             if ours.reference_model.path is not None:
                 fixed = open_model(ours.reference_model.path, revision=ours.reference_model.revision,
                                    variant=ours.reference_model.variant, labels=OF_REFERENCE)
-                check_fits(fixed, model, ranks.device)
+                check_reference_model(fixed, model, ranks.device)
             source = open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed,
                                  video=model.video, method=ours.method)
         ranks.barrier()
     return model, improvement, fixed, source
 
 
-def starting_state(folder: RunFolder, config: Config, ranks: Ranks) -> State:
+def starting_state(folder: RunFolder, config: Config, others: Sequence[Model | None], ranks: Ranks) -> State:
     """The state of the checkpoint, checked to be of this run and configuration; without a checkpoint, the one of update 0."""
-    fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict())
+    models = {other.directory.labels.path: network_checksum(other) for other in others if other is not None and ranks.rank == 0}
+    fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict(), models=ranks.objects(models)[0])
     if folder.resume_from is None:
         return fresh
     state = checkpoint.state_of(folder.resume_from, folder.run_id, ranks.world, fresh.config)
+    checkpoint.check_models(folder.resume_from, state, fresh.models)
     if measured(parse_config(state.config)) != measured(config) and state.evaluated is not None:
         ranks.say("seppo.evaluation measures otherwise than before: the best policy is searched anew from the next one on")
         state.compare_anew()
-    state.config = fresh.config
+    state.config, state.models = fresh.config, fresh.models
     return state
 
 
@@ -226,8 +231,7 @@ def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks:
         choose_trained(unet, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
-    settings = ours.model.model_copy(update={"attention": "sdpa"}) if ours.sampler.fuse_projections else ours.model
-    prepare_unets([*filter(None, (policy, reference))], settings, latents, precision(config.deepspeed).autocast or dtype,
+    prepare_unets([*filter(None, (policy, reference))], ours.networks, latents, precision(config.deepspeed).autocast or dtype,
                   ranks.device, ranks.say, ranks.largest)
     return policy, reference
 
@@ -252,22 +256,26 @@ def open_sampler(config: Config, batch: Batch, objective: Objective, reference: 
     sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, branches, ours.sampler, objective.dtype,
                       objective.autocast, ranks.say)
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
-    wanted = updates * batch.size // batch.world
-    return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size))
+    wanted = (ours.sampler.samples_per_iteration or updates * batch.size) // batch.world
+    free = half_of_memory if METHODS[ours.method].winners == "improvement" else free_memory
+    return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=free)
 
 
-def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, folder: RunFolder, pool: Pool, ranks: Ranks
-                  ) -> OneUse | SampleSet:
+def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, folder: RunFolder, state: State, pool: Pool,
+                  ranks: Ranks) -> OneUse | SampleSet:
     """Where rollouts are kept; `unused` are those of the checkpoint from which the run goes on."""
     ours = config.seppo
     strategy, seed = ours.reference, ours.seed
     if ours.sampler.samples_per_iteration is None or strategy is None:
         return OneUse(unused)
+    # Until its first checkpoint a run may be begun anew, with other settings, data or models in the same folder.
+    settings = json.dumps([checkpoint.fixed(state.config), state.content or state.data, state.models], sort_keys=True)
 
     def origin(k: int) -> dict[str, str]:
-        """What draws in iteration k: a run's settings never change."""
+        """What draws in iteration k."""
         drawer = k - 1 if METHODS[ours.method].losers == "latest" else pick(strategy, k, seed)
-        return {"run": folder.run_id, "policy": pool.checksums[pool.path(drawer).name]}
+        return {"run": folder.run_id, "settings": checksum_of(settings.encode()),
+                "policy": pool.checksums[pool.path(drawer).name]}
 
     return SampleSet(folder.path / "rollouts", ours.sampler.samples_per_iteration, ours.updates_per_iteration * batch.size,
                      batch.size, ours.seed, ranks, origin, ranks.say)

@@ -1,5 +1,6 @@
 """Tiny random diffusers pipelines on disk, made in about a second: what SD-1.5 and SDXL directories look like."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def tiny_pix2pix(folder: Path | str, name: str = "sd", seed: int = 0, **override
     with tempfile.TemporaryDirectory() as parts:
         source = make(parts, seed=seed, **{"in_channels": 2 * LATENTS[0]} | overrides)
         kind.from_pretrained(source).save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_improvement(folder: Path | str, source: Path, seed: int = 3) -> Path:
+    """A random InstructPix2Pix pipeline's directory with a NARROW network and the encoders of the `tiny_sd` in `source`."""
+    tiny_pix2pix(folder, seed=seed, **NARROW)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(Path(folder) / part)
+        shutil.copytree(source / part, Path(folder) / part)
     return Path(folder)
 
 

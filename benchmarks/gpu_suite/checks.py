@@ -9,8 +9,8 @@ from pathlib import Path
 from benchmarks import ROOT
 from benchmarks.result_files import Row
 
-TESTS = {"tests_native": "tests/ops/test_cuda_build.py", "tests_triton": "tests/ops/test_triton.py",
-         "tests_sampler": "tests/reference/test_cuda_graph.py"}
+TESTS = {"tests_native": ["tests/ops/test_cuda_build.py"], "tests_triton": ["tests/ops/test_triton.py"],
+         "tests_sampler": ["tests/reference/test_cuda_graph.py", "tests/reference/test_improver.py"]}
 COUNTS = ("tests", "failures", "errors", "skipped")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
 
@@ -25,14 +25,16 @@ def build(out: Path) -> Row:
 
 
 def tests(name: str, out: Path, processes: int = 8) -> Row:
-    """Counts and failures of a file's tests on this GPU: of a backend of the loss, or of the sampler in a CUDA graph.
+    """Counts and failures of tests on this GPU: of a backend of the loss, or of the samplers in CUDA graphs.
 
     Several processes share the tests, because most of their time goes to the compiler.
     """
     chosen = "" if name == "tests_sampler" else "not interpreter and not compiled and not spill and not 16_bytes"
-    listed = subprocess.run([*PYTEST, "--collect-only", TESTS[name], "-k", chosen], cwd=ROOT, capture_output=True, text=True,
+    listed = subprocess.run([*PYTEST, "--collect-only", *TESTS[name], "-k", chosen], cwd=ROOT, capture_output=True, text=True,
                             check=False)
-    found = [f"{TESTS[name]}::{line.split('::', 1)[1]}" for line in listed.stdout.splitlines() if "::" in line]
+    files = {Path(file).name: file for file in TESTS[name]}
+    parts = [line.split("::", 1) for line in listed.stdout.splitlines() if "::" in line]
+    found = [f"{files[Path(file).name]}::{test}" for file, test in parts]
     if not found:
         return {"ok": False, "failed": [f"no test was found: {(listed.stdout + listed.stderr)[-300:]}"]}
     processes = min(processes, os.cpu_count() or 1, len(found))
@@ -47,11 +49,11 @@ def tests(name: str, out: Path, processes: int = 8) -> Row:
                 process.wait()
             except KeyboardInterrupt:
                 continue
-    parts = [outcome(process.returncode, report) for process, report in zip(running, reports, strict=True)]
-    counts = {key: sum(part.get(key, 0) for part in parts) for key in COUNTS}
-    failed = [text for part in parts for text in part["failed"]]
-    interrupted = any(part["interrupted"] for part in parts)
-    skipped = sorted({reason for part in parts for reason in part["skipped_for"]})
+    outcomes = [outcome(process.returncode, report) for process, report in zip(running, reports, strict=True)]
+    counts = {key: sum(one.get(key, 0) for one in outcomes) for key in COUNTS}
+    failed = [text for one in outcomes for text in one["failed"]]
+    interrupted = any(one["interrupted"] for one in outcomes)
+    skipped = sorted({reason for one in outcomes for reason in one["skipped_for"]})
     ran = not any("GPU" in reason for reason in skipped)  # a missing backend was not tested, so this is no success
     ok = ran and not failed and not interrupted and len(found) == counts["tests"] > counts["skipped"]
     return counts | {"found": len(found), "processes": processes, "ok": ok, "interrupted": interrupted, "failed": failed,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from seppo_fast.config import Sampler
+from seppo_fast.config import Improvement, Sampler
 from seppo_fast.errors import UserError
-from seppo_fast.evaluation.candidates import open_candidates
-from seppo_fast.evaluation.generate import Drawing
+from seppo_fast.evaluation.candidates import Candidate, open_candidates
+from seppo_fast.evaluation.generate import Drawing, check_sizes
 from seppo_fast.evaluation.prompts import read_prompts
-from seppo_fast.evaluation.request import Request
-from seppo_fast.evaluation.scoring import scores_of
+from seppo_fast.evaluation.request import SCALES, Request
+from seppo_fast.evaluation.scoring import kind_of, scores_of
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
 from seppo_fast.ranks import Ranks
@@ -25,25 +25,39 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
             candidates = open_candidates(arguments.models, arguments.variant, arguments.motion_adapter, arguments.frames)
         ranks.barrier()
     video = candidates[0].model.video
-    scores = chosen(arguments.scores, video, "--scores")
+    scores = chosen(arguments.scores, video, "--scores", several=arguments.per_prompt > 1)
     check_real(arguments.real, candidates[0].model, "--real")
     sampler = Sampler(solver=arguments.solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
     drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
-                      dtype_of(arguments.dtype, ranks.device), sampler)
+                      dtype_of(arguments.dtype, ranks.device), sampler, scales_of(arguments, candidates))
+    check_sizes(candidates, drawing)
     prompts = read_prompts(arguments.prompts, arguments.limit, say)
     return Request(candidates, prompts, scores, weights_of(arguments.weights), drawing, arguments.out, arguments.real,
                    arguments.score_batch_size)
 
 
-def chosen(given: Sequence[str] | None, video: bool, flag: str) -> list[str]:
-    """The names of the given scores in the tables' order; all scores if none was given."""
+def chosen(given: Sequence[str] | None, video: bool, flag: str, several: bool = True) -> list[str]:
+    """The names of the given scores in the tables' order; if none was given, all scores, without those that need several
+    samples a prompt unless there are `several`."""
     known = [score.name for score in scores_of(video)]
     unknown = [name for name in given or () if name not in known]
     if unknown:
         raise UserError(f"{flag} {unknown[0]}: there is no such score of {'videos' if video else 'images'}; there are"
                         f" {', '.join(known)}")
-    return [name for name in known if given is None or name in given]
+    if given is None:
+        return [score.name for score in scores_of(video) if several or kind_of(score) != "prompt"]
+    return [name for name in known if name in given]
+
+
+def scales_of(arguments: argparse.Namespace, candidates: Sequence[Candidate]) -> Improvement:
+    """The guidance scales of models that improve samples; UserError where some are given and there is no such model."""
+    given = {name: scale for name in SCALES if (scale := getattr(arguments, name)) is not None}
+    if given and not any(candidate.source for candidate in candidates):
+        name, scale = next(iter(given.items()))
+        raise UserError(f"--{name.replace('_', '-')} {scale}: no model improves another's samples; name one by --models"
+                        " NAME=PATH@OTHER, or leave the flag out")
+    return Improvement(**{SCALES[name]: scale for name, scale in given.items()})
 
 
 def check_real(folder: Path | None, model: Model, flag: str) -> None:

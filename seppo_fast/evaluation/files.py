@@ -3,26 +3,37 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageSequence
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from seppo_fast.checksums import checksum, checksum_of
 from seppo_fast.data.rows import BadRow
 from seppo_fast.data.video.source import found_video, listing
 from seppo_fast.disk import NO_ROOM
 from seppo_fast.errors import UserError
 from seppo_fast.pictures import MILLISECONDS, picture, save_clip
 
+IMPROVES = "improves"  # the key in a PNG that has the checksum of the file that it is an improvement of
 
-def keep(pixels: Tensor, path: Path) -> None:
-    """Write `(3, H, W)` in [0, 1] as a PNG, or `(F, 3, H, W)` as a lossless animated WebP; all of the file or nothing."""
+
+def keep(pixels: Tensor, path: Path, source: str | None = None) -> None:
+    """Write `(3, H, W)` in [0, 1] as a PNG, or `(F, 3, H, W)` as a lossless animated WebP; all of the file or nothing.
+
+    `source` is noted in a PNG: the checksum of the file that it is an improvement of.
+    """
     temporary = path.with_name(f".{path.name}")
     try:
         if path.suffix == ".png":
-            picture(pixels).save(temporary, format="PNG")
+            notes = PngInfo()
+            if source is not None:
+                notes.add_text(IMPROVES, source)
+            picture(pixels).save(temporary, format="PNG", pnginfo=notes)
         else:
             save_clip([picture(frame) for frame in pixels], temporary)
         temporary.replace(path)
@@ -30,6 +41,31 @@ def keep(pixels: Tensor, path: Path) -> None:
         temporary.unlink(missing_ok=True)
         full = "; the disk is full" if error.errno in NO_ROOM else ""
         raise UserError(f"cannot write {path}: {error}{full}. What is drawn is kept: run the same command again") from error
+
+
+def is_improvement(path: Path, source: Path) -> bool:
+    """Whether `path` is a PNG that was made of `source` as it is now."""
+    with _explained(source):
+        if not path.is_file():
+            return False
+        digest = checksum(source)
+    try:
+        with Image.open(path) as image:
+            return image.info.get(IMPROVES) == digest
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def read_source(path: Path, side: int) -> tuple[Tensor, str]:
+    """A sample that is to be improved, `(1, 3, side, side)` in [-1, 1], and its file's checksum."""
+    with _explained(path):
+        content = path.read_bytes()
+        with Image.open(BytesIO(content)) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    if pixels.shape[:2] != (side, side):
+        raise UserError(f"{path} has {pixels.shape[1]}x{pixels.shape[0]} pixels, and was to have {side}x{side}; remove it, and the"
+                        " same command draws it again")
+    return (pixels.permute(2, 0, 1)[None].float() / 255 * 2 - 1), checksum_of(content)
 
 
 def read_image(path: Path) -> Image.Image:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from tqdm import tqdm
 from seppo_fast import config
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.candidates import Candidate
-from seppo_fast.evaluation.files import keep
+from seppo_fast.evaluation.files import is_improvement, keep, read_source
 from seppo_fast.evaluation.prompts import Prompt
 from seppo_fast.models import Conditions, Model
 from seppo_fast.models.launches import set_processors
+from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
-from seppo_fast.reference.guidance import classifier_free
+from seppo_fast.reference.guidance import classifier_free, double
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import solver_table
 from seppo_fast.seeds import generator
@@ -31,7 +32,10 @@ READABLE = 40  # characters of the prompt in a file's name
 
 @dataclass(frozen=True)
 class Drawing:
-    """How samples are drawn: everything that decides them except model and prompt. `frames` is None for images."""
+    """How samples are drawn: everything that decides them except model and prompt. `frames` is None for images.
+
+    `improvement` has the guidance scales of models that improve others' samples, in place of the sampler's.
+    """
 
     seed: int
     per_prompt: int
@@ -39,22 +43,33 @@ class Drawing:
     frames: int | None
     dtype: torch.dtype
     sampler: config.Sampler
+    improvement: config.Improvement = field(default_factory=config.Improvement)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One sample to draw: the index of its prompt, its number among the prompt's samples, and its file in the output folder."""
+    """One sample to draw: the index of its prompt, its number among the prompt's samples, and its file in the output folder.
+
+    `source` is the file of the sample that it improves; `turns` counts the improvements, this one included.
+    """
 
     prompt: int
     sample: int
     file: str
+    source: str | None = None
+    turns: int = 0
 
 
 def slots_of(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing) -> list[Slot]:
     """The samples of a model; a file's name depends on the prompt's words and the sample's number alone."""
-    suffix = "png" if drawing.frames is None else "webp"
-    return [Slot(index, sample, f"samples/{candidate.name}/{stem(prompt.text)}_{sample:02d}.{suffix}")
-            for index, prompt in enumerate(prompts) for sample in range(drawing.per_prompt)]
+    suffix, source = "png" if drawing.frames is None else "webp", candidate.source
+    slots = []
+    for index, prompt in enumerate(prompts):
+        for sample in range(drawing.per_prompt):
+            name = f"{stem(prompt.text)}_{sample:02d}.{suffix}"
+            slots.append(Slot(index, sample, f"samples/{candidate.name}/{name}", source and f"samples/{source.name}/{name}",
+                              candidate.turns))
+    return slots
 
 
 def share_of(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, ranks: Ranks) -> list[Slot]:
@@ -69,8 +84,19 @@ def stem(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A sample that is to be improved, as the condition (1, *shape), and its file's checksum."""
+
+    image: Tensor
+    checksum: str
+
+
+@dataclass(frozen=True)
 class Renderer:
-    """A model ready to draw: prompts to conditions, noise (B, *shape) to latents, one latent to pixels."""
+    """A model ready to draw: prompts to conditions, noise (B, *shape) to latents, one latent to pixels.
+
+    `see` reads what a model that improves samples is given.
+    """
 
     shape: tuple[int, ...]
     embed: Callable[[list[str]], Conditions]
@@ -78,35 +104,81 @@ class Renderer:
     decode: Callable[[Tensor], Tensor]
     batch_size: int
     device: torch.device
+    see: Callable[[Path], Source] | None = None
 
 
 def generate(candidate: Candidate, prompts: Sequence[Prompt], drawing: Drawing, out: Path, ranks: Ranks,
              say: Callable[[str], None] = print) -> dict[str, str]:
-    """Draw this rank's samples that have no file. Returns file -> why it could not be made, where a sample is not finite."""
-    todo = [slot for slot in share_of(candidate, prompts, drawing, ranks) if not (out / slot.file).is_file()]
+    """Draw this rank's samples that have no file, or one that was made of another sample than the present one.
+
+    Returns file -> why it could not be made.
+    """
+    todo, problems = to_draw(share_of(candidate, prompts, drawing, ranks), out)
     if not todo:
-        return {}
+        return problems
     (out / "samples" / candidate.name).mkdir(parents=True, exist_ok=True)
+    if candidate.source is not None and any((out / slot.file).exists() for slot in todo):
+        say(f"{candidate.name}: samples that were made of others than {candidate.source.name}'s present ones are drawn again")
+    renderer = open_renderer(candidate, drawing, ranks, len(todo), say)
     with tqdm(total=len(todo), desc=f"samples of {candidate.name}", unit="sample", disable=ranks.rank != 0) as progress:
-        return render(todo, prompts, drawing.seed, out, open_renderer(candidate, drawing, ranks, len(todo), say), progress.update)
+        return problems | render(todo, prompts, drawing.seed, out, renderer, progress.update)
+
+
+def to_draw(slots: Sequence[Slot], out: Path) -> tuple[list[Slot], dict[str, str]]:
+    """The samples that are to be drawn; and file -> why, for those that cannot be: what they should improve is missing."""
+    todo, problems = [], {}
+    for slot in slots:
+        if slot.source is not None and not (out / slot.source).is_file():
+            problems[slot.file] = f"there is no {slot.source} that it could improve"
+        elif slot.source is None and not (out / slot.file).is_file():
+            todo.append(slot)
+        elif slot.source is not None and not is_improvement(out / slot.file, out / slot.source):
+            todo.append(slot)
+    return todo, problems
 
 
 def render(todo: Sequence[Slot], prompts: Sequence[Prompt], seed: int, out: Path, renderer: Renderer,
            progress: Callable[[], Any]) -> dict[str, str]:
-    """Write the samples' files in `out`. Returns file -> why it could not be made, where a sample is not finite."""
-    problems = {}
-    for some in chunks(todo, renderer.batch_size):
-        noise = torch.stack([initial_noise(renderer.shape, seed, prompts[slot.prompt].text, slot.sample) for slot in some])
-        conditions = renderer.embed([prompts[slot.prompt].text for slot in some])
-        latents = renderer.draw(noise.to(renderer.device), conditions)
-        for slot, latent in zip(some, latents.split(1), strict=True):
+    """Write the samples' files in `out`. Returns file -> why it could not be made: not finite, or its source cannot be read."""
+    problems: dict[str, str] = {}
+    for batch in chunks(todo, renderer.batch_size):
+        sources, faults = read_sources(batch, out, renderer.see)
+        problems |= faults
+        some = [slot for slot in batch if slot.file not in faults]
+        latents = draw(some, prompts, seed, [source.image for source in sources.values()], renderer) if some else ()
+        for slot, latent in zip(some, latents, strict=True):
             pixels = renderer.decode(latent)[0].cpu()  # one by one: pixels are large
             if pixels.isfinite().all():
-                keep(pixels, out / slot.file)
+                keep(pixels, out / slot.file, sources[slot].checksum if sources else None)
             else:
                 problems[slot.file] = "the model's sample is not finite (NaN or Inf)"
             progress()
+        for _ in faults:
+            progress()
     return problems
+
+
+def draw(slots: Sequence[Slot], prompts: Sequence[Prompt], seed: int, images: Sequence[Tensor], renderer: Renderer
+         ) -> tuple[Tensor, ...]:
+    """Latents (1, *shape) of each slot; `images` (1, *shape) are given to a model that improves samples."""
+    texts = [prompts[slot.prompt].text for slot in slots]
+    noise = torch.stack([initial_noise(renderer.shape, seed, text, slot.sample, slot.turns)
+                         for text, slot in zip(texts, slots, strict=True)])
+    conditions = renderer.embed(texts) | ({IMAGE: torch.cat([*images])} if images else {})
+    return renderer.draw(noise.to(renderer.device), conditions).split(1)
+
+
+def read_sources(slots: Sequence[Slot], out: Path, see: Callable[[Path], Source] | None
+                 ) -> tuple[dict[Slot, Source], dict[str, str]]:
+    """What a model that improves samples is given for each slot; and file -> why, where it cannot be read."""
+    found, faults = {}, {}
+    for slot in slots:
+        if slot.source is not None and see is not None:
+            try:
+                found[slot] = see(out / slot.source)
+            except UserError as error:
+                faults[slot.file] = str(error)
+    return found, faults
 
 
 def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: int, say: Callable[[str], None]) -> Renderer:
@@ -123,20 +195,43 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
         set_processors(unet)
     table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps, "--steps").to(ranks.device)
     empty = embed([""])
-    branches = classifier_free(drawing.sampler.guidance_scale, empty)
+    branches, see = classifier_free(drawing.sampler.guidance_scale, empty), None
+    if candidate.source is not None:
+        empty |= {IMAGE: torch.zeros(1, *shape, device=ranks.device, dtype=dtype)}
+        branches = double(drawing.improvement.guidance_scale, drawing.improvement.image_guidance_scale, empty)
+
+        def see(path: Path) -> Source:
+            pixels, checksum = read_source(path, side_of(model, drawing))
+            return Source(model.encode(vae, pixels)[0].to(dtype), checksum)
+
     sampler = Sampler(unet, model.denoise, table, empty, branches, drawing.sampler, dtype, say=say)
     sampler.fit(shape, count)
-    return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device)
+    return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device, see)
+
+
+def check_sizes(candidates: Sequence[Candidate], drawing: Drawing) -> None:
+    """UserError where a model cannot make samples of the size that is asked for, or would improve samples of another size."""
+    sides = {candidate.name: side_of(candidate.model, drawing) for candidate in candidates}
+    for candidate in candidates:
+        if candidate.source is not None and sides[candidate.name] != (given := sides[candidate.source.name]):
+            raise UserError(f"--models {candidate.name}={candidate.given}: it is made for images of {sides[candidate.name]} pixels"
+                            f" along a side, and {candidate.source.name} draws {given}: give a --resolution for both, or an"
+                            " improvement model of this size")
 
 
 def latent_shape(model: Model, drawing: Drawing) -> tuple[int, ...]:
     """The latents' shape: (C, h, w) of an image, (C, F, h, w) of a video; in the model's own size unless the drawing has one."""
+    side = side_of(model, drawing) // model.vae_scale_factor
+    return (model.latent_channels, *([] if drawing.frames is None else [drawing.frames]), side, side)
+
+
+def side_of(model: Model, drawing: Drawing) -> int:
+    """Pixels along a side of the samples; `UserError` where the model cannot make such ones."""
     side = drawing.resolution or own_side(model) * model.vae_scale_factor
     if side % model.vae_scale_factor:
         raise UserError(f"--resolution {side} is no multiple of {model.vae_scale_factor}, by which the VAE in {model.path} shrinks"
                         " images")
-    frames = [] if drawing.frames is None else [drawing.frames]
-    return (model.latent_channels, *frames, side // model.vae_scale_factor, side // model.vae_scale_factor)
+    return side
 
 
 def own_side(model: Model) -> int:
@@ -149,6 +244,10 @@ def own_side(model: Model) -> int:
     return sides.pop()
 
 
-def initial_noise(shape: Sequence[int], seed: int, prompt: str, sample: int) -> Tensor:
-    """Standard normal noise, the same for every model, whatever the other prompts, the batch and the rank."""
-    return torch.randn(tuple(shape), generator=generator(seed, "evaluation", prompt, sample))
+def initial_noise(shape: Sequence[int], seed: int, prompt: str, sample: int, turns: int = 0) -> Tensor:
+    """Standard normal noise, the same for every model, whatever the other prompts, the batch and the rank.
+
+    Each improvement of a sample has noise of its own: in training, too, it does not depend on what is improved.
+    """
+    improvement = ("improvement", turns) if turns else ()
+    return torch.randn(tuple(shape), generator=generator(seed, "evaluation", prompt, sample, *improvement))

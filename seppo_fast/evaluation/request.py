@@ -9,6 +9,9 @@ from seppo_fast.evaluation.generate import Drawing
 from seppo_fast.evaluation.prompts import Prompt
 from seppo_fast.evaluation.report.table import groups_of
 
+# The scales of improvement models: as flags and settings name them -> as config.Improvement does.
+SCALES = {"improvement_guidance_scale": "guidance_scale", "image_guidance_scale": "image_guidance_scale"}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -26,6 +29,11 @@ class Request:
     @property
     def video(self) -> bool:
         return self.drawing.frames is not None
+
+    @property
+    def improves(self) -> bool:
+        """Whether a model improves another's samples."""
+        return any(candidate.source for candidate in self.candidates)
 
     @cached_property
     def models(self) -> list[str]:

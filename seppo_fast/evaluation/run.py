@@ -13,11 +13,11 @@ from typing import Any
 from seppo_fast.disk import complete_or_not
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.candidates import Candidate
-from seppo_fast.evaluation.generate import Drawing, generate, share_of
+from seppo_fast.evaluation.generate import generate, share_of
 from seppo_fast.evaluation.prompts import tell_truncated
 from seppo_fast.evaluation.report.page import write_page
 from seppo_fast.evaluation.report.table import markdown, tabulate, write_csv
-from seppo_fast.evaluation.request import Request
+from seppo_fast.evaluation.request import SCALES, Request
 from seppo_fast.evaluation.scoring import Job, Sample, Scored, find_all, score_all
 from seppo_fast.machine import commit, machine
 from seppo_fast.opening import read_object
@@ -97,18 +97,19 @@ def remember(request: Request) -> None:
         if not (isinstance(before["models"], dict) and isinstance(before["drawing"], dict | None) and isinstance(seconds, dict)
                 and all(isinstance(value, int | float) for value in seconds.values())):
             raise ValueError
-        drawing = settings_of(request.drawing)
-        if before["drawing"] is not None and (differing := sorted(
-                name for name in drawing if before["drawing"].get(name) != drawing[name])):
+        drawing = settings_of(request)
+        unused = {name: drawing[name] for name in SCALES if name in drawing}  # by the samples that are there, unless it is noted
+        noted = drawing if before["drawing"] is None else unused | before["drawing"]
+        if differing := sorted(name for name in drawing if noted.get(name) != drawing[name]):
             name = differing[0]
-            raise UserError(f"--out {request.out} holds samples with {name} {before['drawing'].get(name)!r}, and now it is"
+            raise UserError(f"--out {request.out} holds samples with {name} {noted.get(name)!r}, and now it is"
                             f" {drawing[name]!r}: give another folder, or the same {name}")
         models = {candidate.name: candidate.fingerprint() for candidate in request.candidates}
         for name, digest in models.items():
             if before["models"].get(name, digest) != digest:
                 raise UserError(f"--out {request.out} holds samples of another model called {name!r} (or its files have changed):"
                                 f" give another name or folder, or remove {request.out / 'samples' / name} and {file}")
-        write_whole(file, {"drawing": drawing, "models": before["models"] | models, "seconds": seconds})
+        write_whole(file, {"drawing": noted | drawing, "models": before["models"] | models, "seconds": seconds})
     except OSError as error:
         raise UserError(f"--out {request.out}: {error.strerror}; choose another folder") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -121,11 +122,13 @@ def write_whole(file: Path, value: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def settings_of(drawing: Drawing) -> dict[str, Any]:
+def settings_of(request: Request) -> dict[str, Any]:
     """The settings that decide a sample, as JSON: without the batch size and the number of samples."""
+    drawing = request.drawing
+    improvement = {name: getattr(drawing.improvement, key) for name, key in SCALES.items()} if request.improves else {}
     sampler = {name: getattr(drawing.sampler, name) for name in ("solver", "steps", "guidance_scale")}
     return {"seed": drawing.seed, "resolution": drawing.resolution, "frames": drawing.frames,
-            "dtype": str(drawing.dtype).removeprefix("torch."), **sampler}
+            "dtype": str(drawing.dtype).removeprefix("torch."), **sampler, **improvement}
 
 
 def result_of(request: Request, scored: Scored, seconds: dict[str, float]) -> dict[str, Any]:
@@ -134,8 +137,9 @@ def result_of(request: Request, scored: Scored, seconds: dict[str, float]) -> di
     result = {
         "about": {"machine": machine(), "versions": versions(), "commit": commit(),
                   "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                  "settings": {**settings_of(request.drawing), "per_prompt": request.drawing.per_prompt}, "seconds": seconds},
-        "models": [{"name": candidate.name, "path": candidate.given, "local": candidate.local} for candidate in request.candidates],
+                  "settings": {**settings_of(request), "per_prompt": request.drawing.per_prompt}, "seconds": seconds},
+        "models": [{"name": candidate.name, "path": candidate.given, "local": candidate.local,
+                    "improves": candidate.source and candidate.source.name} for candidate in request.candidates],
         "scores": scored.scores,
         "groups": request.groups,
         "prompts": [{"index": index, "text": prompt.text, "group": prompt.sets[-1] if prompt.sets[-1] in request.groups else None,

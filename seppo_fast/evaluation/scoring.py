@@ -16,11 +16,11 @@ from tqdm import tqdm
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.files import clip_file, read_image, read_video
 from seppo_fast.evaluation.prompts import Prompt
-from seppo_fast.evaluation.report.table import in_group
+from seppo_fast.evaluation.report.table import in_group, rows_of
 from seppo_fast.evaluation.request import Request
 from seppo_fast.evaluation.scores import IMAGE_SCORES
 from seppo_fast.evaluation.scores.base import Score
-from seppo_fast.evaluation.scores.vendi import VENDI, SetScore
+from seppo_fast.evaluation.scores.vendi import VENDI, VENDI_PROMPT, SetScore
 from seppo_fast.evaluation.video.frechet import Moments, frechet
 from seppo_fast.evaluation.video.real import read_clip
 from seppo_fast.evaluation.video.scores import VIDEO_SCORES, VideoScore
@@ -63,7 +63,7 @@ class Job:
 
 def scores_of(video: bool) -> tuple[AnyScore, ...]:
     """All scores of images, or of videos."""
-    return VIDEO_SCORES if video else (*IMAGE_SCORES, VENDI)
+    return VIDEO_SCORES if video else (*IMAGE_SCORES, VENDI, VENDI_PROMPT)
 
 
 def requested(request: Request) -> list[AnyScore]:
@@ -91,8 +91,10 @@ def score_all(job: Job, missing: Mapping[str, str] | None = None) -> Scored:
 
 
 def kind_of(score: AnyScore) -> str:
-    """"sample", or "set" for a score with one value for all samples together."""
-    return score.kind if isinstance(score, VideoScore) else "set" if isinstance(score, SetScore) else "sample"
+    """"sample"; "prompt" for a score with one value for each prompt's samples; "set" for one with one value for all samples."""
+    if isinstance(score, SetScore):
+        return "prompt" if score.within_prompts else "set"
+    return score.kind if isinstance(score, VideoScore) else "sample"
 
 
 def agreed(ranks: Ranks, work: Callable[[], Any]) -> Any:
@@ -134,6 +136,8 @@ def found(score: AnyScore, request: Request) -> dict[str, Path]:
     """Part -> file of a score's weights; a UserError where something that the score needs is missing."""
     if isinstance(score, VideoScore) and request.real is None:
         raise UserError(f"{score.label} compares with real clips: give their folder by --real")
+    if kind_of(score) == "prompt" and request.drawing.per_prompt == 1:
+        raise UserError(f"{score.label} compares the samples of a prompt: give --per-prompt 2 or more")
     check_packages(score)
     return locate(score, request.weights)
 
@@ -241,11 +245,27 @@ def score_sets(score: SetScore, embed: Callable[[Sequence[Image.Image]], Tensor]
                                       for sample, vector in zip(samples, embed(images), strict=True)
                                       if usable(score, sample, vector)])
     every = [pair for share in job.ranks.objects(mine) for pair in share]
+    if score.within_prompts:
+        return rows_within_prompts(score, every, job)
     rows = []
     for model in job.request.models:
         for group in job.request.groups:
             vectors = [vector for sample, vector in every if job.of(model, group)(sample)]
             rows.append(set_row(score, model, group, len(vectors), score.of(torch.stack(vectors)) if vectors else None))
+    return rows
+
+
+def rows_within_prompts(score: SetScore, every: Sequence[tuple[Sample, Tensor]], job: Job) -> list[dict[str, Any]]:
+    """The table's rows of a score that each prompt has a value of; with fewer than two images it has none."""
+    vectors: dict[tuple[str, int], list[Tensor]] = {}
+    for sample, vector in every:
+        vectors.setdefault((sample["model"], sample["prompt"]), []).append(vector)
+    values = {key: score.of(torch.stack(own)) for key, own in vectors.items() if len(own) > 1}
+    rows = []
+    for group in job.request.groups:
+        inside = [i for i, prompt in enumerate(job.request.prompts) if in_group(prompt.sets, group)]
+        rows += rows_of({model: {(i, 0): values.get((model, i)) for i in inside} for model in job.request.models}, group,
+                        {"name": score.name, "better": score.better})
     return rows
 
 

@@ -28,8 +28,8 @@ def open_model(path: str, *, revision: str | None = None, variant: str | None = 
     directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
     family = directory.index["_class_name"]
     if not image_condition and family in PIPELINES.values():
-        raise UserError(f"{labels.path}: {path} is a {family}: it changes a given image, and cannot draw from a prompt alone. Give"
-                        ' a text-to-image model; only method "improvement" trains such a model further')
+        raise UserError(f"{labels.path}: {path} is a {family}: it changes a given image, and cannot draw from a prompt alone."
+                        f" {labels.needs_image}")
     model = _open(directory, path, variant, motion_adapter, frames, labels)
     make_networks(model)
     return add_image_condition(model) if image_condition else model

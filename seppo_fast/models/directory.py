@@ -75,8 +75,11 @@ def locate(path: str, revision: str | None, variant: str | None, key: str = "pat
 def read_directory(path: Path, variant: str | None, labels: Labels = KEYS) -> Directory:
     """Read the configurations and check that all the files that training needs are there and whole."""
     if not os.path.lexists(path / "model_index.json"):
-        one = (path / "config.json").is_file()
-        hint = " It looks like one component of a pipeline: give its parent." if one else ""
+        hint = ""
+        if (path / "run.json").is_file():
+            hint = f" It is a run's folder: the trained model is in {path / 'final'}."
+        elif (path / "config.json").is_file():
+            hint = " It looks like one component of a pipeline: give its parent."
         raise UserError(f"{path} has no model_index.json, so it is no diffusers pipeline directory.{hint}")
     index = read_index(path / "model_index.json")
     family = COMPONENTS.get(str(index.get("_class_name")))

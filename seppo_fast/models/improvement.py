@@ -1,11 +1,11 @@
-"""Whether an improvement model was made for a policy: for its latents, its prompts and its noise levels."""
+"""Whether an improvement or reference model goes with a policy: the same latents, prompts and noise levels."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from seppo_fast.checksums import checksum
+from seppo_fast.checksums import checksum, checksum_of
 from seppo_fast.errors import UserError
 from seppo_fast.models import Model, StableDiffusionXL
 from seppo_fast.models.common import alphas_cumprod
@@ -15,18 +15,51 @@ SAME = 0.01  # of the norm: weights that are stored in half precision make less 
 
 
 def check_improvement_model(model: Model, policy: Model, device: torch.device | str = "cpu") -> None:
-    """`UserError` that names all in which the improvement `model` does not fit the policy's model.
+    """`UserError` that names all in which the improvement `model` does not fit the policy's model."""
+    advice = ("There are no improvement models of videos: train an image model, or by another method" if policy.video else
+              'Train an improvement model from the policy\'s own base (method "improvement")')
+    _refuse(model, policy, _differences(model, policy, device), advice)
+
+
+def check_reference_model(model: Model, policy: Model, device: torch.device | str = "cpu") -> None:
+    """`UserError` that names all in which the reference `model`, of which the network is used, does not fit the policy's model."""
+    if policy.video:
+        raise UserError(f"{model.directory.labels.path}: {policy.path} is a video model, of which only the motion modules are"
+                        " trained: policy and reference share all other weights, and no other model can be the reference")
+    _refuse(model, policy, _differences(model, policy, device) + _architecture(model, policy),
+            "The reference must be a model of the policy's architecture, with its VAE and text encoders")
+
+
+def network_checksum(model: Model) -> str:
+    """The checksum of the files that decide what a model's network answers."""
+    files = [model.path / "unet" / "config.json", *model.directory.weights["unet"].files]
+    return checksum_of("".join(map(checksum, files)).encode())
+
+
+def _refuse(model: Model, policy: Model, problems: list[str], advice: str) -> None:
+    if problems:
+        raise UserError(f"{model.directory.labels.path}: {model.path} does not fit the policy's model {policy.path}: "
+                        f"{'; '.join(problems)}. {advice}")
+
+
+def _differences(model: Model, policy: Model, device: torch.device | str) -> list[str]:
+    """What is to be said of configurations, noise schedule, VAE and text encoders.
 
     VAE and text encoders are the same where their files are. Otherwise both are loaded, and what counts is whether they make
     the same of a picture and a prompt: a published model's files may be of another format or precision.
     """
     problems = [f"{name} is {own!r} and not {other!r}" for name, own, other in _facts(model, policy) if own != other]
     problems += _schedule(model, policy)
-    if model.name == policy.name:
-        problems += _encoders(model, policy, device)
-    if problems:
-        raise UserError(f"{model.directory.labels.path}: {model.path} does not fit the policy's model {policy.path}: "
-                        f"{'; '.join(problems)}. Train an improvement model from the policy's own base (method \"improvement\")")
+    return problems + (_encoders(model, policy, device) if model.name == policy.name else [])
+
+
+def _architecture(model: Model, policy: Model) -> list[str]:
+    """What is to be said where the networks have other weights, by name or shape."""
+    with torch.device("meta"):
+        own, other = ({name: tuple(weight.shape) for name, weight in each.empty_unet().named_parameters()}
+                      for each in (model, policy))
+    names = [name for name in {**other, **own} if own.get(name) != other.get(name)]
+    return [f"its network is another: {len(names)} weights are missing or of another shape, the first {names[0]}"] if names else []
 
 
 def _facts(model: Model, policy: Model) -> list[tuple[str, object, object]]:

@@ -12,6 +12,7 @@ class Labels:
     variant: str = "seppo.model.variant"
     motion_adapter: str = "seppo.model.motion_adapter"
     frames: str = "seppo.data.video.frames"
+    needs_image: str = 'Give a text-to-image model; only method "improvement" trains such a model further'  # what to do about one
 
 
 KEYS = Labels()

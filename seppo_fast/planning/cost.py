@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from seppo_fast.config import METHODS
+from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.models import Model, UNet, add_image_condition
@@ -44,6 +44,7 @@ class Cost:
     sampler: int  # of the sampler's batch at its peak; of one sample where the batch size is "auto"
     kept_gradients: int  # of the gradients' bytes, those that stay while the reference samples
     improver: int  # the improvement model's weights
+    improving: int  # of the improvement model's sampler at its peak
     offloads_improver: bool  # which leave the device while the policy is trained
     grid: int  # the VAE and the decoding of one of a sample grid's samples; 0 where no grid is made
     evaluation: int  # the VAE and the drawing or decoding of an evaluation's samples; 0 where nothing is evaluated
@@ -60,8 +61,8 @@ class Cost:
     def peaks(self) -> dict[str, int]:
         """The most that each phase of an update needs."""
         phases = {"micro-batch": self.gradients + self.bucket + self.activations, "optimizer": self.update}
-        # scoring runs outside the graph, which has its own memory
-        ahead = self.sampler + self.score if self.graph else max(self.sampler, self.score)
+        # a graph has its own memory, beside that of another graph and of scoring
+        ahead = (sum if self.graph else max)((self.sampler, self.improving, self.score))
         if ahead:
             phases["sampling"] = (self.kept_gradients + ahead + (self.reference if self.offloads else 0)
                                   + (self.improver if self.offloads_improver else 0))
@@ -77,10 +78,15 @@ class Cost:
         return max(self.peaks.values())
 
     @property
+    def kept_graphs(self) -> int:
+        """Bytes of captured graphs that stay on the device while the policy is trained."""
+        kept = (0 if self.offloads else self.sampler) + (0 if self.offloads_improver else self.improving)
+        return kept if self.graph else 0
+
+    @property
     def reserved(self) -> int:
         """The bytes that the device must have: nothing else can use a captured graph's memory pool."""
-        kept = self.sampler if self.graph and not self.offloads else 0
-        return max(size + (kept if name != "sampling" else 0) for name, size in self.peaks.items())
+        return max(size + (self.kept_graphs if name != "sampling" else 0) for name, size in self.peaks.items())
 
     @property
     def sampling(self) -> float:
@@ -151,14 +157,13 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         activations, sampler, score = ((size + weights) // 2 if size else 0 for size in (activations, sampler, score))
 
     sampler += known if draws else 0
-    improver = 0
+    improver = improving = 0
     if improves:  # of the policy's architecture, but for its first convolution
         improvement = add_image_condition(model)
         with torch.device("meta"):
             improver = sum(weight.nbytes for weight in nn.Module.to(improvement.empty_unet(), dtype).parameters())
         improving = inference(lambda: model.denoise(unet, *inputs(tripled * samples))).peak
         improving = ((improving + weights) // 2 if autocast else improving) + known
-        sampler = sampler + improving if graph else max(sampler, improving)
     vae, decoding = vae_bytes(model, latent_shape(model, ours.data)) if looks else (0, 0)
 
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
@@ -167,9 +172,8 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     return Cost(
         parameters=sum(weight.numel() for weight in unet.parameters()), trained=trained, forward=forward,
         sample=forward * guided * evaluations if generated else 0.0, improved=forward * tripled * evaluations if improves else 0.0,
-        per_pair=(ours.sampler.samples_per_iteration or batch.size * ours.updates_per_iteration)
-        / (batch.size * ours.updates_per_iteration), training=training, scoring=scoring,
-        improver=improver, offloads_improver=ours.improvement.offload,
+        per_pair=samples_of_a_pair(ours, batch), training=training, scoring=scoring,
+        improver=improver, improving=improving, offloads_improver=ours.improvement.offload,
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
         reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.looks else 0,
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
@@ -178,6 +182,12 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         evaluation=vae + max(decoding, 0 if graph else sampler) if ours.evaluation.draws else 0,
         offloads=ours.scored_ahead and not shares,
     )
+
+
+def samples_of_a_pair(ours: Seppo, batch: Batch) -> float:
+    """Samples that are drawn for each pair on average: less than one where they are used more than once."""
+    pairs = batch.size * ours.updates_per_iteration
+    return (ours.sampler.samples_per_iteration or pairs) / pairs
 
 
 def vae_bytes(model: Model, shape: Sequence[int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from seppo_fast.data.order import split
 from seppo_fast.data.rows import Source
 from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
 from seppo_fast.models import Model, is_hub_id, open_improvement_model, open_model
-from seppo_fast.models.improvement import check_improvement_model as check_fits
+from seppo_fast.models.improvement import check_improvement_model, check_reference_model
 from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
 from seppo_fast.models.published import published_model, supported
 from seppo_fast.planning.cost import estimate
@@ -79,8 +79,8 @@ def _model(config: Config, missing: list[str]) -> Model | None:
 def _others(config: Config, model: Model | None, missing: list[str]) -> None:
     """The improvement model and the reference model, checked against the policy's model as far as they are here."""
     ours = config.seppo
-    for given, labels, opened in ((ours.improvement, OF_IMPROVEMENT, open_improvement_model),
-                                  (ours.reference_model, OF_REFERENCE, open_model)):
+    for given, labels, opened, check in ((ours.improvement, OF_IMPROVEMENT, open_improvement_model, check_improvement_model),
+                                         (ours.reference_model, OF_REFERENCE, open_model, check_reference_model)):
         if given.path is None:
             continue
         if is_hub_id(given.path):
@@ -91,7 +91,7 @@ def _others(config: Config, model: Model | None, missing: list[str]) -> None:
         else:
             other = opened(given.path, revision=given.revision, variant=given.variant, labels=labels)
             if model is not None and model.path.is_dir():
-                check_fits(other, model)
+                check(other, model)
 
 
 def _source(config: Config, model: Model | None, missing: list[str]) -> Source | None:

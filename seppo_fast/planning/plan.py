@@ -70,6 +70,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     if samples:
         size = "a size that is measured" if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
         each = f"{kept} an iteration, used {updates * batch.size / samples:.3g} times" if kept else f"{batch.size} an update"
+        if (unused := (kept or 0) - ours.updates_per_iteration * batch.size) > 0:
+            each = f"{kept} an iteration, of which {unused} are never used"
         lines["reference samples"] = (f"{samples} in all, {each}, in batches of {size}; {ours.sampler.solver},"
                                       f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}")
     if method.winners == "improvement":
@@ -173,11 +175,14 @@ def _watched(asked: Evaluation) -> str:
 def _memory(config: Config, cost: Cost) -> tuple[str, str]:
     """The memory a rank needs, and what it is made of."""
     peaks = ", ".join(f"{name} {_gb(size)}" for name, size in cost.peaks.items())
-    graph = f", and {_gb(cost.sampler)} stay with the sampler's CUDA graph" if cost.graph and not cost.offloads else ""
+    graph = f", and {_gb(cost.kept_graphs)} stay with the sampler's CUDA graph" if cost.kept_graphs else ""
     bucket = f", buckets {_gb(cost.bucket)}" if cost.bucket else ""
     sampler = f", sampler {_gb(cost.sampler)}" if cost.sampler else ""
     if config.seppo.sampler.batch_size == "auto" and cost.sampler:
         sampler += " a sample, of which batch_size auto takes as many as pay and fit"
+    if cost.improver:
+        sampler += f", improvement model {_gb(cost.improver)} and its sampler {_gb(cost.improving)}"
+        sampler += " while it samples" * cost.offloads_improver
     offloads = " while it samples" if cost.offloads else ""
     parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{offloads}, optimizer {_gb(cost.optimizer)}, gradients"
              f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}")

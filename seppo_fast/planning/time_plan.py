@@ -171,7 +171,7 @@ def _changes(config: Config, cost: Cost, model: Model, work: Work, rate: Rate) -
         for size in BATCHES:
             if size != work.sampler_batch:
                 rows[f"{size} sampled at a time"] = replace(work, sampler_batch=size)
-    if METHODS[ours.method].losers == "reference" and ours.reference_score == "online" and not ours.sampler.samples_per_iteration:
+    if METHODS[ours.method].draws and ours.reference_score == "online" and ours.may_score_rollouts:
         rows["reference_score rollout"] = rollout(work, cost)
     width = max(len(name) for name in rows)
     times = {name: [sum(hours(rate, replace(row, gpus=gpus))) for gpus in GPUS] for name, row in rows.items()}

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan, parse_config
 from seppo_fast.errors import UserError
+from seppo_fast.planning.cost import samples_of_a_pair
 from seppo_fast.profiling.report import (
     PHASES,
     Operator,
@@ -138,8 +139,11 @@ class ProfiledTrainer(Trainer):
             slots = list(self.slots(update))
             slots = slots[:even(len(slots), self.reference.batch_size)]
             noise, conditions = self.pairs.initial_noise(slots), self.pairs.prompts(slots)
-            with self.reference.on_device(), new_profiler() as profiler:
-                self.reference.sampler.draw(noise, conditions)
+            with (self.reference.on_device(), self.improver.on_device() if self.improver else nullcontext(),
+                  new_profiler() as profiler):
+                losers = self.reference.sampler.draw(noise, conditions)
+                if self.improver:
+                    self.improver.improve(losers, conditions, noise)
             self.found["sampling"] = operators(profiler, self.ranks.device), len(slots)
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:
@@ -201,6 +205,7 @@ def profile(config: Config, ranks: Ranks, signals: StopSignals, updates: int, ro
             pass
         found = trainers[0].found
         everyone = ranks.gather(torch.tensor([[found["seconds"][name] for name in PHASES]], dtype=torch.double))
+    everyone[:, PHASES.index("sampling")] *= samples_of_a_pair(config.seppo, batch_plan(config.deepspeed, ranks.world))
     seconds = {name: value for name, value in zip(PHASES, everyone.mean(dim=0).tolist(), strict=True) if value}
     sampling = everyone[:, PHASES.index("sampling")]
     uneven = (sampling.max() / sampling.mean()).item() - 1 if sampling.max() > 0 else 0.0
@@ -213,6 +218,9 @@ def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: floa
     batch = batch_plan(config.deepspeed, ranks.world)
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
     parts = [phase_table(seconds, batch, updates, uneven)]
+    if (share := samples_of_a_pair(config.seppo, batch)) != 1:
+        parts.append(f"a sample is used {1 / share:.3g} times (sampler.samples_per_iteration): of the time of drawing one for each"
+                     f" pair, {share:.3g} is counted as sampling")
     collectives = 0.0
     for name, what in (("sampling", "samples in one batch"), ("training", "pairs in one micro-batch, with the optimizer step")):
         if name in found:
@@ -231,8 +239,8 @@ def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: floa
 def shortened(config: Config, folder: Path, updates: int) -> Config:
     """The configuration for `updates` + 2 updates that leave nothing behind.
 
-    It has no monitors, grids or scores, and no iteration ends. Samples are made for one update at a time: those of a whole
-    iteration would all be made before the first update.
+    It has no monitors, grids or scores, and no iteration ends. Samples are made for one update at a time, one a pair: those of a
+    whole iteration would all be made before the first update.
     """
     raw = copy.deepcopy(config.as_dict())
     for monitor in MONITORS:
@@ -241,7 +249,7 @@ def shortened(config: Config, folder: Path, updates: int) -> Config:
     raw["seppo"]["samples"]["every"] = 0
     raw["seppo"]["evaluation"] = {}
     raw["seppo"]["data"]["hold_out"] = None
-    raw["seppo"]["sampler"]["window"] = "update"
+    raw["seppo"]["sampler"].update(window="update", samples_per_iteration=None)
     return parse_config(raw)
 
 

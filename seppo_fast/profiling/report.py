@@ -88,7 +88,7 @@ def advice(seconds: Mapping[str, float], config: Config, batch: Batch, cuda: boo
     if share["data"] > 0.05:
         notes.append(f"data is {share['data']:.0%}: latents and embeddings are read from the cache; put seppo.data.cache_dir on a"
                     " local disk, or on one that is held in memory")
-    if share["reference scoring"] > 0.05 and ours.reference_score == "online":
+    if share["reference scoring"] > 0.05 and ours.reference_score == "online" and ours.may_score_rollouts:
         notes.append(f"reference scoring is {share['reference scoring']:.0%}: seppo.reference_score=rollout computes it in large"
                     " batches where the samples are made")
     if policy > 0.2:

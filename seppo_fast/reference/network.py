@@ -37,6 +37,10 @@ class Reference:
         self.index = index
         self.restore()
 
+    def prefetch(self, index: int) -> None:
+        """Begin to read what `take` will load."""
+        (self.fixed or self.pool).prefetch(index)
+
     @contextmanager
     def drawing(self, index: int | None) -> Iterator[None]:
         """The network on the device, holding past policy `index` where one is given, and what it held again afterwards."""

@@ -46,7 +46,7 @@ FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.eva
              "seppo.data.encode_batch_size",
              "seppo.data.max_skipped", "seppo.data.allow_outside",
              "seppo.data.video.folder", "seppo.sampler.batch_size", "seppo.sampler.window",
-             "seppo.sampler.cuda_graph", "seppo.sampler.compile", "seppo.sampler.fuse_projections",
+             "seppo.sampler.cuda_graph", "seppo.sampler.compile", "seppo.sampler.fuse_projections", "seppo.improvement.offload",
              "seppo.model.gradient_checkpointing", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler",
              "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "log_level")
 
@@ -79,6 +79,7 @@ class State:
     errors: list[float] = field(default_factory=list)
     started_from: str | None = None  # seppo.model.start_from's file and its checksum
     heldout_error: float | None = None  # the initial model's on the held-out winners
+    models: dict[str, str] = field(default_factory=dict)  # checksums of improvement and reference model, by their key
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -297,12 +298,25 @@ def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> Sta
         then = parse_config(state.config).as_dict()  # with the defaults of keys that came later
     except UserError as error:
         raise UserError(f"{path} was written by another version of this program: in its state.json, {error}") from None
-    differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(then, config)
-                 if not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)]
+    differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(fixed(then), fixed(config))]
     if differing:
         raise UserError(f"{path} was written with another configuration; use that one's values; {anew(path)}. What differs:\n  "
                         + "\n  ".join(differing))
     return state
+
+
+def fixed(config: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """A configuration without the keys that may change between a run and its resumption."""
+    return {key: fixed(value, f"{path}{key}.") if isinstance(value, dict) else value for key, value in config.items()
+            if path + key not in FREE_KEYS}
+
+
+def check_models(path: Path, state: State, models: dict[str, str]) -> None:
+    """Check that the improvement model and the reference model have the weights with which the checkpoint was trained."""
+    for key, then in state.models.items():
+        if models.get(key) != then:
+            raise UserError(f"{path} was trained with other weights than those that {key} has now: put that model back;"
+                            f" {anew(path)}")
 
 
 def check_data(path: Path, state: State, data: str, content: str | None) -> None:

@@ -1,17 +1,16 @@
 """The improvement model in a run: as what makes winners, and, while it is trained itself, in grids of samples."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from seppo_fast.config import Improvement, Seppo
-from seppo_fast.configfile import Batch
 from seppo_fast.data import ClipStream, LatentCache
 from seppo_fast.models import Conditions, Model
 from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.models.prepare import prepare_unets
 from seppo_fast.ranks import Ranks
+from seppo_fast.reference.batching import free_memory
 from seppo_fast.reference.guidance import Branches, double
 from seppo_fast.reference.improver import Improver
 from seppo_fast.reference.sampler import Sampler
@@ -27,16 +26,27 @@ def with_image(pairs: PairSource, settings: Improvement) -> tuple[Conditions, Br
     return empty, double(settings.guidance_scale, settings.image_guidance_scale, empty)
 
 
-def open_improver(model: Model, settings: Seppo, objective: Objective, table: SolverTable, pairs: PairSource, batch: Batch,
-                  ranks: Ranks, say: Callable[[str], None]) -> Improver:
-    """The frozen improvement model on this rank's device, in the policy's precision and with its solver."""
+def half_of_memory(device: torch.device) -> int:
+    """What each of two samplers may count on: where their steps are captured, both keep their memory."""
+    return free_memory(device) // 2
+
+
+def open_improver(model: Model, settings: Seppo, objective: Objective, table: SolverTable, pairs: PairSource, wanted: int,
+                  ranks: Ranks) -> Improver:
+    """The frozen improvement model on this rank's device, in the policy's precision and with its solver.
+
+    It is given at most `wanted` losers at once.
+    """
+    def say(line: str) -> None:
+        ranks.say(f"improvement model: {line}")
+
     unet = model.load_unet(objective.dtype).eval().requires_grad_(False)
-    prepare_unets([unet], settings.model, pairs.cache.shape[1:], objective.autocast or objective.dtype, ranks.device, say,
+    prepare_unets([unet], settings.networks, pairs.cache.shape[1:], objective.autocast or objective.dtype, ranks.device, say,
                   ranks.largest)
     empty, branches = with_image(pairs, settings.improvement)
     sampler = Sampler(unet.to(ranks.device), model.denoise, table.to(ranks.device), empty, branches, settings.sampler,
                       objective.dtype, objective.autocast, say)
-    sampler.fit(pairs.cache.shape, batch.size // batch.world, agree=lambda size: -ranks.largest(-size))
+    sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=half_of_memory)
     improver = Improver(sampler, model.scaling_factor, settings.improvement.offload)
     improver.offload()
     return improver

@@ -6,7 +6,8 @@ and walks through it in seeded epochs.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,25 @@ from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks, even
 from seppo_fast.seeds import generator
 from seppo_fast.training.pairs import Rollout
+
+
+def not_finite(batch: Mapping[str, Tensor]) -> dict[int, str]:
+    """By place in a batch of samples (B, ...), which of them is not finite: the "loser", or else the "winner" made of it."""
+    found: dict[int, str] = {}
+    for name in filter(batch.__contains__, ("loser", "winner")):
+        for i in (~batch[name].flatten(1).isfinite().all(1)).nonzero().flatten().tolist():
+            found.setdefault(i, name)
+    return found
+
+
+def blame(names: Iterable[str]) -> str:
+    """What drew the samples that are not finite, from the names of their tensors, and what to do."""
+    count = Counter(names)
+    lines = [f"{count['loser']} are so as a past policy drew them: try a lower seppo.sampler.guidance_scale"] * bool(count["loser"])
+    if count["winner"]:
+        lines.append(f"{count['winner']} became so in the improvement model: check the model in seppo.improvement.path, or lower"
+                     " seppo.improvement.guidance_scale and image_guidance_scale")
+    return "; ".join([*lines, "bf16 and fp32 have a larger range than fp16"])
 
 
 class OneUse(dict[int, Rollout]):
@@ -51,6 +71,11 @@ class OneUse(dict[int, Rollout]):
         for slot in slots:
             self.pop(slot, None)
 
+    def not_finite(self, slots: Iterable[int]) -> list[str]:
+        """For each of these slots' rollouts that is not finite, the name of the tensor."""
+        return [name for slot in slots if slot in self
+                for name in not_finite({name: tensor[None] for name, tensor in self[slot].items()}).values()]
+
     def remove_old(self, iterations: Iterable[int]) -> None:
         """Nothing of past iterations is kept."""
 
@@ -73,7 +98,8 @@ class SampleSet:
         self.batch = 0  # samples of a file, but for each share's last one
         self.iteration: int | None = None  # the one whose set is complete
         self._walk(1, range(size))
-        self._dropped: dict[int, list[int]] = {}  # by the first number of a file that is known to be right
+        # By the first number of a file that is known to be right: which samples are not finite, and in what.
+        self._dropped: dict[int, dict[int, str]] = {}
 
     def number(self, slot: int) -> int:
         """The sample that a slot trains on: its prompt and noise follow from this number. Before its set is drawn, a guess."""
@@ -103,8 +129,6 @@ class SampleSet:
         k = numbers[0] // self.size + 1
         path = self._path(numbers[0])
         tensors = {name: tensor.contiguous() for name, tensor in drawn.items()}
-        finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors.values()]).all(0)
-        dropped = [number for number, good in zip(numbers, finite.tolist(), strict=True) if not good]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with complete_or_not(path) as temporary:
@@ -114,7 +138,7 @@ class SampleSet:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: the samples of iteration {k} cannot be written ({error}); make room under {self.folder} and"
                             " resume: the checkpoints so far are valid, and what is drawn is not drawn again") from error
-        self._dropped[numbers[0]] = dropped
+        self._dropped[numbers[0]] = {numbers[i]: name for i, name in not_finite(tensors).items()}
 
     def get(self, slot: int, default: Rollout | None = None, /) -> Rollout:
         """The rollout that a slot trains on, in epochs over the set."""
@@ -136,6 +160,10 @@ class SampleSet:
     def forget(self, slots: Iterable[int]) -> None:
         """Each sample is used again."""
 
+    def not_finite(self, slots: Iterable[int]) -> list[str]:
+        """None is used."""
+        return []
+
     def remove_old(self, iterations: Iterable[int]) -> None:
         """Remove the sets of all iterations but these, those of the kept checkpoints and the present one."""
         kept = {self._folder(k).name for k in iterations}
@@ -145,14 +173,15 @@ class SampleSet:
 
     def _open(self, k: int) -> None:
         """Iteration k's set is drawn by all ranks: agree on what is usable of it."""
-        dropped = {number for each in self.ranks.objects(self._dropped) for numbers in each.values() for number in numbers}
+        dropped = {number: name for each in self.ranks.objects(self._dropped) for some in each.values()
+                   for number, name in some.items()}
         first = (k - 1) * self.size
         usable = [place for place in range(self.size) if first + place not in dropped]
         if dropped:
             self.say(f"iteration {k}: {len(dropped)} of {self.size} samples are not finite, and are dropped")
         if len(usable) < self.least:
             raise UserError(f"iteration {k}: only {len(usable)} of {self.size} samples are finite, fewer than the {self.least}"
-                            " pairs of an update. Try bf16 or fp32, or a lower guidance scale")
+                            f" pairs of an update. Of the others {blame(dropped.values())}")
         self.iteration = k
         self._walk(k, usable)
 
@@ -172,8 +201,7 @@ class SampleSet:
             return False
         if written != self._written(k, numbers, tensors):
             return False
-        finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors.values()]).all(0)
-        self._dropped[numbers[0]] = [number for number, good in zip(numbers, finite.tolist(), strict=True) if not good]
+        self._dropped[numbers[0]] = {numbers[i]: name for i, name in not_finite(tensors).items()}
         return True
 
     def _written(self, k: int, numbers: Sequence[int], tensors: dict[str, Tensor]) -> dict[str, Any]:

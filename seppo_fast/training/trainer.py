@@ -31,7 +31,7 @@ from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.prefetch import prefetched
 from seppo_fast.training.reporter import Reporter
-from seppo_fast.training.rollouts import OneUse, SampleSet
+from seppo_fast.training.rollouts import OneUse, SampleSet, blame
 
 PHASES = ("sampling", "training", "data", "evaluation", "grids", "pool", "checkpoints")  # the parts of a row's seconds
 
@@ -98,7 +98,7 @@ class Trainer:
         with self.timed("pool"):
             self.reference.take(pick(strategy, k, seed))
         if k < self.settings.iterations:
-            self.reference.pool.prefetch(pick(strategy, k + 1, seed))
+            self.reference.prefetch(pick(strategy, k + 1, seed))
 
     def draw_rollouts(self, k: int, update: int) -> None:
         """Line 3: losers by past policies, their improved winners, scores if `rollout`: what this update, or iteration, lacks."""
@@ -153,12 +153,12 @@ class Trainer:
             return done, self.ranks.gather(torch.cat(tables).cpu())
 
     def still_is_reference(self, update: int) -> bool:
-        """Whether the policy still equals its reference: that is the latest policy, and no update has been made since.
+        """Whether the policy still equals its reference: that is the latest policy of the pool, and no update has been made since.
 
         Then every pair is a tie by definition. The same error, computed twice in batches of other sizes, differs by rounding, and
         the flipper would react to that difference.
         """
-        if self.reference is None or self.settings.reference_score != "rollout":
+        if self.reference is None or self.reference.fixed is not None or self.settings.reference_score != "rollout":
             return False
         kept = self.reference.pool.dtype
         exact = torch.promote_types(kept, self.objective.dtype) == kept
@@ -168,15 +168,17 @@ class Trainer:
 
     def finish_update(self, k: int, done: Step, table: Tensor) -> None:
         """Count and report the update; add the policy to the pool, evaluate, write a checkpoint, draw a grid, each at its turn."""
-        self.rollouts.forget(self.slots(self.state.update))
+        slots = self.slots(self.state.update)
         self.state.update += 1
         self.state.skipped += done.skipped
         self.state.unmoved &= done.skipped
         lost = done.skipped and not (done.harmless and bool(table.isfinite().all()))
         self.state.nonfinite_in_a_row = self.state.nonfinite_in_a_row + 1 if lost else 0
+        unusable = self.unusable_samples(slots) if lost else ""
+        self.rollouts.forget(slots)
         self.report(k, done, table)
         self.watch(table)
-        self.give_up_if_lost()
+        self.give_up_if_lost(unusable)
 
         end_of_iteration = self.state.update == k * self.settings.updates_per_iteration
         if end_of_iteration:
@@ -282,16 +284,26 @@ class Trainer:
             updates = [self.state.update, *map(checkpoint.update_of, checkpoint.complete(self.folder / "checkpoints"))]
             self.rollouts.remove_old(map(self.iteration_of, updates))
 
-    def give_up_if_lost(self) -> None:
+    def unusable_samples(self, slots: Sequence[int]) -> str:
+        """Says how many of a skipped update's samples are not finite, and what drew them; the words for it, empty if all are."""
+        found = [each for of_rank in self.ranks.objects(self.rollouts.not_finite(slots)) for each in of_rank]
+        if not found:
+            return ""
+        words = f"of its {self.batch.size} samples {len(found)} are not finite: {blame(found)}"
+        self.reporter.say(f"update {self.state.update} is skipped: {words}")
+        return words
+
+    def give_up_if_lost(self, unusable: str) -> None:
         """Stop when too many updates in a row were skipped because loss or gradients were not finite."""
         if self.state.nonfinite_in_a_row < self.settings.max_nonfinite:
             return
+        causes = ("Lower optimizer.params.lr or seppo.beta, clip gradients, or train in bf16 or fp32" if not unusable else
+                  unusable[0].upper() + unusable[1:] + "; with seppo.sampler.samples_per_iteration such samples are dropped")
         good = checkpoint.last_sound(self.folder / "checkpoints", self.state)
         raise UserError(
             f"{self.state.nonfinite_in_a_row} updates in a row had a loss or gradients that are not finite"
             f" (seppo.max_nonfinite), the last one update {self.state.update}; all of them were skipped. Last good"
-            f" checkpoint, from before the error on the winners left its range: {good or 'none yet'}. Lower"
-            " optimizer.params.lr or seppo.beta, clip gradients, or train in bf16 or fp32: "
+            f" checkpoint, from before the error on the winners left its range: {good or 'none yet'}. {causes}: "
             + (checkpoint.anew(good) if good else "begin anew in another seppo.output_dir")
         )
 

@@ -40,7 +40,7 @@ def test_tests_are_dealt_to_processes_and_every_one_is_counted(tmp_path: Path, m
                     "@pytest.mark.parametrize('x', range(5))\ndef test_good(x): pass\n"
                     "def test_bad(): assert 0, 'broken on purpose'\n"
                     "def test_not_here(): pytest.skip('another reason')\n")
-    monkeypatch.setattr(checks, "TESTS", {"tests_dealt": str(file)})
+    monkeypatch.setattr(checks, "TESTS", {"tests_dealt": [str(file)]})
     found = checks.tests("tests_dealt", tmp_path, processes=3)
     assert {key: found[key] for key in ("tests", "failures", "skipped", "ok", "interrupted")} == {
         "tests": 7, "failures": 1, "skipped": 1, "ok": False, "interrupted": False}

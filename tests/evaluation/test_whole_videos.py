@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from forked import Forks
-from tiny import tiny_clip
+from tiny import NARROW, tiny_clip, tiny_pix2pix
 
 from seppo_fast import evaluate
 from seppo_fast.evaluation.files import read_video
@@ -92,16 +92,18 @@ def test_two_ranks_give_what_one_gives(forks: Forks, ranks: Any, of_videos: Any,
                                        tmp_path: Path) -> None:
     (tmp_path / "three.txt").write_text("a cat\na dog\na cow\n")
     (tmp_path / "refused.csv").write_text("videoid,name\nc,the photo\na,a red cat\n")
-    clip = tiny_clip(tmp_path / "clip")
+    clip, better = tiny_clip(tmp_path / "clip"), tiny_pix2pix(tmp_path / "better", **NARROW)
 
     def of_images(out: Path, *more: object) -> list[str]:
+        scores = ("pickscore", "vendi", "vendi_prompt")
         return ["--models", *(f"{name}={videos / name}" for name in ("base", "tuned")), "--prompts", str(tmp_path / "three.txt"),
-                "--out", str(out), "--steps", "1", "--batch-size", "1", "--score-batch-size", "1", "--scores", "pickscore", "vendi",
-                "--weights", f"pickscore={clip}", f"vendi={clip}", *map(str, more)]
+                "--out", str(out), "--steps", "1", "--batch-size", "1", "--score-batch-size", "1", "--scores", *scores,
+                "--weights", *(f"{name}={clip}" for name in scores), *map(str, more)]
 
     asked = {
         "videos": lambda out: of_videos(out, *SHAPE, *weights, "--scores", "lpips", "ssim", "psnr", "fvd"),  # FID takes long
         "images": lambda out: of_images(out, "--per-prompt", 2),
+        "improved": lambda out: of_images(out, "--models", f"base={videos / 'base'}", f"improved={better}@base"),
         "no image for a rank": lambda out: of_images(out, "--models", f"base={videos / 'base'}", "--limit", 1),
         "no clip for a rank": lambda out: of_videos(out, *SHAPE, *weights, "--limit", 1, "--scores", "psnr", "fvd"),
         "refused on one rank": lambda out: of_videos(out, "--frames", 2, "--prompts", tmp_path / "refused.csv", *weights,

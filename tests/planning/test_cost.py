@@ -203,6 +203,15 @@ def test_a_reference_that_rests_is_there_for_sampling_alone(planned: Callable[..
     assert stays.peaks["sampling"] > stays.standing + stays.sampler + stays.score > stays.standing + stays.sampler, "scores, too"
 
 
+def test_an_improvement_model_that_rests_takes_its_graph_along() -> None:
+    stays, rests = (estimate(published_model(config.seppo.model.path), config, batch_plan(config.deepspeed, 8), 50) for config in (
+        load_config("ds_a100_iterative_dpo.json", [f"seppo.improvement.offload={offload}", "seppo.sampler.batch_size=1"])
+        for offload in ("false", "true")))
+    assert stays.peaks["sampling"] == rests.peaks["sampling"] > stays.standing + stays.sampler + stays.improving
+    assert stays.improving > stays.sampler > 0, "three branches, not two"
+    assert stays.reserved - rests.reserved == stays.improver + stays.improving
+
+
 def test_the_published_shapes() -> None:
     for path, parameters in (("runwayml/stable-diffusion-v1-5", 859_520_964),
                              ("stabilityai/stable-diffusion-xl-base-1.0", 2_567_463_684)):

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from forked import Forks
+from tiny import tiny_improvement
 
 from seppo_fast.configfile import batch_plan, parse_config
 from seppo_fast.errors import UserError
 from seppo_fast.profiling.profiled import Clock, profile
 from seppo_fast.profiling.report import PHASES, advice
+from seppo_fast.reference.improver import Improver
 from seppo_fast.signals import StopSignals
 
 
@@ -40,6 +42,27 @@ def test_methods_without_reference_samples(settings: Callable[..., dict[str, Any
     text = profile(parse_config(raw), ranks, StopSignals(), updates=1)
     assert "sampling" not in text and ("reference scoring" in text) == (method == "dpo")
     assert "training, 8 pairs in one micro-batch" in text
+
+
+def test_an_improvement_model_is_profiled(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any, pickapic: Path) -> None:
+    raw = settings(**{"seppo.method": "improvement", "seppo.data.source": str(pickapic), "train_micro_batch_size_per_gpu": 8})
+    text = profile(parse_config(raw), ranks, StopSignals(), updates=1)
+    assert "sampling" not in text and "training, 8 pairs in one micro-batch" in text
+
+
+def test_of_samples_that_are_used_again_each_pair_has_a_share(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any,
+                                                              sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    improve = Improver.improve
+    monkeypatch.setattr(Improver, "improve", lambda self, *given: drawn.append(len(given[0])) or improve(self, *given))
+    raw = settings(**{"seppo.method": "iterative_dpo", "seppo.sampler.samples_per_iteration": 40, "seppo.sampler.batch_size": 4,
+                      "seppo.updates_per_iteration": 1000, "seppo.improvement.offload": True,
+                      "seppo.improvement.path": str(tiny_improvement(tmp_path / "improvement", sd))})
+    text = profile(parse_config(raw), ranks, StopSignals(), updates=1)
+    assert drawn == [4] * 7, "two batches an update in three updates, and one under the profiler; no set for an iteration"
+    assert "a sample is used 200 times (sampler.samples_per_iteration): of the time of drawing one for each pair, 0.005 is" in text
+    assert 0 < float(text.split("  sampling ")[1].split("%")[0]) < 10 and "sampling, 4 samples in one batch: " in text
+    assert "reference_score" not in text, "which does not go with this method"
 
 
 def test_scores_of_a_rollout_are_told_from_its_samples(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any) -> None:

@@ -1,4 +1,4 @@
-"""Runs in this process, made once a module for each different configuration."""
+"""Runs in this process, made once a module for each different configuration; an improvement model for the second stage."""
 
 import json
 from collections.abc import Callable
@@ -27,3 +27,11 @@ def trained(settings: Callable[..., dict[str, Any]], train: Callable[..., Path],
         return finished[key]
 
     return once
+
+
+@pytest.fixture(scope="session")
+def improvement(tmp_path_factory: pytest.TempPathFactory, sd: Path) -> Path:
+    """An improvement model with the encoders of the policy's model."""
+    from tiny import tiny_improvement
+
+    return tiny_improvement(tmp_path_factory.mktemp("models") / "improvement", sd)

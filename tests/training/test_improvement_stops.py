@@ -1,6 +1,5 @@
 """Runs of both stages that are killed, or shared by two ranks: the same model comes out, and nothing is drawn twice."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from forked import Strike
 from outcomes import apart, identical, steady_rows, weights
 from safetensors.torch import load_file
-from tiny import NARROW, tiny_pix2pix
 
 DRAW, ADD = "seppo_fast.reference.sampler:Sampler.draw", "seppo_fast.training.rollouts:SampleSet.add"
 # One run is killed at all of these in turn: what is drawn for an iteration, and where it goes on.
@@ -22,16 +20,6 @@ KILLS = {
     "the next iteration's set": Strike(ADD, 2, after=True),
     "the removal of old sets": Strike("seppo_fast.training.rollouts:SampleSet.remove_old", 1),
 }
-
-
-@pytest.fixture(scope="module")
-def improvement(tmp_path_factory, sd) -> Path:
-    """An improvement model with the encoders of the policy's model."""
-    folder = tiny_pix2pix(tmp_path_factory.mktemp("models") / "improvement", seed=3, **NARROW)
-    for part in ("vae", "text_encoder", "tokenizer"):
-        shutil.rmtree(folder / part)
-        shutil.copytree(sd / part, folder / part)
-    return folder
 
 
 @pytest.fixture

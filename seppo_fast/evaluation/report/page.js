@@ -95,6 +95,7 @@ function drawAbout() {
   const sizes = groups.slice(1).map(group => `${group} ${result.prompts.filter(prompt => member(prompt, group)).length}`);
   const facts = {
     Models: models.map(model => h("div", {}, swatch(model.name), h("b", {}, model.name), " ", h("code", {}, model.path),
+      model.improves && h("span", {class: "note"}, ` (improves the samples of ${model.improves})`),
       model.local && h("span", {class: "note"}, " (local files)"))),
     Prompts: [plural(result.prompts.length, "prompt"), sizes.length && ` (${sizes.join(", ")})`,
               per_prompt && `, ${plural(per_prompt, "sample")} a prompt`],
@@ -113,7 +114,8 @@ function drawTable() {
     scores.map(score => score.missing ? h("td", {class: "none", "aria-describedby": `missing-${score.name}`}, "missing")
                                       : figures(name, score))));
   const legend = `Prompts: ${state.group}. Mean; below it its 95\u00a0% interval` + (!others.length ? "." :
-    `, then the win rate: the share of samples that are better than ${first}’s from the same noise.` +
+    `, then the win rate: the share of samples${scores.some(score => score.kind === "prompt") ? ", or of prompts," : ""}` +
+    ` that are better than ${first}’s from the same noise.` +
     " Better and worse: the whole interval of the win rate is above or below 50\u00a0%." +
     " Bold: the 95\u00a0% interval of the difference to every other model is clear of zero.");
   fill("scores-note", legend);
@@ -132,7 +134,7 @@ function figures(model, score) {
   return h("td", {}, h(row.best ? "strong" : "span", {}, number(row.mean)),
     known(row.low) && h("small", {}, between(row)),
     judged(row.win_rate) && h("small", {class: judged(row.win_rate)}, `${percent(row.win_rate.mean)} (${shares(row.win_rate)})`),
-    row.count < most && h("small", {}, `${row.count} of ${most} samples`));
+    row.count < most && h("small", {}, `${row.count} of ${most} ${score.kind === "prompt" ? "prompts" : "samples"}`));
 }
 
 function drawVerdicts() {
@@ -298,7 +300,8 @@ function prompted(text) {
 }
 
 function figure(row, model, picture) {
-  const sample = row.of.get(model), names = h("figcaption", {}, swatch(model), h("b", {}, model));
+  const sample = row.of.get(model), improves = models.find(({name}) => name === model).improves;
+  const names = h("figcaption", {}, swatch(model), h("b", {}, model), improves && h("span", {class: "note"}, ` improves ${improves}`));
   if (!sample) return h("figure", {}, names, h("p", {class: "placeholder"}, "no such sample"));
   const {problem} = sample, lost = lostOf(sample), address = sample.file?.split("/").map(encodeURIComponent).join("/");
   const alt = `${model}, sample ${row.sample}: ${row.prompt.text.slice(0, 120)}`;

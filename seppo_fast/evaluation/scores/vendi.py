@@ -1,4 +1,4 @@
-"""Vendi score (Friedman & Dieng 2023): the effective number of different images in a set."""
+"""Vendi score (Friedman & Dieng 2023): the effective number of different images in a set, of all prompts or of one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ Embedder = Callable[[Sequence[Image.Image]], Tensor]  # RGB images -> (N, D) fp3
 
 @dataclass(frozen=True)
 class SetScore:
-    """A score of a set of images: each is embedded, and all embeddings together give one number."""
+    """A score of a set of images: each is embedded, and all embeddings together give one number.
+
+    `within_prompts`: the set is the images of one prompt, so that each prompt has a value, and the score is their mean.
+    """
 
     name: str
     label: str
@@ -24,6 +27,7 @@ class SetScore:
     of: Callable[[Tensor], float]
     better: str = "higher"
     packages: tuple[str, ...] = ()
+    within_prompts: bool = False
 
 
 def load(parts: Mapping[str, Path], device: torch.device) -> Embedder:
@@ -45,3 +49,4 @@ def vendi(embeddings: Tensor) -> float:
 
 
 VENDI = SetScore("vendi", "Vendi", {"model": "openai/clip-vit-large-patch14"}, load, vendi)
+VENDI_PROMPT = SetScore("vendi_prompt", "Vendi within prompts", VENDI.wants, load, vendi, within_prompts=True)

@@ -363,6 +363,23 @@ def test_weights_and_models_of_ones_own_are_named(driver: Any, tmp_path: Path) -
 
 
 @in_a_browser
+def test_an_improvement_is_shown_beside_what_it_improves(driver: Any, tmp_path: Path) -> None:
+    made = demo(tmp_path)
+    made["models"][2]["improves"] = "base"
+    made["scores"][3]["kind"] = "prompt"
+    made["table"][11] |= {"count": 299, "low": 21.5, "high": 22.5, "win_rate": {"mean": 0.6, "low": 0.55, "high": 0.65}}
+    write_page(made, tmp_path)
+    page = Page(driver, tmp_path / "index.html").open()
+    assert page.texts("#rows li:first-child figcaption") == ["base", "tuned", "sft improves base"]
+    assert page.script("document.querySelectorAll('#rows li:first-child img').length") == 3
+    assert page.texts("#about dd:first-of-type div")[2] == "sft runs/sft/final (improves the samples of base)"
+    shown = page.texts("#table tbody tr:nth-child(3) td")[3]
+    assert shown == "22.0021.50 to 22.5060.0 % (55.0 to 65.0)299 of 300 prompts"
+    assert "the share of samples, or of prompts, that are better" in page.text("#scores-note")
+    assert page.complaints() == []
+
+
+@in_a_browser
 def test_the_table_scrolls_on_a_phone(page: Page) -> None:
     try:
         page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
