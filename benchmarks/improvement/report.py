@@ -174,7 +174,7 @@ def about(result: Result) -> str:
         f" {settings['guidance_scale']:g}. Scores: of {settings['judge_samples']} samples in {settings['judge_steps']} steps, from"
         " the same noise for all policies of a seed. Level: degradation that a regressor reads (0 a clean digit, 1 hardly"
         " visible); prompt accuracy: share that a classifier reads as the prompt's digit; distance: to the nearest held-out digit;"
-        " Vendi: within a prompt, of restored samples, so that grain does not count."
+        " Vendi: within a prompt, of restored samples, so that grain counts little."
         f" {result['seconds']['processor'] / 60:.0f} minutes of processor time on {machine['cpu']}, {settings['side_by_side']} runs"
         f" side by side; torch {result['versions']['torch']}, commit `{'`, `'.join(result['commits_of_runs'])}`."
     )

@@ -61,7 +61,7 @@ class Judge:
         return torch.cdist(torch.tensor(grey(pixels)), torch.tensor(self.real)).min(dim=1).values.numpy()
 
     def diversity(self, pixels: Tensor, labels: Sequence[int]) -> float:
-        """Vendi within a prompt, of restored pictures in a few components: grain should not make a picture another."""
+        """Vendi within a prompt, of restored pictures in a few components: grain alone hardly makes a picture another."""
         found = torch.tensor(self.features.transform(self.restorer.predict(grey(pixels))))
         of = torch.tensor(labels)
         return float(np.mean([vendi(found[of == label]) for label in sorted(set(labels))]))

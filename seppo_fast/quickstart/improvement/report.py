@@ -26,7 +26,7 @@ def table(scores: Mapping[str, Scores]) -> str:
         "level: degradation that a regressor reads in a sample, 0 a clean digit, 1 one that can hardly be seen. prompt accuracy:",
         "  share of samples that a classifier reads as the prompt's digit. distance: to the nearest held-out digit (less is",
         "  better).",
-        "  Vendi: how many different digits the samples of a prompt amount to, on restored samples, so that grain does not count.",
+        "  Vendi: how many different digits the samples of a prompt amount to, on restored samples, so that grain counts little.",
     ])
 
 
