@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import DeepSpeedEngine
 from deepspeed.monitor.csv_monitor import csvMonitor
-from torch import Tensor, nn
+from torch import Tensor
 
-from seppo_fast.checksums import checksum_of
 from seppo_fast.config import METHODS
-from seppo_fast.configfile import Batch, Config, batch_plan, parse_config
+from seppo_fast.configfile import Config, batch_plan, parse_config
 from seppo_fast.data import ClipStream, LatentCache
 from seppo_fast.data.cache import build_cache, give_back_memory
 from seppo_fast.data.order import split
@@ -26,34 +24,30 @@ from seppo_fast.models import Model, open_improvement_model, open_model
 from seppo_fast.models.engines import same_with_gradients
 from seppo_fast.models.improvement import check_improvement_model, check_reference_model, network_checksum
 from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
-from seppo_fast.models.lora import choose_trained, share_frozen, trains_a_part
-from seppo_fast.models.prepare import prepare_unets
-from seppo_fast.ops import available_backends
+from seppo_fast.models.lora import share_frozen, trains_a_part
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
-from seppo_fast.reference.batching import free_memory
-from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.network import Reference
-from seppo_fast.reference.pool import Pool, pick
-from seppo_fast.reference.sampler import Sampler
-from seppo_fast.reference.solver import SolverTable, solver_table
+from seppo_fast.reference.pool import Pool
+from seppo_fast.reference.solver import solver_table
 from seppo_fast.signals import StopSignals
 from seppo_fast.training import checkpoint, csv_files, start
 from seppo_fast.training.checkpoint import State
-from seppo_fast.training.engine import check_engine_config, policy_weights, pool_dtype, precision, start_engine, unsupported
+from seppo_fast.training.engine import check_engine_config, pool_dtype, precision, start_engine, unsupported
 from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, alone_in, open_folder
 from seppo_fast.training.held_out import open_held_out
-from seppo_fast.training.improving import grids_of_pairs, half_of_memory, open_improver, with_image
+from seppo_fast.training.improving import grids_of_pairs, open_improver
 from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import keep_rows
+from seppo_fast.training.networks import fill_pool, hold, load_policies, loss_backend, open_sampler
 from seppo_fast.training.noise import noise_process
 from seppo_fast.training.objective import Objective
-from seppo_fast.training.pairs import PairSource, Rollout
+from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.past import check_past
 from seppo_fast.training.reporter import Reporter
-from seppo_fast.training.rollouts import OneUse, SampleSet
+from seppo_fast.training.rollouts import open_rollouts
 from seppo_fast.training.samples import PROMPTS, Grids
 from seppo_fast.training.trainer import Trainer
 from seppo_fast.training.validation import Validation, check_scores, open_validation, request_of
@@ -216,87 +210,6 @@ def continue_csv(monitor: csvMonitor, state: State, samples: int, resumed: bool)
         csv_files.go_on(monitor, state.update, -1 if state.evaluated is None else state.evaluated, samples)
     elif aside := csv_files.set_aside(monitor):
         print(f"csv_monitor: {monitor.log_dir} held the files of another run, which are renamed ({aside[0].name} ...)", flush=True)
-
-
-def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
-    """The policy, for the engine, and outside it a reference of the same architecture and dtype (for grids and scores, too)."""
-    ours = config.seppo
-    dtype = precision(config.deepspeed).dtype
-    torch.manual_seed(ours.seed + ranks.rank)
-    policy = model.load_unet(dtype).train()
-    reference = None
-    if ours.flipper or ours.looks:
-        reference = model.load_unet(dtype).eval()
-    for unet in filter(None, (policy, reference)):
-        choose_trained(unet, ours.model.lora, ours.seed)
-    if ours.model.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
-    prepare_unets([*filter(None, (policy, reference))], ours.networks, latents, precision(config.deepspeed).autocast or dtype,
-                  ranks.device, ranks.say, ranks.largest)
-    return policy, reference
-
-
-def loss_backend(device: torch.device) -> str:
-    """The loss backend for a device, and why the faster ones are not available."""
-    lacking: list[str] = []
-    for name, state in available_backends(device).items():
-        if state == "available":
-            return f"{name} backend" + (f" ({'; '.join(lacking)})" if lacking else "")
-        lacking.append(f"no {name}: {state}")
-    raise AssertionError("the reference runs everywhere")
-
-
-def open_sampler(config: Config, batch: Batch, objective: Objective, reference: nn.Module, table: SolverTable, pairs: PairSource,
-                 ranks: Ranks) -> tuple[Sampler, int]:
-    """What draws from `reference`, and its batch size: the smallest of all ranks', since each step asks all of them for signals."""
-    ours, empty = config.seppo, pairs.unconditional
-    branches = classifier_free(ours.sampler.guidance_scale, empty)
-    if ours.method == "improvement":
-        empty, branches = with_image(pairs, ours.improvement)
-    sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, branches, ours.sampler, objective.dtype,
-                      objective.autocast, ranks.say)
-    updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
-    wanted = (ours.sampler.samples_per_iteration or updates * batch.size) // batch.world
-    free = half_of_memory if METHODS[ours.method].winners == "improvement" else free_memory
-    return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=free)
-
-
-def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, folder: RunFolder, state: State, pool: Pool,
-                  ranks: Ranks) -> OneUse | SampleSet:
-    """Where rollouts are kept; `unused` are those of the checkpoint from which the run goes on."""
-    ours = config.seppo
-    strategy, seed = ours.reference, ours.seed
-    if ours.sampler.samples_per_iteration is None or strategy is None:
-        return OneUse(unused)
-    # Until its first checkpoint a run may be begun anew, with other settings, data or models in the same folder.
-    settings = json.dumps([checkpoint.fixed(state.config), state.content or state.data, state.models], sort_keys=True)
-
-    def origin(k: int) -> dict[str, str]:
-        """What draws in iteration k."""
-        drawer = k - 1 if METHODS[ours.method].losers == "latest" else pick(strategy, k, seed)
-        return {"run": folder.run_id, "settings": checksum_of(settings.encode()),
-                "policy": pool.checksums[pool.path(drawer).name]}
-
-    return SampleSet(folder.path / "rollouts", ours.sampler.samples_per_iteration, ours.updates_per_iteration * batch.size,
-                     batch.size, ours.seed, ranks, origin, ranks.say)
-
-
-def hold(fixed: Model, config: Config, folder: RunFolder, ranks: Ranks) -> Pool:
-    """A pool of one policy, the reference model's, which stands for the initial one."""
-    host_memory = int(config.seppo.pool.host_memory_gb * 1e9 / ranks.local_world)
-    pool = Pool(folder.path / "reference_model", pool_dtype(config), host_memory)
-    pool.add(0, dict(fixed.load_unet(precision(config.deepspeed).dtype).named_parameters()), write=ranks.rank == 0)
-    ranks.barrier()
-    return pool
-
-
-def fill_pool(pool: Pool, engine: DeepSpeedEngine, last: int | None, ranks: Ranks) -> None:
-    """The past policies up to the `last` one of a resumed run, the initial one of a new run."""
-    if ranks.rank == 0:
-        pool.truncate(-1 if last is None else last)
-    if last is None:
-        pool.add(0, policy_weights(engine), write=ranks.rank == 0)
-    pool.checksums.update(ranks.objects(pool.checksums)[0])  # rank 0 wrote
 
 
 def prepare_grids(model: Model, config: Config, cache: LatentCache | ClipStream, folder: RunFolder, ranks: Ranks) -> Grids | None:

@@ -37,7 +37,7 @@ def _compiles(unet: UNet, dtype: torch.dtype, device: torch.device) -> bool:
     blocks = transformer_blocks(unet)
     if not blocks:
         raise UserError("seppo.model.compile: this model has no transformer blocks to compile; use \"none\"")
-    trial = copy.deepcopy(blocks[0]).to(device, dtype)
+    trial = copy.deepcopy(blocks[0]).to(device, dtype).requires_grad_(True)  # a frozen one would have no backward
     latents, prompt = (torch.zeros(1, 8, layer.in_features, device=device, dtype=dtype) for layer in
                        (trial.attn1.to_k, trial.attn2.to_k))
     trial.compile()

@@ -17,12 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seppo_fast.checksums import checksum_of
+from seppo_fast.config import METHODS
+from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.order import Order
 from seppo_fast.disk import complete_or_not, follow_umask
 from seppo_fast.errors import UserError
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks, even
+from seppo_fast.reference.pool import Pool, pick
 from seppo_fast.seeds import generator
+from seppo_fast.training import checkpoint
+from seppo_fast.training.checkpoint import State
+from seppo_fast.training.folder import RunFolder
 from seppo_fast.training.pairs import Rollout
 
 
@@ -227,3 +233,23 @@ class SampleSet:
     def _path(self, first: int) -> Path:
         """The file whose first sample is this."""
         return self._folder(first // self.size + 1) / f"{first:010d}.safetensors"
+
+
+def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, folder: RunFolder, state: State, pool: Pool,
+                  ranks: Ranks) -> OneUse | SampleSet:
+    """Where rollouts are kept; `unused` are those of the checkpoint from which the run goes on."""
+    ours = config.seppo
+    strategy, seed = ours.reference, ours.seed
+    if ours.sampler.samples_per_iteration is None or strategy is None:
+        return OneUse(unused)
+    # Until its first checkpoint a run may be begun anew, with other settings, data or models in the same folder.
+    settings = json.dumps([checkpoint.fixed(state.config), state.content or state.data, state.models], sort_keys=True)
+
+    def origin(k: int) -> dict[str, str]:
+        """What draws in iteration k."""
+        drawer = k - 1 if METHODS[ours.method].losers == "latest" else pick(strategy, k, seed)
+        return {"run": folder.run_id, "settings": checksum_of(settings.encode()),
+                "policy": pool.checksums[pool.path(drawer).name]}
+
+    return SampleSet(folder.path / "rollouts", ours.sampler.samples_per_iteration, ours.updates_per_iteration * batch.size,
+                     batch.size, ours.seed, ranks, origin, ranks.say)

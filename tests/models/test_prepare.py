@@ -1,5 +1,7 @@
 """Attention and compilation of the UNets."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
@@ -111,3 +113,13 @@ def test_a_compiler_that_fails_leaves_the_plain_network():
         with pytest.warns(RuntimeWarning, match="seppo.model.compile does not work here, and the run goes on without it"):
             prepare_unets([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU)
         assert torch.equal(call(net), want)
+
+
+def test_a_frozen_network_is_compiled_as_any_other(quick_compiler):
+    """The improvement model, and the image layers of a video model."""
+    net = unet().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="seppo")
+        prepare_unets([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU, lambda line: None)
+    assert all(block._compiled_call_impl is not None for block in transformer_blocks(net))
+    assert not any(weight.requires_grad for weight in net.parameters())

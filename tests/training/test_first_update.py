@@ -11,7 +11,7 @@ from outcomes import rows
 from seppo_fast import machine
 from seppo_fast.machine import cores, too_many_threads
 from seppo_fast.ops import available_backends
-from seppo_fast.run import loss_backend
+from seppo_fast.training.networks import loss_backend
 
 TIES = "policy and reference are still equal, so all pairs are ties"
 

@@ -1,0 +1,84 @@
+"""The networks of a run: the policy, the one beside it that draws and is compared with, and the past policies that it holds."""
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import nn
+
+from seppo_fast.config import METHODS
+from seppo_fast.configfile import Batch, Config
+from seppo_fast.models import Model
+from seppo_fast.models.lora import choose_trained
+from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.ops import available_backends
+from seppo_fast.ranks import Ranks
+from seppo_fast.reference.batching import free_memory
+from seppo_fast.reference.guidance import classifier_free
+from seppo_fast.reference.pool import Pool
+from seppo_fast.reference.sampler import Sampler
+from seppo_fast.reference.solver import SolverTable
+from seppo_fast.training.engine import policy_weights, pool_dtype, precision
+from seppo_fast.training.folder import RunFolder
+from seppo_fast.training.improving import half_of_memory, with_image
+from seppo_fast.training.objective import Objective
+from seppo_fast.training.pairs import PairSource
+
+
+def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
+    """The policy, for the engine, and outside it a reference of the same architecture and dtype (for grids and scores, too)."""
+    ours = config.seppo
+    dtype = precision(config.deepspeed).dtype
+    torch.manual_seed(ours.seed + ranks.rank)
+    policy = model.load_unet(dtype).train()
+    reference = None
+    if ours.flipper or ours.looks:
+        reference = model.load_unet(dtype).eval()
+    for unet in filter(None, (policy, reference)):
+        choose_trained(unet, ours.model.lora, ours.seed)
+    if ours.model.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    prepare_unets([*filter(None, (policy, reference))], ours.networks, latents, precision(config.deepspeed).autocast or dtype,
+                  ranks.device, ranks.say, ranks.largest)
+    return policy, reference
+
+
+def open_sampler(config: Config, batch: Batch, objective: Objective, reference: nn.Module, table: SolverTable, pairs: PairSource,
+                 ranks: Ranks) -> tuple[Sampler, int]:
+    """What draws from `reference`, and its batch size: the smallest of all ranks', since each step asks all of them for signals."""
+    ours, empty = config.seppo, pairs.unconditional
+    branches = classifier_free(ours.sampler.guidance_scale, empty)
+    if ours.method == "improvement":
+        empty, branches = with_image(pairs, ours.improvement)
+    sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, branches, ours.sampler, objective.dtype,
+                      objective.autocast, ranks.say)
+    updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
+    wanted = (ours.sampler.samples_per_iteration or updates * batch.size) // batch.world
+    free = half_of_memory if METHODS[ours.method].winners == "improvement" else free_memory
+    return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=free)
+
+
+def hold(fixed: Model, config: Config, folder: RunFolder, ranks: Ranks) -> Pool:
+    """A pool of one policy, the reference model's, which stands for the initial one."""
+    host_memory = int(config.seppo.pool.host_memory_gb * 1e9 / ranks.local_world)
+    pool = Pool(folder.path / "reference_model", pool_dtype(config), host_memory)
+    pool.add(0, dict(fixed.load_unet(precision(config.deepspeed).dtype).named_parameters()), write=ranks.rank == 0)
+    ranks.barrier()
+    return pool
+
+
+def fill_pool(pool: Pool, engine: DeepSpeedEngine, last: int | None, ranks: Ranks) -> None:
+    """The past policies up to the `last` one of a resumed run, the initial one of a new run."""
+    if ranks.rank == 0:
+        pool.truncate(-1 if last is None else last)
+    if last is None:
+        pool.add(0, policy_weights(engine), write=ranks.rank == 0)
+    pool.checksums.update(ranks.objects(pool.checksums)[0])  # rank 0 wrote
+
+
+def loss_backend(device: torch.device) -> str:
+    """The loss backend for a device, and why the faster ones are not available."""
+    lacking: list[str] = []
+    for name, state in available_backends(device).items():
+        if state == "available":
+            return f"{name} backend" + (f" ({'; '.join(lacking)})" if lacking else "")
+        lacking.append(f"no {name}: {state}")
+    raise AssertionError("the reference runs everywhere")
