@@ -81,7 +81,7 @@ class Meeting:
         store.set(f"rank {launch.rank}", myself)
         names = self._gather(store) if launch.rank == 0 else self._hear(store)
         if names[launch.rank:launch.rank + 1] != [myself]:
-            raise UserError(f"the ranks of another run meet at {launch.address}: give this one a port of its own (--master_port)")
+            raise UserError(f"at {launch.address} the ranks of another run meet: give this one a port of its own (--master_port)")
         return dist.PrefixStore(hashlib.sha256("".join(names).encode()).hexdigest(), store)
 
     def _gather(self, store: dist.Store) -> list[str]:

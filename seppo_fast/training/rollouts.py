@@ -44,7 +44,10 @@ def not_finite(batch: Mapping[str, Tensor]) -> dict[int, str]:
 def blame(names: Iterable[str]) -> str:
     """What drew the samples that are not finite, from the names of their tensors, and what to do."""
     count = Counter(names)
-    lines = [f"{count['loser']} are so as a past policy drew them: try a lower seppo.sampler.guidance_scale"] * bool(count["loser"])
+    lines = []
+    if count["loser"]:
+        lines.append(f"{count['loser']} are so as a past policy drew them: lower optimizer.params.lr, if training destroyed that"
+                     " policy, or else seppo.sampler.guidance_scale")
     if count["winner"]:
         lines.append(f"{count['winner']} became so in the improvement model: check the model in seppo.improvement.path, or lower"
                      " seppo.improvement.guidance_scale and image_guidance_scale")

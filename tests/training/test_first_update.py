@@ -36,7 +36,7 @@ def test_the_backend_is_the_one_that_auto_takes(monkeypatch: pytest.MonkeyPatch)
     first = next(name for name, state in available_backends("cpu").items() if state == "available")
     assert loss_backend(torch.device("cpu")).startswith(f"{first} backend")
     states = {"native": "_cuda.so is not built", "triton": "available", "reference": "available"}
-    monkeypatch.setattr("seppo_fast.run.available_backends", lambda device: states)
+    monkeypatch.setattr("seppo_fast.training.networks.available_backends", lambda device: states)
     assert loss_backend(torch.device("cuda")) == "triton backend (no native: _cuda.so is not built)"
 
 
