@@ -91,11 +91,12 @@ def improvement(results: Path) -> str:
           for name, found in scores.items()),
         "",
         f"Measured by `make quickstart-improvement` with seed {result['settings']['seed']} on {machine['cpu']},"
-        f" {machine['cores']} cores, {machine['threads']} thread{'s' * (machine['threads'] > 1)}: {seconds['total']:.0f} s in all,"
-        f" base model included, installation apart (base {seconds['base']:.0f}, stage one {seconds['improvement']:.0f}, stage two"
-        f" {seconds['iterative_dpo']:.0f}). {scores['base']['samples']} samples; level: degradation that a regressor reads, 0 a"
-        " clean digit, 1 hardly visible; prompt accuracy: share that a classifier reads as the prompt's digit; distance: to the"
-        " nearest held-out digit (less is better); Vendi: within a prompt, of restored samples.",
+        f" {machine['cores']} cores, {machine['threads']} thread{'s' * (machine['threads'] > 1)}: {seconds['total']:.0f} s"
+        f" without the installation: {seconds['base']:.0f} s for the base model, {seconds['improvement']:.0f} s for stage one,"
+        f" {seconds['iterative_dpo']:.0f} s for stage two, the rest for the judgement. {scores['base']['samples']} samples. Level:"
+        " the degradation that a regressor reads in a sample; 0 is a clean digit, 1 is hardly visible. Prompt accuracy: the share"
+        " that a classifier reads as the prompt's digit. Distance: to the nearest held-out digit; less is better. Vendi: the"
+        " diversity within a prompt, of restored samples. The settings were chosen on this seed and one other.",
         "",
         in_time(seconds["total"]),
     ]
