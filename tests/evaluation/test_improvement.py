@@ -28,6 +28,8 @@ from seppo_fast.models.common import load_unet
 from seppo_fast.models.directory import read_directory
 from seppo_fast.reference.solver import open_scheduler
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,6 +15,8 @@ from seppo_fast.models import open_improvement_model, open_model
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import choose_trained, trainable_weights
 
+pytestmark = pytest.mark.slow
+
 PIPELINES = {"sd": StableDiffusionInstructPix2PixPipeline, "sdxl": StableDiffusionXLInstructPix2PixPipeline}
 LORA = Lora(rank=3, alpha=5.0, dropout=0.2, targets=["to_q", "to_k", "to_v", "to_out.0", "conv1"])
 

@@ -22,6 +22,8 @@ from seppo_fast.quickstart.report import grids
 from seppo_fast.quickstart.steps import overrides
 from seppo_fast.seeds import generator
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Digits, Digits]:
