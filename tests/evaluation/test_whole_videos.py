@@ -97,7 +97,8 @@ def test_two_ranks_give_what_one_gives(forks: Forks, ranks: Any, of_videos: Any,
     def of_images(out: Path, *more: object) -> list[str]:
         scores = ("pickscore", "vendi", "vendi_prompt")
         return ["--models", *(f"{name}={videos / name}" for name in ("base", "tuned")), "--prompts", str(tmp_path / "three.txt"),
-                "--out", str(out), "--steps", "1", "--batch-size", "1", "--score-batch-size", "1", "--scores", *scores,
+                "--out", str(out), "--steps", "1", "--batch-size", "1", "--score-batch-size", "1", "--seed", "3",  # no pixel at a level's edge
+                "--scores", *scores,
                 "--weights", *(f"{name}={clip}" for name in scores), *map(str, more)]
 
     asked = {
@@ -117,11 +118,7 @@ def test_two_ranks_give_what_one_gives(forks: Forks, ranks: Any, of_videos: Any,
             command(arguments(tmp_path / f"one, {name}"), ranks)
         one, two = whole[1] if name == "videos" else read(tmp_path / f"one, {name}"), read(tmp_path / f"two, {name}")
         scores, table = ([each for each in one[part] if "fid" not in each.values()] for part in ("scores", "table"))
-        assert two["scores"] == scores and len(two["samples"]) == len(one["samples"]), name
-        for sample, other in zip(two["samples"], one["samples"], strict=True):  # a product of matrices depends on where they lie
-            assert sample | {"values": None} == other | {"values": None} and sample["values"].keys() == other["values"].keys(), name
-            for score, value in sample["values"].items():
-                assert value == (other["values"][score] and pytest.approx(other["values"][score], rel=1e-5)), (name, sample)
+        assert two["scores"] == scores and two["samples"] == one["samples"], name
         assert [row | {"mean": None} for row in two["table"]] == [row | {"mean": None} for row in table], name
         for row, other in zip(two["table"], table, strict=True):  # sums in another order
             assert row["mean"] == (other["mean"] and pytest.approx(other["mean"], rel=1e-6)), (name, row)
