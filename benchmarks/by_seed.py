@@ -49,6 +49,47 @@ def report_run(work: Path, seed: int, method: str, make: Callable[[], dict[str, 
     unready.replace(file)
 
 
+def assignments(changes: Mapping[str, object]) -> list[str]:
+    """Settings as the trainer's --set takes them."""
+    return [f"{key}={value}" for key, value in changes.items()]
+
+
+def training(home: Path, seed: int, method: str, batch_size: int, updates: int) -> dict[str, object]:
+    """What every training in a seed's folder changes in a configuration: its batch, its length, its places, its seed."""
+    return {
+        "train_batch_size": batch_size, "train_micro_batch_size_per_gpu": batch_size, "scheduler.params.total_num_steps": updates,
+        "seppo.model.path": home / "base", "seppo.data.source": home / "pairs.parquet", "seppo.data.cache_dir": home / "cache",
+        "seppo.output_dir": home / method, "seppo.seed": seed,
+    }
+
+
+def iterations(method: str, iterations: int, updates: int) -> dict[str, object]:
+    """The length of a training in iterations. SFT has no pool: its past policies are those of its checkpoints."""
+    return {"seppo.iterations": iterations, "seppo.updates_per_iteration": updates,
+            "seppo.checkpoint.keep_last": iterations if method == "sft" else 1}
+
+
+def policy_file(run: Path, method: str, k: int, updates: int) -> Path:
+    """The weights of a run's policy after iteration k."""
+    return run / (f"checkpoints/update_{k * updates:08d}/policy.safetensors" if method == "sft"
+                  else f"pool/policy_{k:05d}.safetensors")
+
+
+def train(run: Path, config: str, changes: Sequence[str]) -> None:
+    """Train into `run`, from where an earlier attempt stopped. The process ends here when the trainer stops early."""
+    from seppo_fast import train
+
+    if (run / "final").exists():
+        return
+    # Called in this process: a process of its own would import all again, a twelfth of the time.
+    sys.argv = ["seppo_fast/train.py", "--config", config, "--resume", "auto", "--set", *changes]
+    status = train.main()
+    if not (run / "final").exists():  # stopped by a signal; there is a checkpoint
+        sys.exit(status or 1)
+    for signum in (signal.SIGTERM, signal.SIGINT):  # the trainer's handlers would only note them
+        signal.signal(signum, signal.SIG_DFL)
+
+
 def parser_of(name: str, about: str | None, methods: Sequence[str], settings: Any, first_seed: int = 0
               ) -> argparse.ArgumentParser:
     """The command line of benchmarks.NAME."""

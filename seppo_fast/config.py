@@ -440,13 +440,6 @@ class Seppo(Section):
                                  " method='seppo' takes every reference and flipper")
             elif not allowed:
                 raise ValueError(f"{key}={filled[key]!r} does not go with method={method!r}, which has no {key}")
-        sampler = filled.get("sampler")
-        if isinstance(sampler, dict) and sampler.get("samples_per_iteration") is not None:
-            if not row.draws:
-                raise ValueError(f"sampler.samples_per_iteration does not go with method={method!r}, which draws no samples")
-            if filled.get("reference_score") == "rollout":
-                raise ValueError("reference_score='rollout' does not go with sampler.samples_per_iteration: a sample is used more"
-                                 " than once, each time with another timestep and noise")
         if not row.references and filled.get("reference_score") == "rollout":
             raise ValueError(f"reference_score='rollout' does not go with method={method!r}, which has no reference")
         return filled
@@ -463,6 +456,18 @@ class Seppo(Section):
         known = [*(asked.scores if asked.prompts or not held else []), *(self.held_out_measures if held else [])]
         if asked.watch is not None and asked.watch not in known:
             raise ValueError(f"seppo.evaluation.watch={asked.watch!r} is none of the scores ({', '.join(known)})")
+        return self
+
+    @model_validator(mode="after")
+    def sets_of_samples_are_drawn_and_scored_in_training(self) -> "Seppo":
+        """Refuse a set of samples where none is drawn, or where each is to be scored once."""
+        if self.sampler.samples_per_iteration is None:
+            return self
+        if not METHODS[self.method].draws:
+            raise ValueError(f"sampler.samples_per_iteration does not go with method={self.method!r}, which draws no samples")
+        if self.reference_score == "rollout":
+            raise ValueError("reference_score='rollout' does not go with sampler.samples_per_iteration: a sample is used more"
+                             " than once, each time with another timestep and noise")
         return self
 
     @model_validator(mode="after")

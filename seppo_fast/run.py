@@ -20,10 +20,9 @@ from seppo_fast.disk import complete_or_not
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.request import Request
 from seppo_fast.machine import cores, too_many_threads
-from seppo_fast.models import Model, open_improvement_model, open_model
+from seppo_fast.models import Model, open_model
 from seppo_fast.models.engines import same_with_gradients
-from seppo_fast.models.improvement import check_improvement_model, check_reference_model, network_checksum
-from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
+from seppo_fast.models.improvement import improvement_model, network_checksum, reference_model
 from seppo_fast.models.lora import share_frozen, trains_a_part
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
@@ -154,13 +153,9 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
                                motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames,
                                image_condition=ours.method == "improvement")
             if ours.improvement.path is not None:
-                improvement = open_improvement_model(ours.improvement.path, revision=ours.improvement.revision,
-                                                     variant=ours.improvement.variant, labels=OF_IMPROVEMENT)
-                check_improvement_model(improvement, model, ranks.device)
+                improvement = improvement_model(ours.improvement, model, ranks.device)
             if ours.reference_model.path is not None:
-                fixed = open_model(ours.reference_model.path, revision=ours.reference_model.revision,
-                                   variant=ours.reference_model.variant, labels=OF_REFERENCE)
-                check_reference_model(fixed, model, ranks.device)
+                fixed = reference_model(ours.reference_model, model, ranks.device)
             source = open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed,
                                  video=model.video, method=ours.method)
         ranks.barrier()

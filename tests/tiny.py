@@ -131,11 +131,15 @@ def tiny_pix2pix(folder: Path | str, name: str = "sd", seed: int = 0, **override
 
 def tiny_improvement(folder: Path | str, source: Path, seed: int = 3) -> Path:
     """A random InstructPix2Pix pipeline's directory with a NARROW network and the encoders of the `tiny_sd` in `source`."""
-    tiny_pix2pix(folder, seed=seed, **NARROW)
+    return take_encoders(tiny_pix2pix(folder, seed=seed, **NARROW), source)
+
+
+def take_encoders(folder: Path, source: Path) -> Path:
+    """Give a pipeline's directory the VAE and the text encoder of another's."""
     for part in ("vae", "text_encoder", "tokenizer"):
-        shutil.rmtree(Path(folder) / part)
-        shutil.copytree(source / part, Path(folder) / part)
-    return Path(folder)
+        shutil.rmtree(folder / part)
+        shutil.copytree(source / part, folder / part)
+    return folder
 
 
 def tiny_adapter(folder: Path | str, seed: int = 0, **overrides) -> Path:

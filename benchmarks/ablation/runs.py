@@ -7,14 +7,13 @@ The method "base" makes the seed's base model and its data; the others train fro
 """
 
 import json
-import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.by_seed import Run, report_run, result_file
+from benchmarks.by_seed import Run, assignments, iterations, policy_file, report_run, result_file, train, training
 from seppo_fast.errors import UserError
 
 if TYPE_CHECKING:  # the command and the README need no network
@@ -68,25 +67,19 @@ METHODS = {
 def overrides(work: Path, seed: int, method: str, settings: Settings) -> list[str]:
     """What a run changes in the quickstart's configuration."""
     home, total = (work / f"seed_{seed}").resolve(), settings.iterations * settings.updates
-    changes = {
-        "train_batch_size": settings.batch_size, "train_micro_batch_size_per_gpu": settings.batch_size,
-        "optimizer.params.lr": settings.lr, "scheduler.params.total_num_steps": total,
+    changes: dict[str, object] = {
+        "optimizer.params.lr": settings.lr, "seppo.beta": settings.beta,
         "scheduler.params.warmup_num_steps": max(2, total // 12),  # the quickstart's share
-        "seppo.model.path": home / "base", "seppo.data.source": home / "pairs.parquet", "seppo.data.cache_dir": home / "cache",
-        "seppo.output_dir": home / method, "seppo.seed": seed, "seppo.beta": settings.beta,
-        "seppo.iterations": settings.iterations, "seppo.updates_per_iteration": settings.updates,
         "seppo.sampler.steps": settings.sampler_steps, "seppo.sampler.guidance_scale": settings.guidance_scale,
-        # SFT has no pool: its past policies are those of its checkpoints.
-        "seppo.checkpoint.keep_last": settings.iterations if method == "sft" else 1,
     }
-    return [*(f"{key}={value}" for key, value in changes.items()), *METHODS[method].overrides]
+    changes |= training(home, seed, method, settings.batch_size, total) | iterations(method, settings.iterations, settings.updates)
+    return [*assignments(changes), *METHODS[method].overrides]
 
 
 def policies(run: Path, method: str, settings: Settings) -> dict[int, Path]:
     """The files of the weights to judge, by the number of updates that made them."""
     last = settings.iterations
-    return {k * settings.updates: run / (f"checkpoints/update_{k * settings.updates:08d}/policy.safetensors" if method == "sft"
-                                         else f"pool/policy_{k:05d}.safetensors")
+    return {k * settings.updates: policy_file(run, method, k, settings.updates)
             for k in range(1 if METHODS[method].curve else last, last + 1)}
 
 
@@ -152,19 +145,10 @@ def write_pairs(path: Path, digits: "Digits", recipe: "Recipe") -> None:
 
 def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> Run:
     """Train, from where an earlier attempt stopped, and judge. The process ends here when the trainer stops early."""
-    from seppo_fast import train
     from seppo_fast.quickstart.report import iteration_mean, read_metrics
 
     run = home / method
-    if not (run / "final").exists():
-        # Called in this process: a process of its own would import all again, a twelfth of the time.
-        sys.argv = ["seppo_fast/train.py", "--config", "quickstart.json", "--resume", "auto",
-                    "--set", *overrides(home.parent, seed, method, settings)]
-        status = train.main()
-        if not (run / "final").exists():  # stopped by a signal; there is a checkpoint
-            sys.exit(status or 1)
-        for signum in (signal.SIGTERM, signal.SIGINT):  # the trainer's handlers would only note them
-            signal.signal(signum, signal.SIG_DFL)
+    train(run, "quickstart.json", overrides(home.parent, seed, method, settings))
     rates = {}
     if method != "sft":
         rows = read_metrics(run / "metrics.jsonl")

@@ -9,14 +9,13 @@ judge their policies.
 """
 
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.by_seed import Run, report_run
+from benchmarks.by_seed import Run, assignments, iterations, policy_file, report_run, train, training
 
 if TYPE_CHECKING:  # the command itself and the README need none of the networks
     from torch import Tensor
@@ -74,43 +73,29 @@ def overrides(home: Path, seed: int, method: str, settings: Settings) -> list[st
     """What a run changes in the quickstart's configuration of its stage."""
     home, first = home.resolve(), method == IMPROVEMENT
     updates = settings.improvement_updates if first else settings.iterations * settings.updates
-    given = {
-        "train_batch_size": settings.batch_size, "train_micro_batch_size_per_gpu": settings.batch_size,
-        "scheduler.params.total_num_steps": updates, "seppo.model.path": home / "base",
-        "seppo.data.source": home / "pairs.parquet", "seppo.data.cache_dir": home / "cache", "seppo.output_dir": home / method,
-        "seppo.seed": seed,
-    }
+    given = training(home, seed, method, settings.batch_size, updates)
     if first:
-        return _set(given | {"optimizer.params.lr": settings.improvement_lr, "seppo.updates_per_iteration": updates})
+        return assignments(given | {"optimizer.params.lr": settings.improvement_lr, "seppo.updates_per_iteration": updates})
     row = METHODS[method]
     iterative = row.method == "iterative_dpo"
     given |= {
         "optimizer.params.lr": settings.sft_lr if method == "sft" else settings.lr, "seppo.method": row.method,
         "seppo.beta": settings.beta,
-        "seppo.iterations": settings.iterations, "seppo.updates_per_iteration": settings.updates,
         "seppo.sampler.steps": settings.sampler_steps, "seppo.sampler.guidance_scale": settings.guidance_scale,
         "seppo.sampler.samples_per_iteration": getattr(settings, row.samples) if row.samples else "null",
         "seppo.improvement.path": home / IMPROVEMENT / "final" if iterative else "null",
         "seppo.improvement.guidance_scale": settings.text_scale, "seppo.improvement.image_guidance_scale": settings.image_scale,
-        # SFT has no pool: its past policies are those of its checkpoints.
-        "seppo.checkpoint.keep_last": settings.iterations if method == "sft" else 1,
     }
+    given |= iterations(method, settings.iterations, settings.updates)
     if row.from_spin:  # the reference stays the base
         given |= {"seppo.model.start_from": policies(home / "spin", "spin", settings)[-1],
                   "seppo.reference_model.path": home / "base"}
-    return _set(given)
-
-
-def _set(given: dict[str, object]) -> list[str]:
-    return [f"{key}={value}" for key, value in given.items()]
+    return assignments(given)
 
 
 def policies(run: Path, method: str, settings: Settings) -> list[Path]:
     """The policies' weights after each iteration."""
-    ends = range(1, settings.iterations + 1)
-    if method == "sft":
-        return [run / f"checkpoints/update_{k * settings.updates:08d}/policy.safetensors" for k in ends]
-    return [run / f"pool/policy_{k:05d}.safetensors" for k in ends]
+    return [policy_file(run, method, k, settings.updates) for k in range(1, settings.iterations + 1)]
 
 
 def make_base(home: Path, seed: int, settings: Settings) -> Run:
@@ -134,20 +119,11 @@ def make_base(home: Path, seed: int, settings: Settings) -> Run:
 
 def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> Run:
     """A run from wherever an earlier attempt left it; the process ends here when the trainer stops early."""
-    from seppo_fast import train
     from seppo_fast.quickstart.report import iteration_mean, read_metrics
 
     run = home / method
-    if not (run / "final").exists():
-        config = "quickstart_improvement.json" if method == IMPROVEMENT else "quickstart_iterative_dpo.json"
-        # The command's own function, in this process: importing everything twice would take a twelfth of the time.
-        changes = overrides(home, seed, method, settings)
-        sys.argv = ["seppo_fast/train.py", "--config", config, "--resume", "auto", "--set", *changes]
-        status = train.main()
-        if not (run / "final").exists():  # a signal: there is a checkpoint
-            sys.exit(status or 1)
-        for signum in (signal.SIGTERM, signal.SIGINT):  # the trainer would remember them and go on
-            signal.signal(signum, signal.SIG_DFL)
+    config = "quickstart_improvement.json" if method == IMPROVEMENT else "quickstart_iterative_dpo.json"
+    train(run, config, overrides(home, seed, method, settings))
     if method == IMPROVEMENT:
         return {"points": judged(home, applied(home, seed, settings), seed, settings)}
     rows = read_metrics(run / "metrics.jsonl")

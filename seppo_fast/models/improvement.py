@@ -6,12 +6,30 @@ import torch
 from torch import Tensor
 
 from seppo_fast.checksums import checksum, checksum_of
+from seppo_fast.config import OtherModel
 from seppo_fast.errors import UserError
-from seppo_fast.models import Model, StableDiffusionXL
+from seppo_fast.models import Model, StableDiffusionXL, open_improvement_model, open_model
 from seppo_fast.models.common import alphas_cumprod
+from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
 
 PROMPT = "a photograph of a red bicycle in front of a white house"
 SAME = 0.01  # of the norm: weights that are stored in half precision make less difference, other weights more
+
+
+def improvement_model(given: OtherModel, policy: Model | None, device: torch.device | str = "cpu") -> Model:
+    """The improvement model that `seppo.improvement` names; it fits the policy's model, if that is given."""
+    model = open_improvement_model(str(given.path), revision=given.revision, variant=given.variant, labels=OF_IMPROVEMENT)
+    if policy is not None:
+        check_improvement_model(model, policy, device)
+    return model
+
+
+def reference_model(given: OtherModel, policy: Model | None, device: torch.device | str = "cpu") -> Model:
+    """The model that `seppo.reference_model` names; it fits the policy's model, if that is given."""
+    model = open_model(str(given.path), revision=given.revision, variant=given.variant, labels=OF_REFERENCE)
+    if policy is not None:
+        check_reference_model(model, policy, device)
+    return model
 
 
 def check_improvement_model(model: Model, policy: Model, device: torch.device | str = "cpu") -> None:

@@ -9,8 +9,8 @@ from seppo_fast.configfile import Config, batch_plan
 from seppo_fast.data.order import split
 from seppo_fast.data.rows import Source
 from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
-from seppo_fast.models import Model, is_hub_id, open_improvement_model, open_model
-from seppo_fast.models.improvement import check_improvement_model, check_reference_model
+from seppo_fast.models import Model, is_hub_id, open_model
+from seppo_fast.models.improvement import improvement_model, reference_model
 from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
 from seppo_fast.models.published import published_model, supported
 from seppo_fast.planning.cost import estimate
@@ -79,8 +79,9 @@ def _model(config: Config, missing: list[str]) -> Model | None:
 def _others(config: Config, model: Model | None, missing: list[str]) -> None:
     """The improvement model and the reference model, checked against the policy's model as far as they are here."""
     ours = config.seppo
-    for given, labels, opened, check in ((ours.improvement, OF_IMPROVEMENT, open_improvement_model, check_improvement_model),
-                                         (ours.reference_model, OF_REFERENCE, open_model, check_reference_model)):
+    there = model if model is not None and model.path.is_dir() else None
+    for given, labels, opened in ((ours.improvement, OF_IMPROVEMENT, improvement_model),
+                                  (ours.reference_model, OF_REFERENCE, reference_model)):
         if given.path is None:
             continue
         if is_hub_id(given.path):
@@ -89,9 +90,7 @@ def _others(config: Config, model: Model | None, missing: list[str]) -> None:
         elif not Path(given.path).exists():
             missing.append(f"{labels.path} {given.path} is not there yet")
         else:
-            other = opened(given.path, revision=given.revision, variant=given.variant, labels=labels)
-            if model is not None and model.path.is_dir():
-                check(other, model)
+            opened(given, there)
 
 
 def _source(config: Config, model: Model | None, missing: list[str]) -> Source | None:

@@ -10,7 +10,7 @@ from seppo_fast.quickstart.demonstrations import write_demonstrations
 from seppo_fast.quickstart.digits import CAPTIONS, split_digits
 from seppo_fast.quickstart.judge import Judge, draw
 from seppo_fast.quickstart.report import curves, read_metrics, side_by_side, table, write_result
-from seppo_fast.quickstart.steps import align, overrides, own_folder, say, timed, where
+from seppo_fast.quickstart.steps import align, make_base_model, overrides, own_folder, say, timed, where
 
 CONFIG = "quickstart.json"
 SAMPLES = 500
@@ -23,10 +23,8 @@ def run(out: Path, seed: int) -> int:
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
-    say("1/4  the base model: tokenizer, VAE, text encoder and UNet, trained here on sloppy data")
-    with timed(seconds, "base"):
-        if not make_base(out / "base", Recipe(seed=seed)):
-            print(f"{out / 'base'} was made by this code and these settings already: reused")
+    make_base_model(out, "1/4  the base model: tokenizer, VAE, text encoder and UNet, trained here on sloppy data",
+                    lambda folder: make_base(folder, Recipe(seed=seed)), seconds)
 
     say("2/4  the demonstrations: clean digits with right captions")
     with timed(seconds, "demonstrations"):

@@ -1,4 +1,4 @@
-"""The steps that both quickstarts go through: their folder, their clock, and training by the literal command."""
+"""The steps that quickstarts share: their folder, their clock, and training by the literal command."""
 
 import argparse
 import shutil
@@ -57,6 +57,14 @@ def overrides(out: Path, seed: int) -> list[str]:
         "data.cache_dir": out / "cache", "output_dir": out / "run",
     }
     return [*(f"seppo.{key}={path}" for key, path in paths.items()), f"seppo.seed={seed}"]
+
+
+def make_base_model(out: Path, heading: str, make: Callable[[Path], bool], seconds: dict[str, float]) -> None:
+    """The base model in `out`/base; `make` says whether it was made, or was there already. Its time goes to `seconds`."""
+    say(heading)
+    with timed(seconds, "base"):
+        if not make(out / "base"):
+            print(f"{out / 'base'} was made by this code and these settings already: reused")
 
 
 def align(out: Path, config: str, settings: Sequence[str], seconds: dict[str, float]) -> int:

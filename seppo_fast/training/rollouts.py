@@ -163,9 +163,6 @@ class SampleSet:
                             " again") from error
         return rollout | {"number": torch.tensor(number)}
 
-    def __getitem__(self, slot: int) -> Rollout:
-        return self.get(slot)
-
     def forget(self, slots: Iterable[int]) -> None:
         """Each sample is used again."""
 

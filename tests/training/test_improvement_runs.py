@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from outcomes import apart, rows, unet_of, weights
-from tiny import NARROW, tiny_pix2pix, tiny_sd
+from tiny import NARROW, take_encoders, tiny_improvement, tiny_sd
 
 from seppo_fast.data.latents import LatentCache
 from seppo_fast.data.order import Order
@@ -157,22 +157,13 @@ def test_stage_two_equals_a_plain_loop(count, settings, train, tmp_path, sd):
                                         "seppo.reference_model": {"path": str(tiny_sd(tmp_path / "other", seed=5, **NARROW))}}
     raw = run_settings(settings, tmp_path, **{
         "seppo.method": "iterative_dpo", "seppo.beta": 30.0, "seppo.iterations": 3,
-        "seppo.improvement": {"path": str(tiny_pix2pix(tmp_path / "improvement", seed=3, **NARROW)), "guidance_scale": 2.0,
+        "seppo.improvement": {"path": str(tiny_improvement(tmp_path / "improvement", sd)), "guidance_scale": 2.0,
                               "image_guidance_scale": 1.5}, **changes})
     if count:  # of other encoders the policy's model would be refused
-        same_encoders(tmp_path / "other", sd)
-    same_encoders(tmp_path / "improvement", sd)
+        take_encoders(tmp_path / "other", sd)
     run = train(raw)
     plain = stage_two(raw, cache_of(tmp_path))
     assert apart(plain, unet_of(sd)) > 2e-3, "the loop did not train"
     assert apart(weights(run), plain) < 1e-5
     assert [row["reference"] for row in rows(run)] == [0] * 6
     assert all(0 <= row["implicit_acc"] <= 1 and "aaf_rate" not in row for row in rows(run))
-
-
-def same_encoders(folder: Path, source: Path) -> None:
-    """Give a model the VAE and the text encoder of another."""
-    import shutil
-    for part in ("vae", "text_encoder", "tokenizer"):
-        shutil.rmtree(folder / part)
-        shutil.copytree(source / part, folder / part)

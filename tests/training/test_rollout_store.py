@@ -47,7 +47,7 @@ def test_every_sample_comes_once_an_epoch_as_it_was_drawn(store):
     assert sorted(numbers[:10]) == list(range(10, 20)) and len(set(numbers[10:])) == 6
     assert numbers == [samples.number(slot) for slot in range(16, 32)] and numbers[:10] != sorted(numbers[:10])
     for slot, number in zip(range(16, 32), numbers, strict=True):
-        rollout, wanted = samples[slot], drawn([number])
+        rollout, wanted = samples.get(slot), drawn([number])
         assert all(torch.equal(rollout[name], wanted[name][0]) for name in ("loser", "winner"))
 
 
@@ -55,7 +55,7 @@ def test_what_is_there_is_found_by_another_process_whatever_its_batch_size(store
     fill(store())
     again = store()
     assert fill(again, most=7) == []
-    assert [again.number(slot) for slot in range(16)] == [int(again[slot]["number"]) for slot in range(16)]
+    assert [again.number(slot) for slot in range(16)] == [int(again.get(slot)["number"]) for slot in range(16)]
 
 
 def damage(path, how):
@@ -79,7 +79,7 @@ def test_a_file_that_is_not_as_it_was_written_is_drawn_anew(how, store, tmp_path
     damage(tmp_path / "rollouts" / "iteration_00001" / "0000000004.safetensors", how)
     again = store()
     assert fill(again) == [[4, 5, 6, 7]]
-    assert all(torch.equal(again[slot]["loser"], drawn([again.number(slot)])["loser"][0]) for slot in range(16))
+    assert all(torch.equal(again.get(slot)["loser"], drawn([again.number(slot)])["loser"][0]) for slot in range(16))
 
 
 def test_samples_of_another_policy_are_never_used(store):
@@ -100,7 +100,7 @@ def test_a_sample_that_is_not_finite_is_dropped_and_said(store):
     for each in (samples, store()):  # a resumed run drops the same
         fill(each)
         assert set(Counter(each.number(slot) for slot in range(16))) == {0, 1, 3, 4, 5, 6, 7, 8}
-        assert all(bool(each[slot]["winner"].isfinite().all()) for slot in range(16))
+        assert all(bool(each.get(slot)["winner"].isfinite().all()) for slot in range(16))
 
 
 def test_too_few_finite_samples_end_the_run(store):

@@ -14,7 +14,7 @@ from seppo_fast.quickstart.improvement.pairs import make_pairs, write_pairs
 from seppo_fast.quickstart.improvement.report import table, write_result
 from seppo_fast.quickstart.judge import draw
 from seppo_fast.quickstart.report import grids, read_metrics, side_by_side
-from seppo_fast.quickstart.steps import overrides, own_folder, say, timed, train_anew, where
+from seppo_fast.quickstart.steps import make_base_model, overrides, own_folder, say, timed, train_anew, where
 
 STAGES = ("quickstart_improvement.json", "quickstart_iterative_dpo.json")
 SAMPLES = 400
@@ -29,10 +29,8 @@ def run(out: Path, seed: int) -> int:
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
-    say("1/5  the base model: tokenizer, VAE, text encoder and UNet, trained here on degraded digits")
-    with timed(seconds, "base"):
-        if not make_base(out / "base", recipe_of(seed)):
-            print(f"{out / 'base'} was made by this code and these settings already: reused")
+    make_base_model(out, "1/5  the base model: tokenizer, VAE, text encoder and UNet, trained here on degraded digits",
+                    lambda folder: make_base(folder, recipe_of(seed)), seconds)
 
     say("2/5  the pairs: each digit degraded twice, the winner less than the loser")
     digits, held_out = split_digits(seed)

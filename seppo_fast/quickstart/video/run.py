@@ -7,7 +7,7 @@ from pathlib import Path
 from seppo_fast.configfile import load_config
 from seppo_fast.quickstart.digits import split_digits
 from seppo_fast.quickstart.report import curves, read_metrics
-from seppo_fast.quickstart.steps import align, overrides, own_folder, say, timed, where
+from seppo_fast.quickstart.steps import align, make_base_model, overrides, own_folder, say, timed, where
 from seppo_fast.quickstart.video.base import Recipe, make_base
 from seppo_fast.quickstart.video.clips import CAPTIONS, random_clips
 from seppo_fast.quickstart.video.demonstrations import write_demonstrations
@@ -28,10 +28,8 @@ def run(out: Path, seed: int) -> int:
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
-    say("1/4  the base model: tokenizer, VAE, text encoder and UNet with motion modules, trained here on sloppy clips")
-    with timed(seconds, "base"):
-        if not make_base(out / "base", Recipe(seed=seed)):
-            print(f"{out / 'base'} was made by this code and these settings already: reused")
+    make_base_model(out, "1/4  the base model: tokenizer, VAE, text encoder and UNet with motion modules, trained here on sloppy"
+                    " clips", lambda folder: make_base(folder, Recipe(seed=seed)), seconds)
 
     say("2/4  the demonstrations: clean clips with right captions, as VP9 files")
     with timed(seconds, "demonstrations"):
