@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from seppo_fast.config import Fraction, Positive, Seppo
+from seppo_fast.config import Positive, Seppo
 from seppo_fast.errors import UserError
 from seppo_fast.opening import read_object
+from seppo_fast.sections import Fraction
 from seppo_fast.strict import parse_json
 
 CONFIGS = Path(__file__).parent / "configs"
