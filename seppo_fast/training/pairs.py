@@ -53,9 +53,10 @@ class PairSource:
         rows = self.cache.rows(*self._places(numbers))
         if self.settings.method == "improvement":
             return self._tasks(slots, rows)
-        latents = [self._latents(rows.mean, rows.std, "posterior", slots)]
         if drawn and "winner" in drawn[0]:
             latents = [torch.stack([rollout["winner"] for rollout in drawn])]
+        else:
+            latents = [self._latents(rows.mean, rows.std, "posterior", slots)]
         if method.needs_losers:
             assert rows.loser_mean is not None and rows.loser_std is not None, "the cache was made without losers"
             latents.append(self._latents(rows.loser_mean, rows.loser_std, "loser posterior", slots))

@@ -85,9 +85,6 @@ class OneUse(dict[int, Rollout]):
         return [name for slot in slots if slot in self
                 for name in not_finite({name: tensor[None] for name, tensor in self[slot].items()}).values()]
 
-    def remove_old(self, iterations: Iterable[int]) -> None:
-        """Nothing of past iterations is kept."""
-
 
 class SampleSet:
     """`size` samples for each iteration, each rank's equal share drawn by itself, in `folder/iteration_00001/`.

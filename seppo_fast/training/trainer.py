@@ -279,8 +279,8 @@ class Trainer:
                 self.remove_old_rollouts()
 
     def remove_old_rollouts(self) -> None:
-        """Those of iterations that neither a checkpoint nor this run goes on with."""
-        if self.ranks.rank == 0:
+        """Remove the sets of iterations that neither a checkpoint nor this run goes on with."""
+        if self.ranks.rank == 0 and isinstance(self.rollouts, SampleSet):
             updates = [self.state.update, *map(checkpoint.update_of, checkpoint.complete(self.folder / "checkpoints"))]
             self.rollouts.remove_old(map(self.iteration_of, updates))
 
