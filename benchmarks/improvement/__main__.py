@@ -20,7 +20,9 @@ from seppo_fast.quickstart.steps import explained
 @explained
 def main(argv: list[str] | None = None) -> int:
     """Make what is unfinished and report everything. Exit status: 0, 2 with a message, 130 when interrupted."""
-    given = checked(parser_of("improvement", __doc__, METHODS, Settings(), FIRST_SEED).parse_args(argv), METHODS, Settings())
+    methods = [IMPROVEMENT, *METHODS]  # those after it need it, so it is made whichever are asked for
+    given = checked(parser_of("improvement", __doc__, methods, Settings(), FIRST_SEED).parse_args(argv), methods, Settings())
+    given.methods = [method for method in given.methods if method != IMPROVEMENT]
     if needing := [method for method in given.methods if METHODS[method].from_spin and "spin" not in given.methods]:
         raise UserError(f"--methods {' '.join(needing)} begins with SPIN's policy: give spin, too")
     work = given.work.resolve()

@@ -33,6 +33,8 @@ class Settings:
     unet_steps: int = 700
     improvement_updates: int = 900
     improvement_lr: float = 1e-3
+    improve_share: float = 0.6
+    reconstruct_share: float = 0.2
     batch_size: int = 64
     iterations: int = 3
     updates: int = 30
@@ -75,7 +77,10 @@ def overrides(home: Path, seed: int, method: str, settings: Settings) -> list[st
     updates = settings.improvement_updates if first else settings.iterations * settings.updates
     given = training(home, seed, method, settings.batch_size, updates)
     if first:
-        return assignments(given | {"optimizer.params.lr": settings.improvement_lr, "seppo.updates_per_iteration": updates})
+        tasks = {"improve": settings.improve_share, "reconstruct": settings.reconstruct_share,
+                 "unconditional": round(1 - settings.improve_share - settings.reconstruct_share, 6)}
+        return assignments(given | {"optimizer.params.lr": settings.improvement_lr, "seppo.updates_per_iteration": updates}
+                           | {f"seppo.improvement.tasks.{task}": share for task, share in tasks.items()})
     row = METHODS[method]
     iterative = row.method == "iterative_dpo"
     given |= {
