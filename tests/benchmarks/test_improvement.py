@@ -117,7 +117,7 @@ def test_the_settings_are_the_quickstarts() -> None:
 
 @pytest.mark.parametrize(("argv", "said"), [
     (["--methods", "iterative_spin"], "--methods iterative_spin begins with SPIN's policy: give spin, too"),
-    (["--methods", "seppo"], "--methods seppo: not known; there are sft, dpo, spin"),
+    (["--methods", "seppo"], "--methods seppo: not known; there are improvement, sft, dpo, spin"),
     (["--set", "samples=1.5"], "samples must be a positive integer")])
 def test_bad_input_is_one_message(argv: list[str], said: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert main(["--out", str(tmp_path), "--work", str(tmp_path / "work"), *argv]) == 2
