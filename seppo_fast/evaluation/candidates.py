@@ -13,7 +13,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.evaluation.adapters import read_adapter
 from seppo_fast.models import Conditions, Labels, Model, UNet, open_improvement_model, open_model
 from seppo_fast.models.files import read_json
-from seppo_fast.models.trial import run_unet
+from seppo_fast.models.trial import run_denoiser
 from seppo_fast.opening import expanded
 
 FLAGS = Labels(path="the model", variant="--variant", motion_adapter="--motion-adapter", frames="--frames",
@@ -46,13 +46,13 @@ class Candidate:
         """How many improvements its samples have gone through."""
         return 0 if self.source is None else self.source.turns + 1
 
-    def load_unet(self, dtype: torch.dtype) -> UNet:
+    def load_denoiser(self, dtype: torch.dtype) -> UNet:
         """The network from disk, on the CPU, for inference; adapters stay separate from the weights, as in training."""
-        unet = self.model.load_unet(dtype)
+        denoiser = self.model.load_denoiser(dtype)
         if self.lora is not None:
-            read_adapter(self.lora, self.model).put_on("unet", unet)
-            unet.to(dtype)
-        return unet.eval().requires_grad_(False)
+            read_adapter(self.lora, self.model).put_on("unet", denoiser)
+            denoiser.to(dtype)
+        return denoiser.eval().requires_grad_(False)
 
     def load_text(self, device: torch.device) -> Callable[[list[str]], Conditions]:
         """Prompts to conditions, by text encoders with the LoRA file's weights for them."""
@@ -114,7 +114,7 @@ def open_candidate(name: str, path: str, before: Sequence[Candidate], variant: s
     if lora is not None:
         read_adapter(lora, model)  # an error in it should not wait until the first model is drawn
     else:
-        run_unet(model)
+        run_denoiser(model)
     return Candidate(name, path, model, lora, source)
 
 

@@ -190,9 +190,9 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
     def embed(prompts: list[str]) -> Conditions:
         return {name: value.to(ranks.device, dtype) for name, value in text(prompts).items()}
 
-    unet = candidate.load_unet(dtype).to(ranks.device)
+    denoiser = candidate.load_denoiser(dtype).to(ranks.device)
     if ranks.device.type == "cuda":
-        set_processors(unet)
+        set_processors(denoiser)
     table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps, "--steps").to(ranks.device)
     empty = embed([""])
     branches, see = classifier_free(drawing.sampler.guidance_scale, empty), None
@@ -204,7 +204,7 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
             pixels, checksum = read_source(path, side_of(model, drawing))
             return Source(model.encode(vae, pixels)[0].to(dtype), checksum)
 
-    sampler = Sampler(unet, model.denoise, table, empty, branches, drawing.sampler, dtype, say=say)
+    sampler = Sampler(denoiser, model.denoise, table, empty, branches, drawing.sampler, dtype, say=say)
     sampler.fit(shape, count)
     return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device, see)
 

@@ -54,7 +54,7 @@ class AnimateDiff(StableDiffusion):
             raise UserError(f"{self.directory.labels.frames}: {frames} are more than the {self.most_frames} positions that the"
                             f" motion modules in {source} have ({MOTION_LENGTH}); set it to {self.most_frames} or fewer")
 
-    def load_unet(self, dtype: torch.dtype) -> UNetMotionModel:
+    def load_denoiser(self, dtype: torch.dtype) -> UNetMotionModel:
         """A fresh UNet with its motion modules from disk, on the CPU."""
         if self.adapter is None:
             return common.load_component(self.directory, "unet", UNetMotionModel, dtype)
@@ -63,11 +63,11 @@ class AnimateDiff(StableDiffusion):
         with torch.random.fork_rng(devices=[]):  # its weights are random before those of the files are copied into it
             return joined(self.directory, unet, adapter)
 
-    def empty_unet(self) -> UNetMotionModel:
+    def empty_denoiser(self) -> UNetMotionModel:
         """The network without weights, made under the caller's device."""
         if self.adapter is None:
             return UNetMotionModel.from_config(dict(self.directory.configs["unet"]))
-        unet = super().empty_unet()
+        unet = super().empty_denoiser()
         return joined(self.directory, unet, MotionAdapter.from_config(dict(self.adapter.configs[HERE])), load_weights=False)
 
     def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:

@@ -50,14 +50,14 @@ def save_pipeline(
 def save_unet(model: Model, weights: Mapping[str, Tensor], folder: Path) -> None:
     """A UNet that holds these weights, in their own dtype; a missing or unknown name is an error."""
     with torch.device("meta"):
-        unet = model.empty_unet()
+        unet = model.empty_denoiser()
     unet.load_state_dict(dict(weights), strict=True, assign=True)
     unet.save_pretrained(folder, safe_serialization=True)
 
 
 def merged(model: Model, weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
     """The UNet's weights with the trained adapter's in them, in fp32: in half precision a small adapter would be rounded away."""
-    unet = model.load_unet(torch.float32)
+    unet = model.load_denoiser(torch.float32)
     choose_trained(unet, lora, seed=0)
     if trainable_weights(unet).keys() != weights.keys():
         raise ValueError(f"not the weights that are trained: {few(trainable_weights(unet).keys() ^ weights.keys())}")
@@ -69,7 +69,7 @@ def merged(model: Model, weights: Mapping[str, Tensor], lora: Lora) -> dict[str,
 
 def save_motion(model: AnimateDiff, weights: Mapping[str, Tensor], folder: Path) -> None:
     """The source's UNet with the trained motion modules, and these alone: an AnimateDiff pipeline has both."""
-    unet = model.load_unet(next(iter(weights.values())).dtype)
+    unet = model.load_denoiser(next(iter(weights.values())).dtype)
     left = unet.load_state_dict(dict(weights), strict=False)
     if left.unexpected_keys:
         raise ValueError(f"the UNet has no {', '.join(left.unexpected_keys[:3])}")
@@ -86,7 +86,7 @@ def save_lora(model: Model, weights: Mapping[str, Tensor], folder: Path, lora: L
     # Only what a loader needs: it gives all of it to its own version's LoraConfig, which refuses unknown names.
     # No dropout: load_lora_weights leaves the layers it adds in training mode, so sampling would use the dropout.
     with torch.device("meta"):
-        config = lora_config(model.empty_unet(), lora)
+        config = lora_config(model.empty_denoiser(), lora)
     targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
     loader.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)

@@ -74,7 +74,7 @@ def _differences(model: Model, policy: Model, device: torch.device | str) -> lis
 def _architecture(model: Model, policy: Model) -> list[str]:
     """What is to be said where the networks have other weights, by name or shape."""
     with torch.device("meta"):
-        own, other = ({name: tuple(weight.shape) for name, weight in each.empty_unet().named_parameters()}
+        own, other = ({name: tuple(weight.shape) for name, weight in each.empty_denoiser().named_parameters()}
                       for each in (model, policy))
     names = [name for name in {**other, **own} if own.get(name) != other.get(name)]
     return [f"its network is another: {len(names)} weights are missing or of another shape, the first {names[0]}"] if names else []

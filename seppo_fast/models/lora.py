@@ -18,67 +18,67 @@ from seppo_fast.models.pix2pix import sees_image
 ADAPTER = "default"
 
 
-def choose_trained(unet: UNet, lora: Lora | None, seed: int) -> None:
+def choose_trained(denoiser: UNet, lora: Lora | None, seed: int) -> None:
     """Make trainable only what is trained: an adapter, a video model's motion modules, or all of an image model.
 
     Beside an adapter, the first convolution is trained in full where it is given an image: its new weights are zero.
     """
     if lora is not None:
-        add_lora(unet, lora, seed)
-        if sees_image(unet):
-            train_first_convolution(unet)
-    elif isinstance(unet, UNetMotionModel):
-        unet.freeze_unet2d_params()
+        add_lora(denoiser, lora, seed)
+        if sees_image(denoiser):
+            train_first_convolution(denoiser)
+    elif isinstance(denoiser, UNetMotionModel):
+        denoiser.freeze_unet2d_params()
 
 
-def train_first_convolution(unet: UNet) -> None:
+def train_first_convolution(denoiser: UNet) -> None:
     """Train all weights of the first convolution; `UserError` where LoRA has been put on it."""
-    if not isinstance(unet.conv_in, nn.Conv2d):
+    if not isinstance(denoiser.conv_in, nn.Conv2d):
         raise UserError("seppo.model.lora.targets: the first convolution (conv_in) is trained in full in a model that is given an"
                         " image; leave out the target that matches it")
-    unet.conv_in.requires_grad_(True)
+    denoiser.conv_in.requires_grad_(True)
 
 
-def trains_a_part(unet: nn.Module) -> bool:
+def trains_a_part(denoiser: nn.Module) -> bool:
     """Whether some weights are frozen, and can be shared between policy and reference."""
-    return not all(parameter.requires_grad for parameter in unet.parameters())
+    return not all(parameter.requires_grad for parameter in denoiser.parameters())
 
 
-def portion(unet: nn.Module, lora: Lora) -> Literal["temporal", "spatial", "all"]:
+def portion(denoiser: nn.Module, lora: Lora) -> Literal["temporal", "spatial", "all"]:
     """Which layers get adapters; by default, a video model's motion modules."""
-    if isinstance(unet, UNetMotionModel):
+    if isinstance(denoiser, UNetMotionModel):
         return lora.layers or "temporal"
     if lora.layers is not None:
         raise UserError(f"seppo.model.lora.layers: {lora.layers!r} is for video models, and this is an image model; leave it out")
     return "all"
 
 
-def lora_config(unet: nn.Module, lora: Lora) -> LoraConfig:
+def lora_config(denoiser: nn.Module, lora: Lora) -> LoraConfig:
     """PEFT's configuration: the targets as suffixes, or as a regular expression for a part of a video model's layers."""
-    part, targets = portion(unet, lora), sorted(lora.targets)
+    part, targets = portion(denoiser, lora), sorted(lora.targets)
     if part != "all":
         motion, among = rf"(.*\.)?{MOTION}\..*", "|".join(map(re.escape, targets))
         targets = rf"{motion}\.({among})" if part == "temporal" else rf"(?!{motion})(.*\.)?({among})"
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
 
-def add_lora(unet: UNet, lora: Lora, seed: int) -> None:
+def add_lora(denoiser: UNet, lora: Lora, seed: int) -> None:
     """Freeze the UNet and add a trainable adapter. A depends on `seed` alone and B is zero, so no output changes yet."""
-    check_targets(unet, lora)
-    unet.requires_grad_(False)
+    check_targets(denoiser, lora)
+    denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            unet.add_adapter(lora_config(unet, lora), adapter_name=ADAPTER)
+            denoiser.add_adapter(lora_config(denoiser, lora), adapter_name=ADAPTER)
         except ValueError as error:
             raise UserError(f"seppo.model.lora: {error}") from error
-    unet.train(unet.training)  # PEFT's layers come in training mode, whatever the UNet's
+    denoiser.train(denoiser.training)  # PEFT's layers come in training mode, whatever the UNet's
 
 
-def check_targets(unet: nn.Module, lora: Lora) -> None:
+def check_targets(denoiser: nn.Module, lora: Lora) -> None:
     """Check that every target matches a layer that LoRA can adapt; PEFT checks only that one of them does."""
-    part = portion(unet, lora)
-    layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    part = portion(denoiser, lora)
+    layers = [name for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
               and (part == "all" or (MOTION in name) == (part == "temporal"))]
     where = "UNet" if part == "all" else f"UNet's {part} part (seppo.model.lora.layers)"
     for target in lora.targets:

@@ -13,28 +13,28 @@ from seppo_fast.models.common import UNet
 from seppo_fast.models.layout import convolve_in_channels_last
 
 
-def prepare_unets(unets: Sequence[UNet], settings: Model, latents: tuple[int, ...], dtype: torch.dtype,
+def prepare_denoisers(denoisers: Sequence[UNet], settings: Model, latents: tuple[int, ...], dtype: torch.dtype,
                   device: torch.device, say: Callable[[str], None] = print,
                   agree: Callable[[int], int] = lambda index: index) -> None:
-    """Set up `unets` as `settings` asks, before they are captured or put into an engine.
+    """Set up `denoisers` as `settings` asks, before they are captured or put into an engine.
 
     `latents` are the sizes that they will see: (h, w), or (F, h, w) of videos. `agree` makes all ranks choose the same attention.
     """
-    compiles = settings.compile == "regional" and _compiles(unets[0], dtype, device)
-    choose_attention(unets, settings.attention, latents, dtype, device, say, agree)
+    compiles = settings.compile == "regional" and _compiles(denoisers[0], dtype, device)
+    choose_attention(denoisers, settings.attention, latents, dtype, device, say, agree)
     if settings.channels_last:
-        for unet in unets:
-            convolve_in_channels_last(unet)
+        for denoiser in denoisers:
+            convolve_in_channels_last(denoiser)
     if compiles:
-        for unet in unets:
-            for block in transformer_blocks(unet):
+        for denoiser in denoisers:
+            for block in transformer_blocks(denoiser):
                 block.compile()
 
 
-def _compiles(unet: UNet, dtype: torch.dtype, device: torch.device) -> bool:
+def _compiles(denoiser: UNet, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a copy of one block compiles, forward and backward. Without this trial, the compiler would fail during an update."""
     keep_all_graphs()
-    blocks = transformer_blocks(unet)
+    blocks = transformer_blocks(denoiser)
     if not blocks:
         raise UserError("seppo.model.compile: this model has no transformer blocks to compile; use \"none\"")
     trial = copy.deepcopy(blocks[0]).to(device, dtype).requires_grad_(True)  # a frozen one would have no backward

@@ -37,11 +37,11 @@ class StableDiffusion:
         self.image_condition = has_image_condition(directory)
         self.latent_channels, self.vae_scale_factor, self.scaling_factor = common.vae_facts(directory)
 
-    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def load_denoiser(self, dtype: torch.dtype) -> UNet2DConditionModel:
         """A fresh UNet from disk, on the CPU."""
         return common.load_unet(self.directory, dtype)
 
-    def empty_unet(self) -> UNet2DConditionModel:
+    def empty_denoiser(self) -> UNet2DConditionModel:
         """The network without weights, made under the caller's device."""
         return common.empty_unet(self.directory)
 

@@ -57,11 +57,11 @@ class StableDiffusionXL:
         self.image_scale = self.scaling_factor if directory.index.get(SCALES) else 1.0
         self.zeros_for_empty_prompt: bool = directory.index.get("force_zeros_for_empty_prompt", True)
 
-    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def load_denoiser(self, dtype: torch.dtype) -> UNet2DConditionModel:
         """A fresh UNet from disk, on the CPU."""
         return common.load_unet(self.directory, dtype)
 
-    def empty_unet(self) -> UNet2DConditionModel:
+    def empty_denoiser(self) -> UNet2DConditionModel:
         """The network without weights, made under the caller's device."""
         return common.empty_unet(self.directory)
 

@@ -33,7 +33,7 @@ def make_networks(model: Any) -> None:
         encoder = partial(lambda kind, config: kind(CLIPTextConfig.from_dict(config)), TEXT[part], config)
         check_shapes(directory, part, made(directory, part, encoder, config))
     check_shapes(directory, "vae", made(directory, "vae", partial(common.empty_vae, directory), directory.configs["vae"]))
-    unet = made(directory, "unet", model.empty_unet, [directory.configs["unet"], adapter and adapter.configs])
+    unet = made(directory, "unet", model.empty_denoiser, [directory.configs["unet"], adapter and adapter.configs])
     check_shapes(directory, "unet", unet)
     if adapter is not None:
         check_shapes(adapter, HERE, unet)
@@ -49,10 +49,10 @@ def made(directory: Directory, part: str, make: Callable[[], nn.Module], configs
 
 
 @torch.no_grad()
-def run_unet(model: Any) -> None:
+def run_denoiser(model: Any) -> None:
     """Refuse a UNet that cannot run on latents and conditions of the other components' sizes: one call, without weights."""
     with explained(model.directory, "unet"), torch.device("meta"):
-        unet = model.empty_unet()
+        unet = model.empty_denoiser()
         side = 2 ** len(unet.down_blocks)
         noise = torch.zeros(1, model.latent_channels, *(2,) * model.video, side, side)
         conditions = blank_conditions(model.directory) | ({IMAGE: noise} if model.image_condition else {})

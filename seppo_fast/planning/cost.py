@@ -109,16 +109,16 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     ours = config.seppo
     dtype, autocast = precision(config.deepspeed)
     with torch.device("meta"):
-        unet = nn.Module.to(model.empty_unet(), dtype)
-        choose_trained(unet, ours.model.lora, ours.seed)
+        denoiser = nn.Module.to(model.empty_denoiser(), dtype)
+        choose_trained(denoiser, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing()
     if ours.model.channels_last:
-        convolve_in_channels_last(unet)
-    unet.train()
-    trainable = list(trainable_weights(unet).values())
+        convolve_in_channels_last(denoiser)
+    denoiser.train()
+    trainable = list(trainable_weights(denoiser).values())
     trained = sum(weight.numel() for weight in trainable)
-    weights = sum(weight.nbytes for weight in unet.parameters())
+    weights = sum(weight.nbytes for weight in denoiser.parameters())
     method = METHODS[ours.method]
     halves = 2 if method.references else 1
     generated, improves = method.draws, method.winners == "improvement"
@@ -126,18 +126,18 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     guided = tripled if model.image_condition else len(classifier_free(ours.sampler.guidance_scale, ()))
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        return _inputs(unet, latent_shape(model, ours.data), samples, dtype)
+        return _inputs(denoiser, latent_shape(model, ours.data), samples, dtype)
 
     one = inputs(1)
     with explained(model.directory, "unet"):
-        forward = float(inference(lambda: model.denoise(unet, *one)).flops)
+        forward = float(inference(lambda: model.denoise(denoiser, *one)).flops)
     scoring = forward * halves if ours.flipper else 0.0
 
     engine = engine_bytes(config, batch, trained, max(weight.numel() for weight in trainable))
     taken = TakenGradients(engine)
     micro = inputs(halves * batch.micro)
     online = bool(ours.flipper) and ours.reference_score == "online"
-    meter = micro_batch(unet, lambda: model.denoise(unet, *micro), reference=online, gradient=taken, finish=taken.finish)
+    meter = micro_batch(denoiser, lambda: model.denoise(denoiser, *micro), reference=online, gradient=taken, finish=taken.finish)
     training = meter.flops / batch.micro - (scoring if online else 0.0)
 
     samples = 1 if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
@@ -148,10 +148,10 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     graph = draws and ours.sampler.cuda_graph
     drawn = inputs(guided * samples)
     known = 4 * (evaluations + 1) * samples * one[0].numel()  # the sampling loop's outputs so far, in fp32
-    sampler = inference(lambda: model.denoise(unet, *drawn)).peak if draws else 0
+    sampler = inference(lambda: model.denoise(denoiser, *drawn)).peak if draws else 0
     scored = inputs(halves * samples)
     ahead = bool(ours.flipper) and not online
-    score = inference(lambda: model.denoise(unet, *scored)).peak if ahead else 0
+    score = inference(lambda: model.denoise(denoiser, *scored)).peak if ahead else 0
     activations = meter.peak - engine.bucket
     if autocast:  # computes in half the bytes, and keeps a cast copy of the weights meanwhile
         activations, sampler, score = ((size + weights) // 2 if size else 0 for size in (activations, sampler, score))
@@ -161,16 +161,16 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     if improves:  # of the policy's architecture, but for its first convolution
         improvement = add_image_condition(model)
         with torch.device("meta"):
-            improver = sum(weight.nbytes for weight in nn.Module.to(improvement.empty_unet(), dtype).parameters())
-        improving = inference(lambda: model.denoise(unet, *inputs(tripled * samples))).peak
+            improver = sum(weight.nbytes for weight in nn.Module.to(improvement.empty_denoiser(), dtype).parameters())
+        improving = inference(lambda: model.denoise(denoiser, *inputs(tripled * samples))).peak
         improving = ((improving + weights) // 2 if autocast else improving) + known
     vae, decoding = vae_bytes(model, latent_shape(model, ours.data)) if looks else (0, 0)
 
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
-    shares = trains_a_part(unet)
-    own = trainable if shares and stage < 3 else unet.parameters()  # the frozen ones are the policy's
+    shares = trains_a_part(denoiser)
+    own = trainable if shares and stage < 3 else denoiser.parameters()  # the frozen ones are the policy's
     return Cost(
-        parameters=sum(weight.numel() for weight in unet.parameters()), trained=trained, forward=forward,
+        parameters=sum(weight.numel() for weight in denoiser.parameters()), trained=trained, forward=forward,
         sample=forward * guided * evaluations if generated else 0.0, improved=forward * tripled * evaluations if improves else 0.0,
         per_pair=samples_of_a_pair(ours, batch), training=training, scoring=scoring,
         improver=improver, improving=improving, offloads_improver=ours.improvement.offload,
@@ -198,14 +198,14 @@ def vae_bytes(model: Model, shape: Sequence[int]) -> tuple[int, int]:
     return sum(weight.nbytes for weight in vae.parameters()), decoding
 
 
-def _inputs(unet: UNet, shape: list[int], samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _inputs(denoiser: UNet, shape: list[int], samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The arguments of `model.denoise` after the network, for so many samples with latents of `shape`, on the meta device."""
     make = {"device": "meta", "dtype": dtype}
-    conditions = {"prompt_embeds": torch.empty(samples, 77, unet.config.cross_attention_dim, **make)}
-    if unet.config.addition_embed_type == "text_time":
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    conditions = {"prompt_embeds": torch.empty(samples, 77, denoiser.config.cross_attention_dim, **make)}
+    if denoiser.config.addition_embed_type == "text_time":
+        pooled = denoiser.config.projection_class_embeddings_input_dim - 6 * denoiser.config.addition_time_embed_dim
         conditions["pooled"] = torch.empty(samples, pooled, **make)
-    if sees_image(unet):
+    if sees_image(denoiser):
         conditions[IMAGE] = torch.empty(samples, *shape, **make)
     timesteps = torch.empty(samples, device="meta", dtype=torch.long)
     return torch.empty(samples, *shape, **make), timesteps, conditions

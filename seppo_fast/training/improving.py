@@ -8,7 +8,7 @@ from seppo_fast.config import Improvement, Seppo
 from seppo_fast.data import ClipStream, LatentCache
 from seppo_fast.models import Conditions, Model
 from seppo_fast.models.pix2pix import IMAGE
-from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.models.prepare import prepare_denoisers
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import free_memory
 from seppo_fast.reference.guidance import Branches, double
@@ -40,11 +40,11 @@ def open_improver(model: Model, settings: Seppo, objective: Objective, table: So
     def say(line: str) -> None:
         ranks.say(f"improvement model: {line}")
 
-    unet = model.load_unet(objective.dtype).eval().requires_grad_(False)
-    prepare_unets([unet], settings.networks, pairs.cache.shape[1:], objective.autocast or objective.dtype, ranks.device, say,
+    denoiser = model.load_denoiser(objective.dtype).eval().requires_grad_(False)
+    prepare_denoisers([denoiser], settings.networks, pairs.cache.shape[1:], objective.autocast or objective.dtype, ranks.device, say,
                   ranks.largest)
     empty, branches = with_image(pairs, settings.improvement)
-    sampler = Sampler(unet.to(ranks.device), model.denoise, table.to(ranks.device), empty, branches, settings.sampler,
+    sampler = Sampler(denoiser.to(ranks.device), model.denoise, table.to(ranks.device), empty, branches, settings.sampler,
                       objective.dtype, objective.autocast, say)
     sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=half_of_memory)
     improver = Improver(sampler, model.scaling_factor, settings.improvement.offload)

@@ -8,7 +8,7 @@ from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.models import Model
 from seppo_fast.models.lora import choose_trained
-from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.models.prepare import prepare_denoisers
 from seppo_fast.ops import available_backends
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import free_memory
@@ -28,15 +28,15 @@ def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks:
     ours = config.seppo
     dtype = precision(config.deepspeed).dtype
     torch.manual_seed(ours.seed + ranks.rank)
-    policy = model.load_unet(dtype).train()
+    policy = model.load_denoiser(dtype).train()
     reference = None
     if ours.flipper or ours.looks:
-        reference = model.load_unet(dtype).eval()
-    for unet in filter(None, (policy, reference)):
-        choose_trained(unet, ours.model.lora, ours.seed)
+        reference = model.load_denoiser(dtype).eval()
+    for denoiser in filter(None, (policy, reference)):
+        choose_trained(denoiser, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
-    prepare_unets([*filter(None, (policy, reference))], ours.networks, latents, precision(config.deepspeed).autocast or dtype,
+    prepare_denoisers([*filter(None, (policy, reference))], ours.networks, latents, precision(config.deepspeed).autocast or dtype,
                   ranks.device, ranks.say, ranks.largest)
     return policy, reference
 
@@ -60,7 +60,7 @@ def hold(fixed: Model, config: Config, folder: RunFolder, ranks: Ranks) -> Pool:
     """A pool of one policy, the reference model's, which stands for the initial one."""
     host_memory = int(config.seppo.pool.host_memory_gb * 1e9 / ranks.local_world)
     pool = Pool(folder.path / "reference_model", pool_dtype(config), host_memory)
-    pool.add(0, dict(fixed.load_unet(precision(config.deepspeed).dtype).named_parameters()), write=ranks.rank == 0)
+    pool.add(0, dict(fixed.load_denoiser(precision(config.deepspeed).dtype).named_parameters()), write=ranks.rank == 0)
     ranks.barrier()
     return pool
 

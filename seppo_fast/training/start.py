@@ -56,9 +56,9 @@ def read(given: str, model: Model, settings: Settings, seed: int) -> tuple[dict[
 def check_fit(file: Path, weights: dict[str, Tensor], model: Model, settings: Settings, seed: int) -> None:
     """Refuse a policy whose weights are not those that this run trains."""
     with torch.device("meta"):
-        unet = model.empty_unet()
-        choose_trained(unet, settings.lora, seed)
-    needed = {name: tuple(weight.shape) for name, weight in trainable_weights(unet).items()}
+        denoiser = model.empty_denoiser()
+        choose_trained(denoiser, settings.lora, seed)
+    needed = {name: tuple(weight.shape) for name, weight in trainable_weights(denoiser).items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     for problem, names in (("lacks", needed.keys() - found.keys()), ("has beside them", found.keys() - needed.keys()),
                            ("has in another shape", {name for name in needed if found.get(name, needed[name]) != needed[name]})):

@@ -34,7 +34,7 @@ def layers(model: Model, text: bool = True) -> Layers:
                 made[f"{part}.{name}"] = (torch.randn(RANK, layer.in_features, generator=generator),
                                           torch.randn(layer.out_features, RANK, generator=generator))
 
-    add("unet", model.load_unet(torch.float32), ("attn1.to_q", "attn2.to_v", "attn1.to_out.0"))
+    add("unet", model.load_denoiser(torch.float32), ("attn1.to_q", "attn2.to_v", "attn1.to_out.0"))
     if text:
         model.load_text("cpu", adapt=lambda part, encoder: add(part, encoder, ("self_attn.q_proj", "self_attn.out_proj")))
     return made
@@ -94,7 +94,7 @@ def test_every_form_changes_the_model_as_merged_weights_do(model: Model, form: C
                                                            scale: float, tmp_path: Path) -> None:
     made = layers(model, text)
     tuned = candidate(model, form(made), tmp_path)
-    unet = model.load_unet(torch.float32).eval()
+    unet = model.load_denoiser(torch.float32).eval()
     plain = model.load_text("cpu")(PROMPTS)
     before = predicted(model, unet, plain)
     merge(made, "unet", unet, scale)
@@ -103,7 +103,7 @@ def test_every_form_changes_the_model_as_merged_weights_do(model: Model, form: C
     for name, value in wanted.items():
         torch.testing.assert_close(conditions[name], value, rtol=1e-4, atol=1e-5)
     assert torch.equal(plain["prompt_embeds"], wanted["prompt_embeds"]) != text, "the text encoders' part is seen"
-    got = predicted(model, tuned.load_unet(torch.float32), conditions)
+    got = predicted(model, tuned.load_denoiser(torch.float32), conditions)
     torch.testing.assert_close(got, predicted(model, unet, wanted), rtol=1e-4, atol=1e-4)
     assert (got - before).abs().max() > 1e-2
 
@@ -145,7 +145,7 @@ REFUSED = {
 def test_what_would_be_left_out_is_refused(model: Model, name: str, tmp_path: Path) -> None:
     change, message = REFUSED[name]
     with pytest.raises(UserError, match=message) as caught:
-        candidate(model, change(layers(model)), tmp_path).load_unet(torch.float32)
+        candidate(model, change(layers(model)), tmp_path).load_denoiser(torch.float32)
     assert str(tmp_path / "mine.safetensors") in str(caught.value)
 
 

@@ -18,7 +18,7 @@ from seppo_fast.models.animatediff import motion_adapter
 from seppo_fast.models.attention import layers
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
-from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.models.prepare import prepare_denoisers
 from seppo_fast.models.published import published_model
 from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.loop import sample
@@ -49,7 +49,7 @@ def predict(model, unet, frames=FRAMES):
 
 def moved(model, lora=None, dtype=torch.float32):
     """A UNet whose trained weights have moved away from the source's."""
-    unet = model.load_unet(dtype)
+    unet = model.load_denoiser(dtype)
     choose_trained(unet, lora, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def moved(model, lora=None, dtype=torch.float32):
 
 def test_a_pipeline_and_its_parts_are_the_same_network(model, of_parts):
     assert isinstance(model, AnimateDiff) and model.video and model.name == of_parts.name == "animatediff"
-    one, other = model.load_unet(torch.float32).state_dict(), of_parts.load_unet(torch.float32).state_dict()
+    one, other = model.load_denoiser(torch.float32).state_dict(), of_parts.load_denoiser(torch.float32).state_dict()
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert any("motion_modules" in name for name in one)
     for given in (model, of_parts):
@@ -72,14 +72,14 @@ def test_a_pipeline_and_its_parts_are_the_same_network(model, of_parts):
 def test_loading_draws_nothing_from_the_global_generator(of_parts):
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    of_parts.load_unet(torch.float32)
+    of_parts.load_denoiser(torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_frames_are_the_third_axis(of_parts, sd_folder):
     """Without what the motion modules add, each frame of the video is what the image model makes of it alone."""
     image = open_model(str(sd_folder))
-    unet, still = of_parts.load_unet(torch.float32), image.load_unet(torch.float32)
+    unet, still = of_parts.load_denoiser(torch.float32), image.load_denoiser(torch.float32)
     with torch.no_grad():
         for name, weight in unet.named_parameters():
             if "motion_modules" in name and "proj_out" in name:
@@ -90,7 +90,7 @@ def test_frames_are_the_third_axis(of_parts, sd_folder):
         for frame in range(FRAMES):
             alone = image.denoise(still, latents[:, :, frame], torch.tensor([5, 800]), prompt)
             torch.testing.assert_close(video[:, :, frame], alone, rtol=1e-4, atol=1e-5)
-    assert (predict(of_parts, of_parts.load_unet(torch.float32)) - video).abs().max() > 1e-3, "the motion modules do something"
+    assert (predict(of_parts, of_parts.load_denoiser(torch.float32)) - video).abs().max() > 1e-3, "the motion modules do something"
 
 
 def test_the_vae_sees_and_makes_frame_after_frame(model, sd_folder):
@@ -109,7 +109,7 @@ def test_samples_are_those_of_the_pipeline(model, animatediff_folder):
     noise, prompts = random(2, 4, FRAMES, 8, 8), ["a red cat", "the sky"]
     theirs = pipeline(prompts, num_frames=FRAMES, height=16, width=16, num_inference_steps=4, guidance_scale=3.0, latents=noise,
                       output_type="latent").frames
-    embed, unet = model.load_text("cpu"), model.load_unet(torch.float32).eval()
+    embed, unet = model.load_text("cpu"), model.load_denoiser(torch.float32).eval()
     table = solver_table(model.scheduler_config, "ddim", 4)
     ours = sample(lambda *given: model.denoise(unet, *given), table, noise, embed(prompts), embed([""]),
                   classifier_free(3.0, embed([""])), torch.float32)
@@ -127,7 +127,7 @@ def test_more_frames_than_positions_are_refused(animatediff_folder, sd_folder, a
 def test_adapters_that_do_not_fit_are_refused(sd_folder, sdxl_folder, animatediff_folder, adapter_folder, tmp_path):
     def refused(message, path=sd_folder, adapter=adapter_folder):
         with pytest.raises(UserError, match=message):
-            open_model(str(path), motion_adapter=str(adapter)).load_unet(torch.float32)
+            open_model(str(path), motion_adapter=str(adapter)).load_denoiser(torch.float32)
 
     refused("motion_adapter: .* is a StableDiffusionXLPipeline; motion adapters go with Stable Diffusion 1.x", sdxl_folder)
     refused("has its motion modules already: leave it out", animatediff_folder)
@@ -149,7 +149,7 @@ def test_adapters_that_do_not_fit_are_refused(sd_folder, sdxl_folder, animatedif
 @pytest.mark.parametrize(("part", "motion"), [(None, {True}), ("temporal", {True}), ("spatial", {False}), ("all", {True, False})])
 def test_lora_goes_where_it_is_asked_for(part, motion, model, animatediff_folder, tmp_path):
     lora = Lora(rank=2, alpha=3.0, layers=part)
-    before, unet = predict(model, model.load_unet(torch.float32)), moved(model, lora)
+    before, unet = predict(model, model.load_denoiser(torch.float32)), moved(model, lora)
     weights = trainable_weights(unet)
     assert {"motion_modules" in name for name in weights} == motion
     assert {name.split(".lora_")[0].split("attn")[-1][2:] for name in weights} == {"to_q", "to_k", "to_v", "to_out.0"}
@@ -168,10 +168,10 @@ def test_lora_goes_where_it_is_asked_for(part, motion, model, animatediff_folder
 
 def test_targets_are_looked_for_in_that_part_alone(model, sd_folder):
     with pytest.raises(UserError, match=r"'conv1' matches no linear or convolution layer of the UNet's temporal part"):
-        choose_trained(model.load_unet(torch.float32), Lora(targets=["conv1"]), 0)
-    choose_trained(model.load_unet(torch.float32), Lora(targets=["conv1"], layers="spatial"), 0)
+        choose_trained(model.load_denoiser(torch.float32), Lora(targets=["conv1"]), 0)
+    choose_trained(model.load_denoiser(torch.float32), Lora(targets=["conv1"], layers="spatial"), 0)
     with pytest.raises(UserError, match="seppo.model.lora.layers: 'temporal' is for video models, and this is an image model"):
-        choose_trained(open_model(str(sd_folder)).load_unet(torch.float32), Lora(layers="temporal"), 0)
+        choose_trained(open_model(str(sd_folder)).load_denoiser(torch.float32), Lora(layers="temporal"), 0)
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_an_adapter_made_of_the_network_has_all_its_settings():
 
 
 def test_the_attention_layers_that_are_measured_are_the_networks_own(model):
-    unet, seen = model.load_unet(torch.float32), []
+    unet, seen = model.load_denoiser(torch.float32), []
     for module in unet.modules():
         if isinstance(module, Attention):
             module.register_forward_pre_hook(lambda layer, given: seen.append((*given[0].shape, layer.heads)))
@@ -232,7 +232,7 @@ def test_compiled_blocks_compute_the_same(model, monkeypatch):
         layers_per_block=1, down_block_types=("DownBlockMotion",), up_block_types=("UpBlockMotion",),
         motion_num_attention_heads=4, motion_max_seq_length=8).eval()
     before, graphs = predict(model, unet), torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    prepare_unets([unet], Model(path="x", compile="regional"), (FRAMES, 8, 8), torch.float32, CPU)
+    prepare_denoisers([unet], Model(path="x", compile="regional"), (FRAMES, 8, 8), torch.float32, CPU)
     assert all(block._compiled_call_impl is not None for block in transformer_blocks(unet))
     torch.testing.assert_close(predict(model, unet), before, rtol=1e-3, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
@@ -242,7 +242,7 @@ def test_compiled_blocks_compute_the_same(model, monkeypatch):
 def test_gradient_checkpointing_gives_the_same_gradients(model):
     gradients = []
     for checkpointed in (False, True):
-        unet = model.load_unet(torch.float32).train()
+        unet = model.load_denoiser(torch.float32).train()
         choose_trained(unet, Lora(rank=2), 0)
         if checkpointed:
             unet.enable_gradient_checkpointing()
@@ -256,7 +256,7 @@ def test_published_shapes_are_known_without_a_download():
     base, adapter = "stable-diffusion-v1-5/stable-diffusion-v1-5", "guoyww/animatediff-motion-adapter-v1-5-2"
     model = published_model(base, adapter)
     with torch.device("meta"):
-        unet = model.empty_unet()
+        unet = model.empty_denoiser()
     count = sum(weight.numel() for weight in unet.parameters())
     motion = sum(weight.numel() for name, weight in unet.named_parameters() if "motion_modules" in name)
     assert count - motion == 859_520_964 and 440e6 < motion < 460e6 and model.most_frames == 32

@@ -12,7 +12,7 @@ from tiny import tiny_sd
 from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
 from seppo_fast.models.published import SD15, SDXL
-from seppo_fast.models.trial import run_unet
+from seppo_fast.models.trial import run_denoiser
 from seppo_fast.models.values import check_values
 from seppo_fast.reference.solver import solver_table
 
@@ -55,7 +55,7 @@ VALUES = {
 def use(folder):
     """All that is looked at before training begins."""
     model = open_model(str(folder))
-    run_unet(model)
+    run_denoiser(model)
     solver_table(model.scheduler_config, "ddim", 5)
     return model
 
@@ -113,7 +113,7 @@ def test_weights_that_the_configuration_has_no_place_for(own_sd):
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"mid_block_type": None}))
     with pytest.raises(UserError, match=r"_model\.safetensors has \d+ weights that its config\.json has no place for"):
-        open_model(str(own_sd)).load_unet(torch.float32)
+        open_model(str(own_sd)).load_denoiser(torch.float32)
 
 
 @pytest.mark.parametrize("name", ["tokenizer/added_tokens.json", "text_encoder/generation_config.json", "vae/config.json",

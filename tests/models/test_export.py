@@ -23,7 +23,7 @@ PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 def trained(model, lora=None, dtype=torch.float32):
     """A UNet whose trainable weights have moved away from the source's."""
-    unet = model.load_unet(dtype)
+    unet = model.load_denoiser(dtype)
     if lora is not None:
         add_lora(unet, lora, seed=3)
     generator = torch.Generator().manual_seed(4)
@@ -68,13 +68,13 @@ def test_full_pipeline(name, dtype, request, tmp_path):
     pipeline = PIPELINES[name].from_pretrained(final, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     assert torch.equal(outputs(model, pipeline.unet, dtype), outputs(model, unet, dtype))
-    assert not torch.equal(outputs(model, model.load_unet(dtype), dtype), outputs(model, unet, dtype))
+    assert not torch.equal(outputs(model, model.load_denoiser(dtype), dtype), outputs(model, unet, dtype))
     if dtype == torch.float32:
         images = pipeline("a cat", num_inference_steps=2, height=16, width=16, output_type="np").images
         assert images.shape == (1, 16, 16, 3)
     assert [path.name for path in final.parent.iterdir()] == ["final"]
     again = open_model(str(final))  # and can be trained further
-    assert torch.equal(again.load_unet(dtype).conv_in.weight, unet.conv_in.weight)
+    assert torch.equal(again.load_denoiser(dtype).conv_in.weight, unet.conv_in.weight)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
@@ -133,7 +133,7 @@ def test_a_write_that_fails_keeps_the_earlier_export(sd_folder, tmp_path, limit)
     final.mkdir()
     (final / "README.md").write_text("old")
     model = open_model(str(sd_folder))
-    weights = dict(model.load_unet(torch.float32).named_parameters())
+    weights = dict(model.load_denoiser(torch.float32).named_parameters())
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

@@ -23,7 +23,7 @@ LORA = Lora(rank=3, alpha=5.0, dropout=0.2, targets=["to_q", "to_k", "to_v", "to
 
 def trained(model, lora, dtype=torch.float32, size=0.05):
     """A UNet whose trained weights have moved, in evaluation mode."""
-    unet = model.load_unet(dtype)
+    unet = model.load_denoiser(dtype)
     choose_trained(unet, lora, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_plain_diffusers_loads_it_and_gets_our_output(name, lora, request, tmp_p
     assert improved.shape == (1, 16, 16, 3)
 
     again = open_improvement_model(str(final))  # serves stage two, and can be trained further
-    assert torch.equal(call(again, again.load_unet(torch.float32), images()), theirs)
+    assert torch.equal(call(again, again.load_denoiser(torch.float32), images()), theirs)
     assert open_model(str(final), image_condition=True).image_condition
     untouched = {key: value for key, value in digests(source).items() if not key.startswith(("unet", "model_index"))}
     assert untouched.items() <= digests(final).items()
@@ -83,7 +83,7 @@ def test_a_lora_in_half_precision_is_merged_in_full(sd_folder, tmp_path):
     unet = trained(model, LORA, torch.bfloat16, size=1e-3)
     save_pipeline(model, trainable_weights(unet), tmp_path / "final", LORA, "card")
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    layer, base = unet.get_submodule(name), model.load_unet(torch.float32).get_parameter(f"{name}.weight")
+    layer, base = unet.get_submodule(name), model.load_denoiser(torch.float32).get_parameter(f"{name}.weight")
     delta = (layer.lora_B.default.weight.float() @ layer.lora_A.default.weight.float()) * 5 / 3
     stored = load_file(tmp_path / "final/unet/diffusion_pytorch_model.safetensors")
     assert torch.allclose(stored[f"{name}.weight"], base + delta, atol=1e-7)

@@ -109,7 +109,7 @@ def test_a_plain_guided_loop_equals_the_pipeline(name, request):
     wanted = pipeline(prompts, latents=noise, num_inference_steps=4, guidance_scale=3.0, height=16, width=16,
                       output_type="pt").images
 
-    unet, embed, vae = model.load_unet(torch.float32), model.load_text("cpu"), model.load_vae("cpu")
+    unet, embed, vae = model.load_denoiser(torch.float32), model.load_text("cpu"), model.load_vae("cpu")
     conditions = embed([*prompts, "", ""])
     scheduler = DDIMScheduler.from_config(model.scheduler_config)
     scheduler.set_timesteps(4)
@@ -129,18 +129,18 @@ def test_sdxl_time_ids_are_pixels_height_first(sdxl):
 
 
 def test_unet_is_new_each_time_and_trainable(sd):
-    first, second = sd.load_unet(torch.bfloat16), sd.load_unet(torch.float32)
+    first, second = sd.load_denoiser(torch.bfloat16), sd.load_denoiser(torch.float32)
     assert {p.dtype for p in first.parameters()} == {torch.bfloat16} and first.device.type == "cpu"
     assert all(p.requires_grad and not p.is_meta for p in second.parameters())
     with torch.no_grad():
         second.conv_in.weight.zero_()
-    assert sd.load_unet(torch.float32).conv_in.weight.abs().sum() > 0
+    assert sd.load_denoiser(torch.float32).conv_in.weight.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_denoise_in_half_precision_trains(name, request):
     model = request.getfixturevalue(name)
-    unet = model.load_unet(torch.bfloat16)
+    unet = model.load_denoiser(torch.bfloat16)
     conditions = {key: value.bfloat16() for key, value in model.load_text("cpu")(["a cat", ""]).items()}
     output = model.denoise(unet, torch.randn(2, *LATENTS).bfloat16(), torch.tensor([3, 999]), conditions)
     assert output.shape == (2, *LATENTS) and output.dtype == torch.bfloat16

@@ -46,7 +46,7 @@ def edit(path, **changes):
 def test_what_was_trained_from_the_policy_s_base_fits(name, request, tmp_path, monkeypatch):
     source = request.getfixturevalue(f"{name}_folder")
     model = open_model(str(source), image_condition=True)
-    save_pipeline(model, trainable_weights(model.load_unet(torch.float32)), tmp_path / "final", None, "card")
+    save_pipeline(model, trainable_weights(model.load_denoiser(torch.float32)), tmp_path / "final", None, "card")
     loaded = []
     for part in ("load_vae", "load_text"):  # equal files need not be loaded
         monkeypatch.setattr(type(model), part, lambda *given, part=part: loaded.append(part))

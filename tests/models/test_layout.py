@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seppo_fast.config import Lora
 from seppo_fast.config import Model as Settings
 from seppo_fast.models.lora import add_lora
-from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.models.prepare import prepare_denoisers
 from seppo_fast.reference.cuda_graph import fingerprint
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ class Gpu(TorchDispatchMode):
 
 
 def prepared(network: nn.Module, channels_last: bool = True) -> nn.Module:
-    prepare_unets([network], Settings(path="x", channels_last=channels_last), (8, 8), torch.float32, CPU, lambda line: None)
+    prepare_denoisers([network], Settings(path="x", channels_last=channels_last), (8, 8), torch.float32, CPU, lambda line: None)
     return network
 
 

@@ -30,7 +30,7 @@ def train_a_little(unet):
 
 
 def test_only_the_adapter_is_trained_and_nothing_changes_at_first(sd):
-    unet = sd.load_unet(torch.float32)
+    unet = sd.load_denoiser(torch.float32)
     assert trainable_weights(unet).keys() == dict(unet.named_parameters()).keys()
     before = run(sd, unet)
     add_lora(unet, Lora(rank=4), seed=1)
@@ -45,7 +45,7 @@ def test_only_the_adapter_is_trained_and_nothing_changes_at_first(sd):
 
 
 def test_dropout_follows_the_mode_of_the_network(sd):
-    unet = sd.load_unet(torch.float32)
+    unet = sd.load_denoiser(torch.float32)
     add_lora(unet, Lora(rank=4, dropout=0.5), seed=1)
     train_a_little(unet)
     assert torch.equal(run(sd, unet), run(sd, unet))  # as loaded: evaluation
@@ -56,7 +56,7 @@ def test_dropout_follows_the_mode_of_the_network(sd):
 def test_initialisation_depends_on_the_seed_alone(sd):
     def adapter(seed, noise):
         torch.manual_seed(noise)
-        unet = sd.load_unet(torch.float32)
+        unet = sd.load_denoiser(torch.float32)
         add_lora(unet, Lora(rank=4), seed)
         return trainable_weights(unet), torch.rand(1)
 
@@ -71,7 +71,7 @@ def test_initialisation_depends_on_the_seed_alone(sd):
 def test_alpha_scales_the_adapter(sd):
     outputs = []
     for alpha in (4.0, 12.0):
-        unet = sd.load_unet(torch.float32)
+        unet = sd.load_denoiser(torch.float32)
         add_lora(unet, Lora(rank=4, alpha=alpha, targets=["to_q"]), seed=1)
         module = next(m for m in unet.modules() if hasattr(m, "lora_A"))
         assert module.scaling["default"] == alpha / 4
@@ -87,7 +87,7 @@ def test_alpha_scales_the_adapter(sd):
     ([], ["empty"]),
 ])
 def test_targets_that_match_nothing(sd, targets, fragments):
-    unet = sd.load_unet(torch.float32)
+    unet = sd.load_denoiser(torch.float32)
     with pytest.raises(UserError, match=r"seppo\.model\.lora\.targets") as caught:
         add_lora(unet, Lora(targets=targets), seed=0)
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
@@ -95,14 +95,14 @@ def test_targets_that_match_nothing(sd, targets, fragments):
 
 
 def test_convolutions_and_full_names_are_targets_too(sd):
-    unet = sd.load_unet(torch.float32)
+    unet = sd.load_denoiser(torch.float32)
     add_lora(unet, Lora(rank=2, targets=["conv1", "mid_block.attentions.0.proj_in"]), seed=0)
     names = {name.split(".lora_")[0] for name in trainable_weights(unet)}
     assert "mid_block.attentions.0.proj_in" in names and any(name.endswith("resnets.0.conv1") for name in names)
 
 
 def test_reference_shares_the_frozen_base_only(sd):
-    policy, reference = sd.load_unet(torch.float32), sd.load_unet(torch.float32)
+    policy, reference = sd.load_denoiser(torch.float32), sd.load_denoiser(torch.float32)
     for unet in (policy, reference):
         add_lora(unet, Lora(rank=4), seed=1)
     share_frozen(reference, policy)
@@ -118,7 +118,7 @@ def test_reference_shares_the_frozen_base_only(sd):
 
 
 def test_partitioned_parameters_are_not_shared(sd):
-    policy, reference = sd.load_unet(torch.float32), sd.load_unet(torch.float32)
+    policy, reference = sd.load_denoiser(torch.float32), sd.load_denoiser(torch.float32)
     policy.requires_grad_(False)
     policy.conv_in.weight.data = torch.empty(0)
     before = reference.conv_in.weight.clone()
@@ -128,12 +128,12 @@ def test_partitioned_parameters_are_not_shared(sd):
 
 
 def test_full_fine_tuning_shares_nothing(sd):
-    policy, reference = sd.load_unet(torch.float32), sd.load_unet(torch.float32)
+    policy, reference = sd.load_denoiser(torch.float32), sd.load_denoiser(torch.float32)
     share_frozen(reference, policy)
     assert all(p.data_ptr() != q.data_ptr() for p, q in zip(policy.parameters(), reference.parameters(), strict=True))
 
 
 def test_adapter_of_a_half_precision_base(sd):
-    unet = sd.load_unet(torch.bfloat16)
+    unet = sd.load_denoiser(torch.bfloat16)
     add_lora(unet, Lora(rank=4), seed=1)
     assert {p.dtype for p in trainable_weights(unet).values()} == {torch.bfloat16}

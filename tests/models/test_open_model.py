@@ -110,12 +110,12 @@ def test_old_tokenizer_files(own_sd):
 
 def test_shards(own_sd):
     model = open_model(str(own_sd))
-    whole = model.load_unet(torch.float32)
+    whole = model.load_denoiser(torch.float32)
     shutil.rmtree(own_sd / "unet")
     whole.save_pretrained(own_sd / "unet", max_shard_size="1MB")
     shards = sorted((own_sd / "unet").glob("*-of-*.safetensors"))
     assert len(shards) > 2
-    loaded = open_model(str(own_sd)).load_unet(torch.float32)
+    loaded = open_model(str(own_sd)).load_denoiser(torch.float32)
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in loaded.state_dict().items())
     shards[1].write_bytes(shards[1].read_bytes()[:-3])
     refused(own_sd, str(shards[1]))
@@ -125,13 +125,13 @@ def test_shards(own_sd):
 
 def test_pickled_weights_are_a_fallback(own_sd):
     model = open_model(str(own_sd))
-    unet = model.load_unet(torch.float32)
+    unet = model.load_denoiser(torch.float32)
     unet.save_pretrained(own_sd / "unet", safe_serialization=False)
     assert open_model(str(own_sd)).directory.weights["unet"].safetensors
     (own_sd / UNET).unlink()
     model = open_model(str(own_sd))
     assert not model.directory.weights["unet"].safetensors
-    assert torch.equal(model.load_unet(torch.float32).conv_in.weight, unet.conv_in.weight)
+    assert torch.equal(model.load_denoiser(torch.float32).conv_in.weight, unet.conv_in.weight)
     path = own_sd / "unet/diffusion_pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:-500])
     refused(own_sd, str(path), "truncated")
@@ -142,9 +142,9 @@ def test_variant(own_sd):
     halves = {name: (value / 2).half() for name, value in load_file(own_sd / UNET).items()}
     save_file(halves, own_sd / "unet/diffusion_pytorch_model.fp16.safetensors", metadata={"format": "pt"})
     model = open_model(str(own_sd), variant="fp16")
-    assert torch.equal(model.load_unet(torch.float16).conv_in.weight, halves["conv_in.weight"])
+    assert torch.equal(model.load_denoiser(torch.float16).conv_in.weight, halves["conv_in.weight"])
     model.load_vae("cpu")  # has no such variant, and falls back
-    plain = open_model(str(own_sd)).load_unet(torch.float32)
+    plain = open_model(str(own_sd)).load_denoiser(torch.float32)
     assert not torch.equal(plain.conv_in.weight.half(), halves["conv_in.weight"])
 
 
@@ -204,7 +204,7 @@ def test_weights_that_lack_tensors(own_sd, component):
     dropped = sorted(tensors)[-1]
     save_file({name: value for name, value in tensors.items() if name != dropped}, path, metadata={"format": "pt"})
     model = open_model(str(own_sd))
-    load = {"unet": lambda: model.load_unet(torch.float32), "vae": lambda: model.load_vae("cpu"),
+    load = {"unet": lambda: model.load_denoiser(torch.float32), "vae": lambda: model.load_vae("cpu"),
             "text_encoder": lambda: model.load_text("cpu")}[component]
     with pytest.raises(UserError, match=re.escape(str(path))):
         load()
@@ -213,7 +213,7 @@ def test_weights_that_lack_tensors(own_sd, component):
 def test_weights_of_another_shape(own_sd):
     edit(own_sd / "unet/config.json", block_out_channels=[32, 96])
     with pytest.raises(UserError, match="cannot load .*unet"):
-        open_model(str(own_sd)).load_unet(torch.float32)
+        open_model(str(own_sd)).load_denoiser(torch.float32)
 
 
 def test_vae_with_the_old_attention_names(own_sd):

@@ -13,7 +13,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.models import open_improvement_model, open_model
 from seppo_fast.models.lora import choose_trained, share_frozen, trainable_weights, trains_a_part
 from seppo_fast.models.published import published_model
-from seppo_fast.models.trial import run_unet
+from seppo_fast.models.trial import run_denoiser
 
 CLASSES = {"sd": "StableDiffusionInstructPix2PixPipeline", "sdxl": "StableDiffusionXLInstructPix2PixPipeline"}
 
@@ -28,7 +28,7 @@ def test_it_begins_as_its_base_whatever_the_image(name, dtype, request):
     folder = str(request.getfixturevalue(f"{name}_folder"))
     base, model = open_model(folder), open_model(folder, image_condition=True)
     assert model.image_condition and not base.image_condition and type(model) is type(base)
-    unet, old = model.load_unet(dtype), base.load_unet(dtype)
+    unet, old = model.load_denoiser(dtype), base.load_denoiser(dtype)
     assert unet.config.in_channels == unet.conv_in.in_channels == 8 and unet.conv_in.weight.shape[1] == 8
     assert unet.dtype == dtype and all(weight.requires_grad for weight in unet.parameters())
     want = call(base, old, dtype=dtype)
@@ -37,17 +37,17 @@ def test_it_begins_as_its_base_whatever_the_image(name, dtype, request):
     same = {key: value for key, value in unet.state_dict().items() if key != "conv_in.weight"}
     assert all(torch.equal(value, old.state_dict()[key]) for key, value in same.items())  # the bias, too
     with torch.device("meta"):
-        empty = model.empty_unet()
+        empty = model.empty_denoiser()
     assert {key: value.shape for key, value in empty.state_dict().items()} == \
         {key: value.shape for key, value in unet.state_dict().items()}
-    run_unet(model)
+    run_denoiser(model)
 
 
 @pytest.mark.parametrize("name, folder", [("sd", "pix2pix_folder"), ("sdxl", "xl_pix2pix_folder")])
 def test_the_network_gets_the_image_behind_the_latents_unscaled(name, folder, request):
     model = open_improvement_model(str(request.getfixturevalue(folder)))
     assert model.image_condition and model.name == name
-    unet, image = model.load_unet(torch.float32), images()
+    unet, image = model.load_denoiser(torch.float32), images()
     g = torch.Generator().manual_seed(0)
     text = torch.randn(2, 77, 32 if name == "sd" else 80, generator=g)
     added = {}
@@ -64,7 +64,7 @@ def test_cosxl_scales_the_image(xl_pix2pix_folder, tmp_path):
     folder = shutil.copytree(xl_pix2pix_folder, tmp_path / "cosxl")
     edit(folder / "model_index.json", is_cosxl_edit=True)
     plain, model = open_improvement_model(str(xl_pix2pix_folder)), open_improvement_model(str(folder))
-    unet = model.load_unet(torch.float32)
+    unet = model.load_denoiser(torch.float32)
     assert torch.equal(call(model, unet, images()), call(plain, unet, images() * model.scaling_factor))
     edit(folder / "model_index.json", is_cosxl_edit="no")
     with pytest.raises(UserError, match="is_cosxl_edit is 'no'"):
@@ -75,7 +75,7 @@ def test_cosxl_scales_the_image(xl_pix2pix_folder, tmp_path):
 def test_training_goes_on_from_such_a_directory(name, request):
     folder = request.getfixturevalue("pix2pix_folder" if name == "sd" else "xl_pix2pix_folder")
     model = open_model(str(folder), image_condition=True)
-    unet = model.load_unet(torch.float32)
+    unet = model.load_denoiser(torch.float32)
     assert unet.conv_in.weight.shape[1] == 8 and unet.conv_in.weight[:, 4:].abs().sum() > 0
     assert model.directory.index["_class_name"] == CLASSES[name]
 
@@ -109,7 +109,7 @@ def test_networks_with_other_input_channels(make, channels, words, tmp_path):
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_lora_trains_the_first_convolution_in_full(name, request):
     model = open_model(str(request.getfixturevalue(f"{name}_folder")), image_condition=True)
-    policy, reference = model.load_unet(torch.float32), model.load_unet(torch.float32)
+    policy, reference = model.load_denoiser(torch.float32), model.load_denoiser(torch.float32)
     for unet in (policy, reference):
         choose_trained(unet, Lora(rank=2), seed=1)
     trained = trainable_weights(policy)
@@ -126,13 +126,13 @@ def test_lora_trains_the_first_convolution_in_full(name, request):
 
 
 def test_a_text_to_image_model_trains_no_convolution_beside_its_lora(sd_folder):
-    unet = open_model(str(sd_folder)).load_unet(torch.float32)
+    unet = open_model(str(sd_folder)).load_denoiser(torch.float32)
     choose_trained(unet, Lora(rank=2), seed=1)
     assert all(".lora_" in key for key in trainable_weights(unet))
 
 
 def test_lora_on_the_first_convolution_is_refused(sd_folder):
-    unet = open_model(str(sd_folder), image_condition=True).load_unet(torch.float32)
+    unet = open_model(str(sd_folder), image_condition=True).load_denoiser(torch.float32)
     with pytest.raises(UserError, match="seppo.model.lora.targets: the first convolution \\(conv_in\\) is trained in full"):
         choose_trained(unet, Lora(targets=["to_q", "conv_in"]), seed=1)
 
@@ -142,4 +142,4 @@ def test_published_models_can_be_planned_with_an_image():
         model, base = published_model(path, image_condition=True), published_model(path)
         assert model.image_condition and not base.image_condition
         with torch.device("meta"):
-            assert model.empty_unet().conv_in.weight.shape[1] == 8 == 2 * base.empty_unet().conv_in.weight.shape[1]
+            assert model.empty_denoiser().conv_in.weight.shape[1] == 8 == 2 * base.empty_denoiser().conv_in.weight.shape[1]

@@ -14,7 +14,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.models import attention
 from seppo_fast.models.attention import choose_attention, layers
 from seppo_fast.models.launches import inner
-from seppo_fast.models.prepare import prepare_unets
+from seppo_fast.models.prepare import prepare_denoisers
 
 CPU = torch.device("cpu")
 
@@ -96,7 +96,7 @@ def test_compiled_blocks_train_as_before(quick_compiler):
         return [parameter.grad.clone() for parameter in net.parameters()]
 
     plain, before = gradients(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    prepare_unets([net], Model(path="x", compile="regional"), (4, 8), torch.float32, CPU)
+    prepare_denoisers([net], Model(path="x", compile="regional"), (4, 8), torch.float32, CPU)
     assert all(block._compiled_call_impl is not None for block in transformer_blocks(net))
     compiled = gradients()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
@@ -111,7 +111,7 @@ def test_a_compiler_that_fails_leaves_the_plain_network():
     want = call(net)
     with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/compiler",), "force_disable_caches": True}):
         with pytest.warns(RuntimeWarning, match="seppo.model.compile does not work here, and the run goes on without it"):
-            prepare_unets([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU)
+            prepare_denoisers([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU)
         assert torch.equal(call(net), want)
 
 
@@ -120,6 +120,6 @@ def test_a_frozen_network_is_compiled_as_any_other(quick_compiler):
     net = unet().requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="seppo")
-        prepare_unets([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU, lambda line: None)
+        prepare_denoisers([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU, lambda line: None)
     assert all(block._compiled_call_impl is not None for block in transformer_blocks(net))
     assert not any(weight.requires_grad for weight in net.parameters())

@@ -154,7 +154,7 @@ def test_the_memory_of_a_run_is_what_the_cpu_allocates(engine: str, settings: Ca
     model, dtype = open_model(str(sd)), precision(config.deepspeed).dtype
 
     def really() -> None:
-        policy, reference = (model.load_unet(dtype) for _ in range(2))
+        policy, reference = (model.load_denoiser(dtype) for _ in range(2))
         started = start_engine(policy.train(), config, batch)
         engines.append(started)  # else it would be freed while the next one is measured
         for _ in range(2 * batch.accumulation):

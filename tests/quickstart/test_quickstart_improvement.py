@@ -110,7 +110,7 @@ def test_the_base_draws_and_its_widened_copy_improves(digits: tuple[Digits, Digi
     other = draw(tmp_path / "base", [1, 2], 0, 2, 2.0, weights=weights)
     torch.testing.assert_close(other, draw(tmp_path / "base", [1, 2], 0, 2, 2.0))
     model = open_model(str(tmp_path / "base"), image_condition=True)
-    save_pipeline(model, dict(model.load_unet(torch.float32).named_parameters()), tmp_path / "improvement", None, "card")
+    save_pipeline(model, dict(model.load_denoiser(torch.float32).named_parameters()), tmp_path / "improvement", None, "card")
     made = improve(tmp_path / "improvement", digits[0].pixels[:3], [1, 2, 3], 0, 2, 1.5, 1.5, batch_size=2)
     assert made.shape == (3, 3, 16, 16) and made.isfinite().all() and 0 <= made.min() and made.max() <= 1
 

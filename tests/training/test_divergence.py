@@ -108,7 +108,7 @@ def test_a_lora_of_another_alpha(sd: Path, tmp_path: Path) -> None:
     """Shapes do not tell it; the files around the policy do."""
     model, lora = open_model(str(sd)), Lora(rank=2, alpha=4.0)
     with torch.device("meta"):
-        unet = model.empty_unet()
+        unet = model.empty_denoiser()
         choose_trained(unet, lora, 0)
     file = tmp_path / "pool" / "policy_00001.safetensors"
     file.parent.mkdir()

@@ -41,12 +41,12 @@ def test_a_lora_run(settings: Any, train: Any, sd: Path, pickapic: Path, tmp_pat
     assert type(found["pipeline"]) is StableDiffusionInstructPix2PixPipeline and found["improved"].size == (16, 16)
 
     model = open_model(str(sd), image_condition=True)
-    policy = model.load_unet(torch.float32)
+    policy = model.load_denoiser(torch.float32)
     choose_trained(policy, Lora(**LORA), seed=0)
     assert not policy.load_state_dict(weights, strict=False).unexpected_keys
     theirs = call(model, found["pipeline"].unet, images())
     torch.testing.assert_close(theirs, call(model, policy, images()), atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(theirs, call(model, model.load_unet(torch.float32), images()), atol=1e-3)
+    assert not torch.allclose(theirs, call(model, model.load_denoiser(torch.float32), images()), atol=1e-3)
 
     again = train(settings(**{"seppo.method": "improvement", "seppo.data.source": str(pickapic), "seppo.model.lora": LORA,
                               "seppo.data.cache_dir": str(tmp_path / "cache"), "seppo.output_dir": str(tmp_path / "again"),

@@ -47,7 +47,7 @@ def predict(unet: torch.nn.Module, width: int = 32) -> torch.Tensor:
 
 def trained_policy(run: Path, source: Path, lora: dict[str, Any]) -> UNet2DConditionModel:
     """The policy as it was trained: the base, the adapter, the checkpoint's weights."""
-    unet = open_model(str(source)).load_unet(torch.float32)
+    unet = open_model(str(source)).load_denoiser(torch.float32)
     add_lora(unet, Lora(**lora), seed=0)
     latest = max((run / "checkpoints").iterdir()) / "policy.safetensors"
     result = unet.load_state_dict(load_file(latest), strict=False)
