@@ -21,8 +21,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from seppo_fast.models import UNet
 from seppo_fast.models.animatediff import SCHEDULER as VIDEO_SCHEDULE
+from seppo_fast.models.contract import UNet
 from seppo_fast.models.published import ADAPTERS, SD15, SDXL
 
 Conditions = dict[str, Tensor]

@@ -103,7 +103,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
                           ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
     if objective.flipper:
         ranks.say(f"loss: {loss_backend(ranks.device)}")
-    pairs = PairSource(cache, ours, model.scaling_factor, objective.process, ranks.device, objective.dtype, trained_on)
+    pairs = PairSource(cache, ours, model.latent_scale, objective.process, ranks.device, objective.dtype, trained_on)
     pool = Pool(folder.path / "pool", pool_dtype(config), int(ours.pool.host_memory_gb * 1e9 / ranks.local_world), state.pool)
     reference = None
     # The sampler keeps to the attention that it is made under. What compiled blocks chose once is used again for what is scored.

@@ -10,8 +10,13 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     MotionAdapter,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
@@ -20,7 +25,17 @@ from diffusers import (
     UNetMotionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 WORDS = ("a", "photo", "of", "the", "handwritten", "zero", "one", "two", "three", "red", "blue", "cat", "dog", "sky")
 PIXELS, LATENTS = 16, (4, 8, 8)
@@ -67,12 +82,12 @@ def unet(**overrides) -> UNet2DConditionModel:
     return UNet2DConditionModel(**settings | overrides)
 
 
-def vae(scaling_factor: float, force_upcast: bool) -> AutoencoderKL:
+def vae(scaling_factor: float, force_upcast: bool, **overrides) -> AutoencoderKL:
     """Two levels, so that 16x16 pixels become 8x8 latents."""
     return AutoencoderKL(
         block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=LATENTS[0],
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        sample_size=PIXELS, scaling_factor=scaling_factor, force_upcast=force_upcast,
+        sample_size=PIXELS, scaling_factor=scaling_factor, force_upcast=force_upcast, **overrides,
     )
 
 
@@ -185,3 +200,58 @@ def tiny_clip(folder: Path, pad: str = "<|endoftext|>", end: int | None = None) 
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """A T5 tokenizer of WORDS and letters; 512 tokens at most."""
+    pieces = ["<pad>", "</s>", "<unk>", *("\u2581" + word for word in WORDS), "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = [(piece, -float(number)) for number, piece in enumerate(pieces)]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+
+
+def t5(tokens: T5TokenizerFast, width: int) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=len(tokens), d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2))
+
+
+def flow_vae(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+    """As `vae`, with the shift and without the extra convolutions that the flow models' VAEs have."""
+    return vae(scaling_factor, False, shift_factor=shift_factor, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def tiny_sd3(folder: Path | str, seed: int = 0, t5_width: int = 64, shift: float = 3.0, **overrides) -> Path:
+    """A random `StableDiffusion3Pipeline` directory: 16x16 pixels, (4, 8, 8) latents, prompt embeds (77 + 256, 64), pooled (56)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second, third = tokenizer(), tokenizer(pad="!"), t5_tokenizer()
+        settings = dict(
+            sample_size=LATENTS[1], patch_size=2, in_channels=LATENTS[0], out_channels=LATENTS[0], num_layers=2,
+            attention_head_dim=8, num_attention_heads=2, joint_attention_dim=t5_width, caption_projection_dim=16,
+            pooled_projection_dim=16 + 40, pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,),
+        )
+        pipeline = StableDiffusion3Pipeline(
+            vae=flow_vae(1.5305, 0.0609), tokenizer=first, tokenizer_2=second, tokenizer_3=third,
+            text_encoder=CLIPTextModelWithProjection(text_config(first, 16, 16)),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(second, 48, 40, act="gelu")),
+            text_encoder_3=t5(third, t5_width), transformer=SD3Transformer2DModel(**settings | overrides),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        )
+        pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_flux(folder: Path | str, seed: int = 0, dynamic: bool = True, **overrides) -> Path:
+    """A random `FluxPipeline` directory: 16x16 pixels, (4, 8, 8) latents, prompt embeds (512, 32), pooled (16)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = tokenizer(), t5_tokenizer()
+        settings = dict(
+            patch_size=1, in_channels=4 * LATENTS[0], num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+        )
+        pipeline = FluxPipeline(
+            vae=flow_vae(0.3611, 0.1159), tokenizer=first, tokenizer_2=second, text_encoder_2=t5(second, 32),
+            text_encoder=CLIPTextModel(text_config(first, 16, 16)), transformer=FluxTransformer2DModel(**settings | overrides),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dynamic else 1.0, use_dynamic_shifting=dynamic),
+        )
+        pipeline.save_pretrained(folder)
+    return Path(folder)

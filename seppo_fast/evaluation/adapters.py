@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from seppo_fast.errors import UserError, few
-from seppo_fast.models import Model, StableDiffusionXL
+from seppo_fast.models import Model
 from seppo_fast.models.files import check_tensors
 from seppo_fast.strict import parse_json
 
 LORA = (".lora_A.", ".lora_B.", "_lora.down.", "_lora.up.", ".lora.down.", ".lora.up.", ".lora_linear_layer.")
 UPS = (".lora_up.weight", ".lora_B.weight", "_lora.up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Adapter:
             return
         try:
             with quiet_diffusers():
-                if part == "unet":
+                if not part.startswith("text_encoder"):
                     module.load_lora_adapter(own, prefix=part, metadata=self.metadata)
                 else:
                     StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(own, None, module, part, metadata=self.metadata)
@@ -53,8 +52,9 @@ class Adapter:
 def read_adapter(file: Path, model: Model) -> Adapter:
     """The LoRA in a safetensors file, for a model of this family; `UserError` where a part of it would not be used."""
     check_tensors(file)
-    loader = StableDiffusionXLLoraLoaderMixin if isinstance(model, StableDiffusionXL) else StableDiffusionLoraLoaderMixin
-    unet = FrozenDict({"layers_per_block": 2} | model.directory.configs["unet"])
+    # names in other trainers' files are translated by the UNet's configuration
+    known = {} if model.denoiser != "unet" else {
+        "unet_config": FrozenDict({"layers_per_block": 2} | model.directory.configs["unet"])}
     raw, metadata = content_of(file)
     if scales := [name for name in raw if "dora_scale" in name or "magnitude_vector" in name]:
         raise UserError(f"{file} is a DoRA ({few(scales)}), whose scales diffusers leaves out; merge it into its model instead")
@@ -63,16 +63,18 @@ def read_adapter(file: Path, model: Model) -> Adapter:
     try:
         raw = scaled(file, raw)
         with quiet_diffusers():
-            tensors, *_ = loader.lora_state_dict(raw, unet_config=unet)
+            found = model.lora_loader.lora_state_dict(raw, **known)
+            tensors = found[0] if isinstance(found, tuple) else found
     except UserError:
         raise
     except Exception as error:  # names that kohya's conversion does not know, tensors that are not matrices
         raise UserError(f"{file} is no LoRA that diffusers reads: {str(error).strip().splitlines()[0]}") from error
-    parts = ("unet", *(part for part in TEXT_ENCODERS if part in model.directory.configs))
+    parts = (model.denoiser, *model.text_encoders)
     if strangers := [name for name in tensors if name.split(".")[0] not in parts or not any(kind in name for kind in LORA)]:
         raise UserError(f"{file} has tensors that are no LoRA of this model's {', '.join(parts)}: {few(strangers)}")
-    if not any(name.startswith("unet.") for name in tensors):
-        raise UserError(f"{file} has no weights for a UNet (unet.*)")
+    if not any(name.startswith(f"{model.denoiser}.") for name in tensors):
+        kind = "UNet" if model.denoiser == "unet" else model.denoiser
+        raise UserError(f"{file} has no weights for a {kind} ({model.denoiser}.*)")
     return Adapter(file, tensors, metadata)
 
 

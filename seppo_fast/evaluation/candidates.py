@@ -11,7 +11,7 @@ import torch
 from seppo_fast.data.metadata import stamp_of
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.adapters import read_adapter
-from seppo_fast.models import Conditions, Labels, Model, UNet, open_improvement_model, open_model
+from seppo_fast.models import Conditions, Denoiser, Labels, Model, open_improvement_model, open_model
 from seppo_fast.models.files import read_json
 from seppo_fast.models.trial import run_denoiser
 from seppo_fast.opening import expanded
@@ -46,11 +46,11 @@ class Candidate:
         """How many improvements its samples have gone through."""
         return 0 if self.source is None else self.source.turns + 1
 
-    def load_denoiser(self, dtype: torch.dtype) -> UNet:
+    def load_denoiser(self, dtype: torch.dtype) -> Denoiser:
         """The network from disk, on the CPU, for inference; adapters stay separate from the weights, as in training."""
         denoiser = self.model.load_denoiser(dtype)
         if self.lora is not None:
-            read_adapter(self.lora, self.model).put_on("unet", denoiser)
+            read_adapter(self.lora, self.model).put_on(self.model.denoiser, denoiser)
             denoiser.to(dtype)
         return denoiser.eval().requires_grad_(False)
 

@@ -228,19 +228,19 @@ def latent_shape(model: Model, drawing: Drawing) -> tuple[int, ...]:
 def side_of(model: Model, drawing: Drawing) -> int:
     """Pixels along a side of the samples; `UserError` where the model cannot make such ones."""
     side = drawing.resolution or own_side(model) * model.vae_scale_factor
-    if side % model.vae_scale_factor:
-        raise UserError(f"--resolution {side} is no multiple of {model.vae_scale_factor}, by which the VAE in {model.path} shrinks"
-                        " images")
+    if side % model.multiple:
+        raise UserError(f"--resolution {side} is no multiple of {model.multiple}, as {model.path} needs it")
+    model.check_side(side)
     return side
 
 
 def own_side(model: Model) -> int:
-    """Latents along a side that the UNet was made for; `UserError` where its config does not say one."""
-    size = model.directory.configs["unet"].get("sample_size")
+    """Latents along a side that the network was made for; `UserError` where its config does not say one."""
+    size = model.sample_size
     sides = set(size if isinstance(size, list) else [size])
     if len(sides) != 1 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"{model.path / 'unet' / 'config.json'}: sample_size is {size!r}, which does not give the size of a square"
-                        " picture; give --resolution")
+        raise UserError(f"{model.path / model.denoiser / 'config.json'}: sample_size is {size!r}, which does not give the size of"
+                        " a square picture; give --resolution")
     return sides.pop()
 
 

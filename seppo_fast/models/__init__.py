@@ -1,20 +1,20 @@
-"""What a model must offer the trainer: encode, decode, denoise, prompts to conditions. One file per family."""
+"""Opening models. `contract.py` says what each offers the trainer; `families.py` lists them, one file per family."""
 
 from seppo_fast import broken_xformers  # noqa: F401  before diffusers' models
 from seppo_fast.errors import UserError
 from seppo_fast.models.animatediff import AnimateDiff
-from seppo_fast.models.common import Conditions, UNet, alphas_cumprod
-from seppo_fast.models.directory import Directory, is_hub_id, locate, read_adapter, read_directory
+from seppo_fast.models.common import alphas_cumprod
+from seppo_fast.models.contract import Conditions, Denoiser, Model
+from seppo_fast.models.directory import Directory, is_hub_id, locate, read_adapter
+from seppo_fast.models.families import EDITING, FAMILIES, open_directory
 from seppo_fast.models.labels import KEYS, Labels
-from seppo_fast.models.pix2pix import PIPELINES, with_image_condition
+from seppo_fast.models.pix2pix import with_image_condition
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sdxl import StableDiffusionXL
 from seppo_fast.models.trial import make_networks
 
-__all__ = ["AnimateDiff", "Labels", "Conditions", "Model", "StableDiffusion", "StableDiffusionXL", "UNet", "alphas_cumprod",
+__all__ = ["AnimateDiff", "Conditions", "Denoiser", "Labels", "Model", "StableDiffusion", "StableDiffusionXL", "alphas_cumprod",
            "is_hub_id", "open_improvement_model", "open_model"]
-
-Model = StableDiffusion | StableDiffusionXL | AnimateDiff
 
 
 def open_model(path: str, *, revision: str | None = None, variant: str | None = None, motion_adapter: str | None = None,
@@ -25,9 +25,9 @@ def open_model(path: str, *, revision: str | None = None, variant: str | None = 
     `frames`. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not use the image yet; one
     that is such a model already stays as it is. `labels` is what messages call these settings.
     """
-    directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
+    directory = open_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
     family = directory.index["_class_name"]
-    if not image_condition and family in PIPELINES.values():
+    if not image_condition and family in EDITING:
         raise UserError(f"{labels.path}: {path} is a {family}: it changes a given image, and cannot draw from a prompt alone."
                         f" {labels.needs_image}")
     model = _open(directory, path, variant, motion_adapter, frames, labels)
@@ -37,11 +37,11 @@ def open_model(path: str, *, revision: str | None = None, variant: str | None = 
 
 def open_improvement_model(path: str, *, revision: str | None = None, variant: str | None = None, labels: Labels = KEYS) -> Model:
     """The trained InstructPix2Pix model in a directory or behind a hub id: it makes winners from losers."""
-    directory = read_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
+    directory = open_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
     family = directory.index["_class_name"]
-    if family not in PIPELINES.values():
+    if family not in EDITING:
         raise UserError(f"{labels.path}: {path} is a {family}, which is given no image that it could improve. Give the final folder"
-                        f' of a run with method "improvement", or another {" or ".join(PIPELINES.values())}')
+                        f' of a run with method "improvement", or another {" or ".join(EDITING)}')
     model = _open(directory, path, variant, None, 1, labels)
     make_networks(model)
     return model
@@ -54,6 +54,9 @@ def add_image_condition(model: Model) -> Model:
     if isinstance(model, AnimateDiff):
         raise UserError(f"{model.directory.labels.path} {model.path}: an improvement model is made of an image model, and not of a"
                         " video model: give a Stable Diffusion or SDXL pipeline, and no motion adapter")
+    if not isinstance(model, StableDiffusion | StableDiffusionXL):
+        raise UserError(f"{model.directory.labels.path} {model.path}: an improvement model is an InstructPix2Pix model, which is"
+                        f" made of Stable Diffusion or SDXL, and not of a {model.directory.index.get('_class_name')}")
     return type(model)(with_image_condition(model.directory, model.name))
 
 
@@ -62,13 +65,11 @@ def _open(directory: Directory, path: str, variant: str | None, motion_adapter: 
     if motion_adapter is not None and family != "StableDiffusionPipeline":
         has = ", and this has its motion modules already: leave it out" if family == "AnimateDiffPipeline" else ""
         raise UserError(f"{labels.motion_adapter}: {path} is a {family}; motion adapters go with Stable Diffusion 1.x{has}")
-    if family.startswith("StableDiffusionXL"):
-        return StableDiffusionXL(directory)
-    if motion_adapter is None and family.startswith("StableDiffusion"):
-        return StableDiffusion(directory)
-    adapter = None
     if motion_adapter is not None:
         adapter = read_adapter(locate(str(motion_adapter), None, variant, "motion_adapter", labels), variant, labels)
-    model = AnimateDiff(directory, adapter)
-    model.check_frames(frames)
+        model: Model = AnimateDiff(directory, adapter)
+    else:
+        model = (FAMILIES | EDITING)[family](directory)
+    if isinstance(model, AnimateDiff):
+        model.check_frames(frames)
     return model

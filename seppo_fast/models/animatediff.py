@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import common
-from seppo_fast.models.common import Conditions
-from seppo_fast.models.directory import HERE, Directory
+from seppo_fast.models.contract import Conditions
+from seppo_fast.models.directory import HERE, Components, Directory
 from seppo_fast.models.sd import StableDiffusion
 
 MOTION = "motion_modules"  # in the names of their weights, and of no others
@@ -33,6 +33,7 @@ class AnimateDiff(StableDiffusion):
 
     name = "animatediff"
     video = True
+    components: Components = StableDiffusion.components | {"unet": ("UNetMotionModel",)}
 
     def __init__(self, directory: Directory, adapter: Directory | None = None) -> None:
         index = directory.index | {"motion_adapter": ["diffusers", "MotionAdapter"]}

@@ -1,4 +1,4 @@
-"""Which attention kernel the UNets use: PyTorch's or xformers', as configured or as measured."""
+"""Which attention kernel the denoisers use: PyTorch's or xformers', as configured or as measured."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from seppo_fast import broken_xformers
 from seppo_fast.errors import UserError, reason
 from seppo_fast.models.animatediff import MOTION
-from seppo_fast.models.common import UNet
+from seppo_fast.models.contract import Denoiser, UNet
 from seppo_fast.models.launches import Launches, set_processors
 
 PROCESSORS = {"xformers": XFormersAttnProcessor, "sdpa": AttnProcessor2_0}
@@ -30,14 +30,21 @@ class Layer(NamedTuple):
     sequences: int
 
 
-def choose_attention(unets: Sequence[UNet], choice: Literal["auto", "sdpa", "xformers"], latents: tuple[int, ...],
+def choose_attention(denoisers: Sequence[Denoiser], choice: Literal["auto", "sdpa", "xformers"], latents: tuple[int, ...],
                      dtype: torch.dtype, device: torch.device, say: Callable[[str], None] = print,
                      agree: Callable[[int], int] = lambda index: index) -> str:
-    """Give all `unets` the same attention kernel and return its name; "auto" measures for `latents` in `dtype`.
+    """Give all `denoisers` the same attention kernel and return its name; "auto" measures for `latents` in `dtype`.
 
     `latents` are (h, w), or (F, h, w) of videos. Ranks may measure differently, so `agree` returns the largest of their indices
-    into KERNELS.
+    into KERNELS. Transformers have PyTorch's kernel.
     """
+    unets = [denoiser for denoiser in denoisers if isinstance(denoiser, UNet)]
+    if not unets:
+        if choice == "xformers":
+            raise UserError(f"seppo.model.attention: a {type(denoisers[0]).__name__} has no \"xformers\" attention here, but"
+                            " PyTorch's alone; use \"auto\" or \"sdpa\"")
+        say("attention: sdpa (the one that transformers have here)")
+        return "sdpa"
     kinds = layers(unets[0], latents)
     missing = None if choice == "sdpa" else _missing(device, dtype, kinds)
     if choice == "xformers" and missing:

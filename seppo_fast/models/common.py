@@ -2,26 +2,24 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNetMotionModel
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from seppo_fast.errors import UserError, few, reason
-from seppo_fast.models.directory import Directory
+from seppo_fast.models.directory import Directory, kind_of
 from seppo_fast.models.finite import check_finite
+from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pix2pix import has_image_condition, widen
 from seppo_fast.models.values import ADVICE, check_values
 
-Conditions = dict[str, Tensor]
-Adapt = Callable[[str, nn.Module], None]  # puts adapters on a component of this name
-UNet = UNet2DConditionModel | UNetMotionModel
 TOKENS = 77  # of a prompt, in all published models
 PREDICTIONS = ("epsilon", "v_prediction")
 SCHEDULE_KEYS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "prediction_type",
@@ -112,9 +110,9 @@ def check_unet(directory: Directory, text_width: int, addition: str | None) -> N
         if unet.get(key) != value:
             raise UserError(f"{file}: {key} is {unet.get(key)!r} where this family has {value!r}; "
                             "such a model is not supported.")
-    for key in ("latents_mean", "latents_std"):
-        if vae.get(key) is not None:
-            raise UserError(f"{directory.path / 'vae' / 'config.json'}: {key} is set; "
+    for key in ("latents_mean", "latents_std", "shift_factor"):
+        if vae.get(key) not in (None, 0):
+            raise UserError(f"{directory.path / 'vae' / 'config.json'}: {key} is set, which this family's pipelines ignore; "
                             "only a scaling_factor is supported.")
 
 
@@ -175,6 +173,11 @@ def empty_unet(directory: Directory) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_config(dict(directory.configs["unet"]))
 
 
+def empty_text_encoder(directory: Directory, part: str) -> nn.Module:
+    kind = kind_of(directory.index[part][1])
+    return kind(kind.config_class.from_dict(directory.configs[part]))
+
+
 def empty_vae(directory: Directory) -> AutoencoderKL:
     return AutoencoderKL.from_config(dict(directory.configs["vae"]))
 
@@ -184,17 +187,18 @@ def load_vae(directory: Directory, device: torch.device | str) -> AutoencoderKL:
     return load_component(directory, "vae", AutoencoderKL, torch.float32).to(device).eval().requires_grad_(False)
 
 
-def unchanged(component: str, module: nn.Module) -> None:
-    """A component as the directory has it."""
-
-
-def load_tokenizer(directory: Directory, component: str) -> CLIPTokenizer:
+def load_tokenizer(directory: Directory, component: str) -> PreTrainedTokenizerBase:
+    kind = kind_of(directory.index[component][1])
     with explained(directory, component):
-        return CLIPTokenizer.from_pretrained(directory.path / component, local_files_only=True)
+        return kind.from_pretrained(directory.path / component, local_files_only=True)
 
 
-def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> int:
-    """How many tokens of a prompt the encoder sees. Refuses a tokenizer of another model, which does not fit the encoder."""
+def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False) -> int:
+    """How many tokens of a prompt the encoder sees. Refuses a tokenizer of another model, which does not fit the encoder.
+
+    `pooled`: the encoder's embedding of a prompt's end is used.
+    """
+    tokenizer = encoder.replace("text_encoder", "tokenizer")
     if not directory.weights:  # a model whose shape alone is known
         return TOKENS
     loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", 49408)
@@ -211,19 +215,19 @@ def check_vocabulary(directory: Directory, tokenizer: str, encoder: str) -> int:
         raise UserError(f"{place}: it has no pad_token to fill prompts up with; take the published model's tokenizer.")
     end = directory.configs[encoder].get("eos_token_id", 49407)
     # The pooled embedding is read at this token. The published models have 2, which stands for the token of the largest number.
-    if encoder == "text_encoder_2" and end not in (2, loaded.eos_token_id):
+    if pooled and end not in (2, loaded.eos_token_id):
         raise UserError(f"{place}: its token for a prompt's end has the number {loaded.eos_token_id}, and {encoder}'s"
                         f" eos_token_id is {end}. Tokenizer and text encoder come from different models.")
     return most_tokens(loaded, directory.configs[encoder].get("max_position_embeddings", TOKENS))
 
 
-def token_ids(tokenizer: CLIPTokenizer, text_config: Any, prompts: list[str]) -> dict[str, Tensor]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, text_config: Any, prompts: list[str]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, (B, 77) on the CPU, truncated and padded as the diffusers pipelines do."""
     length = most_tokens(tokenizer, text_config.max_position_embeddings)
     return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
-def most_tokens(tokenizer: CLIPTokenizer, positions: int) -> int:
+def most_tokens(tokenizer: PreTrainedTokenizerBase, positions: int) -> int:
     """How many tokens of a prompt an encoder with so many positions sees."""
     return min(tokenizer.model_max_length, positions)  # a tokenizer saved without its model_max_length claims 1e30
 
@@ -238,15 +242,17 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) fp32 in [0, 1]."""
-    pixels = vae.decode(latents.to(vae.device, torch.float32) / vae.config.scaling_factor, return_dict=False)[0]
+    scale = LatentScale(vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+    pixels = vae.decode(scale.unscaled(latents.to(vae.device, torch.float32)), return_dict=False)[0]
     return (pixels / 2 + 0.5).clamp(0, 1)
 
 
-def vae_facts(directory: Directory) -> tuple[int, int, float]:
-    """Latent channels, pixels per latent along a side, scaling factor."""
+def vae_facts(directory: Directory) -> tuple[int, int, LatentScale]:
+    """Latent channels, pixels per latent along a side, and how latents are scaled."""
     config = directory.configs["vae"]
     levels = len(config.get("block_out_channels", (64,)))
-    return config.get("latent_channels", 4), 2 ** (levels - 1), config.get("scaling_factor", 0.18215)
+    scale = LatentScale(config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0)
+    return config.get("latent_channels", 4), 2 ** (levels - 1), scale
 
 
 def encoding_files(directory: Directory) -> list[Path]:

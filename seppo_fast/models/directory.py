@@ -2,12 +2,14 @@
 
 import os
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel, UNetMotionModel
-from transformers import CLIPTextConfig
+import diffusers
+import transformers
+from diffusers import MotionAdapter
 
 from seppo_fast.errors import UserError
 from seppo_fast.models.files import Weights, check_folder, check_not_empty, find_weights, read_index, read_json
@@ -16,29 +18,9 @@ from seppo_fast.models.labels import KEYS, Labels
 from seppo_fast.models.values import check_values
 from seppo_fast.opening import expanded
 
-# text-to-image pipeline class -> component -> the classes it may have (empty: whichever)
-FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
-    "StableDiffusionPipeline": {
-        "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
-        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
-    },
-    "StableDiffusionXLPipeline": {
-        "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
-        "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-        "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
-    },
-    "AnimateDiffPipeline": {
-        "unet": ("UNetMotionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
-        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
-    },
-}
-# The same for all that can be opened: those with an image as a condition have the components of those without.
-COMPONENTS = FAMILIES | {"StableDiffusionInstructPix2PixPipeline": FAMILIES["StableDiffusionPipeline"],
-                         "StableDiffusionXLInstructPix2PixPipeline": FAMILIES["StableDiffusionXLPipeline"]}
-CLASSES: dict[str, type] = {"UNet2DConditionModel": UNet2DConditionModel, "UNetMotionModel": UNetMotionModel,
-                            "AutoencoderKL": AutoencoderKL, "CLIPTextModel": CLIPTextConfig,
-                            "CLIPTextModelWithProjection": CLIPTextConfig}  # whose arguments are a component's configuration
 HERE = "."  # the component of a directory that holds only one
+NONE = "none"  # a component's class where the pipeline goes without it
+Components = Mapping[str, Collection[str]]  # each with the classes it may have (empty: whichever)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -51,6 +33,16 @@ class Directory:
     configs: dict[str, dict[str, Any]]
     weights: dict[str, Weights]
     labels: Labels = KEYS
+
+    @property
+    def denoiser(self) -> str:
+        """The component that denoises: "unet" or "transformer"."""
+        return "transformer" if "transformer" in self.configs else "unet"
+
+
+def kind_of(name: str) -> Any:
+    """The class of a component by its name, of diffusers or transformers."""
+    return getattr(diffusers, name, None) or getattr(transformers, name)
 
 
 def is_hub_id(path: str) -> bool:
@@ -72,8 +64,11 @@ def locate(path: str, revision: str | None, variant: str | None, key: str = "pat
     return download(path, revision, variant, key, labels)
 
 
-def read_directory(path: Path, variant: str | None, labels: Labels = KEYS) -> Directory:
-    """Read the configurations and check that all the files that training needs are there and whole."""
+def read_directory(path: Path, variant: str | None, families: Mapping[str, Components], labels: Labels = KEYS) -> Directory:
+    """Read the configurations and check that all the files that training needs are there and whole.
+
+    `families` are the components of the pipelines that can be opened, by class.
+    """
     if not os.path.lexists(path / "model_index.json"):
         hint = ""
         if (path / "run.json").is_file():
@@ -82,15 +77,18 @@ def read_directory(path: Path, variant: str | None, labels: Labels = KEYS) -> Di
             hint = " It looks like one component of a pipeline: give its parent."
         raise UserError(f"{path} has no model_index.json, so it is no diffusers pipeline directory.{hint}")
     index = read_index(path / "model_index.json")
-    family = COMPONENTS.get(str(index.get("_class_name")))
+    family = families.get(str(index.get("_class_name")))
     if family is None:
+        known = [name for name in families if "Pix2Pix" not in name]
         raise UserError(f"{path / 'model_index.json'}: _class_name is {index.get('_class_name')!r}; "
-                        f"what can be trained is {' and '.join(FAMILIES)}.")
+                        f"what can be trained is {', '.join(known[:-1])} and {known[-1]}.")
     configs, weights = {}, {}
     for component, allowed in family.items():
         folder = path / component
         value = index.get(component)
         name = value[1] if isinstance(value, list) else None
+        if name is None and NONE in allowed:
+            continue
         if name is None or allowed and name not in allowed:
             raise UserError(f"{path / 'model_index.json'}: {component} is {value!r}, where "
                             f"{' or '.join(allowed) or 'one'} is needed.")
@@ -102,14 +100,16 @@ def read_directory(path: Path, variant: str | None, labels: Labels = KEYS) -> Di
             check_tokenizer(folder)
         else:
             configs[component] = read_json(folder / "config.json")
-            check_values(folder / "config.json", configs[component], CLASSES[name])
+            kind = kind_of(name)
+            check_values(folder / "config.json", configs[component], getattr(kind, "config_class", kind))
             library = "transformers" if component.startswith("text") else "diffusers"
             weights[component] = find_weights(folder, library, variant, labels.variant)
-    if variant is not None and weights["unet"].variant != variant:
-        present = sorted(file.name for file in (path / "unet").iterdir() if file.suffix in (".safetensors", ".bin"))
-        raise UserError(f"{labels.variant} {variant!r}: {path / 'unet'} has no such weights, "
-                        f"but {', '.join(present)}.")
-    return Directory(path, index, configs, weights, labels)
+    directory = Directory(path, index, configs, weights, labels)
+    if variant is not None and weights[directory.denoiser].variant != variant:
+        folder = path / directory.denoiser
+        present = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+        raise UserError(f"{labels.variant} {variant!r}: {folder} has no such weights, but {', '.join(present)}.")
+    return directory
 
 
 def read_adapter(path: Path, variant: str | None, labels: Labels = KEYS) -> Directory:
@@ -126,9 +126,10 @@ def read_adapter(path: Path, variant: str | None, labels: Labels = KEYS) -> Dire
 
 
 def check_tokenizer(folder: Path) -> None:
-    """A CLIP tokenizer is a tokenizer.json, or vocab.json with merges.txt."""
+    """A tokenizer is a tokenizer.json, or as CLIP's a vocab.json with merges.txt, or as T5's a spiece.model."""
     check_folder(folder)
-    names = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else ("vocab.json", "merges.txt")
+    alone = next((name for name in ("tokenizer.json", "spiece.model") if (folder / name).is_file()), None)
+    names = (alone,) if alone else ("vocab.json", "merges.txt")
     for name in names:
         check_not_empty(folder / name)
         if name.endswith(".json"):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -19,22 +18,21 @@ from seppo_fast.disk import flush_tree, follow_umask
 from seppo_fast.errors import UserError, few
 from seppo_fast.models import Model
 from seppo_fast.models.animatediff import AnimateDiff, motion_adapter
-from seppo_fast.models.directory import COMPONENTS
 from seppo_fast.models.files import SMALL, entry_point, read_json, shards
 from seppo_fast.models.lora import ADAPTER, choose_trained, lora_config, trainable_weights
 
-TRAINED = ("unet", "motion_adapter")
+TRAINED = ("unet", "transformer", "motion_adapter")
 
 
 def save_pipeline(
-    model: Model, unet_weights: Mapping[str, Tensor], folder: Path, lora: Lora | None, card: str
+    model: Model, trained: Mapping[str, Tensor], folder: Path, lora: Lora | None, card: str
 ) -> None:
     """Write all of `folder` or nothing: `pytorch_lora_weights.safetensors`, or the pipeline; `card` is README.md.
 
-    `unet_weights` are those that were trained: all of an image model's, a video model's motion modules, or an adapter's. Of a
+    `trained` are the weights that were trained: all of an image model's, a video model's motion modules, or an adapter's. Of a
     model with an image condition it is always the pipeline: no LoRA file could bring its first convolution along.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in unet_weights.items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
     with replacing(Path(folder)) as temporary:
         if lora is not None and not model.image_condition:
             save_lora(model, weights, temporary, lora)
@@ -43,16 +41,16 @@ def save_pipeline(
             if isinstance(model, AnimateDiff):
                 save_motion(model, weights, temporary)
             else:
-                save_unet(model, weights if lora is None else merged(model, weights, lora), temporary / "unet")
+                save_denoiser(model, weights if lora is None else merged(model, weights, lora), temporary / model.denoiser)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def save_unet(model: Model, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """A UNet that holds these weights, in their own dtype; a missing or unknown name is an error."""
+def save_denoiser(model: Model, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """A network that holds these weights, in their own dtype; a missing or unknown name is an error."""
     with torch.device("meta"):
-        unet = model.empty_denoiser()
-    unet.load_state_dict(dict(weights), strict=True, assign=True)
-    unet.save_pretrained(folder, safe_serialization=True)
+        denoiser = model.empty_denoiser()
+    denoiser.load_state_dict(dict(weights), strict=True, assign=True)
+    denoiser.save_pretrained(folder, safe_serialization=True)
 
 
 def merged(model: Model, weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
@@ -82,14 +80,14 @@ def save_motion(model: AnimateDiff, weights: Mapping[str, Tensor], folder: Path)
 def save_lora(model: Model, weights: Mapping[str, Tensor], folder: Path, lora: Lora) -> None:
     """diffusers' own LoRA file. Its metadata carry alpha, without which loaders take alpha = rank."""
     layers = {name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in weights.items()}
-    loader = StableDiffusionXLLoraLoaderMixin if model.name == "sdxl" else StableDiffusionLoraLoaderMixin
     # Only what a loader needs: it gives all of it to its own version's LoraConfig, which refuses unknown names.
     # No dropout: load_lora_weights leaves the layers it adds in training mode, so sampling would use the dropout.
     with torch.device("meta"):
         config = lora_config(model.empty_denoiser(), lora)
     targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     metadata = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
-    loader.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    model.lora_loader.save_lora_weights(folder, **{f"{model.denoiser}_lora_layers": layers,
+                                                   f"{model.denoiser}_lora_adapter_metadata": metadata})
     sort_metadata(folder / "pytorch_lora_weights.safetensors")
 
 
@@ -110,7 +108,7 @@ def copy_components(model: Model, folder: Path) -> None:
     for component, value in model.directory.index.items():
         if component in TRAINED or not (isinstance(value, list) and value and value[0]):
             continue
-        if component in COMPONENTS[index["_class_name"]] or (source / component).is_dir():
+        if component in model.components or (source / component).is_dir():
             library = "diffusers" if value[0] == "diffusers" else "transformers"
             copy_component(source / component, folder / component, library, model, component)
         else:  # an optional component (the safety checker) that the source does not have
@@ -135,7 +133,7 @@ def copy_component(source: Path, target: Path, library: str, model: Model, compo
         if name.endswith(SMALL) and ".index." not in name:
             shutil.copyfile(source / name, target / name)
     taken = model.directory.weights.get(component)
-    found = entry_point(names, library, taken.variant if taken else model.directory.weights["unet"].variant)
+    found = entry_point(names, library, taken.variant if taken else model.directory.weights[model.denoiser].variant)
     if found is None:
         return
     entry, variant, _ = found

@@ -18,7 +18,7 @@ from seppo_fast.models.files import SMALL, check_variant, entry_point, read_inde
 from seppo_fast.models.labels import KEYS, Labels
 
 PIPELINE, COMPONENT = "model_index.json", "config.json"
-TRAINED_WITH = ("unet", "vae", "text_encoder", "text_encoder_2")
+TRAINED_WITH = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def download(repository: str, revision: str | None, variant: str | None, key: str = "path", labels: Labels = KEYS) -> Path:

@@ -50,7 +50,7 @@ def check_reference_model(model: Model, policy: Model, device: torch.device | st
 
 def network_checksum(model: Model) -> str:
     """The checksum of the files that decide what a model's network answers."""
-    files = [model.path / "unet" / "config.json", *model.directory.weights["unet"].files]
+    files = [model.path / model.denoiser / "config.json", *model.directory.weights[model.denoiser].files]
     return checksum_of("".join(map(checksum, files)).encode())
 
 
@@ -86,10 +86,10 @@ def _facts(model: Model, policy: Model) -> list[tuple[str, object, object]]:
         ("its kind", model.name, policy.name),
         ("the number of its latent channels", model.latent_channels, policy.latent_channels),
         ("its VAE's pixels a latent", model.vae_scale_factor, policy.vae_scale_factor),
-        ("its VAE's scaling_factor", model.scaling_factor, policy.scaling_factor),
+        ("its VAE's scaling_factor", model.latent_scale.factor, policy.latent_scale.factor),
         ("its prediction_type", model.prediction_type, policy.prediction_type),
     ]
-    own, other = (each.directory.configs["unet"] for each in (model, policy))
+    own, other = (each.directory.configs[each.denoiser] for each in (model, policy))
     facts.append(("its text width (cross_attention_dim)", own.get("cross_attention_dim"), other.get("cross_attention_dim")))
     if own.get("sample_size") and other.get("sample_size"):
         facts.append(("its image size (the UNet's sample_size)", own["sample_size"], other["sample_size"]))

@@ -1,4 +1,4 @@
-"""LoRA on the UNet through PEFT, and which weights are trained."""
+"""LoRA on the denoiser through PEFT, and which weights are trained."""
 
 import difflib
 import re
@@ -12,13 +12,13 @@ from torch import nn
 from seppo_fast.config import Lora
 from seppo_fast.errors import UserError
 from seppo_fast.models.animatediff import MOTION
-from seppo_fast.models.common import UNet
+from seppo_fast.models.contract import Denoiser
 from seppo_fast.models.pix2pix import sees_image
 
 ADAPTER = "default"
 
 
-def choose_trained(denoiser: UNet, lora: Lora | None, seed: int) -> None:
+def choose_trained(denoiser: Denoiser, lora: Lora | None, seed: int) -> None:
     """Make trainable only what is trained: an adapter, a video model's motion modules, or all of an image model.
 
     Beside an adapter, the first convolution is trained in full where it is given an image: its new weights are zero.
@@ -31,7 +31,7 @@ def choose_trained(denoiser: UNet, lora: Lora | None, seed: int) -> None:
         denoiser.freeze_unet2d_params()
 
 
-def train_first_convolution(denoiser: UNet) -> None:
+def train_first_convolution(denoiser: nn.Module) -> None:
     """Train all weights of the first convolution; `UserError` where LoRA has been put on it."""
     if not isinstance(denoiser.conv_in, nn.Conv2d):
         raise UserError("seppo.model.lora.targets: the first convolution (conv_in) is trained in full in a model that is given an"
@@ -62,8 +62,8 @@ def lora_config(denoiser: nn.Module, lora: Lora) -> LoraConfig:
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
 
-def add_lora(denoiser: UNet, lora: Lora, seed: int) -> None:
-    """Freeze the UNet and add a trainable adapter. A depends on `seed` alone and B is zero, so no output changes yet."""
+def add_lora(denoiser: Denoiser, lora: Lora, seed: int) -> None:
+    """Freeze the denoiser and add a trainable adapter. A depends on `seed` alone and B is zero, so no output changes yet."""
     check_targets(denoiser, lora)
     denoiser.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -72,7 +72,7 @@ def add_lora(denoiser: UNet, lora: Lora, seed: int) -> None:
             denoiser.add_adapter(lora_config(denoiser, lora), adapter_name=ADAPTER)
         except ValueError as error:
             raise UserError(f"seppo.model.lora: {error}") from error
-    denoiser.train(denoiser.training)  # PEFT's layers come in training mode, whatever the UNet's
+    denoiser.train(denoiser.training)  # PEFT's layers come in training mode, whatever the network's
 
 
 def check_targets(denoiser: nn.Module, lora: Lora) -> None:
@@ -80,7 +80,8 @@ def check_targets(denoiser: nn.Module, lora: Lora) -> None:
     part = portion(denoiser, lora)
     layers = [name for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
               and (part == "all" or (MOTION in name) == (part == "temporal"))]
-    where = "UNet" if part == "all" else f"UNet's {part} part (seppo.model.lora.layers)"
+    network = "transformer" if "Transformer" in type(denoiser).__name__ else "UNet"
+    where = network if part == "all" else f"UNet's {part} part (seppo.model.lora.layers)"
     for target in lora.targets:
         if any(name == target or name.endswith(f".{target}") for name in layers):
             continue

@@ -42,7 +42,7 @@ def widen(unet: UNet2DConditionModel) -> None:
 def sees_image(unet: nn.Module) -> bool:
     """Whether a network has input channels for an image beside those of the latents."""
     config: Any = unet.config
-    return bool(config.in_channels == 2 * config.out_channels)
+    return isinstance(unet, UNet2DConditionModel) and bool(config.in_channels == 2 * config.out_channels)
 
 
 def network_input(latents: Tensor, conditions: Mapping[str, Tensor], scale: float = 1.0) -> Tensor:

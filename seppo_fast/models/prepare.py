@@ -1,4 +1,4 @@
-"""Attention, layout and compilation of the UNets: the same for policy and reference, which are compared with each other."""
+"""Attention, layout and compilation of the denoisers: the same for policy and reference, which are compared with each other."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -9,11 +9,11 @@ from seppo_fast.compiler import keep_all_graphs, transformer_blocks
 from seppo_fast.config import Model
 from seppo_fast.errors import UserError, warn_fallback
 from seppo_fast.models.attention import choose_attention
-from seppo_fast.models.common import UNet
+from seppo_fast.models.contract import Denoiser
 from seppo_fast.models.layout import convolve_in_channels_last
 
 
-def prepare_denoisers(denoisers: Sequence[UNet], settings: Model, latents: tuple[int, ...], dtype: torch.dtype,
+def prepare_denoisers(denoisers: Sequence[Denoiser], settings: Model, latents: tuple[int, ...], dtype: torch.dtype,
                   device: torch.device, say: Callable[[str], None] = print,
                   agree: Callable[[int], int] = lambda index: index) -> None:
     """Set up `denoisers` as `settings` asks, before they are captured or put into an engine.
@@ -31,7 +31,7 @@ def prepare_denoisers(denoisers: Sequence[UNet], settings: Model, latents: tuple
                 block.compile()
 
 
-def _compiles(denoiser: UNet, dtype: torch.dtype, device: torch.device) -> bool:
+def _compiles(denoiser: Denoiser, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a copy of one block compiles, forward and backward. Without this trial, the compiler would fail during an update."""
     keep_all_graphs()
     blocks = transformer_blocks(denoiser)

@@ -6,7 +6,8 @@ from typing import Any
 
 from seppo_fast.models import Model, add_image_condition
 from seppo_fast.models.animatediff import AnimateDiff
-from seppo_fast.models.directory import FAMILIES, HERE, Directory
+from seppo_fast.models.directory import HERE, Directory
+from seppo_fast.models.families import FAMILIES
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sdxl import StableDiffusionXL
 

@@ -1,17 +1,18 @@
 """Stable Diffusion 1.x and 2.x: one text encoder, its last hidden state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from seppo_fast.models import common
-from seppo_fast.models.common import Conditions
-from seppo_fast.models.directory import Directory
+from seppo_fast.models.contract import Adapt, Conditions, UNet, unchanged
+from seppo_fast.models.directory import Components, Directory
 from seppo_fast.models.pix2pix import has_image_condition, network_input
 
 
@@ -23,25 +24,35 @@ class StableDiffusion:
 
     name = "sd"
     video = False
-    text_encoders = ("text_encoder",)
+    denoiser = "unet"
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    components: Components = {
+        "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
+    }
+    lora_loader: Any = StableDiffusionLoraLoaderMixin
+    embeds_guidance, guidance = False, True
 
     def __init__(self, directory: Directory) -> None:
         common.check_schedule(directory)
         common.check_unet(directory, directory.configs["text_encoder"].get("hidden_size", 512), addition=None)
-        common.check_vocabulary(directory, "tokenizer", "text_encoder")
+        self.prompt_tokens = {"text_encoder": common.check_vocabulary(directory, "text_encoder")}
         self.directory = directory
         self.path: Path = directory.path
         self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]
         self.prediction_type: str = self.scheduler_config.get("prediction_type", "epsilon")
         self.num_train_timesteps = len(common.alphas_cumprod(self.scheduler_config))
         self.image_condition = has_image_condition(directory)
-        self.latent_channels, self.vae_scale_factor, self.scaling_factor = common.vae_facts(directory)
+        self.latent_channels, self.vae_scale_factor, self.latent_scale = common.vae_facts(directory)
+        self.multiple = self.vae_scale_factor
+        self.sample_size: Any = directory.configs["unet"].get("sample_size")
+        self.condition_shapes = {"prompt_embeds": (common.TOKENS, directory.configs["text_encoder"].get("hidden_size", 512))}
 
-    def load_denoiser(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def load_denoiser(self, dtype: torch.dtype) -> UNet:
         """A fresh UNet from disk, on the CPU."""
         return common.load_unet(self.directory, dtype)
 
-    def empty_denoiser(self) -> UNet2DConditionModel:
+    def empty_denoiser(self) -> UNet:
         """The network without weights, made under the caller's device."""
         return common.empty_unet(self.directory)
 
@@ -54,7 +65,7 @@ class StableDiffusion:
         return common.load_vae(self.directory, device)
 
     def load_text(
-        self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: common.Adapt = common.unchanged
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: Adapt = unchanged
     ) -> Callable[[list[str]], Conditions]:
         """Prompts -> conditions on `device`, as `StableDiffusionPipeline.encode_prompt` makes them; `adapt` changes the encoder."""
         tokenizer = common.load_tokenizer(self.directory, "tokenizer")
@@ -84,6 +95,17 @@ class StableDiffusion:
         """The network's output (B, C, h, w) for latents (B, C, h, w) at timesteps (B,)."""
         return unet(network_input(latents, conditions), timesteps, encoder_hidden_states=conditions["prompt_embeds"],
                     return_dict=False)[0]
+
+    def set_timesteps(self, scheduler: Any, steps: int, latents: Sequence[int]) -> None:
+        """Set a diffusers scheduler to `steps`, as the pipeline does."""
+        scheduler.set_timesteps(steps)
+
+    def time_shift(self, latents: Sequence[int]) -> float:
+        """No shift of times: DDPM-like schedules have their own."""
+        return 1.0
+
+    def check_side(self, side: int) -> None:
+        """The UNet takes images of any size."""
 
     def fingerprint_files(self) -> list[Path]:
         """The files whose content decides cached latents and embeddings."""

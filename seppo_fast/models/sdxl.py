@@ -1,18 +1,19 @@
 """Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as a condition."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import common
-from seppo_fast.models.common import Conditions
-from seppo_fast.models.directory import Directory
+from seppo_fast.models.contract import Adapt, Conditions, UNet, unchanged
+from seppo_fast.models.directory import Components, Directory
 from seppo_fast.models.pix2pix import SCALES, has_image_condition, network_input
 
 TIME_IDS = 6
@@ -26,7 +27,15 @@ class StableDiffusionXL:
 
     name = "sdxl"
     video = False
-    text_encoders = ("text_encoder", "text_encoder_2")
+    denoiser = "unet"
+    text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    components: Components = {
+        "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
+        "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"), "scheduler": (),
+    }
+    lora_loader: Any = StableDiffusionXLLoraLoaderMixin
+    embeds_guidance, guidance = False, True
 
     def __init__(self, directory: Directory) -> None:
         first, second, unet = (directory.configs[name] for name in ("text_encoder", "text_encoder_2", "unet"))
@@ -41,27 +50,31 @@ class StableDiffusionXL:
                 f"{unet.get('projection_class_embeddings_input_dim')}, but six size conditions and a pooled embedding "
                 f"of {pooled} make {expected}. Only SDXL base models can be trained (no refiner)."
             )
-        seen = {part: common.check_vocabulary(directory, part.replace("text_encoder", "tokenizer"), part)
-                for part in self.text_encoders}
-        if len(set(seen.values())) > 1:
-            raise UserError(f"{directory.path}: the text encoders see prompts of different lengths"
-                            f" ({' and '.join(map(str, seen.values()))} tokens), and their embeddings lie side by side. Look at the"
-                            " tokenizers' model_max_length and the text encoders' max_position_embeddings.")
+        self.prompt_tokens = {part: common.check_vocabulary(directory, part, pooled=part == "text_encoder_2")
+                              for part in self.text_encoders}
+        if len(set(self.prompt_tokens.values())) > 1:
+            seen = " and ".join(map(str, self.prompt_tokens.values()))
+            raise UserError(f"{directory.path}: the text encoders see prompts of different lengths ({seen} tokens), and their"
+                            " embeddings lie side by side. Look at the tokenizers' model_max_length and the text encoders'"
+                            " max_position_embeddings.")
         self.directory = directory
         self.path: Path = directory.path
         self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]
         self.prediction_type: str = self.scheduler_config.get("prediction_type", "epsilon")
         self.num_train_timesteps = len(common.alphas_cumprod(self.scheduler_config))
-        self.latent_channels, self.vae_scale_factor, self.scaling_factor = common.vae_facts(directory)
+        self.latent_channels, self.vae_scale_factor, self.latent_scale = common.vae_facts(directory)
+        self.multiple = self.vae_scale_factor
+        self.sample_size: Any = unet.get("sample_size")
+        self.condition_shapes = {"prompt_embeds": (common.TOKENS, width), "pooled": (pooled,)}
         self.image_condition = has_image_condition(directory)
-        self.image_scale = self.scaling_factor if directory.index.get(SCALES) else 1.0
+        self.image_scale = self.latent_scale.factor if directory.index.get(SCALES) else 1.0
         self.zeros_for_empty_prompt: bool = directory.index.get("force_zeros_for_empty_prompt", True)
 
-    def load_denoiser(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def load_denoiser(self, dtype: torch.dtype) -> UNet:
         """A fresh UNet from disk, on the CPU."""
         return common.load_unet(self.directory, dtype)
 
-    def empty_denoiser(self) -> UNet2DConditionModel:
+    def empty_denoiser(self) -> UNet:
         """The network without weights, made under the caller's device."""
         return common.empty_unet(self.directory)
 
@@ -74,7 +87,7 @@ class StableDiffusionXL:
         return common.load_vae(self.directory, device)
 
     def load_text(
-        self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: common.Adapt = common.unchanged
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: Adapt = unchanged
     ) -> Callable[[list[str]], Conditions]:
         """Prompts -> conditions on `device`, as `StableDiffusionXLPipeline.encode_prompt` makes them; `adapt` changes encoders."""
         tokenizers = [common.load_tokenizer(self.directory, name) for name in ("tokenizer", "tokenizer_2")]
@@ -123,6 +136,17 @@ class StableDiffusionXL:
         ids[:, 0::4] = height
         ids[:, 1::4] = width
         return ids
+
+    def set_timesteps(self, scheduler: Any, steps: int, latents: Sequence[int]) -> None:
+        """Set a diffusers scheduler to `steps`, as the pipeline does."""
+        scheduler.set_timesteps(steps)
+
+    def time_shift(self, latents: Sequence[int]) -> float:
+        """No shift of times: DDPM-like schedules have their own."""
+        return 1.0
+
+    def check_side(self, side: int) -> None:
+        """The UNet takes images of any size."""
 
     def fingerprint_files(self) -> list[Path]:
         """The files whose content decides cached latents and embeddings."""

@@ -1,19 +1,16 @@
 """Prompts that are longer than a model's text encoders can see."""
 
 from collections.abc import Callable
-from typing import Any
 
-from seppo_fast.models.common import load_tokenizer, most_tokens
+from seppo_fast.models.common import load_tokenizer
+from seppo_fast.models.contract import Model
 
 
-def token_counter(model: Any) -> tuple[Callable[[list[str]], list[int]], int]:
-    """(prompts -> number of tokens of each, number that is seen), of the encoder that sees least; start and end tokens count."""
-    tokenizers = {part: load_tokenizer(model.directory, part.replace("text_encoder", "tokenizer")) for part in model.text_encoders}
-    limits = {part: most_tokens(tokenizer, model.directory.configs[part].get("max_position_embeddings", 77))
-              for part, tokenizer in tokenizers.items()}
-    part = min(limits, key=lambda part: limits[part])
-    tokenizer = tokenizers[part]
-    return lambda prompts: [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]], limits[part]
+def token_counter(model: Model) -> tuple[Callable[[list[str]], list[int]], int]:
+    """(prompts -> number of tokens of each, number that is seen), of the encoder that sees most; start and end tokens count."""
+    part = max(model.prompt_tokens, key=lambda part: model.prompt_tokens[part])
+    tokenizer = load_tokenizer(model.directory, part.replace("text_encoder", "tokenizer"))
+    return lambda prompts: [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]], model.prompt_tokens[part]
 
 
 def cut_off(counted: list[tuple[str, int]], limit: int) -> str:

@@ -9,34 +9,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from seppo_fast.errors import UserError, reason
 from seppo_fast.models import common
+from seppo_fast.models.contract import Model
 from seppo_fast.models.directory import HERE, Directory
 from seppo_fast.models.files import shapes
 from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.models.values import ADVICE
 
-TEXT = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 _made: dict[str, dict[str, tuple[int, ...]]] = {}  # shapes of weights by configuration: making a network takes a while
 
 
-def make_networks(model: Any) -> None:
+def make_networks(model: Model) -> None:
     """Refuse configurations that make no network, or a network whose weights have other shapes than those in the files."""
     directory: Directory = model.directory
     if not directory.weights:  # a model whose shape alone is known
         return
     adapter = getattr(model, "adapter", None)
     for part in model.text_encoders:
-        config = directory.configs[part]
-        encoder = partial(lambda kind, config: kind(CLIPTextConfig.from_dict(config)), TEXT[part], config)
-        check_shapes(directory, part, made(directory, part, encoder, config))
+        encoder = partial(common.empty_text_encoder, directory, part)
+        check_shapes(directory, part, made(directory, part, encoder, directory.configs[part]))
     check_shapes(directory, "vae", made(directory, "vae", partial(common.empty_vae, directory), directory.configs["vae"]))
-    unet = made(directory, "unet", model.empty_denoiser, [directory.configs["unet"], adapter and adapter.configs])
-    check_shapes(directory, "unet", unet)
+    name = model.denoiser
+    denoiser = made(directory, name, model.empty_denoiser, [directory.configs[name], adapter and adapter.configs])
+    check_shapes(directory, name, denoiser)
     if adapter is not None:
-        check_shapes(adapter, HERE, unet)
+        check_shapes(adapter, HERE, denoiser)
 
 
 def made(directory: Directory, part: str, make: Callable[[], nn.Module], configs: Any) -> dict[str, tuple[int, ...]]:
@@ -49,23 +48,22 @@ def made(directory: Directory, part: str, make: Callable[[], nn.Module], configs
 
 
 @torch.no_grad()
-def run_denoiser(model: Any) -> None:
-    """Refuse a UNet that cannot run on latents and conditions of the other components' sizes: one call, without weights."""
-    with explained(model.directory, "unet"), torch.device("meta"):
-        unet = model.empty_denoiser()
-        side = 2 ** len(unet.down_blocks)
+def run_denoiser(model: Model) -> None:
+    """Refuse a network that cannot run on latents and conditions of the other components' sizes: one call, without weights."""
+    with explained(model.directory, model.denoiser), torch.device("meta"):
+        denoiser = model.empty_denoiser()
+        levels = len(denoiser.down_blocks) if hasattr(denoiser, "down_blocks") else 0
+        side = max(2**levels, model.multiple // model.vae_scale_factor)
         noise = torch.zeros(1, model.latent_channels, *(2,) * model.video, side, side)
-        conditions = blank_conditions(model.directory) | ({IMAGE: noise} if model.image_condition else {})
-        found = model.denoise(unet, noise, torch.zeros(1, dtype=torch.long), conditions)
+        found = model.denoise(denoiser, noise, torch.zeros(1, dtype=torch.long), blank_conditions(model, noise))
         if found.shape != noise.shape:
             raise ValueError(f"it gives {tuple(found.shape)} for latents {tuple(noise.shape)}")
 
 
-def blank_conditions(directory: Directory) -> dict[str, Tensor]:
-    """Conditions of one prompt, as wide as the text encoders' configurations say."""
-    encoders = [directory.configs[part] for part in TEXT if part in directory.configs]
-    conditions = {"prompt_embeds": torch.zeros(1, 77, sum(config.get("hidden_size", 512) for config in encoders))}
-    return conditions | ({"pooled": torch.zeros(1, encoders[1].get("projection_dim", 512))} if len(encoders) > 1 else {})
+def blank_conditions(model: Model, latents: Tensor) -> dict[str, Tensor]:
+    """Conditions for these latents, of the shapes that the model's have, on the same device and of the same dtype."""
+    conditions = {name: latents.new_zeros(len(latents), *shape) for name, shape in model.condition_shapes.items()}
+    return conditions | ({IMAGE: torch.zeros_like(latents)} if model.image_condition else {})
 
 
 def check_shapes(directory: Directory, part: str, expected: Mapping[str, tuple[int, ...]]) -> None:

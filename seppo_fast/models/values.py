@@ -10,7 +10,7 @@ from seppo_fast.errors import UserError
 
 NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 NEEDED = ("layer_norm_eps", "projection_dim", "eos_token_id")  # although declared as optional
-FROM_ZERO = ("downsample_padding", "steps_offset")
+FROM_ZERO = ("downsample_padding", "steps_offset", "dual_attention_layers")
 MOST, MOST_LAYERS = 1_000_000, 200
 ADVICE = "Take the published model's file"
 

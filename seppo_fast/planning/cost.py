@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import latent_shape
-from seppo_fast.models import Model, UNet, add_image_condition
+from seppo_fast.models import Model, add_image_condition
 from seppo_fast.models.layout import convolve_in_channels_last
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
-from seppo_fast.models.pix2pix import IMAGE, sees_image
-from seppo_fast.models.trial import explained
+from seppo_fast.models.trial import blank_conditions, explained
 from seppo_fast.planning.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.planning.network_memory import inference, micro_batch
 from seppo_fast.reference.guidance import classifier_free, double
@@ -126,10 +125,10 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     guided = tripled if model.image_condition else len(classifier_free(ours.sampler.guidance_scale, ()))
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        return _inputs(denoiser, latent_shape(model, ours.data), samples, dtype)
+        return _inputs(model, latent_shape(model, ours.data), samples, dtype)
 
     one = inputs(1)
-    with explained(model.directory, "unet"):
+    with explained(model.directory, model.denoiser):
         forward = float(inference(lambda: model.denoise(denoiser, *one)).flops)
     scoring = forward * halves if ours.flipper else 0.0
 
@@ -198,14 +197,8 @@ def vae_bytes(model: Model, shape: Sequence[int]) -> tuple[int, int]:
     return sum(weight.nbytes for weight in vae.parameters()), decoding
 
 
-def _inputs(denoiser: UNet, shape: list[int], samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _inputs(model: Model, shape: list[int], samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The arguments of `model.denoise` after the network, for so many samples with latents of `shape`, on the meta device."""
-    make = {"device": "meta", "dtype": dtype}
-    conditions = {"prompt_embeds": torch.empty(samples, 77, denoiser.config.cross_attention_dim, **make)}
-    if denoiser.config.addition_embed_type == "text_time":
-        pooled = denoiser.config.projection_class_embeddings_input_dim - 6 * denoiser.config.addition_time_embed_dim
-        conditions["pooled"] = torch.empty(samples, pooled, **make)
-    if sees_image(denoiser):
-        conditions[IMAGE] = torch.empty(samples, *shape, **make)
+    latents = torch.empty(samples, *shape, device="meta", dtype=dtype)
     timesteps = torch.empty(samples, device="meta", dtype=torch.long)
-    return torch.empty(samples, *shape, **make), timesteps, conditions
+    return latents, timesteps, blank_conditions(model, latents)

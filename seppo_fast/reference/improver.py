@@ -7,22 +7,23 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from seppo_fast.models import Conditions
+from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.reference.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class Improver:
-    """`scaling_factor` is the VAE's; `offloaded`: the network is in host memory except within `on_device`."""
+    """`latent_scale` is the VAE's; `offloaded`: the network is in host memory except within `on_device`."""
 
     sampler: Sampler
-    scaling_factor: float
+    latent_scale: LatentScale
     offloaded: bool
 
     def improve(self, losers: Tensor, conditions: Conditions, noise: Tensor, before_step: Callable[[], None] = lambda: None
                 ) -> Tensor:
         """Scaled latents (N, C, h, w) of winners, drawn from `noise`, of the losers' under the same prompts."""
-        return self.sampler.draw(noise, conditions | {IMAGE: losers / self.scaling_factor}, before_step)
+        return self.sampler.draw(noise, conditions | {IMAGE: self.latent_scale.unscaled(losers)}, before_step)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

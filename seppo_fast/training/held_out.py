@@ -90,7 +90,7 @@ def open_held_out(pairs: PairSource, rows: Sequence[int], settings: Seppo, objec
                   ) -> HeldOut:
     """Measures on `rows` of the pairs' cache. Random numbers are not those of the training, and captions are never dropped."""
     own = settings.model_copy(update={"seed": generator(settings.seed, "held out").initial_seed(), "caption_dropout": 0.0})
-    source = PairSource(pairs.cache, own, pairs.scaling_factor, pairs.process, pairs.device, pairs.dtype, rows)
+    source = PairSource(pairs.cache, own, pairs.latent_scale, pairs.process, pairs.device, pairs.dtype, rows)
     return HeldOut(source, objective, ranks, size)
 
 

@@ -41,13 +41,13 @@ def open_improver(model: Model, settings: Seppo, objective: Objective, table: So
         ranks.say(f"improvement model: {line}")
 
     denoiser = model.load_denoiser(objective.dtype).eval().requires_grad_(False)
-    prepare_denoisers([denoiser], settings.networks, pairs.cache.shape[1:], objective.autocast or objective.dtype, ranks.device, say,
-                  ranks.largest)
+    prepare_denoisers([denoiser], settings.networks, pairs.cache.shape[1:], objective.autocast or objective.dtype, ranks.device,
+                      say, ranks.largest)
     empty, branches = with_image(pairs, settings.improvement)
     sampler = Sampler(denoiser.to(ranks.device), model.denoise, table.to(ranks.device), empty, branches, settings.sampler,
                       objective.dtype, objective.autocast, say)
     sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=half_of_memory)
-    improver = Improver(sampler, model.scaling_factor, settings.improvement.offload)
+    improver = Improver(sampler, model.latent_scale, settings.improvement.offload)
     improver.offload()
     return improver
 
@@ -62,5 +62,5 @@ def grids_of_pairs(model: Model, settings: Seppo, cache: LatentCache | ClipStrea
     prompts = [prompt for prompt in rows.prompts for _ in range(per_prompt)]
     conditions = {name: value.to(device, dtype) for name, value in (cache.embeddings(prompts) | {IMAGE: losers}).items()}
     samples = settings.samples.model_copy(update={"prompts": rows.captions})
-    pair = rows.loser_mean * model.scaling_factor, rows.mean * model.scaling_factor
+    pair = model.latent_scale.scaled(rows.loser_mean), model.latent_scale.scaled(rows.mean)
     return Grids(folder, model, samples, conditions, cache.shape, device, pair)

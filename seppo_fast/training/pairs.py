@@ -13,6 +13,7 @@ from seppo_fast.config import METHODS, Seppo
 from seppo_fast.data import ClipStream, LatentCache, Order
 from seppo_fast.data.latents import CachedRows
 from seppo_fast.models import Conditions
+from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.seeds import generator, normal
 from seppo_fast.training.noise import Diffusion
@@ -38,9 +39,9 @@ class PairSource:
     `rows`: those of the cache that are used; None is all of them.
     """
 
-    def __init__(self, cache: LatentCache | ClipStream, settings: Seppo, scaling_factor: float, process: Diffusion,
+    def __init__(self, cache: LatentCache | ClipStream, settings: Seppo, latent_scale: LatentScale, process: Diffusion,
                  device: torch.device, dtype: torch.dtype, rows: Sequence[int] | None = None) -> None:
-        self.cache, self.settings, self.scaling_factor = cache, settings, scaling_factor
+        self.cache, self.settings, self.latent_scale = cache, settings, latent_scale
         self.process, self.device, self.dtype = process, device, dtype
         self.order = Order(len(cache), settings.seed, rows)
         self.unconditional = self._embeddings([0])
@@ -106,7 +107,7 @@ class PairSource:
     def _latents(self, mean: Tensor, std: Tensor, purpose: str, slots: Sequence[int]) -> Tensor:
         if self.settings.data.posterior == "sample":
             mean = mean + std * normal(self.cache.shape, self.settings.seed, purpose, slots)
-        return mean * self.scaling_factor
+        return self.latent_scale.scaled(mean)
 
     def _places(self, numbers: Iterable[int]) -> tuple[list[int], list[int]]:
         """The rows of these samples, and their epochs."""

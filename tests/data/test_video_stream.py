@@ -18,14 +18,14 @@ from seppo_fast.data.video.clips import clip
 from seppo_fast.data.video.prefetcher import Prefetcher
 from seppo_fast.data.video.probe import probe
 from seppo_fast.errors import UserError
-from seppo_fast.models.directory import read_directory
+from seppo_fast.models.families import open_directory
 
 CLIPS = 5
 
 
 @pytest.fixture(scope="module")
 def video_model(sd: Path) -> VideoModel:
-    return VideoModel(read_directory(sd, None))
+    return VideoModel(open_directory(sd))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from seppo_fast.evaluation.generate import Drawing, latent_shape
 from seppo_fast.evaluation.scores import pickscore, vendi
 from seppo_fast.models import open_model
 from seppo_fast.models.common import load_unet
-from seppo_fast.models.directory import read_directory
+from seppo_fast.models.families import open_directory
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base, tuned, prompts = root / "base", root / "tuned", root / "prompts.txt"
     for path in (base, tuned):
         tiny_sd(path)
-    unet = load_unet(read_directory(tuned, None), torch.float32)
+    unet = load_unet(open_directory(tuned), torch.float32)
     with torch.no_grad():
         unet.conv_out.bias.add_(0.05)
     unet.save_pretrained(tuned / "unet")

@@ -25,7 +25,7 @@ from seppo_fast.evaluation.candidates import open_candidates
 from seppo_fast.evaluation.files import keep
 from seppo_fast.evaluation.generate import initial_noise
 from seppo_fast.models.common import load_unet
-from seppo_fast.models.directory import read_directory
+from seppo_fast.models.families import open_directory
 from seppo_fast.reference.solver import open_scheduler
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def test_a_missing_damaged_or_cropped_sample_costs_only_its_improvement(run: Any
 
 
 def test_a_model_that_gives_nan_has_no_improvement(run: Any, folders: Path, tmp_path: Path) -> None:
-    unet = load_unet(read_directory(folders / "base", None), torch.float32)
+    unet = load_unet(open_directory(folders / "base"), torch.float32)
     broken = tiny_sd(tmp_path / "broken")
     with torch.no_grad():
         unet.conv_out.weight.mul_(1e38)

@@ -36,7 +36,7 @@ def test_facts_of_the_directory(sd, sdxl, sd_folder):
     for model, scaling in ((sd, 0.18215), (sdxl, 0.13025)):
         assert model.prediction_type == "epsilon"
         assert model.num_train_timesteps == 1000
-        assert (model.latent_channels, model.vae_scale_factor, model.scaling_factor) == (4, 2, scaling)
+        assert (model.latent_channels, model.vae_scale_factor, model.latent_scale.factor) == (4, 2, scaling)
     assert sd.scheduler_config["_class_name"] == "PNDMScheduler"
 
 
@@ -87,7 +87,7 @@ def test_vae_both_ways(name, request):
     mean, std = model.encode(vae, pixels)
     with torch.no_grad():
         posterior = pipeline.vae.encode(pixels).latent_dist
-        latents = mean * model.scaling_factor
+        latents = mean * model.latent_scale.factor
         image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     assert mean.shape == std.shape == (2, 4, 8, 12) and mean.dtype == torch.float32
     torch.testing.assert_close(mean, posterior.mean)

@@ -65,7 +65,7 @@ def test_cosxl_scales_the_image(xl_pix2pix_folder, tmp_path):
     edit(folder / "model_index.json", is_cosxl_edit=True)
     plain, model = open_improvement_model(str(xl_pix2pix_folder)), open_improvement_model(str(folder))
     unet = model.load_denoiser(torch.float32)
-    assert torch.equal(call(model, unet, images()), call(plain, unet, images() * model.scaling_factor))
+    assert torch.equal(call(model, unet, images()), call(plain, unet, images() * model.latent_scale.factor))
     edit(folder / "model_index.json", is_cosxl_edit="no")
     with pytest.raises(UserError, match="is_cosxl_edit is 'no'"):
         open_improvement_model(str(folder))

@@ -12,7 +12,7 @@ from seppo_fast.configfile import load_config, parse_config
 from seppo_fast.data.sizes import enlarged, is_blurred, size_of
 from seppo_fast.errors import UserError
 from seppo_fast.machine import machine
-from seppo_fast.models.directory import FAMILIES
+from seppo_fast.models.families import FAMILIES
 from seppo_fast.models.published import PUBLISHED, supported
 from seppo_fast.planning.dry_run import dry_run
 from seppo_fast.planning.this_machine import SIDE, own_rate

@@ -1,0 +1,120 @@
+"""What the families of flow-matching transformers share; each has its pipeline's own way of embedding prompts and setting steps."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+from seppo_fast.errors import UserError
+from seppo_fast.models import common
+from seppo_fast.models.contract import Adapt, Conditions, Denoiser, unchanged
+from seppo_fast.models.directory import Directory, kind_of
+from seppo_fast.models.schedules import check_flow
+
+CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5 = ("T5TokenizerFast", "T5Tokenizer")
+
+
+class FlowTransformer:
+    """A pipeline whose transformer sees patches of `patch` latents along a side, and which is a flow."""
+
+    video = False
+    denoiser = "transformer"
+    image_condition = False
+    embeds_guidance = False
+    prediction_type = "flow"
+    pipeline: Any  # its diffusers class
+    patch: int
+    text_encoders: tuple[str, ...] = ()
+
+    def __init__(self, directory: Directory) -> None:
+        check_flow(directory)
+        self.directory = directory
+        self.path: Path = directory.path
+        self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]
+        self.num_train_timesteps: int = self.scheduler_config.get("num_train_timesteps", 1000)
+        self.latent_channels, self.vae_scale_factor, self.latent_scale = common.vae_facts(directory)
+        self.prompt_tokens: dict[str, int] = {}
+        self.multiple = self.patch * self.vae_scale_factor
+        self.text_encoders = tuple(part for part in type(self).components if part.startswith("text") and part in directory.configs)
+
+    def load_denoiser(self, dtype: torch.dtype) -> Denoiser:
+        """A fresh transformer from disk, on the CPU."""
+        return common.load_component(self.directory, self.denoiser, self._kind, dtype)
+
+    def empty_denoiser(self) -> Denoiser:
+        """The transformer without weights, made under the caller's device."""
+        return self._kind.from_config(dict(self.directory.configs[self.denoiser]))
+
+    @property
+    def _kind(self) -> Any:
+        return kind_of(type(self).components[self.denoiser][0])
+
+    def load_vae(self, device: torch.device | str) -> AutoencoderKL:
+        """The VAE in fp32, for inference."""
+        return common.load_vae(self.directory, device)
+
+    def empty_vae(self) -> AutoencoderKL:
+        """The VAE without weights, made under the caller's device."""
+        return common.empty_vae(self.directory)
+
+    def encode(self, vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""
+        return common.encode(vae, pixels)
+
+    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) fp32 in [0, 1]."""
+        return common.decode(vae, latents)
+
+    def load_text(self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: Adapt = unchanged
+                  ) -> Callable[[list[str]], Conditions]:
+        """Prompts -> conditions on `device`, by the pipeline's own `encode_prompt`; `adapt` changes text encoders."""
+        parts: dict[str, Any] = {}
+        for part in self.text_encoders:
+            encoder = common.load_component(self.directory, part, kind_of(self.directory.index[part][1]), dtype)
+            adapt(part, encoder)
+            parts[part] = encoder.to(device).eval().requires_grad_(False)
+            tokenizer = part.replace("text_encoder", "tokenizer")
+            parts[tokenizer] = common.load_tokenizer(self.directory, tokenizer)
+        with torch.device("meta"):
+            transformer = self.empty_denoiser()  # whose configuration the pipeline reads
+        missing = {part: None for part in type(self).components if part not in parts}
+        pipeline = self.pipeline(**missing | parts | {"transformer": transformer})
+        return torch.no_grad()(lambda prompts: self.embed(pipeline, prompts, torch.device(device)))
+
+    def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
+        """The conditions of prompts, by a pipeline with text encoders alone."""
+        raise NotImplementedError
+
+    def shift_of(self, latents: Sequence[int]) -> float:
+        """The mu that the pipeline computes of the number of tokens, where the scheduler wants one."""
+        config = self.scheduler_config
+        tokens = math.prod(side // self.patch for side in latents[-2:])
+        return calculate_shift(tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+                               config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+
+    def time_shift(self, latents: Sequence[int]) -> float:
+        """The k of s' = k s / (1 + (k - 1) s), by which times are shifted for latents of this shape."""
+        config = self.scheduler_config
+        if config.get("use_dynamic_shifting"):
+            mu = self.shift_of(latents)
+            return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+        return config.get("shift", config.get("flow_shift", 1.0))
+
+    def fingerprint_files(self) -> list[Path]:
+        """The files whose content decides cached latents and embeddings."""
+        return common.encoding_files(self.directory)
+
+
+def check_transformer(directory: Directory, expected: dict[str, Any]) -> None:
+    """Refuse a transformer whose configuration has other values than these, given as `key: (value, what decides it)`."""
+    config, file = directory.configs["transformer"], directory.path / "transformer" / "config.json"
+    for key, (wanted, why) in expected.items():
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"{file}: {key} is {config[key]}, but {why} makes it {wanted}. Either a part of another model lies"
+                            " here, or this is a model that edits or completes images; only text-to-image models can be trained.")
