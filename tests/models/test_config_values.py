@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from tiny import tiny_sd
+from transformers import CLIPTextConfig
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
@@ -102,10 +104,8 @@ def test_values_that_published_models_have(own_sd):
 
 @pytest.mark.parametrize("configs", [SD15, SDXL], ids=["sd15", "sdxl"])
 def test_published_configurations(configs, tmp_path):
-    from seppo_fast.models.directory import CLASSES
-
-    for part, kind in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("text_encoder", "CLIPTextModel")):
-        check_values(tmp_path, configs[part], CLASSES[kind])
+    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextConfig)):
+        check_values(tmp_path, configs[part], kind)
 
 
 def test_weights_that_the_configuration_has_no_place_for(own_sd):

@@ -42,8 +42,8 @@ def test_a_component_is_not_a_pipeline(own_sd):
 
 
 def test_other_pipelines(own_sd):
-    edit(own_sd / "model_index.json", _class_name="FluxPipeline")
-    refused(own_sd, "model_index.json", "FluxPipeline", "StableDiffusionPipeline")
+    edit(own_sd / "model_index.json", _class_name="FluxKontextPipeline")
+    refused(own_sd, "model_index.json", "FluxKontextPipeline", "StableDiffusionPipeline", "FluxPipeline")
 
 
 def test_other_component_class(own_sd):
