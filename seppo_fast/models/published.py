@@ -69,7 +69,8 @@ def _published(path: str, motion_adapter: str | None) -> Model | None:
 
 # Families that people ask for and that cannot be trained here, by what their ids on the hub contain.
 OTHERS = {"flux.2": "FLUX.2", "qwen-image": "Qwen-Image", "wan2": "Wan", "pixart": "PixArt", "z-image": "Z-Image",
-          "hunyuan": "Hunyuan", "cogvideo": "CogVideoX", "ltx-video": "LTX-Video", "sana": "Sana", "kandinsky": "Kandinsky", "stable-cascade": "Stable Cascade"}
+          "hunyuan": "Hunyuan", "cogvideo": "CogVideoX", "ltx-video": "LTX-Video",
+          "sana": "Sana", "kandinsky": "Kandinsky", "stable-cascade": "Stable Cascade"}
 
 
 def supported(path: str) -> str:
