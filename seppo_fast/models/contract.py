@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNetMotionModel
@@ -14,7 +14,7 @@ from seppo_fast.models.latents import LatentScale
 Conditions = dict[str, Tensor]
 Adapt = Callable[[str, nn.Module], None]  # puts adapters on a component of this name
 UNet = UNet2DConditionModel | UNetMotionModel
-Denoiser = UNet | SD3Transformer2DModel | FluxTransformer2DModel
+Denoiser: TypeAlias = UNet2DConditionModel | UNetMotionModel | SD3Transformer2DModel | FluxTransformer2DModel
 
 
 def unchanged(component: str, module: nn.Module) -> None:
