@@ -23,11 +23,12 @@ from seppo_fast.sections import (
     Seed,
     Share,
     Tasks,
+    Timesteps,
     Video,
 )
 
 __all__ = ["HELD_OUT", "METHODS", "Checkpoint", "Data", "Evaluation", "Improvement", "Lora", "Method", "Model", "OtherModel",
-           "Pool", "ReferenceModel", "Sampler", "Samples", "Seppo", "Tasks", "Video"]
+           "Pool", "ReferenceModel", "Sampler", "Samples", "Seppo", "Tasks", "Timesteps", "Video"]
 
 
 class Method(Section):
@@ -85,6 +86,8 @@ class Seppo(Section):
     """Strength of the preference; larger keeps the policy nearer to the reference."""
     noise: Literal["independent", "shared"] = "independent"
     """Winner and loser get noise of their own, or the same."""
+    timesteps: Timesteps | None = None
+    """The law of times in training, for flows; null is their default."""
     caption_dropout: Share = 0.0
     """Share of the prompts that is replaced by the empty one."""
     iterations: Positive = 7

@@ -34,7 +34,8 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_
     add("--per-prompt", type=int, default=1, help="samples of each prompt")
     add("--limit", type=int, help="use only the first LIMIT prompts of each set")
     add("--seed", type=int, default=0, help="of the noise; 0 by default")
-    add("--solver", default="ddim", choices=("ddim", "dpmsolver++", "pndm", "unipc", "euler"), help="ddim by default")
+    add("--solver", choices=("ddim", "dpmsolver++", "pndm", "unipc", "euler"),
+        help="by default ddim, or euler where one of the models is a flow")
     add("--steps", type=int, default=50, help="of the solver; 50 by default")
     add("--guidance-scale", type=float, default=7.5,
         help="classifier-free guidance of the models that draw from a prompt alone; 7.5 by default, 1 is none")

@@ -14,6 +14,7 @@ from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan, parse_config
 from seppo_fast.data import ClipStream, LatentCache
 from seppo_fast.data.cache import build_cache, give_back_memory
+from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.data.order import split
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.disk import complete_or_not
@@ -27,9 +28,10 @@ from seppo_fast.models.lora import share_frozen, trains_a_part
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
+from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import Pool
-from seppo_fast.reference.solver import solver_table
+from seppo_fast.reference.solver import table_of
 from seppo_fast.signals import StopSignals
 from seppo_fast.training import checkpoint, csv_files, start
 from seppo_fast.training.checkpoint import State
@@ -70,7 +72,10 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         ranks.say(hint)
     model, improvement, fixed, source = open_inputs(config, ranks)
     request = open_request(config, model, ranks)
-    table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
+    latents = latent_shape(model, ours.data)
+    table = table_of(model, ours.sampler.solver, ours.sampler.steps, latents)
+    process = noise_process(model.scheduler_config, ours.timesteps, model.time_shift(latents))
+    denoise, _ = guided(model, ours.sampler.guidance_scale, ())
     cost = estimate(model, config, batch, len(table.timesteps))
     if ranks.rank == 0:
         print(plan(config, batch, cost, model, source), flush=True)
@@ -99,7 +104,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         if shares:
             share_frozen(second, engine.module)  # before it moves: its own base need not fit beside the policy's
         second.to(ranks.device)
-    objective = Objective(model.denoise, noise_process(model.scheduler_config), ours.beta,
+    objective = Objective(denoise, process, ours.beta,
                           ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
     if objective.flipper:
         ranks.say(f"loss: {loss_backend(ranks.device)}")
@@ -109,7 +114,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     # The sampler keeps to the attention that it is made under. What compiled blocks chose once is used again for what is scored.
     with same_with_gradients() if objective.compiled else nullcontext():
         if second is not None:
-            sampler, size = open_sampler(config, batch, objective, second, table, pairs, ranks)
+            sampler, size = open_sampler(model, config, batch, objective, second, table, pairs, ranks)
             reference = Reference(sampler, size, pool, offloaded=ours.scored_ahead and not shares,
                                   fixed=None if fixed is None else hold(fixed, config, folder, ranks))
         improver = None

@@ -169,6 +169,19 @@ class Sampler(Section):
     """Samples that are drawn at an iteration's start, of all ranks, and then used in epochs; null draws one for each pair."""
 
 
+class Timesteps(Section):
+    """The law of a flow's times in training: sigma, 0 for a sample and 1 for noise. DDPM-like models have whole timesteps."""
+
+    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Sigma before the shift is the logistic function of a normal number, or uniform."""
+    mean: float = 0.0
+    """Mean of that normal number."""
+    std: Annotated[float, Field(gt=0)] = 1.0
+    """Its standard deviation."""
+    shift: Literal["model"] | Annotated[float, Field(gt=0)] = "model"
+    """The k of k s / (1 + (k - 1) s), to which sigma s is shifted: as the model's scheduler does it, or a number."""
+
+
 class Tasks(Section):
     """Shares of the improvement model's three tasks, which sum to 1 (Eq. 6, 7, 8). The paper does not give them."""
 

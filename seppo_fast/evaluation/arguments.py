@@ -16,6 +16,7 @@ from seppo_fast.evaluation.scoring import kind_of, scores_of
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
 from seppo_fast.ranks import Ranks
+from seppo_fast.reference.solver import default_solver
 
 
 def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> Request:
@@ -27,7 +28,8 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
     video = candidates[0].model.video
     scores = chosen(arguments.scores, video, "--scores", several=arguments.per_prompt > 1)
     check_real(arguments.real, candidates[0].model, "--real")
-    sampler = Sampler(solver=arguments.solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
+    solver = arguments.solver or default_solver(candidate.model for candidate in candidates)
+    sampler = Sampler(solver=solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
     drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
                       dtype_of(arguments.dtype, ranks.device), sampler, scales_of(arguments, candidates))

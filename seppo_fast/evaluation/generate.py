@@ -22,9 +22,9 @@ from seppo_fast.models.launches import set_processors
 from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
-from seppo_fast.reference.guidance import classifier_free, double
+from seppo_fast.reference.guidance import double, guided
 from seppo_fast.reference.sampler import Sampler
-from seppo_fast.reference.solver import solver_table
+from seppo_fast.reference.solver import table_of
 from seppo_fast.seeds import generator
 
 READABLE = 40  # characters of the prompt in a file's name
@@ -193,9 +193,10 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
     denoiser = candidate.load_denoiser(dtype).to(ranks.device)
     if ranks.device.type == "cuda":
         set_processors(denoiser)
-    table = solver_table(model.scheduler_config, drawing.sampler.solver, drawing.sampler.steps, "--steps").to(ranks.device)
+    table = table_of(model, drawing.sampler.solver, drawing.sampler.steps, shape, "--").to(ranks.device)
     empty = embed([""])
-    branches, see = classifier_free(drawing.sampler.guidance_scale, empty), None
+    denoise, branches = guided(model, drawing.sampler.guidance_scale, empty, "--guidance-scale")
+    see = None
     if candidate.source is not None:
         empty |= {IMAGE: torch.zeros(1, *shape, device=ranks.device, dtype=dtype)}
         branches = double(drawing.improvement.guidance_scale, drawing.improvement.image_guidance_scale, empty)
@@ -204,7 +205,7 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
             pixels, checksum = read_source(path, side_of(model, drawing))
             return Source(model.encode(vae, pixels)[0].to(dtype), checksum)
 
-    sampler = Sampler(denoiser, model.denoise, table, empty, branches, drawing.sampler, dtype, say=say)
+    sampler = Sampler(denoiser, denoise, table, empty, branches, drawing.sampler, dtype, say=say)
     sampler.fit(shape, count)
     return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device, see)
 

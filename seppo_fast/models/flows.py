@@ -14,7 +14,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.models import common
 from seppo_fast.models.contract import Adapt, Conditions, Denoiser, unchanged
 from seppo_fast.models.directory import Directory, kind_of
-from seppo_fast.models.schedules import check_flow
+from seppo_fast.models.schedules import check_flow, static_shift
 
 CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
 T5 = ("T5TokenizerFast", "T5Tokenizer")
@@ -104,7 +104,7 @@ class FlowTransformer:
         if config.get("use_dynamic_shifting"):
             mu = self.shift_of(latents)
             return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
-        return config.get("shift", config.get("flow_shift", 1.0))
+        return static_shift(config)
 
     def fingerprint_files(self) -> list[Path]:
         """The files whose content decides cached latents and embeddings."""

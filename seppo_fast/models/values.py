@@ -27,7 +27,8 @@ def _lacking(name: str, value: Any, parameter: inspect.Parameter) -> str:
     """What is expected in place of a value, as text; "" where the value is right, or cannot be judged."""
     alone, listed = _kinds(parameter.annotation)
     # published models have null for some switches that are off
-    if value is None and (NoneType in alone and name not in NEEDED or bool in alone and not parameter.default):
+    optional = NoneType in alone or parameter.default is None
+    if value is None and (optional and name not in NEEDED or bool in alone and not parameter.default):
         return ""
     if name == "eos_token_id":  # declared for generation, where there may be several
         listed = set()

@@ -15,7 +15,7 @@ from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_p
 from seppo_fast.models.trial import blank_conditions, explained
 from seppo_fast.planning.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.planning.network_memory import inference, micro_batch
-from seppo_fast.reference.guidance import classifier_free, double
+from seppo_fast.reference.guidance import double, guided
 from seppo_fast.training.engine import precision
 from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
 
@@ -121,22 +121,23 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     method = METHODS[ours.method]
     halves = 2 if method.references else 1
     generated, improves = method.draws, method.winners == "improvement"
+    denoise, branches = guided(model, ours.sampler.guidance_scale, ())
     tripled = len(double(ours.improvement.guidance_scale, ours.improvement.image_guidance_scale, ()))
-    guided = tripled if model.image_condition else len(classifier_free(ours.sampler.guidance_scale, ()))
+    calls = tripled if model.image_condition else len(branches)
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return _inputs(model, latent_shape(model, ours.data), samples, dtype)
 
     one = inputs(1)
     with explained(model.directory, model.denoiser):
-        forward = float(inference(lambda: model.denoise(denoiser, *one)).flops)
+        forward = float(inference(lambda: denoise(denoiser, *one)).flops)
     scoring = forward * halves if ours.flipper else 0.0
 
     engine = engine_bytes(config, batch, trained, max(weight.numel() for weight in trainable))
     taken = TakenGradients(engine)
     micro = inputs(halves * batch.micro)
     online = bool(ours.flipper) and ours.reference_score == "online"
-    meter = micro_batch(denoiser, lambda: model.denoise(denoiser, *micro), reference=online, gradient=taken, finish=taken.finish)
+    meter = micro_batch(denoiser, lambda: denoise(denoiser, *micro), reference=online, gradient=taken, finish=taken.finish)
     training = meter.flops / batch.micro - (scoring if online else 0.0)
 
     samples = 1 if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
@@ -145,12 +146,12 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     looks = ours.samples.every > 0 or ours.evaluation.draws
     draws = generated or looks
     graph = draws and ours.sampler.cuda_graph
-    drawn = inputs(guided * samples)
+    drawn = inputs(calls * samples)
     known = 4 * (evaluations + 1) * samples * one[0].numel()  # the sampling loop's outputs so far, in fp32
-    sampler = inference(lambda: model.denoise(denoiser, *drawn)).peak if draws else 0
+    sampler = inference(lambda: denoise(denoiser, *drawn)).peak if draws else 0
     scored = inputs(halves * samples)
     ahead = bool(ours.flipper) and not online
-    score = inference(lambda: model.denoise(denoiser, *scored)).peak if ahead else 0
+    score = inference(lambda: denoise(denoiser, *scored)).peak if ahead else 0
     activations = meter.peak - engine.bucket
     if autocast:  # computes in half the bytes, and keeps a cast copy of the weights meanwhile
         activations, sampler, score = ((size + weights) // 2 if size else 0 for size in (activations, sampler, score))
@@ -161,7 +162,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         improvement = add_image_condition(model)
         with torch.device("meta"):
             improver = sum(weight.nbytes for weight in nn.Module.to(improvement.empty_denoiser(), dtype).parameters())
-        improving = inference(lambda: model.denoise(denoiser, *inputs(tripled * samples))).peak
+        improving = inference(lambda: denoise(denoiser, *inputs(tripled * samples))).peak
         improving = ((improving + weights) // 2 if autocast else improving) + known
     vae, decoding = vae_bytes(model, latent_shape(model, ours.data)) if looks else (0, 0)
 
@@ -170,7 +171,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     own = trainable if shares and stage < 3 else denoiser.parameters()  # the frozen ones are the policy's
     return Cost(
         parameters=sum(weight.numel() for weight in denoiser.parameters()), trained=trained, forward=forward,
-        sample=forward * guided * evaluations if generated else 0.0, improved=forward * tripled * evaluations if improves else 0.0,
+        sample=forward * calls * evaluations if generated else 0.0, improved=forward * tripled * evaluations if improves else 0.0,
         per_pair=samples_of_a_pair(ours, batch), training=training, scoring=scoring,
         improver=improver, improving=improving, offloads_improver=ours.improvement.offload,
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard

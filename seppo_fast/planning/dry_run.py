@@ -6,6 +6,7 @@ import torch
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan
+from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.data.order import split
 from seppo_fast.data.rows import Source
 from seppo_fast.data.sources import SOURCE_NOT_SET, is_hub_dataset, open_source
@@ -17,10 +18,11 @@ from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.planning.this_machine import own_rate
 from seppo_fast.planning.time_plan import load_rates, time_plan
-from seppo_fast.reference.solver import solver_table
+from seppo_fast.reference.solver import table_of
 from seppo_fast.training import start
 from seppo_fast.training.engine import check_engine_config, precision, unsupported
 from seppo_fast.training.folder import results_in
+from seppo_fast.training.noise import noise_process
 from seppo_fast.training.validation import request_of
 
 
@@ -47,7 +49,9 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     held = 0 if source is None or source.count is None else len(split(source.count, ours.data.hold_out, ours.seed)[1])
     cost, times = None, []
     if model is not None:
-        table = solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps)
+        latents = latent_shape(model, ours.data)
+        table = table_of(model, ours.sampler.solver, ours.sampler.steps, latents)
+        noise_process(model.scheduler_config, ours.timesteps, model.time_shift(latents))
         cost = estimate(model, config, batch, len(table.timesteps))
         here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         known_rates += own_rate(known_rates, here, precision(config.deepspeed).dtype)

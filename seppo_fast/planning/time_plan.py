@@ -11,10 +11,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config, explain_all
+from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.errors import UserError
+from seppo_fast.models.schedules import is_flow
 from seppo_fast.opening import read_text
 from seppo_fast.planning.cost import Cost, Model
-from seppo_fast.reference.solver import solver_table
+from seppo_fast.reference.solver import table_of
 from seppo_fast.strict import parse_json
 from seppo_fast.training.held_out import DRAWS
 
@@ -160,11 +162,13 @@ def _changes(config: Config, cost: Cost, model: Model, work: Work, rate: Rate) -
     ours = config.seppo
     rows = {"as configured": work}
     if METHODS[ours.method].draws:
-        calls = len(solver_table(model.scheduler_config, ours.sampler.solver, ours.sampler.steps).timesteps)
-        for solver, steps in [(ours.sampler.solver, steps) for steps in STEPS] + [("pndm", STEPS[0])]:
+        latents = latent_shape(model, ours.data)
+        calls = len(table_of(model, ours.sampler.solver, ours.sampler.steps, latents).timesteps)
+        better = "unipc" if is_flow(model.scheduler_config) else "pndm"
+        for solver, steps in [(ours.sampler.solver, steps) for steps in STEPS] + [(better, STEPS[0])]:
             if steps > model.num_train_timesteps:
                 continue
-            other = len(solver_table(model.scheduler_config, solver, steps).timesteps)
+            other = len(table_of(model, solver, steps, latents).timesteps)
             saved = cost.sampling * (1 - other / calls)
             if (solver, steps) != (ours.sampler.solver, ours.sampler.steps):
                 rows[f"{solver}, {steps} steps ({other} evaluations)"] = replace(work, sampling=work.sampling - saved)

@@ -6,8 +6,9 @@ sampling is then the network and one weighted sum, with no tables on the host an
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,21 +17,30 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
 
 from seppo_fast.errors import UserError, reason
+from seppo_fast.models import Model
+from seppo_fast.models.schedules import is_flow, static_shift
 
 # Clipping and thresholding are for pixels, and are not linear. The other settings are those that each name stands for.
-SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
+SOLVERS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "thresholding": False}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2,
                                                   "variance_type": None, "thresholding": False}),
     "pndm": (PNDMScheduler, {}),
     "unipc": (UniPCMultistepScheduler, {"thresholding": False}),
     "euler": (EulerDiscreteScheduler, {}),
+}
+FLOW_SETTINGS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW_SOLVERS: dict[str, tuple[Any, Mapping[str, Any]]] = {
+    "euler": (FlowMatchEulerDiscreteScheduler, {}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, FLOW_SETTINGS | SOLVERS["dpmsolver++"][1]),
+    "unipc": (UniPCMultistepScheduler, FLOW_SETTINGS | SOLVERS["unipc"][1]),
 }
 ZERO_SNR = " (it does not know rescale_betas_zero_snr)"
 
@@ -52,10 +62,12 @@ class SolverTable:
         return SolverTable(self.timesteps.to(device), self.inputs.to(device), self.outputs.to(device))
 
 
-def open_scheduler(scheduler_config: Mapping[str, Any], solver: str) -> Any:
+def open_scheduler(scheduler_config: Mapping[str, Any], solver: str, label: str = "seppo.sampler.") -> Any:
     """The diffusers scheduler that `solver` names, with the noise schedule and settings of `scheduler_config`."""
     if solver not in SOLVERS:
-        raise UserError(f"seppo.sampler.solver: {solver!r} is not one of {', '.join(SOLVERS)}")
+        raise UserError(f"{label}solver: {solver!r} is not one of {', '.join(SOLVERS)}")
+    if is_flow(scheduler_config):
+        return open_flow(scheduler_config, solver, label)
     prediction = scheduler_config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise UserError(f"the model's scheduler config has prediction_type {prediction!r};"
@@ -77,20 +89,58 @@ def open_scheduler(scheduler_config: Mapping[str, Any], solver: str) -> Any:
     return scheduler
 
 
-def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int, label: str = "seppo.sampler.steps") -> SolverTable:
-    """`solver` with `steps` steps on the schedule of `scheduler_config`, as a table on the CPU; deterministic (eta 0)."""
-    scheduler = open_scheduler(scheduler_config, solver)
+def open_flow(scheduler_config: Mapping[str, Any], solver: str, label: str) -> Any:
+    """The diffusers scheduler that `solver` names, for a flow with the shift of `scheduler_config`, whichever scheduler's it is."""
+    if solver not in FLOW_SOLVERS:
+        raise UserError(f"{label}solver: {solver!r} is for DDPM-like models, and this model is trained by flow matching; use"
+                        f" {', '.join(map(repr, FLOW_SOLVERS))}")
+    if scheduler_config.get("shift_terminal") and solver == "dpmsolver++":
+        raise UserError(f"{label}solver: 'dpmsolver++' does not know the shift_terminal of the model's scheduler config; use"
+                        " another")
+    cls, settings = FLOW_SOLVERS[solver]
+    shift = {"shift" if solver == "euler" else "flow_shift": static_shift(scheduler_config)}
+    try:
+        return cls.from_config(dict(scheduler_config), **settings, **shift)
+    except Exception as error:  # the configuration is the only input
+        raise UserError(f"the model's scheduler config does not work with solver {solver!r} ({reason(error)}); choose another"
+                        " solver") from error
+
+
+def default_solver(models: Iterable[Model]) -> str:
+    """The solver of a command that was given none."""
+    return "euler" if any(is_flow(model.scheduler_config) for model in models) else "ddim"
+
+
+def table_of(model: Model, solver: str, steps: int, latents: Sequence[int], label: str = "seppo.sampler.") -> SolverTable:
+    """`solver` with `steps` steps as the model's pipeline sets them for latents of this shape."""
+    return solver_table(model.scheduler_config, solver, steps, label, partial(model.set_timesteps, latents=latents))
+
+
+def plain_steps(scheduler: Any, steps: int) -> None:
+    """Set a scheduler to so many steps in its own way."""
+    scheduler.set_timesteps(steps)
+
+
+def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int, label: str = "seppo.sampler.",
+                 set_timesteps: Callable[[Any, int], None] = plain_steps) -> SolverTable:
+    """`solver` with `steps` steps on the schedule of `scheduler_config`, as a table on the CPU; deterministic (eta 0).
+
+    `set_timesteps(scheduler, steps)` is how the model's pipeline sets the scheduler; `label` is put before the names in messages.
+    """
+    scheduler = open_scheduler(scheduler_config, solver, label)
     trained = scheduler.config.num_train_timesteps
     if not 1 <= steps <= trained:
-        raise UserError(f"{label}: {steps} is not between 1 and the model's {trained} training timesteps")
+        raise UserError(f"{label}steps: {steps} is not between 1 and the model's {trained} training timesteps")
     try:
-        timesteps, inputs, outputs = _coefficients(scheduler, steps)
+        set_timesteps(scheduler, steps)
+        timesteps, inputs, outputs = _coefficients(scheduler)
     except Exception as error:  # the configuration is the only input
         raise UserError(f"sampler: the model's scheduler config does not work with solver {solver!r} and {steps} steps"
                         f" ({reason(error)}); choose another solver or number of steps") from error
-    if timesteps.min() < 0 or timesteps.max() > trained - 1:
+    most = trained if is_flow(scheduler_config) else trained - 1
+    if timesteps.min() < 0 or timesteps.max() > most:
         raise UserError(f"sampler: solver {solver!r} of {steps} steps asks for timestep {float(timesteps.max()):g}"
-                        f" where the model was trained on 0 to {trained - 1}: is steps_offset, or another key of its scheduler"
+                        f" where the model was trained on 0 to {most}: is steps_offset, or another key of its scheduler"
                         " config, wrong?")
     if not (inputs.isfinite().all() and outputs.isfinite().all()):
         raise UserError(f"sampler: solver {solver!r} divides by zero on the model's noise schedule at {steps} steps (an"
@@ -98,16 +148,16 @@ def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int, l
     return SolverTable(timesteps, inputs, outputs)
 
 
-def _coefficients(scheduler: Any, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def _coefficients(scheduler: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Timesteps, inputs and outputs of a `SolverTable`, by one pass of `scheduler` over the identity."""
-    scheduler.set_timesteps(steps)
     calls = len(scheduler.timesteps)
     # UniPC insists on 4-D latents
     one_hot = torch.eye(calls + 1, dtype=torch.float64).view(calls + 1, 1, calls + 1, 1, 1)
-    latents = one_hot[0] * float(scheduler.init_noise_sigma)
+    latents = one_hot[0] * float(getattr(scheduler, "init_noise_sigma", 1.0))
     inputs, outputs = [], []
     for i, timestep in enumerate(scheduler.timesteps):
-        inputs.append(scheduler.scale_model_input(latents, timestep).flatten())
+        scaled = getattr(scheduler, "scale_model_input", None)
+        inputs.append((scaled(latents, timestep) if scaled else latents).flatten())
         latents = scheduler.step(one_hot[i + 1], timestep, latents, return_dict=False)[0]
         outputs.append(latents.flatten())
     timesteps = scheduler.timesteps

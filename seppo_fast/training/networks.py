@@ -12,7 +12,7 @@ from seppo_fast.models.prepare import prepare_denoisers
 from seppo_fast.ops import available_backends
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import free_memory
-from seppo_fast.reference.guidance import classifier_free
+from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable
@@ -41,11 +41,11 @@ def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks:
     return policy, reference
 
 
-def open_sampler(config: Config, batch: Batch, objective: Objective, reference: nn.Module, table: SolverTable, pairs: PairSource,
-                 ranks: Ranks) -> tuple[Sampler, int]:
+def open_sampler(model: Model, config: Config, batch: Batch, objective: Objective, reference: nn.Module, table: SolverTable,
+                 pairs: PairSource, ranks: Ranks) -> tuple[Sampler, int]:
     """What draws from `reference`, and its batch size: the smallest of all ranks', since each step asks all of them for signals."""
     ours, empty = config.seppo, pairs.unconditional
-    branches = classifier_free(ours.sampler.guidance_scale, empty)
+    _, branches = guided(model, ours.sampler.guidance_scale, empty)
     if ours.method == "improvement":
         empty, branches = with_image(pairs, ours.improvement)
     sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, branches, ours.sampler, objective.dtype,

@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 from seppo_fast.models import Conditions
 from seppo_fast.ops import per_sample_mse, seppo_loss
-from seppo_fast.training.noise import Diffusion
+from seppo_fast.training.noise import NoiseProcess
 
 Denoise = Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
 
@@ -46,7 +46,7 @@ class Objective:
     """
 
     denoise: Denoise
-    process: Diffusion
+    process: NoiseProcess
     beta: float
     flipper: str | None
     dtype: torch.dtype

@@ -16,7 +16,7 @@ from seppo_fast.models import Conditions
 from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.seeds import generator, normal
-from seppo_fast.training.noise import Diffusion
+from seppo_fast.training.noise import NoiseProcess
 from seppo_fast.training.objective import Pairs
 from seppo_fast.training.tasks import IMPROVE, UNCONDITIONAL, task_of
 
@@ -39,7 +39,7 @@ class PairSource:
     `rows`: those of the cache that are used; None is all of them.
     """
 
-    def __init__(self, cache: LatentCache | ClipStream, settings: Seppo, latent_scale: LatentScale, process: Diffusion,
+    def __init__(self, cache: LatentCache | ClipStream, settings: Seppo, latent_scale: LatentScale, process: NoiseProcess,
                  device: torch.device, dtype: torch.dtype, rows: Sequence[int] | None = None) -> None:
         self.cache, self.settings, self.latent_scale = cache, settings, latent_scale
         self.process, self.device, self.dtype = process, device, dtype
