@@ -49,6 +49,9 @@ def save_denoiser(model: Model, weights: Mapping[str, Tensor], folder: Path) -> 
     """A network that holds these weights, in their own dtype; a missing or unknown name is an error."""
     with torch.device("meta"):
         denoiser = model.empty_denoiser()
+    if kept := denoiser.state_dict().keys() - dict(denoiser.named_parameters()).keys():  # a table of positions, never trained
+        source = model.load_denoiser(next(iter(weights.values())).dtype).state_dict()
+        weights = {**weights, **{name: source[name] for name in kept}}
     denoiser.load_state_dict(dict(weights), strict=True, assign=True)
     denoiser.save_pretrained(folder, safe_serialization=True)
 
