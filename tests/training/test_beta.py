@@ -71,9 +71,8 @@ def test_a_logit_that_overflowed_does_not_hide_its_pair() -> None:
 
 
 def test_a_beta_out_of_fp32s_range_is_not_taken() -> None:
-    seen = NONE.after(pairs([0.5]))
     assert NONE.after(pairs([1e-39], error=0.0)) is NONE
-    assert seen.after(pairs([3.4e38])) is seen
+    assert NONE.after(pairs([3.4e38])) is NONE
 
 
 def test_the_order_of_the_pairs_does_not_count() -> None:
