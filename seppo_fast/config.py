@@ -82,8 +82,8 @@ class Seppo(Section):
     """How the sign of a pair's second half is decided; null is the method's own choice."""
     reference_score: Literal["online", "rollout"] = "online"
     """Compute the reference's errors in training (`online`), or where its sample is drawn (`rollout`)."""
-    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2000.0
-    """Strength of the preference; larger keeps the policy nearer to the reference."""
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = 2000.0
+    """Strength of the preference; larger keeps the policy nearer to the reference. `auto` makes a typical logit about 1.39."""
     noise: Literal["independent", "shared"] = "independent"
     """Winner and loser get noise of their own, or the same."""
     timesteps: Timesteps | None = None
@@ -157,6 +157,13 @@ class Seppo(Section):
         if not row.references and filled.get("reference_score") == "rollout":
             raise ValueError(f"reference_score='rollout' does not go with method={method!r}, which has no reference")
         return filled
+
+    @model_validator(mode="after")
+    def margins_decide_beta(self) -> "Seppo":
+        """Refuse `auto` where nothing is compared."""
+        if self.beta == "auto" and self.flipper is None:
+            raise ValueError(f"beta='auto' does not go with method={self.method!r}, which compares no pairs and has no beta")
+        return self
 
     @model_validator(mode="after")
     def evaluations_have_what_they_measure(self) -> "Seppo":

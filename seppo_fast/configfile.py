@@ -226,6 +226,11 @@ def explain_all(error: ValidationError, root: type[BaseModel], prefix: str) -> l
         options = _options(annotation)
         if len(options) > 1 and len(names) < len(item["loc"]):
             line = f"{'.'.join([prefix, *names])}: expected {', or '.join(options)} (got {item['input']!r})"
+            words = [option for option in options if option.startswith('"')]
+            if sorted(options) == sorted([*words, "a number"]):  # what is wrong with the number says more
+                if item["type"] == "literal_error":
+                    continue
+                line = ", or ".join([_explain({**item, "loc": names}, root, prefix), *words])
         else:
             line = _explain(item, root, prefix)
         if line not in lines:

@@ -81,6 +81,8 @@ def test_a_key_like_no_other_gets_no_advice() -> None:
     ("seppo.beta", -1.0, "greater than 0 (got -1.0)"),
     ("seppo.beta", float("inf"), "finite"),
     ("seppo.beta", "2000", "valid number (got '2000')"),
+    ("seppo.beta", "Auto", "expected a valid number (got 'Auto'), or \"auto\""),
+    ("seppo.beta", None, "expected a valid number (got None), or \"auto\""),
     ("seppo.sampler.steps", 0, "greater than 0"),
     ("seppo.sampler.steps", 2.5, "valid integer (got 2.5)"),
     ("seppo.sampler.guidance_scale", -0.5, "greater than or equal to 0"),
@@ -127,6 +129,17 @@ def test_an_impossible_value_is_named_with_what_is_expected(path: str, value: An
     text = message(changed(**{path: value}))
     assert path in text and wanted in text
     assert "errors.pydantic.dev" not in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_beta_auto_needs_pairs_that_are_compared(method: str) -> None:
+    changes = {"seppo.beta": "auto", "seppo.method": method}
+    if method == "iterative_dpo":
+        changes["seppo.improvement.path"] = "an improvement model"
+    if method in ("sft", "improvement"):
+        assert f"beta='auto' does not go with method='{method}', which compares no pairs" in message(changed(**changes))
+    else:
+        assert parse_config(changed(**changes)).seppo.beta == "auto"
 
 
 def test_the_options_of_a_key_are_one_problem() -> None:

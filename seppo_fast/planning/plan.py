@@ -19,6 +19,7 @@ from seppo_fast.models import Model
 from seppo_fast.models.tokens import cut_off, token_counter
 from seppo_fast.planning.cost import Cost
 from seppo_fast.planning.engine_bytes import adam_temporaries, uses_bf16_optimizer
+from seppo_fast.training.beta import FIRST, PRODUCT
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 
 LOOKED_AT = 1000  # rows that the plan reads
@@ -46,7 +47,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     kept = ours.sampler.samples_per_iteration
     samples = (ours.iterations * kept if kept else updates * batch.size) if method.draws else 0
     lines = {
-        "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {ours.beta:g}, noise"
+        "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {_beta(ours)}, noise"
                                  f" {ours.noise}" if ours.flipper else "") + _tasks(ours),
         "model": f"{ours.model.path}{f' with {ours.model.motion_adapter}' * bool(ours.model.motion_adapter)}{_size(cost)}, "
                  + _trained(ours.model, video) + (f", from the policy {ours.model.start_from}" if ours.model.start_from else ""),
@@ -135,6 +136,10 @@ def _precision(config: Config) -> str:
     runs = f", run under autocast in {name[autocast]}" if autocast else ""
     pool = f", past policies kept in {name[pool_dtype(config)]}" if METHODS[config.seppo.method].references else ""
     return f"{whose} in {name[dtype]}{runs}{pool}; VAE and text encoder in fp32, the cache in {config.seppo.data.cache_dtype}"
+
+
+def _beta(ours: Seppo) -> str:
+    return f"{ours.beta:g}" if ours.beta != "auto" else f"auto ({PRODUCT} / mean |margin|, {FIRST:g} at first)"
 
 
 def _tasks(ours: Seppo) -> str:

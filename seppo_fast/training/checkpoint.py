@@ -32,6 +32,7 @@ from seppo_fast.disk import flush, flush_tree, follow_umask
 from seppo_fast.errors import UserError, reason
 from seppo_fast.ranks import Ranks
 from seppo_fast.training import deepspeed_files
+from seppo_fast.training.beta import Margins
 from seppo_fast.training.divergence import REMEMBERED, largest_in_range
 from seppo_fast.training.engine import policy_weights
 from seppo_fast.training.marker import MARKER, Written, damaged, declare, differs, first_problem, listed, missing
@@ -58,7 +59,7 @@ class State:
     `unmoved`: all updates of the iteration so far were skipped, and the policy is the pool's latest. `evaluated` is the update
     of the last evaluation, `best` the best value of the watched score and `best_update` that policy's, `not_better` how many
     evaluations have come since. `sound` is the newest policy, by its updates, whose error on the winners was in its range, and
-    `errors` are the last ones in range (`divergence.py`).
+    `errors` are the last ones in range (`divergence.py`). `margins` decide beta where it is "auto".
     """
 
     run_id: str
@@ -80,6 +81,7 @@ class State:
     started_from: str | None = None  # seppo.model.start_from's file and its checksum
     heldout_error: float | None = None  # the initial model's on the held-out winners
     models: dict[str, str] = field(default_factory=dict)  # checksums of improvement and reference model, by their key
+    margins: Margins = Margins()
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 

@@ -69,7 +69,8 @@ class HeldOut:
         """The mean error on the winners, and the share of pairs with a logit above 0 (None for SFT); every rank calls."""
         mine: dict[int, list[float]] = {}
         for some in self._in_step(self.slots, self.size, check):
-            _, table = self.objective(policy, policy, self.pairs.pairs(some, self.rollouts), 1.0)
+            pairs = self.pairs.pairs(some, self.rollouts)
+            _, table = self.objective(policy, policy, pairs, 1.0, beta=1.0)  # any beta: the logit's sign alone is used
             mine |= dict(zip(some, table[:, [0, -1]].tolist(), strict=True))
         found = {slot: pair for each in self.ranks.objects(mine) for slot, pair in each.items()}
         ordered = [found[slot] for slot in sorted(found)]  # so that no sum depends on the number of ranks

@@ -47,19 +47,19 @@ class Objective:
 
     denoise: Denoise
     process: NoiseProcess
-    beta: float
     flipper: str | None
     dtype: torch.dtype
     autocast: torch.dtype | None = None
     compiled: bool = False
 
-    def __call__(self, policy: nn.Module, reference: nn.Module | None, pairs: Pairs, upstream: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, policy: nn.Module, reference: nn.Module | None, pairs: Pairs, upstream: float, beta: float
+                 ) -> tuple[Tensor, Tensor]:
         """The scalar loss, and `(B, 6)` detached: MSEs of policy (w, l) and reference (w, l), sign, logit; `(B, 1)` for SFT,
         `(B, 2)` with the task for the improvement model.
 
-        `upstream` is the gradient that backward will be called with. A loss that is not finite has no finite gradients. The
-        reference is not called where the pairs have its errors. It is None where the policy still equals the reference, whose
-        predictions would be the same. Nothing waits for the device.
+        `upstream` is the gradient that backward will be called with; `beta` is not used without a flipper. A loss that is not
+        finite has no finite gradients. The reference is not called where the pairs have its errors. It is None where the policy
+        still equals the reference, whose predictions would be the same. Nothing waits for the device.
         """
         noised = self._noised(pairs)
         ref_pred = None
@@ -74,7 +74,7 @@ class Objective:
         ref_mse = pairs.ref_mse
         if reference is None:
             ref_pred, ref_mse = model_pred.detach(), None
-        loss, stats = seppo_loss(model_pred, ref_pred, noised.target, self.beta, ref_mse=ref_mse, flipper=self.flipper,
+        loss, stats = seppo_loss(model_pred, ref_pred, noised.target, beta, ref_mse=ref_mse, flipper=self.flipper,
                                  grad_scale=upstream, return_stats=True)
         columns = [*stats.model_mse.chunk(2), *stats.ref_mse.chunk(2), stats.sign, stats.logits]
         return loss, torch.stack(columns, dim=1)

@@ -143,7 +143,7 @@ class Trainer:
                 with self.timed("data"):
                     pairs = next(micro_batches)
                 with self.timed("training"):
-                    loss, table = self.objective(self.engine, reference, pairs, upstream_gradient(self.engine))
+                    loss, table = self.objective(self.engine, reference, pairs, upstream_gradient(self.engine), self.beta)
                     self.engine.backward(loss)
                     done = step(self.engine)
                 tables.append(table)
@@ -177,6 +177,8 @@ class Trainer:
         unusable = self.unusable_samples(slots) if lost else ""
         self.rollouts.forget(slots)
         self.report(k, done, table)
+        if self.settings.beta == "auto":
+            self.state.margins = self.state.margins.after(table)
         self.watch(table)
         self.give_up_if_lost(unusable)
 
@@ -211,6 +213,11 @@ class Trainer:
         if self.looks is not None:
             with self.timed("evaluation"):
                 self.looks.evaluate()
+
+    @property
+    def beta(self) -> float:
+        """The loss's beta in the next update."""
+        return self.state.margins.beta if self.settings.beta == "auto" else self.settings.beta
 
     def slots(self, update: int) -> range:
         """This rank's share of an update's slots."""
@@ -248,6 +255,7 @@ class Trainer:
         row = {"update": self.state.update, "iteration": k, "reference": None if self.reference is None else self.reference.index,
                **summarise(table, self.settings.flips), **image_weight_norm(self.engine),
                "grad_norm": done.grad_norm, "lr": done.lr,
+               **({"beta": self.beta} if self.settings.flipper else {}),
                "skipped_steps": self.state.skipped,
                "pairs_per_s": round(self.batch.size / max(wall, 1e-9), 3),
                "peak_memory_gb": round(everyone[:, -1].max().item(), 3), "seconds": round(wall, 4),
@@ -297,7 +305,8 @@ class Trainer:
         """Stop when too many updates in a row were skipped because loss or gradients were not finite."""
         if self.state.nonfinite_in_a_row < self.settings.max_nonfinite:
             return
-        causes = ("Lower optimizer.params.lr or seppo.beta, clip gradients, or train in bf16 or fp32" if not unusable else
+        compared = f" or seppo.beta ({self.beta:.4g} here)" if self.settings.flipper else ""
+        causes = (f"Lower optimizer.params.lr{compared}, clip gradients, or train in bf16 or fp32" if not unusable else
                   unusable[0].upper() + unusable[1:] + "; with seppo.sampler.samples_per_iteration such samples are dropped")
         good = checkpoint.last_sound(self.folder / "checkpoints", self.state)
         raise UserError(

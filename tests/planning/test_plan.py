@@ -46,6 +46,11 @@ def test_the_shipped_configurations_pass_their_dry_run(name: str, sd: Path, tmp_
     assert "memory a rank" in printed and printed.endswith("dry run: nothing was trained or written")
 
 
+def test_the_plan_says_how_beta_is_chosen(settings: Callable[..., dict[str, Any]]) -> None:
+    for beta, said in (("auto", "auto (2.77 / mean |margin|, 2000 at first)"), (250, "250")):
+        assert f", beta {said}, noise" in dry_run(parse_config(settings(**{"seppo.beta": beta})), 1)
+
+
 @pytest.mark.parametrize(("override", "expected"), [
     ("zero_optimization.stage=2", "reduces the gradients between the ranks in each of the 32 micro-batches"),
     ("communication_data_type=null", '"communication_data_type": "fp32"'),

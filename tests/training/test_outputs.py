@@ -18,7 +18,7 @@ from seppo_fast.seeds import normal
 
 Trained = Callable[..., Path]
 COLUMNS = """update iteration reference loss model_mse_winner model_mse_loser ref_mse_winner ref_mse_loser aaf_rate
-    winner_gain loser_gain winner_worse implicit_acc logit_p05 logit_p50 logit_p95 abs_logit_p50 grad_norm lr
+    winner_gain loser_gain winner_worse implicit_acc logit_p05 logit_p50 logit_p95 abs_logit_p50 grad_norm lr beta
     skipped_steps pairs_per_s peak_memory_gb seconds seconds_sampling seconds_training seconds_data seconds_evaluation
     seconds_grids seconds_pool seconds_checkpoints seconds_other""".split()
 PROMPTS = ["a handwritten one", "a red cat", "a photo of the sky"]

@@ -24,7 +24,7 @@ from seppo_fast.seeds import generator, normal
 
 
 def plain_loop(raw: dict[str, Any], cache: LatentCache) -> tuple[dict[str, Tensor], list[Tensor], list[float]]:
-    """Trained weights; by update the `(pairs, 7)` losses, MSEs, signs, logits, and the gradient norm."""
+    """Trained weights; by update the `(pairs, 8)` losses, MSEs, signs, logits, betas, and the gradient norm."""
     ours, size, method = raw["seppo"], raw["train_batch_size"], raw["seppo"].get("method", "seppo")
     seed, order = ours["seed"], Order(len(cache), ours["seed"])
     policy = UNet2DConditionModel.from_pretrained(ours["model"]["path"], subfolder="unet").train()
@@ -33,6 +33,7 @@ def plain_loop(raw: dict[str, Any], cache: LatentCache) -> tuple[dict[str, Tenso
     alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0).view(-1, 1, 1, 1)
     pool, tables, norms = [deepcopy(policy).eval()], [], []
     empty = cache.embeddings([0])["prompt_embeds"]
+    beta, mean, seen = 2000.0 if ours["beta"] == "auto" else ours["beta"], 0.0, 0
 
     for k in range(1, ours["iterations"] + 1):
         reference = pool[int(torch.randint(k, (), generator=generator(seed, "reference", k))) if method == "seppo" else 0]
@@ -57,12 +58,16 @@ def plain_loop(raw: dict[str, Any], cache: LatentCache) -> tuple[dict[str, Tenso
                     prompt = empty
                 target = a * noise - b * x if ddim.config.prediction_type == "v_prediction" else noise
                 batch = (a * x + b * noise, t, prompt.expand(len(x), -1, -1))
-                table.append(app_b2(target, policy(*batch).sample, reference, batch, ours["beta"], method))
+                table.append(app_b2(target, policy(*batch).sample, reference, batch, beta, method))
                 (table[-1][0] / size).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), raw["gradient_clipping"])))
             optimizer.step()
             optimizer.zero_grad()
             tables.append(torch.stack([pair.detach() for pair in table]))
+            margins = [abs(2 * float(logit) / beta) for logit in tables[-1][:, 6]] if method != "sft" else [0.0]
+            if ours["beta"] == "auto" and max(margins) > 0:  # else all are ties
+                mean, seen = 0.9 * mean + 0.1 * sum(margins) / size, seen + 1
+                beta = 2.77 * (1 - 0.9**seen) / mean
         pool.append(deepcopy(policy).eval())
     return policy.state_dict(), tables, norms
 
@@ -98,12 +103,13 @@ def app_b2(target: Tensor, model_pred: Tensor, ref_unet: torch.nn.Module, model_
     scale_term = -0.5 * beta_dpo
     inside_term = scale_term * (model_diff - ref_diff)
     loss = -1 * (F.logsigmoid(inside_term)).mean()
-    return torch.stack([loss, *model_losses, *ref_losses, sign[0], inside_term[0]])
+    return torch.stack([loss, *model_losses, *ref_losses, sign[0], inside_term[0], torch.tensor(beta_dpo)])
 
 
 # With a small window of slots an epoch (24 rows) ends within a run: 3 x 2 updates of 6 pairs.
 CASES: dict[str, dict[str, Any]] = {
     "seppo": {},
+    "seppo, beta auto": {"seppo.beta": "auto"},
     "seppo, v prediction, shared noise": {"v": True, "seppo.noise": "shared", "seppo.sampler.batch_size": 5},
     "dpo": {"seppo.method": "dpo"},
     "sft": {"seppo.method": "sft", "seppo.caption_dropout": 0.5, "seppo.data.posterior": "mean"},
@@ -138,6 +144,7 @@ def test_run_equals_plain_loop(case: str, settings: Callable[..., dict[str, Any]
             expected |= dict(zip(names, table[:, 1:5].mean(0), strict=True))
             expected |= {"aaf_rate": (table[:, 5] == -1).float().mean(), "implicit_acc": (table[:, 6] > 0).float().mean()}
             expected |= {f"logit_p{q:02}": table[:, 6].quantile(q / 100) for q in (5, 50, 95)}
+            expected |= {"beta": table[0, 7]}
             gains = [table[:, 3] - table[:, 1], table[:, 4] - table[:, 2]]
             expected |= {"winner_gain": gains[0].mean(), "loser_gain": gains[1].mean()}
             assert row["winner_worse"] == pytest.approx(sum(gain < -1e-6 for gain in gains[0].tolist()) / len(gains[0]), abs=0.17)
