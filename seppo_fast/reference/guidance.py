@@ -33,12 +33,13 @@ def guided(model: Model, scale: float, conditions: Iterable[str], label: str = "
 
     Policy and reference are trained with the same `denoise`. `label` is what messages call the scale.
     """
+    denoise: Callable[..., Tensor] = model.denoise
     if model.embeds_guidance:
-        return partial(model.denoise, guidance=scale), (Branch(1.0),)
+        return partial(denoise, guidance=scale), (Branch(1.0),)
     if not model.guidance and scale != 1:
         raise UserError(f"{label}: {scale:g} has no effect on {model.path}: it was distilled from a guided model and has no"
                         " guidance embedding (guidance_embeds); set it to 1")
-    return model.denoise, classifier_free(scale, conditions)
+    return denoise, classifier_free(scale, conditions)
 
 
 def double(text_scale: float, image_scale: float, conditions: Iterable[str]) -> Branches:

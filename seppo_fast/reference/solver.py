@@ -36,11 +36,11 @@ SOLVERS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {"thresholding": False}),
     "euler": (EulerDiscreteScheduler, {}),
 }
-FLOW_SETTINGS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW_SETTINGS: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 FLOW_SOLVERS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "euler": (FlowMatchEulerDiscreteScheduler, {}),
-    "dpmsolver++": (DPMSolverMultistepScheduler, FLOW_SETTINGS | SOLVERS["dpmsolver++"][1]),
-    "unipc": (UniPCMultistepScheduler, FLOW_SETTINGS | SOLVERS["unipc"][1]),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {**FLOW_SETTINGS, **SOLVERS["dpmsolver++"][1]}),
+    "unipc": (UniPCMultistepScheduler, {**FLOW_SETTINGS, **SOLVERS["unipc"][1]}),
 }
 ZERO_SNR = " (it does not know rescale_betas_zero_snr)"
 
