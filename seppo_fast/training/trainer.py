@@ -246,7 +246,7 @@ class Trainer:
         everyone = self.ranks.gather(torch.tensor([own], dtype=torch.double))
         wall, *parts, _ = everyone.mean(dim=0).tolist()
         row = {"update": self.state.update, "iteration": k, "reference": None if self.reference is None else self.reference.index,
-               **summarise(table, self.settings.flips), **image_weight_norm(self.engine),
+               **summarise(table, self.settings.flips, self.settings.sft_weight), **image_weight_norm(self.engine),
                "grad_norm": done.grad_norm, "lr": done.lr,
                "skipped_steps": self.state.skipped,
                "pairs_per_s": round(self.batch.size / max(wall, 1e-9), 3),
