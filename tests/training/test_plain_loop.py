@@ -81,7 +81,7 @@ def guided_sample(unet: UNet2DConditionModel, ddim: DDIMScheduler, latents: Tens
 
 def app_b2(target: Tensor, model_pred: Tensor, ref_unet: torch.nn.Module, model_batch_args: tuple, beta_dpo: float,
            train_method: str, sft_weight: float) -> Tensor:
-    """The paper's App. B.2, line by line, for one pair; Diffusion-DPO is the same with the sign fixed. Then the winner's own error."""
+    """The paper's App. B.2, line by line, for one pair, and the winner's own error; Diffusion-DPO has the sign fixed."""
     if train_method == "sft":
         return F.mse_loss(model_pred.float(), target.float(), reduction="mean")[None]
     model_losses = (model_pred - target).pow(2).mean(dim=[1, 2, 3])
