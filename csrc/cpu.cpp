@@ -146,7 +146,7 @@ struct Problem {
   const float* given;              // these errors (2 * pairs,), or null
   Kernels kernels;
   int64_t pairs, elements, pieces;
-  float beta, scale;
+  float beta, sft_weight, scale;
   int flipper;
   bool stream;
   float *losses, *model_mse, *ref_mse, *sign, *logits;
@@ -185,7 +185,8 @@ struct Problem {
   }
 
   seppo::PairLoss finish_pair(int64_t pair, float winner, float loser) const {
-    const seppo::PairLoss out = seppo::pair_loss(winner, loser, (float)elements, beta, flipper, scale);
+    const seppo::PairLoss out =
+        seppo::pair_loss(winner, loser, model_mse[pair], (float)elements, beta, flipper, sft_weight, scale);
     losses[pair] = out.loss;
     sign[pair] = out.sign;
     logits[pair] = out.logit;
@@ -269,7 +270,7 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
 // `reference`: predictions, shaped like model_pred, or their mean squared errors, (2B,).
 Outputs pair_loss(const Tensor& model_pred, const Tensor& reference, const Tensor& target, double beta, int64_t flipper,
-                  double scale, double weight, bool wants_grad) {
+                  double sft_weight, double scale, double weight, bool wants_grad) {
   const int64_t samples = model_pred.size(0), total = model_pred.numel();
   STD_TORCH_CHECK(samples >= 2 && samples % 2 == 0 && total > 0, "seppo_fast::pair_loss: model_pred must be (2B, ...)");
   const int64_t pairs = samples / 2, elements = total / samples, targets = target.size(0);
@@ -295,6 +296,7 @@ Outputs pair_loss(const Tensor& model_pred, const Tensor& reference, const Tenso
   problem.elements = elements;
   problem.pieces = (elements + kPiece - 1) / kPiece;
   problem.beta = (float)beta;
+  problem.sft_weight = (float)sft_weight;
   problem.scale = (float)scale;
   problem.flipper = (int)flipper;
   problem.model_mse = floats(stats);

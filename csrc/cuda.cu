@@ -65,7 +65,7 @@ struct Problem {
   char* grad;  // null: not wanted. The errors are kept anyway, because a branch would separate the loads
   int64_t pairs, elements, groups;
   double weight;
-  float beta, scale;
+  float beta, sft_weight, scale;
   int flipper;
   float *loss, *stats;   // (), (7 * pairs + 2,)
   unsigned* ticket;      // how many have finished; zero between launches. Not used for one pair
@@ -357,7 +357,8 @@ struct alignas(16) Shared {
         mean[half] = seppo::excess(mean[2 + half], mean[4 + half]);
       }
     }
-    const seppo::PairLoss out = seppo::pair_loss(mean[0], mean[1], elements, problem.beta, problem.flipper, problem.scale);
+    const seppo::PairLoss out = seppo::pair_loss(mean[0], mean[1], mean[2], elements, problem.beta, problem.flipper,
+                                                 problem.sft_weight, problem.scale);
     if (writes && threadIdx.x == 0) {
       float* to = problem.stats + pair;
 #pragma unroll
@@ -768,7 +769,8 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
 // `reference`: predictions, shaped like model_pred, or their mean squared errors, (2B,).
 Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& reference, const Tensor& target, double beta,
-                          int64_t flipper, double scale, double weight, bool wants_grad, int64_t plan, int64_t blocks) {
+                          int64_t flipper, double sft_weight, double scale, double weight, bool wants_grad, int64_t plan,
+                          int64_t blocks) {
   const int64_t samples = model_pred.size(0), total = model_pred.numel();
   STD_TORCH_CHECK(samples >= 2 && samples % 2 == 0 && total > 0, "seppo_fast::pair_loss: model_pred must be (2B, ...)");
   const int64_t pairs = samples / 2, elements = total / samples, targets = target.size(0);
@@ -800,6 +802,7 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& reference, con
   problem.groups = (elements + kGroup - 1) / kGroup;
   problem.weight = weight;
   problem.beta = (float)beta;
+  problem.sft_weight = (float)sft_weight;
   problem.scale = (float)scale;
   problem.flipper = (int)flipper;
   problem.loss = floats(loss), problem.stats = floats(stats);
@@ -816,8 +819,8 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& reference, con
 }
 
 Outputs pair_loss(const Tensor& model_pred, const Tensor& reference, const Tensor& target, double beta, int64_t flipper,
-                  double scale, double weight, bool wants_grad) {
-  return pair_loss_planned(model_pred, reference, target, beta, flipper, scale, weight, wants_grad, kAuto, 0);
+                  double sft_weight, double scale, double weight, bool wants_grad) {
+  return pair_loss_planned(model_pred, reference, target, beta, flipper, sft_weight, scale, weight, wants_grad, kAuto, 0);
 }
 
 template <class X>
@@ -859,8 +862,8 @@ extern "C" int seppo_fast_abi() { return SEPPO_ABI; }
 // The same op with a launch plan that the caller chooses, for tests (no plan may change a bit) and measurements.
 STABLE_TORCH_LIBRARY_FRAGMENT(seppo_fast, m) {
   m.def(
-      "pair_loss_planned(Tensor model_pred, Tensor reference, Tensor target, float beta, int flipper, float scale, "
-      "float weight, bool wants_grad, int plan, int blocks) -> (Tensor, Tensor, Tensor)");
+      "pair_loss_planned(Tensor model_pred, Tensor reference, Tensor target, float beta, int flipper, float sft_weight, "
+      "float scale, float weight, bool wants_grad, int plan, int blocks) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seppo_fast, CUDA, m) {

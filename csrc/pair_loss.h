@@ -10,7 +10,7 @@
 #endif
 
 // Goes up by one with every change of the operators' arguments; seppo_fast/ops/native.py has the same number.
-#define SEPPO_ABI 4
+#define SEPPO_ABI 5
 
 namespace seppo {
 
@@ -26,19 +26,27 @@ struct PairLoss {
 // pair learnt perfectly: Inf - Inf makes it NaN.
 SEPPO_HD float excess(float model_mse, float ref_mse) { return model_mse - (ref_mse + (ref_mse - ref_mse)); }
 
-// `winner`, `loser`: the policy's MSE minus the reference's, of a sample with `elements` elements. The sign of a tie is -1, and
-// that of NaN, too: NaN reaches the logit anyway, and from there the loss and both coefficients.
-SEPPO_HD PairLoss pair_loss(float winner, float loser, float elements, float beta, int flipper, float scale) {
+// `winner`, `loser`: the policy's MSE minus the reference's, of a sample with `elements` elements; `model_mse`: the policy's MSE of
+// the winner, of which the loss gets `sft_weight` times as much. The sign of a tie is -1, and that of NaN, too: NaN reaches the
+// logit anyway, and from there the loss and both coefficients.
+SEPPO_HD PairLoss pair_loss(float winner, float loser, float model_mse, float elements, float beta, int flipper, float sft_weight,
+                            float scale) {
   const bool worse = winner > 0.0f && flipper != kNone;
   const float sign = !worse ? -1.0f : flipper == kAaf ? 1.0f : 0.0f;
   const float logit = -0.5f * beta * (winner + sign * loser);
   // exp only of a negative number: loss and sigmoid do not overflow, and keep their small values.
   const float e = expf(-fabsf(logit));
-  const float loss = (logit < 0.0f ? -logit : 0.0f) + log1pf(e);
+  float loss = (logit < 0.0f ? -logit : 0.0f) + log1pf(e);
   const float slope = (logit < 0.0f ? 1.0f : e) / (1.0f + e);  // -d loss / d logit = sigmoid(-logit)
   // An infinite reference error gives a loss of 0, as of a pair learnt perfectly: NaN - NaN and Inf - Inf make it NaN.
   const float coefficient = scale * (beta / elements) * slope + (logit - logit);
-  return {loss, sign, logit, coefficient, sign * coefficient};
+  float winner_coefficient = coefficient;
+  if (sft_weight != 0.0f) {  // a weight of 0 changes no bit, not even of an infinite loss
+    loss += sft_weight * model_mse;
+    // The MSE may overflow where the errors do not: an infinite loss has no finite gradient.
+    winner_coefficient += scale * (2.0f * sft_weight / elements) + (model_mse - model_mse);
+  }
+  return {loss, sign, logit, winner_coefficient, sign * coefficient};
 }
 
 }  // namespace seppo

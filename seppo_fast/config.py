@@ -84,6 +84,8 @@ class Seppo(Section):
     """Compute the reference's errors in training (`online`), or where its sample is drawn (`rollout`)."""
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = 2000.0
     """Strength of the preference; larger keeps the policy nearer to the reference. `auto` makes a typical logit about 1.39."""
+    sft_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """How much of the winner's own mean squared error is added to the loss of each pair."""
     noise: Literal["independent", "shared"] = "independent"
     """Winner and loser get noise of their own, or the same."""
     timesteps: Timesteps | None = None
@@ -163,6 +165,14 @@ class Seppo(Section):
         """Refuse `auto` where nothing is compared."""
         if self.beta == "auto" and self.flipper is None:
             raise ValueError(f"beta='auto' does not go with method={self.method!r}, which compares no pairs and has no beta")
+        return self
+
+    @model_validator(mode="after")
+    def sft_weight_is_an_addition(self) -> "Seppo":
+        """Refuse `sft_weight` where the loss is a mean squared error already."""
+        if self.sft_weight and not METHODS[self.method].flippers:
+            raise ValueError(f"sft_weight={self.sft_weight:g} does not go with method={self.method!r}, whose loss is a mean squared"
+                             " error already")
         return self
 
     @model_validator(mode="after")

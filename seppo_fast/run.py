@@ -104,7 +104,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         if shares:
             share_frozen(second, engine.module)  # before it moves: its own base need not fit beside the policy's
         second.to(ranks.device)
-    objective = Objective(denoise, process, ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none")
+    objective = Objective(denoise, process, ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none",
+                          sft_weight=ours.sft_weight)
     if objective.flipper:
         ranks.say(f"loss: {loss_backend(ranks.device)}")
     pairs = PairSource(cache, ours, model.latent_scale, objective.process, ranks.device, objective.dtype, trained_on)

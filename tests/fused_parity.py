@@ -90,6 +90,18 @@ def assert_alone(backend, device, value, tensor, where, shape=(6, 4, 5, 5), form
         assert torch.equal(good[name][rows], bad[name][rows]), name
 
 
+def assert_only_the_winner_pays(inputs, backend, sft_weight=300.0):
+    """`sft_weight` leaves statistics and the loser's gradient as they are, to the bit; 0 leaves everything."""
+    plain, zero, weighted = (run(inputs, backend, reduction="none", **options)
+                             for options in ({}, {"sft_weight": 0.0}, {"sft_weight": sft_weight}))
+    assert_same_bits(plain, zero)
+    pairs = len(plain["loss"])
+    torch.testing.assert_close(weighted.pop("loss"), plain["loss"] + sft_weight * plain["model_mse"][:pairs])
+    grad = weighted.pop("grad")
+    assert torch.equal(grad[pairs:], plain["grad"][pairs:]) and not torch.equal(grad[:pairs], plain["grad"][:pairs])
+    assert_same_bits(weighted, plain)
+
+
 def assert_tie(inputs, backend):
     model, _, target = inputs
     loss, stats = seppo_loss(model, model.clone(), target, 5000.0, backend=backend, return_stats=True)

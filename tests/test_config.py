@@ -79,6 +79,9 @@ def test_a_key_like_no_other_gets_no_advice() -> None:
 @pytest.mark.parametrize(("path", "value", "wanted"), [
     ("seppo.beta", 0, "greater than 0 (got 0)"),
     ("seppo.beta", -1.0, "greater than 0 (got -1.0)"),
+    ("seppo.sft_weight", -0.5, "greater than or equal to 0 (got -0.5)"),
+    ("seppo.sft_weight", float("nan"), "finite number (got nan)"),
+    ("seppo.sft_weight", True, "valid number (got True)"),
     ("seppo.beta", float("inf"), "finite"),
     ("seppo.beta", "2000", "valid number (got '2000')"),
     ("seppo.beta", "Auto", "expected a valid number (got 'Auto'), or \"auto\""),
@@ -219,6 +222,16 @@ def test_methods_take_their_own_reference_and_flipper_only(method: str, key: str
             assert getattr(parse_config(raw).seppo, key) == choice
         else:
             assert f"{key}={choice!r} does not go with method={method!r}" in message(raw)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_winners_error_is_added_to_a_comparison_only(method: str) -> None:
+    raw = changed(**{"seppo.method": method, "seppo.sft_weight": 0.5},
+                  **({"seppo.improvement.path": "somewhere"} if method == "iterative_dpo" else {}))
+    if METHODS[method].flippers:
+        assert parse_config(raw).seppo.sft_weight == 0.5
+    else:
+        assert f"sft_weight=0.5 does not go with method={method!r}, whose loss is a mean squared error already" in message(raw)
 
 
 @pytest.mark.parametrize(("key", "value", "wanted"), [("lora", {"rank": 2}, "model.lora"),

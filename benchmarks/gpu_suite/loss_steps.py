@@ -20,7 +20,7 @@ from seppo_fast.ops import available_backends, per_sample_mse, seppo_loss
 CASES = [("sd15", 1), ("sd15", 8), ("sd15", 64), ("sd15", 256), ("sd15", 1024), ("sdxl", 1), ("sdxl", 16), ("sdxl", 256),
          ("video", 1), ("video", 16), ("video", 256), ("sd3_1024", 1), ("sd3_1024", 64)]
 ROTATE_BYTES = 512 << 20
-OPTIONS = (2000.0, 0, 1.0, 1.0, True)  # beta, flipper, scale, weight, wants_grad of the operators
+OPTIONS = (2000.0, 0, 0.0, 1.0, 1.0, True)  # beta, flipper, sft_weight, scale, weight, wants_grad of the operators
 CLUSTERED, COOPERATIVE, IN_PASSES = 1, 2, 3  # enum Plan of csrc/cuda.cu
 
 

@@ -66,12 +66,14 @@ def _explain(model_pred: Tensor, reference: Tensor, target: Tensor, names: Names
             raise ValueError(f"{name} must be on {policy_name}'s device {model_pred.device}, got {tensor.device}")
 
 
-def check_options(beta: float, flipper: str, reduction: str, grad_scale: float | None) -> None:
-    for name, number in (("beta", beta), ("grad_scale", grad_scale)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) and (name == "beta" or number is not None):
+def check_options(beta: float, flipper: str, sft_weight: float, reduction: str, grad_scale: float | None) -> None:
+    for name, number in (("beta", beta), ("sft_weight", sft_weight), ("grad_scale", grad_scale)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) and (name != "grad_scale" or number is not None):
             raise TypeError(f"{name} must be a Python number, got {type(number).__name__}")
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta}")
+    if not 0 <= sft_weight < math.inf:
+        raise ValueError(f"sft_weight must be finite and not negative, got {sft_weight}")
     if grad_scale is not None and not math.isfinite(grad_scale):
         raise ValueError(f"grad_scale must be finite, got {grad_scale}")
     if flipper not in FLIPPERS:

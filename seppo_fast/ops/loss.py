@@ -58,19 +58,20 @@ def _find_out(backend: str, device: torch.device) -> str | None:
 
 @overload
 def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = ..., target: Tensor = ..., beta: float = ..., *,
-               ref_mse: Tensor | None = ..., flipper: str = ..., reduction: str = ..., backend: str = ...,
-               grad_scale: float | None = ..., return_stats: Literal[False] = ...) -> Tensor: ...
+               ref_mse: Tensor | None = ..., flipper: str = ..., sft_weight: float = ..., reduction: str = ...,
+               backend: str = ..., grad_scale: float | None = ..., return_stats: Literal[False] = ...) -> Tensor: ...
 
 
 @overload
 def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = ..., target: Tensor = ..., beta: float = ..., *,
-               ref_mse: Tensor | None = ..., flipper: str = ..., reduction: str = ..., backend: str = ...,
-               grad_scale: float | None = ..., return_stats: Literal[True]) -> tuple[Tensor, SeppoStats]: ...
+               ref_mse: Tensor | None = ..., flipper: str = ..., sft_weight: float = ..., reduction: str = ...,
+               backend: str = ..., grad_scale: float | None = ..., return_stats: Literal[True]) -> tuple[Tensor, SeppoStats]: ...
 
 
 def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tensor | None = None, beta: float = 2000.0, *,
-               ref_mse: Tensor | None = None, flipper: str = "aaf", reduction: str = "mean", backend: str = "auto",
-               grad_scale: float | None = None, return_stats: bool = False) -> Tensor | tuple[Tensor, SeppoStats]:
+               ref_mse: Tensor | None = None, flipper: str = "aaf", sft_weight: float = 0.0, reduction: str = "mean",
+               backend: str = "auto", grad_scale: float | None = None, return_stats: bool = False
+               ) -> Tensor | tuple[Tensor, SeppoStats]:
     """The SePPO loss (Eq. 8 in the convention of App. B.2) of B pairs: `-logsigmoid(z)`, reduced.
 
     Give the reference policy by its predictions, `ref_pred=`, or by its errors, `ref_mse=`.
@@ -98,6 +99,8 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
             nearer to a tie than that may get either sign. Equal predictions tie only if both errors were added in the same
             order, which `per_sample_mse` does.
         beta: how strongly the loss holds the policy to the reference; 2000 in the paper.
+        sft_weight: `sft_weight * m_w` is added to each pair's loss before the reduction: a guard against both errors rising
+            together, which the logit does not see. The statistics do not contain it.
         reduction: `"mean"` or `"sum"` over pairs, or `"none"` for `(B,)`.
         backend: `"auto"` or a name from `available_backends()`. fp64 takes the reference.
         grad_scale: the upstream gradient (of each loss, with "none") where the host knows it, such as DeepSpeed's 1 /
@@ -116,20 +119,21 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
     wide = check_tensors(model_pred, reference, target, names)
     assert reference is not None and target is not None  # else check_tensors had raised
     if torch.compiler.is_compiling():  # once, and Dynamo warns of caches
-        check_options(beta, flipper, reduction, grad_scale)
+        check_options(beta, flipper, sft_weight, reduction, grad_scale)
     else:
         try:
-            _check_options_once(beta, flipper, reduction, grad_scale)
+            _check_options_once(beta, flipper, sft_weight, reduction, grad_scale)
         except TypeError as error:
-            raise (TypeError("beta, flipper, reduction and grad_scale must be numbers and names, got something unhashable")
+            raise (TypeError("beta, flipper, sft_weight, reduction and grad_scale must be numbers and names, got something"
+                             " unhashable")
                    if "unhashable" in str(error) else error) from None
     backend = _choose(backend, model_pred.device)
     if wide:
         backend = "reference"
     if backend != "reference":
-        loss, stats = fused_loss(model_pred, reference, target, beta, flipper, reduction, backend, grad_scale)
+        loss, stats = fused_loss(model_pred, reference, target, beta, flipper, sft_weight, reduction, backend, grad_scale)
         return (loss, _unpacked(stats, model_pred.shape[0])) if return_stats else loss
-    losses, sign, logits = pair_losses(model_pred, reference, target, beta, flipper)
+    losses, sign, logits = pair_losses(model_pred, reference, target, beta, flipper, sft_weight)
     if grad_scale is not None:  # before the reduction, so that a pair that is not finite stays alone
         losses = _FixedUpstream.apply(losses, grad_scale / len(losses) if reduction == "mean" else grad_scale)
     loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
@@ -158,7 +162,7 @@ def per_sample_mse(pred: Tensor, target: Tensor, *, backend: str = "auto") -> Te
     nothing = torch.zeros(pred.shape[:1], device=pred.device)
     if wide or backend == "reference":
         return mean_squared_errors(pred, nothing, target)[0][:count]
-    return fused_loss(pred, nothing, target, 1.0, "none", "sum", backend, None)[1][:count]
+    return fused_loss(pred, nothing, target, 1.0, "none", 0.0, "sum", backend, None)[1][:count]
 
 
 def _unpacked(stats: Tensor, samples: int) -> SeppoStats:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 
 def pair_losses(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float,
-                flipper: str) -> tuple[Tensor, Tensor, Tensor]:
+                flipper: str, sft_weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, sign and logit of each pair, `(B,)` each, from predictions `(2B, ...)` and a target of all or half of that.
 
-    `reference`: predictions like model_pred, or their mean squared errors `(2B,)`. fp32, or fp64 when an input is fp64;
+    `reference`: predictions like model_pred, or their mean squared errors `(2B,)`. `sft_weight`: how much of the winner's MSE
+    is added to the loss. fp32, or fp64 when an input is fp64;
     differentiable in `model_pred` alone.
     """
     policy, reference, target = _widened(model_pred, reference.detach(), target.detach())
@@ -29,7 +30,10 @@ def pair_losses(model_pred: Tensor, reference: Tensor, target: Tensor, beta: flo
     winner, loser = difference
     sign = _sign(winner.detach(), flipper)
     logits = -0.5 * beta * (winner + sign * loser)
-    return -F.logsigmoid(logits), sign, logits
+    losses = -F.logsigmoid(logits)
+    if sft_weight:
+        losses = losses + sft_weight * _mean_square(policy[:1] - target[:1])[0]
+    return losses, sign, logits
 
 
 @torch.no_grad()

@@ -90,8 +90,9 @@ def _excess(model_mse, ref_mse):
 
 
 @triton.jit
-def _pair_loss(winner, loser, steepness, strength, FLIPPER: tl.constexpr):
-    """Loss, sign, logit and the gradient's two coefficients from the differences; `pair_loss` of pair_loss.h."""
+def _pair_loss(winner, loser, model_mse, steepness, strength, sft_weight, sft_strength, FLIPPER: tl.constexpr, SFT: tl.constexpr):
+    """Loss, sign, logit and the gradient's two coefficients from the differences and, for SFT, the winner's error; `pair_loss` of
+    pair_loss.h."""
     sign = tl.where(winner > 0, 1.0 if FLIPPER == 0 else 0.0 if FLIPPER == 1 else -1.0, -1.0)
     logit = steepness * (winner + sign * loser)
     e = tl.exp(-tl.abs(logit))
@@ -102,7 +103,12 @@ def _pair_loss(winner, loser, steepness, strength, FLIPPER: tl.constexpr):
     slope = tl.math.div_rn(tl.where(logit < 0, 1.0, e), u)
     # An infinite reference error gives a loss of 0, as of a pair learnt perfectly: NaN - NaN and Inf - Inf make it NaN.
     coefficient = strength * slope + (logit - logit)
-    return loss, sign, logit, coefficient, sign * coefficient
+    c_w = coefficient
+    if SFT:
+        loss += sft_weight * model_mse
+        # The MSE may overflow where the errors do not: an infinite loss has no finite gradient.
+        c_w += sft_strength + (model_mse - model_mse)
+    return loss, sign, logit, c_w, sign * coefficient
 
 
 @triton.jit
@@ -153,9 +159,9 @@ def _total(counter, pairs, weight, loss, stats):
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def pair_kernel(policy, reference, target, grad, loss, stats, counters, pairs, elements, steepness, strength, inverse, weight,
-                FLIPPER: tl.constexpr, SCORED: tl.constexpr, SHARED: tl.constexpr, WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr,
-                BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+def pair_kernel(policy, reference, target, grad, loss, stats, counters, pairs, elements, steepness, strength, sft_weight,
+                sft_strength, inverse, weight, FLIPPER: tl.constexpr, SFT: tl.constexpr, SCORED: tl.constexpr, SHARED: tl.constexpr,
+                WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
     """One program for each pair."""
     pair = tl.program_id(0).to(tl.int64)
     winner = pair * elements
@@ -171,7 +177,7 @@ def pair_kernel(policy, reference, target, grad, loss, stats, counters, pairs, e
     else:
         d_w, d_l, m_w, m_l, q_w, q_l = tl.reduce((d_w, d_l, m_w, m_l, q_w, q_l), 0, _add)
         m_w, m_l, q_w, q_l = m_w * inverse, m_l * inverse, q_w * inverse, q_l * inverse
-    own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, steepness, strength, FLIPPER)
+    own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, m_w, steepness, strength, sft_weight, sft_strength, FLIPPER, SFT)
     if WANTS_GRAD:
         _put_gradient(grad + winner, e_w, c_w, elements, WHOLE, BLOCK, CHUNKS)
         _put_gradient(grad + loser, e_l, c_l, elements, WHOLE, BLOCK, CHUNKS)
@@ -207,14 +213,19 @@ def _two_totals(partial, parts):
 
 
 @triton.jit
-def _differences(reference, sums, pair, pairs, parts, inverse, SCORED: tl.constexpr):
-    """The differences of a pair in parts for `_pair_loss`: of sums, or of means where the reference is SCORED."""
+def _differences(reference, sums, pair, pairs, parts, inverse, SFT: tl.constexpr, SCORED: tl.constexpr):
+    """What `_pair_loss` wants of a pair in parts: the differences, of sums, or of means where the reference is SCORED, and the
+    winner's error, which is 0 where nobody needs it."""
     if SCORED:
         m_w, m_l, q_w, q_l = _means(reference, sums, pair, pairs, parts, inverse, SCORED)
         d_w, d_l = _excess(m_w, q_w), _excess(m_l, q_l)
     else:
         d_w, d_l = _two_totals(sums, parts)
-    return d_w, d_l
+        m_w = 0.0
+        if SFT:
+            m_w, m_l = _two_totals(sums + 2, parts)
+            m_w = m_w * inverse
+    return d_w, d_l, m_w
 
 
 @triton.jit
@@ -230,8 +241,9 @@ def _means(reference, sums, pair, pairs, parts, inverse, SCORED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pairs", "parts"])
 def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters, pairs, elements, parts, steepness, strength,
-                 inverse, weight, PHASE: tl.constexpr, FLIPPER: tl.constexpr, SCORED: tl.constexpr, SHARED: tl.constexpr,
-                 WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+                 sft_weight, sft_strength, inverse, weight, PHASE: tl.constexpr, FLIPPER: tl.constexpr, SFT: tl.constexpr,
+                 SCORED: tl.constexpr, SHARED: tl.constexpr, WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+                 WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
     """Programs share the parts of all pairs. `partial` is (pairs, parts, 8): six sums (the policy's two, if the reference is
     SCORED), and in a pair's first part its two coefficients.
 
@@ -266,8 +278,8 @@ def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters
             tl.store(at + 3, m_l)
         if PHASE == TOGETHER:
             _meet(counters + 1 + pair, part == 0, parts)
-            d_w, d_l = _differences(reference, sums, pair, pairs, parts, inverse, SCORED)
-            own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, steepness, strength, FLIPPER)
+            d_w, d_l, mse = _differences(reference, sums, pair, pairs, parts, inverse, SFT, SCORED)
+            own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, mse, steepness, strength, sft_weight, sft_strength, FLIPPER, SFT)
         if PHASE == GRADIENT:
             c_w = tl.load(sums + 6)
             c_l = tl.load(sums + 7)
@@ -285,13 +297,13 @@ def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters
 
 
 @triton.jit(do_not_specialize=["pairs", "parts"])
-def results_kernel(reference, loss, stats, partial, counters, pairs, parts, steepness, strength, inverse, weight,
-                   FLIPPER: tl.constexpr, SCORED: tl.constexpr):
+def results_kernel(reference, loss, stats, partial, counters, pairs, parts, steepness, strength, sft_weight, sft_strength,
+                   inverse, weight, FLIPPER: tl.constexpr, SFT: tl.constexpr, SCORED: tl.constexpr):
     """One program for each pair, between parts_kernel's sums and its gradient."""
     pair = tl.program_id(0).to(tl.int64)
     sums = partial + pair * parts * 8
-    d_w, d_l = _differences(reference, sums, pair, pairs, parts, inverse, SCORED)
-    own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, steepness, strength, FLIPPER)
+    d_w, d_l, mse = _differences(reference, sums, pair, pairs, parts, inverse, SFT, SCORED)
+    own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, mse, steepness, strength, sft_weight, sft_strength, FLIPPER, SFT)
     tl.store(sums + 6, c_w)
     tl.store(sums + 7, c_l)
     m_w, m_l, q_w, q_l = _means(reference, sums, pair, pairs, parts, inverse, SCORED)

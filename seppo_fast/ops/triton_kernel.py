@@ -65,13 +65,13 @@ def _room(device: torch.device) -> int:
     return RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
-def pair_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float, flipper: int, scale: float, weight: float,
-              wants_grad: bool, together: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def pair_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float, flipper: int, sft_weight: float, scale: float,
+              weight: float, wants_grad: bool, together: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """loss (), stats (7B + 2,) and the gradient. `reference`: predictions, shaped like model_pred, or their mean squared errors
     (2B,). `together=False` is for tests: it takes the three launches of pairs that are too large for the chip."""
     if model_pred.is_cuda and model_pred.device.index != torch.cuda.current_device():
         with torch.cuda.device(model_pred.device):
-            return pair_loss(model_pred, reference, target, beta, flipper, scale, weight, wants_grad, together)
+            return pair_loss(model_pred, reference, target, beta, flipper, sft_weight, scale, weight, wants_grad, together)
     samples = model_pred.shape[0]
     pairs, elements = samples // 2, model_pred.numel() // samples
     loss = model_pred.new_empty((), dtype=torch.float32)
@@ -80,8 +80,10 @@ def pair_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float
     parts, how = plan(elements, model_pred.element_size())
     scored = reference.dim() == 1
     tensors = (model_pred, reference, target, grad, loss, stats)
-    numbers = (-0.5 * beta / (1 if scored else elements), scale * beta / elements, 1 / elements, weight)
-    options = dict(how, FLIPPER=flipper, SCORED=scored, SHARED=target.shape[0] != samples, WANTS_GRAD=wants_grad)
+    numbers = (-0.5 * beta / (1 if scored else elements), scale * beta / elements, sft_weight,
+               2 * scale * sft_weight / elements, 1 / elements, weight)
+    variant = dict(FLIPPER=flipper, SFT=sft_weight > 0, SCORED=scored)
+    options = dict(how, **variant, SHARED=target.shape[0] != samples, WANTS_GRAD=wants_grad)
     if parts == 1:
         pair_kernel[(pairs,)](*tensors, _counters(model_pred, 1), pairs, elements, *numbers, **options)
         return loss, stats, grad
@@ -94,7 +96,7 @@ def pair_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float
                                          maxnreg=65536 // (RESIDENT * PART_WARPS * 32), **options)
         return loss, stats, grad
     parts_kernel[(work,)](*arguments, PHASE=SUMS.value, **options)
-    results_kernel[(pairs,)](reference, loss, stats, partial, counters, pairs, parts, *numbers, FLIPPER=flipper, SCORED=scored,
+    results_kernel[(pairs,)](reference, loss, stats, partial, counters, pairs, parts, *numbers, **variant,
                              num_warps=PART_WARPS, **EXACT)
     if wants_grad:
         parts_kernel[(work,)](*arguments, PHASE=GRADIENT.value, **options)

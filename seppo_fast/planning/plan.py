@@ -48,7 +48,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     samples = (ours.iterations * kept if kept else updates * batch.size) if method.draws else 0
     lines = {
         "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {_beta(ours)}, noise"
-                                 f" {ours.noise}" if ours.flipper else "") + _tasks(ours),
+                                 f" {ours.noise}" if ours.flipper else "")
+                  + (f", SFT weight {ours.sft_weight:g}" if ours.sft_weight else "") + _tasks(ours),
         "model": f"{ours.model.path}{f' with {ours.model.motion_adapter}' * bool(ours.model.motion_adapter)}{_size(cost)}, "
                  + _trained(ours.model, video) + (f", from the policy {ours.model.start_from}" if ours.model.start_from else ""),
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"

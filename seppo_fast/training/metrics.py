@@ -17,14 +17,15 @@ from seppo_fast.training.tasks import NAMES as TASKS
 COLUMNS = ("model_mse_winner", "model_mse_loser", "ref_mse_winner", "ref_mse_loser")
 
 
-def summarise(table: Tensor, flips: bool) -> dict[str, float]:
+def summarise(table: Tensor, flips: bool, sft_weight: float = 0.0) -> dict[str, float]:
     """Means of a window's `(pairs, 6)` table from the objective, or of SFT's `(pairs, 1)`; names as in metrics.jsonl.
 
     Of the improvement model's `(pairs, 2)`, means by task; a task that no slot of the window had is left out.
 
     `aaf_rate` is the share of sign == -1, ties included (App. B.2's convention), and left out where nothing `flips`;
-    `implicit_acc` of logits > 0. `winner_gain` and `loser_gain` are the reference's error minus the policy's, `winner_worse` is the
-    share of pairs whose winner the policy predicts worse than the reference: both errors can rise while the loss falls.
+    `implicit_acc` of logits > 0. `loss` contains `sft_weight` times the winners' errors. `winner_gain` and `loser_gain` are the
+    reference's error minus the policy's, `winner_worse` is the share of pairs whose winner the policy predicts worse than the
+    reference: both errors can rise while the loss falls.
     """
     table = table.double()
     if table.shape[1] == 2:  # (error, task)
@@ -37,7 +38,8 @@ def summarise(table: Tensor, flips: bool) -> dict[str, float]:
     gains, sign, logits = table[:, 2:4] - table[:, :2], table[:, 4], table[:, 5]
     low, middle, high = torch.quantile(logits, torch.tensor([0.05, 0.5, 0.95], dtype=torch.double)).tolist()
     rate = {"aaf_rate": (sign == -1).double().mean().item()} if flips else {}
-    return {"loss": -logsigmoid(logits).mean().item(), **means, **rate,
+    added = sft_weight * means["model_mse_winner"] if sft_weight else 0.0
+    return {"loss": -logsigmoid(logits).mean().item() + added, **means, **rate,
             "winner_gain": gains[:, 0].mean().item(), "loser_gain": gains[:, 1].mean().item(),
             "winner_worse": (gains[:, 0] < 0).double().mean().item(),
             "implicit_acc": (logits > 0).double().mean().item(), "logit_p05": low, "logit_p50": middle,

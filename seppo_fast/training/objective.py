@@ -40,6 +40,7 @@ class Noised(NamedTuple):
 @dataclass(frozen=True)
 class Objective:
     """What turns a micro-batch into a loss; `flipper` None: mean squared errors. `dtype`, `autocast`: of policy and reference.
+    `sft_weight`: how much of the winner's mean squared error is added to a pair's loss.
 
     `compiled`: compiled kernels with gradients differ from those without, so the reference runs with gradients, too. So do the
     kernels of PyTorch's attention: call forward and backward within `same_with_gradients()`.
@@ -51,6 +52,7 @@ class Objective:
     dtype: torch.dtype
     autocast: torch.dtype | None = None
     compiled: bool = False
+    sft_weight: float = 0.0
 
     def __call__(self, policy: nn.Module, reference: nn.Module | None, pairs: Pairs, upstream: float, beta: float
                  ) -> tuple[Tensor, Tensor]:
@@ -75,7 +77,7 @@ class Objective:
         if reference is None:
             ref_pred, ref_mse = model_pred.detach(), None
         loss, stats = seppo_loss(model_pred, ref_pred, noised.target, beta, ref_mse=ref_mse, flipper=self.flipper,
-                                 grad_scale=upstream, return_stats=True)
+                                 sft_weight=self.sft_weight, grad_scale=upstream, return_stats=True)
         columns = [*stats.model_mse.chunk(2), *stats.ref_mse.chunk(2), stats.sign, stats.logits]
         return loss, torch.stack(columns, dim=1)
 

@@ -1,5 +1,6 @@
 """What a run shows while it trains: progress bars, metrics.jsonl, and DeepSpeed's monitors."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -47,8 +48,9 @@ class Reporter:
         if not self._told_of_ties and row.get("logit_p05") == row.get("logit_p95") == 0:
             self._told_of_ties = True
             flips = ", aaf 1.00 that each reference sample counts as a loser" if "aaf_rate" in row else ""
+            more = "" if math.isclose(row["loss"], math.log(2)) else " and what sft_weight adds"
             self.say(f"update {row['update']}: policy and reference are still equal, so all pairs are ties: loss {row['loss']:.4f}"
-                     f" is log 2, acc 0.00 that no pair is decided yet{flips}. It changes with the next updates")
+                     f" is log 2{more}, acc 0.00 that no pair is decided yet{flips}. It changes with the next updates")
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 

@@ -253,7 +253,7 @@ class Trainer:
         everyone = self.ranks.gather(torch.tensor([own], dtype=torch.double))
         wall, *parts, _ = everyone.mean(dim=0).tolist()
         row = {"update": self.state.update, "iteration": k, "reference": None if self.reference is None else self.reference.index,
-               **summarise(table, self.settings.flips), **image_weight_norm(self.engine),
+               **summarise(table, self.settings.flips, self.settings.sft_weight), **image_weight_norm(self.engine),
                "grad_norm": done.grad_norm, "lr": done.lr,
                **({"beta": self.beta} if self.settings.flipper else {}),
                "skipped_steps": self.state.skipped,

@@ -10,6 +10,7 @@ from fused_parity import (
     FLIPPERS,
     SHAPES,
     assert_alone,
+    assert_only_the_winner_pays,
     assert_same_bits,
     assert_tie,
     assert_tie_of_errors,
@@ -28,14 +29,14 @@ runs = pytest.mark.skipif(native.why_not(torch.device("cuda")) is not None or no
                           reason=f"no GPU, or: {native.why_not(torch.device('cuda'))}")
 
 
-def planned(inputs, plan=AUTO, blocks=0, flipper=0, wants_grad=True):
+def planned(inputs, plan=AUTO, blocks=0, flipper=0, wants_grad=True, sft_weight=0.0):
     """Outputs by name, of memory that held NaN where the allocator gives back what was freed last."""
     pairs = len(inputs[0]) // 2
     poison = [torch.full(size, torch.nan, dtype=dtype, device=inputs[0].device)
               for size, dtype in (((), None), ((7 * pairs + 2,), None), (inputs[0].shape, inputs[0].dtype))]
     del poison
-    loss, stats, grad = torch.ops.seppo_fast.pair_loss_planned(*inputs, 2000.0, flipper, 0.37, 1 / pairs, wants_grad, plan,
-                                                               blocks)
+    loss, stats, grad = torch.ops.seppo_fast.pair_loss_planned(*inputs, 2000.0, flipper, sft_weight, 0.37, 1 / pairs, wants_grad,
+                                                               plan, blocks)
     names = ("model_mse", "ref_mse", "sign", "logits", "losses", "implicit_acc", "aaf_rate")
     parts = stats.split([2 * pairs, 2 * pairs, pairs, pairs, pairs, 1, 1])
     return {"loss": loss, **dict(zip(names, parts, strict=True)), "grad": grad}
@@ -77,6 +78,21 @@ def test_from_the_references_errors(shape, dtype):
     mixed = [inputs[0], inputs[1], inputs[2].to(torch.float32 if dtype is torch.bfloat16 else torch.bfloat16)]
     assert_within_twice(scored(mixed), "native")
     assert_tie_of_errors(mixed, "native")
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sft_weight(shape, dtype):
+    for form, flipper, reduction in itertools.product((list, scored), FLIPPERS, ("mean", "none")):
+        inputs = form(make(SHAPES[shape], dtype, "cuda"))
+        assert_within_twice(inputs, "native", sft_weight=300.0, flipper=flipper, reduction=reduction, upstream=0.37)
+    predicted = make(SHAPES[shape], dtype, "cuda")
+    for inputs in (predicted, scored(predicted)):
+        assert_only_the_winner_pays(inputs, "native")
+        first = planned(inputs, sft_weight=0.5)
+        for plan, blocks in plans_for(SHAPES[shape]):
+            assert_same_bits(first, planned(inputs, plan, blocks, sft_weight=0.5))
 
 
 @runs

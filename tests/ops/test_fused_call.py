@@ -124,7 +124,7 @@ def test_no_gradient_is_made_that_nobody_wants():
         got, same = seppo_loss(model, ref, target, return_stats=True)
     assert torch.equal(got, want) and all(map(torch.equal, same, stats))
     assert sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages()) < model.nbytes / 4
-    assert fused._pair_loss(model.detach(), ref, target, 2000.0, 0, 1.0, 1.0, False)[2].shape == (0,)
+    assert fused._pair_loss(model.detach(), ref, target, 2000.0, 0, 0.0, 1.0, 1.0, False)[2].shape == (0,)
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_no_gradient_is_made_that_nobody_wants():
 def test_opcheck(dtype, shared):
     model, ref, target = make(dtype=dtype)
     target = target[:2] if shared else target
-    arguments = (model.detach(), ref, target, 2000.0, 0, 0.5, 1.0, True)
+    arguments = (model.detach(), ref, target, 2000.0, 0, 0.3, 0.5, 1.0, True)
     torch.library.opcheck(torch.ops.seppo_fast.pair_loss.default, arguments)
     torch.library.opcheck(torch.ops.seppo_fast.pair_loss.default, (*arguments[:-1], False))
     torch.library.opcheck(torch.ops.seppo_fast.rescale.default, (model.detach(), torch.tensor(0.5), 2.0))
@@ -148,7 +148,7 @@ def test_the_references_errors(dtype):
     model, ref, target = make(dtype=dtype)
     errors = per_sample_mse(ref, target)
     assert not errors.requires_grad and not per_sample_mse(model, target).requires_grad
-    torch.library.opcheck(torch.ops.seppo_fast.pair_loss.default, (model.detach(), errors, target, 2000.0, 0, 0.5, 1.0, True))
+    torch.library.opcheck(torch.ops.seppo_fast.pair_loss.default, (model.detach(), errors, target, 2000.0, 0, 0.3, 0.5, 1.0, True))
     given = torch.stack([errors, errors], dim=1).requires_grad_()[:, 0]  # a column of a table
     for options in ({}, {"reduction": "none"}, {"reduction": "sum", "grad_scale": 0.3}):
         loss = seppo_loss(model, ref_mse=given, target=target, **options)

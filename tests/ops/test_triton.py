@@ -13,6 +13,7 @@ from fused_parity import (
     DTYPES,
     FLIPPERS,
     assert_alone,
+    assert_only_the_winner_pays,
     assert_same_bits,
     assert_tie,
     assert_tie_of_errors,
@@ -96,6 +97,17 @@ def test_from_the_references_errors(shape, dtype):
 
 
 @runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["odd", "seven", "odd_large"])
+def test_sft_weight(shape, dtype):
+    flipper = FLIPPERS[DTYPES.index(dtype)]
+    for form, reduction in ((list, "none"), (scored, "mean")):
+        inputs = form(make(SHAPES[shape], dtype, DEVICE))
+        assert_within_twice(inputs, "triton", sft_weight=300.0, flipper=flipper, reduction=reduction, upstream=0.37)
+        assert_only_the_winner_pays(inputs, "triton")
+
+
+@runs
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tensor,where", [(0, 0), (1, 4), (2, 2)])
 def test_one_bad_pair_stays_alone(value, tensor, where):
@@ -128,8 +140,8 @@ def test_channels_last_keeps_its_layout():
     assert_within_twice([last[0], inputs[1], last[2]], "triton")
 
 
-def compute(inputs, flipper=0, scale=0.5, weight=0.25, wants_grad=True, **how):
-    return triton_kernel.pair_loss(*inputs, 2000.0, flipper, scale, weight, wants_grad, **how)
+def compute(inputs, flipper=0, sft_weight=0.0, scale=0.5, weight=0.25, wants_grad=True, **how):
+    return triton_kernel.pair_loss(*inputs, 2000.0, flipper, sft_weight, scale, weight, wants_grad, **how)
 
 
 def assert_equal(first, second):
@@ -204,19 +216,20 @@ def test_more_large_pairs_than_there_are_counters(monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="where programs run at the same time they can wait")
-@pytest.mark.parametrize("dtype,shape,form", [(torch.bfloat16, (4, 20_500), list), (torch.float32, (2, 17_000), list),
-                                              (torch.float32, (4, 17_000), scored)])
-def test_together_but_for_the_waiting(dtype, shape, form, monkeypatch):
+@pytest.mark.parametrize("dtype,shape,form,sft_weight", [(torch.bfloat16, (4, 20_500), list, 0.0),
+                                                         (torch.float32, (2, 17_000), list, 0.5),
+                                                         (torch.float32, (4, 17_000), scored, 0.5)])
+def test_together_but_for_the_waiting(dtype, shape, form, sft_weight, monkeypatch):
     """Nobody waits, and so all sums are there when the same programs run a second time."""
     inputs = form(make(shape, dtype))
-    want = compute(inputs)
+    want = compute(inputs, sft_weight=sft_weight)
     parts, _ = triton_kernel.plan(shape[1], inputs[0].element_size())
     partial, empty = torch.full((8 * shape[0] // 2 * parts,), torch.nan), torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *a, **k: partial if a == (len(partial),) else empty(x, *a, **k))
     monkeypatch.setattr(triton_device, "_meet", lambda counter, first, parts: None)
     monkeypatch.setattr(triton_kernel, "_room", lambda device: parts + 1)
-    compute(inputs)
-    assert_equal(compute(inputs), want)
+    compute(inputs, sft_weight=sft_weight)
+    assert_equal(compute(inputs, sft_weight=sft_weight), want)
 
 
 gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: the interpreter has no cooperative launch, stream or graph")
@@ -228,12 +241,12 @@ LARGE = [(2, 65_536), (2, 16, 128, 128), (128, 4, 16, 32, 32), (600, 17_000), (2
 @pytest.mark.parametrize("shape", LARGE)
 def test_together_or_in_turn(shape, dtype):
     """One cooperative launch, on grids of any size too, or three launches: the same bits."""
-    for shared, form in itertools.product((False, True), (scored, list)):
+    for shared, form, sft_weight in itertools.product((False, True), (scored, list), (0.5, 0.0)):
         inputs = form(make(shape, dtype, DEVICE, shared=shared))
-        want = compute(inputs, together=False)
+        want = compute(inputs, sft_weight=sft_weight, together=False)
         for _ in range(5):
-            assert_equal(compute(inputs), want)
-        assert_equal(compute(inputs, wants_grad=False)[:2], want[:2])
+            assert_equal(compute(inputs, sft_weight=sft_weight), want)
+        assert_equal(compute(inputs, sft_weight=sft_weight, wants_grad=False)[:2], want[:2])
     parts, _ = triton_kernel.plan(inputs[0][0].numel(), inputs[0].element_size())
     for room in (parts, parts + 1, 2 * parts + 1):
         with pytest.MonkeyPatch.context() as patch:

@@ -30,14 +30,15 @@ def compiled(kernel, chip, policy, other, elements, shared=False, options=(), **
     """PTX, cubin and so on of the kernel for samples of so many elements, dense and aligned."""
     names = kernel.arg_names
     _, how = triton_kernel.plan(elements, 4 if policy == "fp32" else 2)
-    usual = dict(FLIPPER=0, SCORED=False, SHARED=shared, WANTS_GRAD=True)
+    usual = dict(FLIPPER=0, SFT=False, SCORED=False, SHARED=shared, WANTS_GRAD=True)
     constants = {name: value for name, value in (how | usual | constants).items() if name in names}
     if elements == 1:
         constants["elements"] = 1  # as the launcher does with this number
     types = dict.fromkeys(("loss", "stats", "partial"), "*fp32") | {"counters": "*i32"}
     types |= {"policy": "*" + policy, "grad": "*" + policy, "target": "*" + other}
     types["reference"] = "*fp32" if constants.get("SCORED") else "*" + other
-    types |= dict.fromkeys(("steepness", "strength", "inverse", "weight"), "fp32") | dict.fromkeys(constants, "constexpr")
+    numbers = ("steepness", "strength", "sft_weight", "sft_strength", "inverse", "weight")
+    types |= dict.fromkeys(numbers, "fp32") | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
                if signature[name][0] == "*" or name == "elements" and elements % 16 == 0}
@@ -123,6 +124,22 @@ def test_compiled_in_turn(chip, tmp_path):
         kernel = triton_kernel.pair_kernel if elements <= 16384 else triton_kernel.parts_kernel
         compiled(kernel, chip, "fp32", "bf16", elements, PHASE=triton_kernel.TOGETHER.value)
         compiled(kernel, chip, "fp32", "bf16", elements, PHASE=triton_kernel.TOGETHER.value, SCORED=True)
+
+
+@pytest.mark.parametrize("inputs", [3, 2])
+@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+@pytest.mark.parametrize("chip", [80, 90])
+def test_compiled_with_an_sft_weight(chip, policy, inputs, tmp_path):
+    """No more traffic and no spills: the winner's error is there already."""
+    together = {"PHASE": triton_kernel.TOGETHER.value, "SCORED": inputs == 2, "SFT": True}
+    registers = 65536 // (triton_kernel.RESIDENT * 32 * triton_kernel.PART_WARPS)
+    for kernel, elements, each, options in ((triton_kernel.pair_kernel, 16384, 16384, {}),
+                                            (triton_kernel.parts_kernel, 65536, triton_kernel.PART, {"maxnreg": registers})):
+        asm = compiled(kernel, chip, policy, policy, elements, options=options, **together)
+        used = resources(asm, tmp_path)
+        assert used["stack"] == used["local"] == 0 and used["registers"] * 32 * asm_warps(asm) <= 65536, used
+        assert_traffic(asm, policy, policy, each, inputs=inputs)
+    compiled(triton_kernel.results_kernel, chip, policy, policy, 65536, **together)
 
 
 def summed_layouts(asm):

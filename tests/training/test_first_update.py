@@ -1,5 +1,6 @@
 """What a run's first lines say: the loss's backend, that the first pairs are ties, threads that are too many."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ def test_ties_are_said_once_and_the_rate_is_a_flippers(method: str, flips: bool,
     assert all(("aaf_rate" in row) == flips for row in rows(run))
     assert ("aaf=" in said.err) == flips and ("acc=" in said.err) == (method != "sft")
     assert (f"loss: {loss_backend(torch.device('cpu'))}" in said.out) == (method != "sft")
+
+
+def test_ties_with_an_sft_weight(train: Any, settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their loss is no longer log 2."""
+    [row] = rows(train(settings(**{"seppo.sft_weight": 0.5, "seppo.iterations": 1, "seppo.updates_per_iteration": 1})))
+    assert row["loss"] == pytest.approx(math.log(2) + 0.5 * row["model_mse_winner"], rel=1e-6)
+    assert f"loss {row['loss']:.4f} is log 2 and what sft_weight adds, acc 0.00" in capsys.readouterr().out
 
 
 def test_the_backend_is_the_one_that_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:

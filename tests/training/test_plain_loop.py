@@ -58,7 +58,8 @@ def plain_loop(raw: dict[str, Any], cache: LatentCache) -> tuple[dict[str, Tenso
                     prompt = empty
                 target = a * noise - b * x if ddim.config.prediction_type == "v_prediction" else noise
                 batch = (a * x + b * noise, t, prompt.expand(len(x), -1, -1))
-                table.append(app_b2(target, policy(*batch).sample, reference, batch, beta, method))
+                table.append(app_b2(target, policy(*batch).sample, reference, batch, beta, method,
+                                    ours.get("sft_weight", 0.0)))
                 (table[-1][0] / size).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), raw["gradient_clipping"])))
             optimizer.step()
@@ -84,8 +85,8 @@ def guided_sample(unet: UNet2DConditionModel, ddim: DDIMScheduler, latents: Tens
 
 
 def app_b2(target: Tensor, model_pred: Tensor, ref_unet: torch.nn.Module, model_batch_args: tuple, beta_dpo: float,
-           train_method: str) -> Tensor:
-    """The paper's App. B.2, line by line, for one pair; Diffusion-DPO is the same with the sign fixed."""
+           train_method: str, sft_weight: float) -> Tensor:
+    """The paper's App. B.2, line by line, for one pair, and the winner's own error; Diffusion-DPO has the sign fixed."""
     if train_method == "sft":
         return F.mse_loss(model_pred.float(), target.float(), reduction="mean")[None]
     model_losses = (model_pred - target).pow(2).mean(dim=[1, 2, 3])
@@ -103,6 +104,7 @@ def app_b2(target: Tensor, model_pred: Tensor, ref_unet: torch.nn.Module, model_
     scale_term = -0.5 * beta_dpo
     inside_term = scale_term * (model_diff - ref_diff)
     loss = -1 * (F.logsigmoid(inside_term)).mean()
+    loss = loss + sft_weight * model_losses_w.mean()
     return torch.stack([loss, *model_losses, *ref_losses, sign[0], inside_term[0], torch.tensor(beta_dpo)])
 
 
@@ -110,7 +112,8 @@ def app_b2(target: Tensor, model_pred: Tensor, ref_unet: torch.nn.Module, model_
 CASES: dict[str, dict[str, Any]] = {
     "seppo": {},
     "seppo, beta auto": {"seppo.beta": "auto"},
-    "seppo, v prediction, shared noise": {"v": True, "seppo.noise": "shared", "seppo.sampler.batch_size": 5},
+    "seppo, v prediction, shared noise, SFT weight": {"v": True, "seppo.noise": "shared", "seppo.sampler.batch_size": 5,
+                                                      "seppo.sft_weight": 3.0},
     "dpo": {"seppo.method": "dpo"},
     "sft": {"seppo.method": "sft", "seppo.caption_dropout": 0.5, "seppo.data.posterior": "mean"},
 }
