@@ -13,8 +13,9 @@ from torch import Tensor
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan, parse_config
 from seppo_fast.data import ClipStream, LatentCache
-from seppo_fast.data.cache import build_cache, give_back_memory
+from seppo_fast.data.cache import build_cache
 from seppo_fast.data.fingerprint import latent_shape
+from seppo_fast.data.memory import give_back_memory
 from seppo_fast.data.order import split
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.disk import complete_or_not

@@ -96,9 +96,9 @@ class Data(Section):
     """Demonstrations and how they become latents. `max_skipped` is the share of unusable rows that stops the run.
 
     `video` is for video models. `cache_latents` false: clips are decoded and encoded while the policy is trained; "auto": where
-    their frames are drawn anew in each epoch. Images are always cached. `allow_outside`: rows may name files by absolute paths and
-    ".." that lead out of the source's folder; otherwise such rows are skipped. `hold_out`: a number of demonstrations, or a share
-    of them, that are never trained on; each evaluation measures the policy's errors on them.
+    their frames are drawn anew in each epoch. Images are always cached. `cache_prompts` changes no embedding. `allow_outside`: rows
+    may name files by absolute paths and ".." that lead out of the source's folder; otherwise such rows are skipped. `hold_out`: a
+    number of demonstrations, or a share of them, that are never trained on; each evaluation measures the policy's errors on them.
     """
 
     source: Name | None = None
@@ -126,6 +126,8 @@ class Data(Section):
     video: Video = Video()
     cache_latents: bool | Literal["auto"] = "auto"
     """Keep encoded latents on disk; `auto` does not where video frames are drawn anew in each epoch."""
+    cache_prompts: bool | Literal["auto"] = "auto"
+    """Keep prompt embeddings on disk; `auto` does up to 64 GB. Otherwise the text encoder stays in host memory."""
     cache_dir: Name | None = None
     """Where encoded latents are kept; null chooses a folder."""
     cache_dtype: Literal["float16", "float32"] = "float16"

@@ -3,7 +3,6 @@
 Of clips whose frames are drawn anew in each epoch the files are probed once instead, and `ClipStream` encodes them.
 """
 
-import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,7 +31,9 @@ from seppo_fast.data.latents import (
     prompt_shards,
     row_shard,
 )
+from seppo_fast.data.memory import give_back_memory
 from seppo_fast.data.progress import Progress
+from seppo_fast.data.prompt_encoder import PromptEncoder, embedded, keeps_prompts, longer, prompt_bytes, together
 from seppo_fast.data.rows import Part, Skipped, Source
 from seppo_fast.data.shards import Shard, remove_stale, replacing
 from seppo_fast.data.skips import check_skipped, most_skippable, stop_early, tell_truncated
@@ -42,11 +43,10 @@ from seppo_fast.data.video.decoder import Decoder
 from seppo_fast.data.video.reading import decoded_clips, described
 from seppo_fast.data.video.source import streams
 from seppo_fast.data.video.stream import ClipStream
-from seppo_fast.errors import UserError
 from seppo_fast.models import Conditions
 from seppo_fast.models.tokens import token_counter
 
-TEXTS_AT_ONCE = 32
+PROMPTS_AT_ONCE = 32  # whose embeddings are written at once
 FILE_SYSTEM_LAG = 60  # seconds until a network file system shows what another machine wrote
 Batches = Iterator[tuple[dict[str, Any], list[Skipped], int]]  # columns, unusable rows, rows read
 
@@ -92,23 +92,20 @@ def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, nee
     barrier()
     images = open_images(folder, len(source.parts), patience, holds)
     check_skipped(images.stamps, data.max_skipped, source.name, job.output_dir, write=rank == 0)
-    encode_prompts(job, images.prompts.texts, range(rank, prompt_shards(images.prompts), world), show)
+    kept = keeps_prompts(model, data, len(images.prompts.texts))
+    say(of_prompts(len(images.prompts.texts), prompt_bytes(model, data), kept))
+    if kept:
+        encode_prompts(job, images.prompts.texts, range(rank, prompt_shards(images.prompts), world), show)
     barrier()
     content = content_of(about, images.stamps)
-    prompts = PromptCache(folder, images.prompts, patience)
+    prompts = (PromptCache(folder, images.prompts, patience) if kept else
+               PromptEncoder(model, images.prompts.texts, data, device))
     if rank == 0:
         tell_truncated(prompts.stamps, images.prompts, job.output_dir, say)
     if not streaming:
-        return LatentCache(folder, images, patience, content)
+        return LatentCache(folder, images, patience, content, prompts)
     return ClipStream(images, prompts, source.root, model, data, seed=seed,
                       fingerprint=fingerprint, content=content, shape=tuple(about["shape"]), device=device, say=say)
-
-
-def give_back_memory() -> None:
-    """Frees the memory of a network for the training; no reference to the network may be left."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def write_parts(job: Job, mine: range, show: bool) -> None:
@@ -187,6 +184,12 @@ def write_part(job: Job, part: int, batches: Batches, content: Content, bar: Pro
     return read
 
 
+def of_prompts(count: int, size: int, kept: bool) -> str:
+    """How large the embeddings of so many distinct prompts of `size` bytes are, and where they are."""
+    how = "kept in the cache" if kept else "embedded when they are needed, by text encoders that rest in host memory"
+    return f"prompt embeddings: {count} different prompts of {size / 1e6:.3g} MB, {count * size / 1e9:.3g} GB in all, {how}"
+
+
 def encode_prompts(job: Job, texts: pa.Array, mine: range, show: bool) -> None:
     """Encodes the distinct prompts of those of this rank's shards that are missing or damaged."""
     arrows = {number: prompt_shard(job.folder, number) for number in mine}
@@ -207,25 +210,21 @@ def encode_shards(job: Job, shards: dict[int, pa.Array], arrows: dict[int, Path]
         def make(number: int) -> None:
             texts = shards[number].to_pylist()
             if not is_made(arrows[number], damaged[number]):
-                cut = [[text, count] for text, count in zip(texts, tokens(texts), strict=True) if count > limit]
-                encode_prompt_shard(job, number, texts, embed, {"limit": limit, "cut": cut})
+                encode_prompt_shard(job, number, texts, embed, {"limit": limit, "cut": longer(texts, tokens, limit)})
             bar.update(len(texts))
 
         in_turn({number: arrows[number] for number in shards}, make)
 
 
-@torch.no_grad()
 def encode_prompt_shard(job: Job, number: int, prompts: list[str], embed: Callable[[list[str]], Conditions],
                         about: dict[str, Any]) -> None:
     """Writes one shard of embeddings and the JSON beside it, which also holds `about`."""
-    dtype = getattr(torch, job.data.cache_dtype)
     arrow, shard, shapes = prompt_shard(job.folder, number), None, {}
     with replacing(arrow) as file:
         stream = Hashing(file)
-        for start in range(0, len(prompts), TEXTS_AT_ONCE):
-            batch = prompts[start:start + TEXTS_AT_ONCE]
-            conditions = {name: values.cpu().to(dtype) for name, values in embed(batch).items()}
-            refuse_overflow(conditions, batch, job.data.cache_dtype)
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            batch = prompts[start:start + PROMPTS_AT_ONCE]
+            conditions = together(embedded(embed, batch, job.data.cache_dtype))
             if shard is None:
                 shapes = {name: list(values.shape[1:]) for name, values in conditions.items()}
                 lengths = {name: prod(shape) for name, shape in shapes.items()}
@@ -233,12 +232,3 @@ def encode_prompt_shard(job: Job, number: int, prompts: list[str], embed: Callab
             shard.add(conditions | {"text": batch})
         shard.finish()
     declare(arrow, stream, {"rows": shard.rows, "shapes": shapes} | about)
-
-
-def refuse_overflow(conditions: Conditions, prompts: list[str], dtype: str) -> None:
-    """`UserError` when an embedding does not fit into the cache's dtype."""
-    for name, values in conditions.items():
-        finite = values.isfinite().flatten(1).all(1).tolist()
-        if not all(finite):
-            raise UserError(f"{name} of the prompt {prompts[finite.index(False)]!r} is not finite in {dtype}; set"
-                            " seppo.data.cache_dtype to 'float32', or check the text encoder if it is so already")

@@ -1,8 +1,9 @@
 """The finished cache, memory-mapped: latents by row, prompt embeddings by prompt."""
 
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seppo_fast.data.mapped import Mapped
+from seppo_fast.data.prompt_encoder import PromptEncoder
 from seppo_fast.data.shards import as_numpy
 from seppo_fast.data.stamps import read_stamp
 from seppo_fast.errors import UserError
@@ -56,7 +58,9 @@ class Prompts:
 
 
 class PromptCache:
-    """The embeddings of the distinct prompts, memory-mapped."""
+    """The embeddings of the distinct prompts, memory-mapped. `PromptEncoder` makes the same when they are asked for."""
+
+    window = sys.maxsize  # prompts that are at hand at once
 
     def __init__(self, folder: Path, prompts: Prompts, patience: float = 0):
         arrows = [prompt_shard(folder, number) for number in range(prompt_shards(prompts))]
@@ -69,11 +73,15 @@ class PromptCache:
         table = self.texts[[int(prompt) for prompt in prompts]]
         return {name: tensor_of(table, name, tuple(shape)) for name, shape in self.shapes.items()}
 
+    def hold(self, prompts: Iterable[int]) -> None:
+        """Nothing to do: all prompts are there."""
+
 
 class LatentCache:
     """The cached rows, in the order of the source's parts. Nothing is read before it is asked for."""
 
-    def __init__(self, folder: Path, images: Images | None = None, patience: float = 0, content: str | None = None):
+    def __init__(self, folder: Path, images: Images | None = None, patience: float = 0, content: str | None = None,
+                 texts: PromptCache | PromptEncoder | None = None):
         self.folder = folder
         self.fingerprint = folder.name
         about = json.loads((folder / "fingerprint.json").read_bytes())
@@ -82,7 +90,7 @@ class LatentCache:
         self.images, self.prompts = images.dataset, images.prompts
         self.skipped = [tuple(pair) for stamp in images.stamps for pair in stamp["skipped"]]
         self.ties = sum(stamp["ties"] for stamp in images.stamps)
-        self.texts = PromptCache(folder, self.prompts, patience)
+        self.texts = texts or PromptCache(folder, self.prompts, patience)
         self.content = content
 
     def __len__(self) -> int:

@@ -7,11 +7,12 @@ from shutil import disk_usage
 import torch
 
 from seppo_fast import __version__
-from seppo_fast.config import METHODS, Evaluation, Seppo
+from seppo_fast.config import METHODS, Data, Evaluation, Seppo
 from seppo_fast.config import Model as ModelSettings
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import cache_root, latent_shape
 from seppo_fast.data.order import split
+from seppo_fast.data.prompt_encoder import LARGEST_CACHE, keeps_prompts, prompt_bytes
 from seppo_fast.data.rows import Row, Source
 from seppo_fast.data.sizes import enlarged, size_of
 from seppo_fast.data.video.source import streams
@@ -23,12 +24,12 @@ from seppo_fast.training.beta import FIRST, PRODUCT
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 
 LOOKED_AT = 1000  # rows that the plan reads
-STREAMED = ("prompts alone: clips are decoded and encoded while it trains, with the VAE on the device beside what is counted"
+STREAMED = ("none: clips are decoded and encoded while it trains, with the VAE on the device beside what is counted"
             " below")
 
 
 def cache_bytes(model: Model, config: Config) -> int:
-    """Bytes of a demonstration's latents in the cache; prompt embeddings are extra, once for each prompt."""
+    """Bytes of a demonstration's latents in the cache."""
     data = config.seppo.data
     tensors = 4 if METHODS[config.seppo.method].needs_losers else 2  # mean and standard deviation, of each image
     return tensors * prod(latent_shape(model, data)) * getattr(torch, data.cache_dtype).itemsize
@@ -57,6 +58,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
                 + (f", {rows} demonstrations" if rows is not None else ""),
         **_first_rows(config, model, source),
         "latent cache": STREAMED if streamed else _cache(config, row_bytes, rows),
+        "prompt embeddings": _prompts(ours.data, model, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
                            f" rank{'s' * (batch.world > 1)}",
         "precision": _precision(config),
@@ -217,8 +219,19 @@ def _first_rows(config: Config, model: Model | None, source: Source | None) -> d
 def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:
     root = cache_root(config.seppo.data)
     existing = next(path for path in [root, *root.absolute().parents] if path.exists())
-    size = "" if row_bytes is None or rows is None else f"about {_gb(row_bytes * rows)} and the prompt embeddings, "
+    size = "" if row_bytes is None or rows is None else f"about {_gb(row_bytes * rows)}, "
     return f"{size}in {root} ({_gb(disk_usage(existing).free)} free)"
+
+
+def _prompts(data: Data, model: Model | None, rows: int | None) -> str:
+    """How large the prompts' embeddings are, as far as it is known, and where they are."""
+    size = "" if model is None else f"{_gb(prompt_bytes(model, data))} each different prompt, "
+    cached, embeds = "beside the latents", "embedded when they are needed, by text encoders that rest in host memory"
+    if data.cache_prompts != "auto":
+        return size + (cached if data.cache_prompts else embeds)
+    if model is not None and rows is not None and keeps_prompts(model, data, rows + 1):
+        return f"{size}at most {_gb((rows + 1) * prompt_bytes(model, data))}, {cached}"
+    return f"{size}{cached} up to {_gb(LARGEST_CACHE)} in all, otherwise {embeds}"
 
 
 def _learning_rate(config: Config) -> str:

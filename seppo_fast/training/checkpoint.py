@@ -43,9 +43,8 @@ POLICY = "policy.safetensors"
 # Keys that may change between a run and its resumption: they decide where and how often, never what is learned (`check_data` sees
 # that a moved source is the same).
 FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.evaluation", "seppo.checkpoint", "seppo.max_nonfinite",
-             "seppo.pool.host_memory_gb", "seppo.data.source", "seppo.data.cache_dir", "seppo.data.workers",
-             "seppo.data.encode_batch_size",
-             "seppo.data.max_skipped", "seppo.data.allow_outside",
+             "seppo.pool.host_memory_gb", "seppo.data.source", "seppo.data.cache_dir", "seppo.data.cache_prompts",
+             "seppo.data.workers", "seppo.data.encode_batch_size", "seppo.data.max_skipped", "seppo.data.allow_outside",
              "seppo.data.video.folder", "seppo.sampler.batch_size", "seppo.sampler.window",
              "seppo.sampler.cuda_graph", "seppo.sampler.compile", "seppo.sampler.fuse_projections", "seppo.improvement.offload",
              "seppo.model.gradient_checkpointing", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler",

@@ -80,10 +80,12 @@ class HeldOut:
 
     def _in_step(self, slots: Sequence[int], size: int, check: Callable[[], None]) -> Iterator[Sequence[int]]:
         """Batches of slots. All ranks check for a stop equally often: as often as the rank with the most batches."""
-        batches = list(chunks(slots, size))
+        batches, held = list(chunks(slots, size)), 0
         for number in range(self.ranks.largest(len(batches))):
             check()
             if number < len(batches):
+                if number == held:
+                    held += len(self.pairs.hold(batches[number:]))
                 yield batches[number]
 
 

@@ -95,6 +95,16 @@ class PairSource:
         """Announce the samples that come next, so that video clips are decoded in the background."""
         self.cache.prefetch(*self._places(numbers))
 
+    def hold(self, batches: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """Those of these batches of samples, from the first, whose prompts are at hand until the next call; at least one of them.
+
+        Where embeddings are not cached they are made here, so that no other thread needs the text encoder.
+        """
+        some = batches[: max(1, self.cache.texts.window // max(1, len(batches[0])))] if batches else batches
+        rows = [self.order.row(number) for batch in some for number in batch]
+        self.cache.texts.hold(self.cache.prompts.of_row[rows].tolist())
+        return some
+
     def prompts(self, numbers: Sequence[int]) -> Conditions:
         """Prompt embeddings of these samples, never dropped: what they are drawn for."""
         rows = [self.order.row(number) for number in numbers]

@@ -108,6 +108,8 @@ class Trainer:
         last = update + 1 if self.settings.sampler.window == "update" else k * self.settings.updates_per_iteration
         window = [slot for u in range(update, last) for slot in self.slots(u)]
         while batches := self.rollouts.missing(k, window, self.reference.batch_size):  # where there are none it stays offloaded
+            with self.timed("data"):
+                batches = self.pairs.hold(batches)
             with (self.timed("sampling"), self.reference.drawing(k - 1 if method.losers == "latest" else None),
                   self.improver.on_device() if self.improver else nullcontext(),
                   self.reporter.sampling(sum(map(len, batches))) as progress):
@@ -136,6 +138,8 @@ class Trainer:
         torch.manual_seed(generator(self.settings.seed, "dropout", update, self.ranks.rank).initial_seed())
         tables, done = [], None
         reference = None if self.reference is None or self.still_is_reference(update) else self.reference.module
+        with self.timed("data"):
+            self.pairs.hold([[*map(self.rollouts.number, self.slots(update))]])
         micro_batches = prefetched(lambda slots: self.pairs.pairs(slots, self.rollouts),
                                    chunks(self.slots(update), self.batch.micro), self.ranks.device)
         with closing(micro_batches):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seppo_fast.configfile import Config
-from seppo_fast.data.cache import give_back_memory
+from seppo_fast.data.memory import give_back_memory
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.arguments import check_real, check_weights, chosen
 from seppo_fast.evaluation.candidates import Candidate

@@ -13,6 +13,7 @@ from seppo_fast import config
 from seppo_fast.capturing import no_capture
 from seppo_fast.data.encode import encode
 from seppo_fast.data.latents import CachedRows, Images, PromptCache
+from seppo_fast.data.prompt_encoder import PromptEncoder
 from seppo_fast.data.video.clips import Clip, clip
 from seppo_fast.data.video.decoder import Decoder
 from seppo_fast.data.video.prefetcher import Prefetcher
@@ -30,8 +31,8 @@ class ClipStream:
     make it another run.
     """
 
-    def __init__(self, images: Images, prompts: PromptCache, root: Path, model: Any, data: config.Data, *, seed: int,
-                 fingerprint: str, content: str | None, shape: tuple[int, ...], device: str | torch.device,
+    def __init__(self, images: Images, prompts: PromptCache | PromptEncoder, root: Path, model: Any, data: config.Data, *,
+                 seed: int, fingerprint: str, content: str | None, shape: tuple[int, ...], device: str | torch.device,
                  say: Callable[[str], None]) -> None:
         self.images, self.prompts, self.texts, self.root = images.dataset, images.prompts, prompts, root
         self.model, self.data, self.seed = model, data, seed
