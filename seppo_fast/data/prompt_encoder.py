@@ -1,4 +1,4 @@
-"""Prompt embeddings without a cache on disk: the text encoder stays, rests in host memory, and embeds a window's prompts at once."""
+"""Prompt embeddings without a cache on disk: the text encoder rests in host memory, and embeds a window's prompts at once."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property

@@ -58,7 +58,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
                 + (f", {rows} demonstrations" if rows is not None else ""),
         **_first_rows(config, model, source),
         "latent cache": STREAMED if streamed else _cache(config, row_bytes, rows),
-        "prompt embeddings": _prompts(ours.data, model, rows),
+        "prompt embeddings": of_prompts(ours.data, model, rows),
         "effective batch": f"{batch.size} pairs = {batch.micro} a rank x {batch.accumulation} accumulated x {batch.world}"
                            f" rank{'s' * (batch.world > 1)}",
         "precision": _precision(config),
@@ -223,7 +223,7 @@ def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:
     return f"{size}in {root} ({_gb(disk_usage(existing).free)} free)"
 
 
-def _prompts(data: Data, model: Model | None, rows: int | None) -> str:
+def of_prompts(data: Data, model: Model | None, rows: int | None) -> str:
     """How large the prompts' embeddings are, as far as it is known, and where they are."""
     size = "" if model is None else f"{_gb(prompt_bytes(model, data))} each different prompt, "
     cached, embeds = "beside the latents", "embedded when they are needed, by text encoders that rest in host memory"

@@ -16,6 +16,7 @@ from seppo_fast.data.latents import LatentCache
 from seppo_fast.data.prompt_encoder import LARGEST_CACHE, PromptEncoder, keeps_prompts, prompt_bytes
 from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
+from seppo_fast.planning.plan import of_prompts
 
 KINDS = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 
@@ -135,3 +136,12 @@ def test_captions_that_are_cut_off_are_counted_without_a_cache(model, tmp_path: 
         listed.append((tmp_path / "run" / "truncated.jsonl").read_bytes())
         (tmp_path / "run" / "truncated.jsonl").unlink()
     assert listed[0] == listed[1] and listed[0].count(b"\n") == 1 and encoded == [1]
+
+
+@pytest.mark.parametrize(("choice", "rows", "words"), [
+    ("auto", 10**6, "4.93 GB, beside the latents"), ("auto", 10**8, "up to 64 GB in all, otherwise embedded"),
+    ("auto", None, "up to 64 GB in all, otherwise embedded"), (True, 10**8, "prompt, beside the latents"),
+    (False, 10, "prompt, embedded when they are needed, by text encoders that rest in host memory")])
+def test_the_plan_says_which_way(choice: object, rows: int | None, words: str, model, tmp_path: Path) -> None:
+    told = of_prompts(settings(tmp_path, tmp_path, cache_prompts=choice), model, rows)
+    assert told.startswith("0.00493 MB each different prompt") and words in told

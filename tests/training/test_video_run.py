@@ -195,6 +195,10 @@ def test_bad_files_are_listed_and_the_rest_is_trained_on(run_of: Callable[..., P
     assert len(rows(run)) == 4 and all(row["loss"] > 0 for row in rows(run))
 
 
+def test_prompts_that_are_embedded_while_it_trains_change_nothing(run_of: Callable[..., Path]) -> None:
+    assert apart(weights(run_of()), weights(run_of(**{"seppo.data.cache_prompts": False}))) == 0
+
+
 @pytest.fixture(scope="module")
 def finished_trainer() -> dict[str, Any]:
     """One run's trainer and folder, for the tests that look at both."""
