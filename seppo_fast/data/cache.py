@@ -92,13 +92,13 @@ def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, nee
     barrier()
     images = open_images(folder, len(source.parts), patience, holds)
     check_skipped(images.stamps, data.max_skipped, source.name, job.output_dir, write=rank == 0)
-    kept = keeps_prompts(model, data, len(images.prompts.texts))
-    say(of_prompts(len(images.prompts.texts), prompt_bytes(model, data), kept))
-    if kept:
+    on_disk = keeps_prompts(model, data, len(images.prompts.texts))
+    say(of_prompts(len(images.prompts.texts), prompt_bytes(model, data), on_disk))
+    if on_disk:
         encode_prompts(job, images.prompts.texts, range(rank, prompt_shards(images.prompts), world), show)
     barrier()
     content = content_of(about, images.stamps)
-    prompts = (PromptCache(folder, images.prompts, patience) if kept else
+    prompts = (PromptCache(folder, images.prompts, patience) if on_disk else
                PromptEncoder(model, images.prompts.texts, data, device))
     if rank == 0:
         tell_truncated(prompts.stamps, images.prompts, job.output_dir, say)
