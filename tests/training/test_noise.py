@@ -79,10 +79,10 @@ def test_shared_noise_does_not_share_the_target():
         return module.weight * noised
 
     process = noise_process(FLOW)
-    objective = Objective(denoise, process, 100.0, "aaf", torch.float32)
+    objective = Objective(denoise, process, "aaf", torch.float32)
     policy, reference = torch.nn.PReLU(init=0.5), torch.nn.PReLU(init=0.2)
     times = torch.tensor([125.5, 700.25])
-    _, table = objective(policy, reference, Pairs(latents, noise, times, {}), 1.0)
+    _, table = objective(policy, reference, Pairs(latents, noise, times, {}), 1.0, 100.0)
     both = torch.cat([noise, noise])
     sigma = (torch.cat([times, times]) / 1000).view(-1, 1, 1, 1)
     noised = (1 - sigma) * latents + sigma * both
