@@ -176,12 +176,19 @@ class Timesteps(Section):
 
     density: Literal["logit_normal", "uniform"] = "logit_normal"
     """Sigma before the shift is the logistic function of a normal number, or uniform."""
-    mean: float = 0.0
+    mean: Annotated[float, Field(ge=-10, le=10)] = 0.0
     """Mean of that normal number."""
-    std: Annotated[float, Field(gt=0)] = 1.0
+    std: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Its standard deviation."""
-    shift: Literal["model"] | Annotated[float, Field(gt=0)] = "model"
+    shift: Literal["model"] | Annotated[float, Field(ge=1e-3, le=1e3)] = "model"
     """The k of k s / (1 + (k - 1) s), to which sigma s is shifted: as the model's scheduler does it, or a number."""
+
+    @model_validator(mode="after")
+    def uniform_has_no_mean(self) -> "Timesteps":
+        """Refuse the normal number's mean and deviation where there is none."""
+        if self.density == "uniform" and (self.mean, self.std) != (0.0, 1.0):
+            raise ValueError("timesteps.mean and timesteps.std do not go with density='uniform'; leave them out")
+        return self
 
 
 class Tasks(Section):

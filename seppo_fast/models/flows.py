@@ -14,7 +14,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.models import common
 from seppo_fast.models.contract import Adapt, Conditions, Denoiser, unchanged
 from seppo_fast.models.directory import Directory, kind_of
-from seppo_fast.models.schedules import check_flow, static_shift
+from seppo_fast.models.schedules import check_shift, dynamic_shift, flow_config, static_shift
 
 CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
 T5 = ("T5TokenizerFast", "T5Tokenizer")
@@ -33,10 +33,9 @@ class FlowTransformer:
     text_encoders: tuple[str, ...] = ()
 
     def __init__(self, directory: Directory) -> None:
-        check_flow(directory)
         self.directory = directory
         self.path: Path = directory.path
-        self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]
+        self.scheduler_config = flow_config(directory)
         self.num_train_timesteps: int = self.scheduler_config.get("num_train_timesteps", 1000)
         self.latent_channels, self.vae_scale_factor, self.latent_scale = common.vae_facts(directory)
         self.prompt_tokens: dict[str, int] = {}
@@ -95,15 +94,16 @@ class FlowTransformer:
         """The mu that the pipeline computes of the number of tokens, where the scheduler wants one."""
         config = self.scheduler_config
         tokens = math.prod(side // self.patch for side in latents[-2:])
-        return calculate_shift(tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
-                               config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+        mu = calculate_shift(tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+                             config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+        check_shift(dynamic_shift(config, mu), self.path / "scheduler" / "scheduler_config.json", f" for {tokens} tokens")
+        return mu
 
     def time_shift(self, latents: Sequence[int]) -> float:
         """The k of s' = k s / (1 + (k - 1) s), by which times are shifted for latents of this shape."""
         config = self.scheduler_config
         if config.get("use_dynamic_shifting"):
-            mu = self.shift_of(latents)
-            return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+            return dynamic_shift(config, self.shift_of(latents))
         return static_shift(config)
 
     def fingerprint_files(self) -> list[Path]:

@@ -74,6 +74,7 @@ class Flux(FlowTransformer):
         sigmas = {} if scheduler.config.get("use_flow_sigmas") else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
         mu = {"mu": self.shift_of(latents)} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(**(sigmas or {"num_inference_steps": steps}), **mu)
+        scheduler.set_begin_index(0)
 
     def check_side(self, side: int) -> None:
         """Positions are rotations, for images of any size."""

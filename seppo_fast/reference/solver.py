@@ -94,9 +94,10 @@ def open_flow(scheduler_config: Mapping[str, Any], solver: str, label: str) -> A
     if solver not in FLOW_SOLVERS:
         raise UserError(f"{label}solver: {solver!r} is for DDPM-like models, and this model is trained by flow matching; use"
                         f" {', '.join(map(repr, FLOW_SOLVERS))}")
-    if scheduler_config.get("shift_terminal") and solver == "dpmsolver++":
-        raise UserError(f"{label}solver: 'dpmsolver++' does not know the shift_terminal of the model's scheduler config; use"
-                        " another")
+    linear = scheduler_config.get("use_dynamic_shifting") and scheduler_config.get("time_shift_type") == "linear"
+    if solver == "dpmsolver++" and (linear or scheduler_config.get("shift_terminal")):
+        raise UserError(f"{label}solver: 'dpmsolver++' does not know the {'linear time_shift_type' if linear else 'shift_terminal'}"
+                        " of the model's scheduler config; use 'euler' or 'unipc'")
     cls, settings = FLOW_SOLVERS[solver]
     shift = {"shift" if solver == "euler" else "flow_shift": static_shift(scheduler_config)}
     try:
@@ -134,6 +135,8 @@ def solver_table(scheduler_config: Mapping[str, Any], solver: str, steps: int, l
     try:
         set_timesteps(scheduler, steps)
         timesteps, inputs, outputs = _coefficients(scheduler)
+    except UserError:
+        raise
     except Exception as error:  # the configuration is the only input
         raise UserError(f"sampler: the model's scheduler config does not work with solver {solver!r} and {steps} steps"
                         f" ({reason(error)}); choose another solver or number of steps") from error

@@ -4,10 +4,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 
+from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
 from seppo_fast.reference import Branch, classifier_free, double, sample, solver_table
+from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.solver import SOLVERS, open_scheduler
-from tests.tiny import tiny_sd, unet
+from tests.tiny import tiny_flux, tiny_sd, unet
 
 NAMES = ("prompt_embeds", "image_latents")
 OUTPUT = {(): 0.3, ("image_latents",): 1.1, ("image_latents", "prompt_embeds"): -0.7}  # by what is given
@@ -73,3 +75,31 @@ def test_the_loop_draws_what_diffusers_pipeline_draws(solver, pix2pix, sd_folder
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     other = sample(denoise, table, noise, given, empty, double(3.5, 1.0, empty), torch.float32)
     assert (other - theirs).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("embeds,scale,calls", [(True, 3.5, 1), (True, 1.0, 1), (False, 1.0, 1)])
+def test_a_distilled_models_guidance_is_an_input(tmp_path, embeds, scale, calls):
+    """Policy and reference are trained with the same scale, as the same function calls them."""
+    model = open_model(str(tiny_flux(tmp_path / "flux", guidance_embeds=embeds)))
+    denoise, branches = guided(model, scale, NAMES)
+    assert branches == (Branch(1.0),) and len(branches) == calls
+    network, random = model.load_denoiser(torch.float32), torch.Generator().manual_seed(0)
+    given = (torch.randn(1, 4, 8, 8, generator=random), torch.tensor([400.0]),
+             {name: torch.randn(1, *shape, generator=random) for name, shape in model.condition_shapes.items()})
+    with torch.no_grad():
+        assert torch.equal(denoise(network, *given), model.denoise(network, *given, guidance=scale))
+        assert torch.equal(denoise(network, *given), model.denoise(network, *given)) == (scale == 1.0)
+
+
+def test_a_scale_without_effect_is_refused(tmp_path):
+    model = open_model(str(tiny_flux(tmp_path / "flux", guidance_embeds=False)))
+    with pytest.raises(UserError, match=r"seppo.sampler.guidance_scale: 3.5 has no effect on .*guidance_embeds.*set it to 1"):
+        guided(model, 3.5, NAMES)
+    with pytest.raises(UserError, match="^--guidance-scale: 3.5 has no effect"):
+        guided(model, 3.5, NAMES, "--guidance-scale")
+
+
+def test_other_models_are_guided_by_a_second_call(sd_folder):
+    model = open_model(str(sd_folder))
+    denoise, branches = guided(model, 7.5, NAMES)
+    assert denoise == model.denoise and branches == classifier_free(7.5, NAMES)

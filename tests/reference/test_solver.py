@@ -160,7 +160,7 @@ def test_a_config_from_json_is_left_alone():
     ({}, "ddim", 1001, "sampler.steps: 1001 is not between"),
     ({}, "ddim", 1000, "does not work with solver 'ddim' and 1000 steps"),  # steps_offset leads past the last timestep
     ({"prediction_type": "sample"}, "ddim", 5, "prediction_type 'sample'"),
-    ({"prediction_type": "flow_prediction"}, "unipc", 5, "prediction_type 'flow_prediction'"),
+    ({"prediction_type": "flow_prediction"}, "ddim", 5, "sampler.solver: 'ddim' is for DDPM-like models.* use 'euler'"),
 ])
 def test_messages(changes, solver, steps, message):
     with pytest.raises(UserError, match=message):
