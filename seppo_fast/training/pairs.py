@@ -95,7 +95,7 @@ class PairSource:
         """Announce the samples that come next, so that video clips are decoded in the background."""
         self.cache.prefetch(*self._places(numbers))
 
-    def hold(self, batches: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    def hold(self, batches: list[Sequence[int]]) -> list[Sequence[int]]:
         """Those of these batches of samples, from the first, whose prompts are at hand until the next call; at least one of them.
 
         Where embeddings are not cached they are made here, so that no other thread needs the text encoder.

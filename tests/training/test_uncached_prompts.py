@@ -41,7 +41,7 @@ def encoded() -> Iterator[list[int]]:
     hook.remove()
 
 
-@pytest.mark.parametrize("changes", [{}, AHEAD, SETS | LOOKS, {"seppo.method": "sft"} | LOOKS, DPO, IMPROVEMENT], ids=str)
+@pytest.mark.parametrize("changes", [AHEAD, SETS | LOOKS, DPO, IMPROVEMENT], ids=str)
 def test_a_run_ends_with_the_same_bytes(changes: dict[str, Any], settings: Any, train: Run, tmp_path: Path, pickapic: Path,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     """In windows of a few prompts."""
