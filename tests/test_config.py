@@ -110,7 +110,7 @@ def test_a_key_like_no_other_gets_no_advice() -> None:
     ("seppo.timesteps", {"density": "lognormal"}, "'logit_normal' or 'uniform' (got 'lognormal')"),
     ("seppo.timesteps", {"mean": 99}, "less than or equal to 10 (got 99)"),
     ("seppo.timesteps", {"std": 0.0}, "greater than 0"),
-    ("seppo.timesteps", {"shift": "modl"}, "timesteps.shift: expected \"model\", or a number (got 'modl')"),
+    ("seppo.timesteps", {"shift": "modl"}, "timesteps.shift: expected a valid number (got 'modl'), or \"model\""),
     ("seppo.timesteps", {"shift": 1e30}, "timesteps.shift: expected"),
     ("seppo.timesteps", {"density": "uniform", "mean": 1.0}, "do not go with density='uniform'"),
     ("seppo.pool.dtype", "fp16", "'auto', 'bf16' or 'fp32'"),
