@@ -221,6 +221,14 @@ def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False, m
     return most_tokens(loaded, directory.configs[encoder].get("max_position_embeddings", most))
 
 
+def check_lengths(directory: Directory, lengths: list[int]) -> None:
+    """Refuse text encoders whose embeddings lie side by side and which see different numbers of tokens."""
+    if len(set(lengths)) > 1:
+        raise UserError(f"{directory.path}: the text encoders see prompts of different lengths ({' and '.join(map(str, lengths))}"
+                        " tokens), and their embeddings lie side by side. Look at the tokenizers' model_max_length and the text"
+                        " encoders' max_position_embeddings.")
+
+
 def token_ids(tokenizer: PreTrainedTokenizerBase, text_config: Any, prompts: list[str]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, (B, 77) on the CPU, truncated and padded as the diffusers pipelines do."""
     length = most_tokens(tokenizer, text_config.max_position_embeddings)

@@ -48,8 +48,9 @@ class StableDiffusion3(FlowTransformer):
         if first["hidden_size"] + second["hidden_size"] > width:
             raise UserError(f"{self.path / 'transformer' / 'config.json'}: joint_attention_dim is {width}, which is less than the"
                             f" CLIP text encoders are wide together ({first['hidden_size']} + {second['hidden_size']})")
-        for part in ("text_encoder", "text_encoder_2"):
-            self.prompt_tokens[part] = common.check_vocabulary(directory, part, pooled=True)
+        clip = {part: common.check_vocabulary(directory, part, pooled=True) for part in ("text_encoder", "text_encoder_2")}
+        common.check_lengths(directory, list(clip.values()))
+        self.prompt_tokens |= clip
         self.sample_size: Any = config.get("sample_size", 128)
         self.t5_tokens = self.prompt_tokens.get("text_encoder_3", T5_TOKENS)
         self.condition_shapes = {"prompt_embeds": (self.prompt_tokens["text_encoder"] + self.t5_tokens, width), "pooled": (pooled,)}

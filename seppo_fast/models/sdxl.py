@@ -52,11 +52,7 @@ class StableDiffusionXL:
             )
         self.prompt_tokens = {part: common.check_vocabulary(directory, part, pooled=part == "text_encoder_2")
                               for part in self.text_encoders}
-        if len(set(self.prompt_tokens.values())) > 1:
-            seen = " and ".join(map(str, self.prompt_tokens.values()))
-            raise UserError(f"{directory.path}: the text encoders see prompts of different lengths ({seen} tokens), and their"
-                            " embeddings lie side by side. Look at the tokenizers' model_max_length and the text encoders'"
-                            " max_position_embeddings.")
+        common.check_lengths(directory, list(self.prompt_tokens.values()))
         self.directory = directory
         self.path: Path = directory.path
         self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]
