@@ -38,8 +38,10 @@ SDXL: Configs = {
     "scheduler": SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
 }
 
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "projection_dim": 768}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+          "projection_dim": 1280}
 T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
           "feed_forward_proj": "gated-gelu"}
 FLOW_VAE = VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
@@ -53,10 +55,10 @@ SD3: Configs = {
     "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL,
     "scheduler": {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 3.0},
 }
-SD35_MEDIUM = SD3 | {"transformer": SD3["transformer"] | {"pos_embed_max_size": 384, "qk_norm": "rms_norm",
-                                                          "dual_attention_layers": list(range(13))}}
-SD35_LARGE = SD3 | {"transformer": SD3["transformer"] | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
-                                                         "qk_norm": "rms_norm"}}
+SD35_MEDIUM = SD3 | {"transformer": SD3["transformer"] | {
+    "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13))}}
+SD35_LARGE = SD3 | {"transformer": SD3["transformer"] | {
+    "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}}
 FLUX_DEV: Configs = {
     "transformer": {
         "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
