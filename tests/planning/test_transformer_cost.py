@@ -141,15 +141,15 @@ def test_the_published_transformers() -> None:
     assert published_model("black-forest-labs/FLUX.1-dev", "guoyww/animatediff-motion-adapter-v1-5-2") is None
 
 
-@pytest.mark.parametrize(("name", "said", "most"), [
-    ("ds_a100_sd35.json", ["2243 M parameters", "2.47 TFLOP a forward", "euler, 20 steps, guidance 4.5"], 40e9),
-    ("ds_a100_flux.json", ["1.19e+04 M parameters", "21.7 TFLOP a forward", "euler, 28 steps, guidance 3.5"], 80e9),
+@pytest.mark.parametrize(("name", "said"), [
+    ("ds_a100_sd35.json", ["2267 M parameters (23.89 M trained)", "2.48 TFLOP a forward", "euler, 20 steps, guidance 4.5"]),
+    ("ds_a100_flux.json", ["12.01 B parameters (104.6 M trained)", "21.7 TFLOP a forward", "euler, 28 steps, guidance 3.5"]),
 ])
-def test_the_shipped_configurations_fit_an_a100(name: str, said: list[str], most: float, tmp_path: Path) -> None:
-    """Eight of them, without a download."""
+def test_the_shipped_configurations_fit_an_a100(name: str, said: list[str], tmp_path: Path) -> None:
+    """Eight of 80 GB, without a download."""
     plan = dry_run(load_config(name, [f"seppo.output_dir={tmp_path / 'run'}"]), 8)
     for words in (*said, "beta auto", "128 pairs = 4 a rank x 4 accumulated x 8 ranks", "NVIDIA A100", "the model published under"):
         assert words in plan, plan
     assert "advice" not in plan and not (tmp_path / "run").exists()
     memory = float(plan.split("memory a rank")[1].split("about ")[1].split(" GB")[0])
-    assert 0.5 * most / 1e9 < memory < 0.9 * most / 1e9, "the rest is for the driver, workspaces and the allocator"
+    assert 30 < memory < 40, "of 80, of which the text encoders need 19 in fp32 where they embed prompts later, too"
