@@ -5,10 +5,14 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart quickstart-video quickstart-improvement test test-fast lint readme clean
+.PHONY: quickstart quickstart-flow quickstart-video quickstart-improvement test test-fast lint readme clean
 
 quickstart: $(READY)
 	$(BIN)/python -m seppo_fast.quickstart --out runs/quickstart
+
+# The same for a flow: a tiny Stable Diffusion 3.
+quickstart-flow: $(READY)
+	$(BIN)/python -m seppo_fast.quickstart --model flow --out runs/quickstart_flow
 
 # The same for video: a tiny AnimateDiff and clips of moving digits.
 quickstart-video: $(READY)

@@ -122,8 +122,8 @@ def checked(given: argparse.Namespace, methods: Sequence[str], settings: Any) ->
 
 
 def changed(settings: Any, changes: Sequence[str]) -> Any:
-    """The settings, a dataclass of positive numbers, with these `key=value`."""
-    kinds, values = {each.name: type(each.default) for each in fields(settings)}, {}
+    """The settings, a dataclass of positive numbers (and perhaps a name, which stays), with these `key=value`."""
+    kinds, values = {each.name: type(each.default) for each in fields(settings) if not isinstance(each.default, str)}, {}
     for change in changes:
         key, _, text = change.partition("=")
         if key not in kinds:

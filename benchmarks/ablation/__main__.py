@@ -4,7 +4,8 @@ Each seed has its own base model, data and trainings, by the trainer's own comma
 Writes ablation.json, ablation_table.md, ablation_figure2.png and ablation_figure3.png. Finished runs in --work are kept: after an
 interruption the same command continues, and with more seeds or methods it adds runs. To look for the reason of a result, use
 `--set lr=1e-4 beta=500` with another --work and --out, perhaps with few --seeds and --methods. `--bases` then takes the base models
-of an earlier --work.
+of an earlier --work. `--model flow` makes the main rows with the quickstart's Stable Diffusion 3, and writes ablation_flow.json and
+ablation_flow_table.md.
 """
 
 import argparse
@@ -14,16 +15,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.ablation.runs import BASE, METHODS, Settings, take_bases
+from benchmarks.ablation.runs import BASE, METHODS, ROWS, SETTINGS, take_bases
 from benchmarks.by_seed import checked, made, open_work, parser_of, result_of
 from seppo_fast.quickstart.steps import explained
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The checked command line; `settings` are made from --set."""
-    parser = parser_of("ablation", __doc__, METHODS, Settings())
+    parser = parser_of("ablation", __doc__, METHODS, SETTINGS["unet"])
     parser.add_argument("--bases", type=Path, metavar="WORK", help="another --work, whose base models and data are used")
-    return checked(parser.parse_args(argv), METHODS, Settings())
+    parser.add_argument("--model", choices=SETTINGS, default="unet",
+                        help="the quickstart's model; flow has runs/ablation_flow, the main rows and other settings by default")
+    parser.set_defaults(work=None, methods=None)
+    given = parser.parse_args(argv)
+    given.name = "ablation" if given.model == "unet" else f"ablation_{given.model}"
+    given.work, given.methods = given.work or Path("runs") / given.name, given.methods or ROWS[given.model]
+    return checked(given, METHODS, SETTINGS[given.model])
 
 
 @explained
@@ -44,10 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     if not made("benchmarks.ablation.runs", work, range(given.seeds), ([BASE], given.methods[::-1])):
         return 130
     result = result_of(work, range(given.seeds), (BASE, *given.methods), given.settings, began, started)
-    (out / "ablation.json").write_text(json.dumps(result, indent=1) + "\n")
-    figures(out, result)
+    (out / f"{given.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if given.model == "unet":  # the others have not the methods that the figures compare
+        figures(out, result)
     text = report(result)
-    (out / "ablation_table.md").write_text(text)
+    (out / f"{given.name}_table.md").write_text(text)
     print(text)
     return 0
 

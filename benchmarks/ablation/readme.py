@@ -19,6 +19,15 @@ def ablation(results: Path) -> str:
     return "\n\n".join([report(result).rstrip(), *pictures, *(beside(result, other) for other in others)])
 
 
+def ablation_flow(results: Path) -> str:
+    """The block on the main rows with a flow, or the sentence that they were not measured."""
+    path = results / "ablation_flow.json"
+    if not path.exists():
+        return ("Not measured yet (`python -m benchmarks.ablation --model flow --seeds 3 --out benchmarks/results`, then"
+                " `make readme`).")
+    return report(json.loads(path.read_text())).rstrip()
+
+
 def beside(result: Result, other: Result) -> str:
     """The table of runs with other settings, and what these are."""
     changed = {key: value for key, value in other["settings"].items() if result["settings"].get(key) != value and key != "seeds"}

@@ -135,11 +135,12 @@ def about(result: Result) -> str:
     """How it was measured."""
     settings, machine = result["settings"], result["machine"]
     seeds = f"{settings['seeds']} seeds" if settings["seeds"] > 1 else "one seed (so no intervals)"
+    unpreferred = (", SePPO-r on one picture of each pair at random. A picture that is not preferred is a bad scan, a wrong"
+                   " digit, or both, like some that the base learnt from")
     return (
         f"Means over {seeds}; each seed has its own base model, data and trainings. ± and [ ] are 95 % t-intervals over the seeds;"
-        " those in [ ] are of differences paired by seed. SFT and SePPO-w train on the preferred picture of each pair, SePPO-r on"
-        " one picture of each pair at random. A picture that is not preferred is a bad scan, a wrong digit, or both, like some that"
-        " the base learnt from. All other rows are SePPO-w with one change. There are"
+        " those in [ ] are of differences paired by seed. SFT and SePPO-w train on the preferred picture of each pair"
+        f"{unpreferred * bool(runs_of(result, 'seppo_r'))}. All other rows are SePPO-w with one change. There are"
         f" {settings['iterations']} iterations of {settings['updates']} updates of {settings['batch_size']} pairs, with learning"
         f" rate {settings['lr']:g} and beta {settings['beta']:g}; reference samples take {settings['sampler_steps']} steps at"
         f" guidance {settings['guidance_scale']:g}. Prompt accuracy and cleanliness: the quickstart's judge on"

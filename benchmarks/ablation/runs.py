@@ -9,7 +9,7 @@ The method "base" makes the seed's base model and its data; the others train fro
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +22,17 @@ if TYPE_CHECKING:  # the command and the README need no network
     from seppo_fast.quickstart.judge import Scores
 
 BASE = "base"
-OF_BASES = ("vae_steps", "text_steps", "unet_steps", "guidance_scale", "judge_samples", "judge_steps")
+OF_BASES = ("model", "vae_steps", "text_steps", "denoiser_steps", "guidance_scale", "judge_samples", "judge_steps")
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of all methods: the quickstart's with half its batch and fewer sampling steps, so that 40 trainings take an hour."""
 
+    model: str = "unet"  # as the quickstart's --model
     vae_steps: int = 240
     text_steps: int = 500
-    unet_steps: int = 700
+    denoiser_steps: int = 700
     iterations: int = 8
     updates: int = 12
     batch_size: int = 32
@@ -41,6 +42,9 @@ class Settings:
     guidance_scale: float = 2.0
     judge_samples: int = 300
     judge_steps: int = 8
+
+
+SETTINGS = {"unet": Settings(), "flow": Settings(model="flow", denoiser_steps=1200, beta=65.0)}
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,11 @@ METHODS = {
     "seppo_r": Method("SePPO-r", ("seppo.data.choose=random",)),
     "shared": Method("SePPO-w, shared noise", ("seppo.noise=shared",)),
 }
+ROWS = {"unet": tuple(METHODS), "flow": ("sft", "no_aaf", "seppo_w")}  # what is made by default
 
 
 def overrides(work: Path, seed: int, method: str, settings: Settings) -> list[str]:
-    """What a run changes in the quickstart's configuration."""
+    """What a run changes in the quickstart's configuration for its model."""
     home, total = (work / f"seed_{seed}").resolve(), settings.iterations * settings.updates
     changes: dict[str, object] = {
         "optimizer.params.lr": settings.lr, "seppo.beta": settings.beta,
@@ -84,9 +89,10 @@ def policies(run: Path, method: str, settings: Settings) -> dict[int, Path]:
 
 
 def recipe_of(seed: int, settings: Settings) -> "Recipe":
-    from seppo_fast.quickstart.base import Recipe
+    from seppo_fast.quickstart.models import KINDS
 
-    return Recipe(seed=seed, vae_steps=settings.vae_steps, text_steps=settings.text_steps, unet_steps=settings.unet_steps)
+    return replace(KINDS[settings.model].recipe, seed=seed, vae_steps=settings.vae_steps, text_steps=settings.text_steps,
+                   denoiser_steps=settings.denoiser_steps)
 
 
 def take_bases(work: Path, other: Path, seeds: int, settings: Settings) -> None:
@@ -110,14 +116,13 @@ def take_bases(work: Path, other: Path, seeds: int, settings: Settings) -> None:
 
 def make_base(home: Path, seed: int, settings: Settings) -> Run:
     """The seed's base and data, and the base's scores."""
-    from seppo_fast.quickstart import base
     from seppo_fast.quickstart.digits import split_digits
+    from seppo_fast.quickstart.models import KINDS
 
     recipe = recipe_of(seed, settings)
-    base.make_base(home / "base", recipe)
+    KINDS[settings.model].make_base(home / "base", recipe)
     write_pairs(home / "pairs.parquet", split_digits(seed)[0], recipe)
-    judged = judge(home / "base", {0: home / "base" / "unet" / "diffusion_pytorch_model.safetensors"}, seed, settings)
-    return {"points": judged}
+    return {"points": judge(home / "base", {0: None}, seed, settings)}
 
 
 def write_pairs(path: Path, digits: "Digits", recipe: "Recipe") -> None:
@@ -145,10 +150,11 @@ def write_pairs(path: Path, digits: "Digits", recipe: "Recipe") -> None:
 
 def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> Run:
     """Train, from where an earlier attempt stopped, and judge. The process ends here when the trainer stops early."""
+    from seppo_fast.quickstart.models import KINDS
     from seppo_fast.quickstart.report import iteration_mean, read_metrics
 
     run = home / method
-    train(run, "quickstart.json", overrides(home.parent, seed, method, settings))
+    train(run, KINDS[settings.model].config, overrides(home.parent, seed, method, settings))
     rates = {}
     if method != "sft":
         rows = read_metrics(run / "metrics.jsonl")
@@ -157,8 +163,8 @@ def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> R
     return {"points": judge(home / "base", policies(run, method, settings), seed, settings), **rates}
 
 
-def judge(base: Path, weights: Mapping[int, Path], seed: int, settings: Settings) -> list[dict[str, float]]:
-    """The quickstart's judge on samples of the base with these UNet weights, from the same noise for all."""
+def judge(base: Path, weights: Mapping[int, Path | None], seed: int, settings: Settings) -> list[dict[str, float]]:
+    """The quickstart's judge on samples of the base with these weights (None: its own), from the same noise for all."""
     from seppo_fast.quickstart.digits import CAPTIONS, split_digits
     from seppo_fast.quickstart.judge import Judge, draw
 

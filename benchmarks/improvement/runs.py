@@ -113,7 +113,7 @@ def make_base(home: Path, seed: int, settings: Settings) -> Run:
     from seppo_fast.quickstart.improvement.pairs import make_pairs, write_pairs
 
     digits, held_out = split_digits(seed)
-    base.make_base(home / "base", replace(base.recipe_of(seed), unet_steps=settings.unet_steps))
+    base.make_base(home / "base", replace(base.recipe_of(seed), denoiser_steps=settings.unet_steps))
     pairs = make_pairs(digits, seed, base.COPIES)
     write_pairs(home / "pairs.parquet", pairs)
     judge, few = Judge(held_out, seed), slice(settings.judge_samples)

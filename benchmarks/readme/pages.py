@@ -4,13 +4,13 @@ import re
 from functools import partial
 
 from benchmarks import ROOT
-from benchmarks.ablation.readme import ablation
+from benchmarks.ablation.readme import ablation, ablation_flow
 from benchmarks.improvement.readme import improvement
 from benchmarks.loss.readme import loss
 from benchmarks.readme.config_keys import keys
 from benchmarks.readme.headlines import headlines
+from benchmarks.readme.quickstarts import flow, quickstart, video
 from benchmarks.readme.quickstarts import improvement as quickstart_improvement
-from benchmarks.readme.quickstarts import quickstart, video
 from benchmarks.throughput.readme import throughput
 from benchmarks.video.readme import video as decoding
 
@@ -20,9 +20,9 @@ CONFIGS = ROOT / "seppo_fast" / "configs" / "README.md"
 PAGES = (README, BENCHMARKS, CONFIGS)
 RESULTS = ROOT / "benchmarks" / "results"
 TABLES = {"keys": keys, **{name: partial(table, RESULTS) for name, table in (
-    ("quickstart", quickstart), ("headlines", headlines), ("quickstart_video", video),
+    ("quickstart", quickstart), ("headlines", headlines), ("quickstart_flow", flow), ("quickstart_video", video),
     ("quickstart_improvement", quickstart_improvement), ("loss", loss), ("throughput", throughput), ("decoding", decoding),
-    ("ablation", ablation), ("improvement", improvement))}}
+    ("ablation", ablation), ("ablation_flow", ablation_flow), ("improvement", improvement))}}
 
 
 def filled(text: str) -> str:

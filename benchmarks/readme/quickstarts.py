@@ -2,15 +2,31 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def quickstart(results: Path) -> str:
-    """Before and after, from the quickstart's result.json, with its picture."""
-    result = json.loads((results / "quickstart" / "result.json").read_text())
+    """Before and after, from the quickstart's result.json, with its picture, as the front page shows them."""
+    return before_and_after(json.loads((results / "quickstart" / "result.json").read_text()), "benchmarks/results/quickstart",
+                            "make quickstart")
+
+
+def flow(results: Path) -> str:
+    """Before and after of the quickstart with a flow, or the sentence that it was not run."""
+    path = results / "quickstart_flow" / "result.json"
+    if not path.exists():
+        return "Not measured yet (`make quickstart-flow`, then `make readme`)."
+    result = json.loads(path.read_text())
+    return "\n".join([before_and_after(result, "results/quickstart_flow", "make quickstart-flow"), "",
+                      in_time(result["seconds"]["total"])])
+
+
+def before_and_after(result: dict[str, Any], folder: str, command: str) -> str:
+    """Picture, scores and rates of one run of the quickstart; `folder` has the picture, as the page names it."""
     base, after = result["base"], result["seppo"]
     first, last = result["first_iteration"], result["last_iteration"]
     lines = [
-        "![samples of the base model and, from the same noise, after SePPO](benchmarks/results/quickstart/side_by_side.png)",
+        f"![samples of the base model and, from the same noise, after SePPO]({folder}/side_by_side.png)",
         "",
         "| | base | SePPO | change |",
         "|---|---|---|---|",
@@ -23,7 +39,7 @@ def quickstart(results: Path) -> str:
           for key, label in (("aaf_rate", "AAF rate (share of sign -1, App. B.2)"),
                              ("implicit_acc", "implicit accuracy (share of logit > 0)"))),
         "",
-        f"Measured by `make quickstart` with seed {result['settings']['seed']} on {result['machine']['cpu']},"
+        f"Measured by `{command}` with seed {result['settings']['seed']} on {result['machine']['cpu']},"
         f" {result['machine']['cores']} cores, {result['machine']['threads']} thread{'s' * (result['machine']['threads'] > 1)}:"
         f" {result['seconds']['total']:.0f} s, with the training of the base model, without the installation. Prompt accuracy:"
         f" share of {base['samples']} samples that an independent classifier reads as the prompt's digit. Cleanliness: share of"
@@ -32,7 +48,7 @@ def quickstart(results: Path) -> str:
     return "\n".join(lines)
 
 
-SECONDS = 480  # the time limit of the quickstarts of videos and of the improvement model
+SECONDS = 480  # the time limit of all quickstarts but the first
 
 
 def video(results: Path) -> str:

@@ -47,7 +47,7 @@ def quickstart_case(work: Path) -> Case:
     from seppo_fast.quickstart.demonstrations import write_demonstrations
     from seppo_fast.quickstart.digits import split_digits
 
-    make_base(work / "base", Recipe(copies=1, vae_steps=60, text_steps=20, unet_steps=20))
+    make_base(work / "base", Recipe(copies=1, vae_steps=60, text_steps=20, denoiser_steps=20))
     write_demonstrations(work / "demonstrations", split_digits(0)[0])
     return Case("quickstart", work / "base", work / "demonstrations", work, "quickstart.json")
 

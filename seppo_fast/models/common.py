@@ -193,14 +193,14 @@ def load_tokenizer(directory: Directory, component: str) -> PreTrainedTokenizerB
         return kind.from_pretrained(directory.path / component, local_files_only=True)
 
 
-def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False) -> int:
+def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False, most: int = TOKENS) -> int:
     """How many tokens of a prompt the encoder sees. Refuses a tokenizer of another model, which does not fit the encoder.
 
-    `pooled`: the encoder's embedding of a prompt's end is used.
+    `pooled`: the encoder's embedding of a prompt's end is used. `most`: where the encoder has no number of positions (T5).
     """
     tokenizer = encoder.replace("text_encoder", "tokenizer")
     if not directory.weights:  # a model whose shape alone is known
-        return TOKENS
+        return most
     loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", 49408)
     place = directory.path / tokenizer
     if not isinstance(loaded.model_max_length, int) or loaded.model_max_length < 3:
@@ -218,7 +218,7 @@ def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False) -
     if pooled and end not in (2, loaded.eos_token_id):
         raise UserError(f"{place}: its token for a prompt's end has the number {loaded.eos_token_id}, and {encoder}'s"
                         f" eos_token_id is {end}. Tokenizer and text encoder come from different models.")
-    return most_tokens(loaded, directory.configs[encoder].get("max_position_embeddings", TOKENS))
+    return most_tokens(loaded, directory.configs[encoder].get("max_position_embeddings", most))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text_config: Any, prompts: list[str]) -> dict[str, Tensor]:

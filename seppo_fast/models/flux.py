@@ -14,7 +14,7 @@ from seppo_fast.models.contract import Conditions
 from seppo_fast.models.directory import Components, Directory
 from seppo_fast.models.flows import CLIP, T5, FlowTransformer, check_transformer
 
-T5_TOKENS = 512  # as `FluxPipeline` calls it by default
+T5_TOKENS = 512  # as `FluxPipeline` calls it by default; fewer where tokenizer_2 says so
 
 
 class Flux(FlowTransformer):
@@ -44,15 +44,15 @@ class Flux(FlowTransformer):
             "patch_size": (1, "packing"), "joint_attention_dim": (second["d_model"], "text_encoder_2"),
             "pooled_projection_dim": (first["hidden_size"], "text_encoder"),
         })
-        common.check_vocabulary(directory, "text_encoder_2")
+        self.t5_tokens = common.check_vocabulary(directory, "text_encoder_2", most=T5_TOKENS)
         self.prompt_tokens = {"text_encoder": common.check_vocabulary(directory, "text_encoder", pooled=True),
-                              "text_encoder_2": T5_TOKENS}
+                              "text_encoder_2": self.t5_tokens}
         self.embeds_guidance = bool(config.get("guidance_embeds", False))
-        self.condition_shapes = {"prompt_embeds": (T5_TOKENS, second["d_model"]), "pooled": (first["hidden_size"],)}
+        self.condition_shapes = {"prompt_embeds": (self.t5_tokens, second["d_model"]), "pooled": (first["hidden_size"],)}
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by the pipeline's `encode_prompt`."""
-        embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=T5_TOKENS)
+        embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=self.t5_tokens)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions, guidance: float = 1.0

@@ -35,7 +35,8 @@ class StableDiffusion:
 
     def __init__(self, directory: Directory) -> None:
         common.check_schedule(directory)
-        common.check_unet(directory, directory.configs["text_encoder"].get("hidden_size", 512), addition=None)
+        width = directory.configs["text_encoder"].get("hidden_size", 512)
+        common.check_unet(directory, width, addition=None)
         self.prompt_tokens = {"text_encoder": common.check_vocabulary(directory, "text_encoder")}
         self.directory = directory
         self.path: Path = directory.path
@@ -46,7 +47,7 @@ class StableDiffusion:
         self.latent_channels, self.vae_scale_factor, self.latent_scale = common.vae_facts(directory)
         self.multiple = self.vae_scale_factor
         self.sample_size: Any = directory.configs["unet"].get("sample_size")
-        self.condition_shapes = {"prompt_embeds": (common.TOKENS, directory.configs["text_encoder"].get("hidden_size", 512))}
+        self.condition_shapes = {"prompt_embeds": (self.prompt_tokens["text_encoder"], width)}
 
     def load_denoiser(self, dtype: torch.dtype) -> UNet:
         """A fresh UNet from disk, on the CPU."""

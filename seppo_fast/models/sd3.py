@@ -14,7 +14,7 @@ from seppo_fast.models.contract import Conditions
 from seppo_fast.models.directory import NONE, Components, Directory
 from seppo_fast.models.flows import CLIP, T5, FlowTransformer, check_transformer
 
-T5_TOKENS = 256  # as `StableDiffusion3Pipeline` calls it by default
+T5_TOKENS = 256  # as `StableDiffusion3Pipeline` calls it by default; fewer where tokenizer_3 says so
 
 
 class StableDiffusion3(FlowTransformer):
@@ -44,20 +44,20 @@ class StableDiffusion3(FlowTransformer):
                                       "pooled_projection_dim": (pooled, "the sum of the text encoders' projection_dim")})
         if (third := directory.configs.get("text_encoder_3")) is not None:
             check_transformer(directory, {"joint_attention_dim": (third["d_model"], "text_encoder_3")})
-            common.check_vocabulary(directory, "text_encoder_3")
-            self.prompt_tokens["text_encoder_3"] = T5_TOKENS
+            self.prompt_tokens["text_encoder_3"] = common.check_vocabulary(directory, "text_encoder_3", most=T5_TOKENS)
         if first["hidden_size"] + second["hidden_size"] > width:
             raise UserError(f"{self.path / 'transformer' / 'config.json'}: joint_attention_dim is {width}, which is less than the"
                             f" CLIP text encoders are wide together ({first['hidden_size']} + {second['hidden_size']})")
         for part in ("text_encoder", "text_encoder_2"):
             self.prompt_tokens[part] = common.check_vocabulary(directory, part, pooled=True)
         self.sample_size: Any = config.get("sample_size", 128)
-        self.condition_shapes = {"prompt_embeds": (common.TOKENS + T5_TOKENS, width), "pooled": (pooled,)}
+        self.t5_tokens = self.prompt_tokens.get("text_encoder_3", T5_TOKENS)
+        self.condition_shapes = {"prompt_embeds": (self.prompt_tokens["text_encoder"] + self.t5_tokens, width), "pooled": (pooled,)}
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by the pipeline's `encode_prompt`."""
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=False,
-                                                      max_sequence_length=T5_TOKENS)
+                                                      max_sequence_length=self.t5_tokens)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:

@@ -65,7 +65,7 @@ class StableDiffusionXL:
         self.latent_channels, self.vae_scale_factor, self.latent_scale = common.vae_facts(directory)
         self.multiple = self.vae_scale_factor
         self.sample_size: Any = unet.get("sample_size")
-        self.condition_shapes = {"prompt_embeds": (common.TOKENS, width), "pooled": (pooled,)}
+        self.condition_shapes = {"prompt_embeds": (self.prompt_tokens["text_encoder"], width), "pooled": (pooled,)}
         self.image_condition = has_image_condition(directory)
         self.image_scale = self.latent_scale.factor if directory.index.get(SCALES) else 1.0
         self.zeros_for_empty_prompt: bool = directory.index.get("force_zeros_for_empty_prompt", True)

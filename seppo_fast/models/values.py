@@ -32,6 +32,8 @@ def _lacking(name: str, value: Any, parameter: inspect.Parameter) -> str:
         return ""
     if name == "eos_token_id":  # declared for generation, where there may be several
         listed = set()
+    if value == [] and isinstance(parameter.default, list | tuple) and not parameter.default:  # SD3.5 Large's dual_attention_layers
+        return ""
     kinds = [kind for kind in NOUNS if kind in (listed if isinstance(value, list) else alone)]
     known = [kind for kind in NOUNS if kind in alone | listed]
     if not known:

@@ -1,22 +1,30 @@
-"""`python -m seppo_fast.quickstart [--out FOLDER] [--seed 0]`: a tiny Stable Diffusion, before and after SePPO."""
+"""`python -m seppo_fast.quickstart [--model unet|flow] [--out FOLDER] [--seed 0]`: a tiny model, before and after SePPO.
+
+`unet` is a Stable Diffusion 1.5, whose UNet learns by DDPM; `flow` a Stable Diffusion 3, whose transformer learns by flow matching.
+"""
 
 import sys
+from pathlib import Path
 
 from seppo_fast.extras import need
-from seppo_fast.quickstart.steps import arguments, explained
+from seppo_fast.quickstart.steps import explained, parser_of
 
 PACKAGES = ("sklearn", "matplotlib", "tokenizers")
+OUT = {"unet": "runs/quickstart", "flow": "runs/quickstart_flow"}
 
 
 @explained
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, or the training's own; 2 where a package is missing or the folder is not the quickstart's."""
-    given = arguments(argv, "python -m seppo_fast.quickstart", __doc__, "runs/quickstart")
+    parser = parser_of("python -m seppo_fast.quickstart", __doc__, OUT["unet"])
+    parser.add_argument("--model", choices=OUT, default="unet", help="the kind of model (default: %(default)s)")
+    parser.set_defaults(out=None)
+    given = parser.parse_args(argv)
     for package in PACKAGES:
         need(package, "the quickstart", "seppo-fast[quickstart]")
     from seppo_fast.quickstart.run import run
 
-    return run(given.out, given.seed)
+    return run(given.out or Path(OUT[given.model]), given.seed, given.model)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The base model: a complete, tiny Stable Diffusion pipeline directory, trained here on a crawl with faults."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from seppo_fast.quickstart.digits import CAPTIONS, RESOLUTION, Digits, sloppy_crawl, split_digits
 from seppo_fast.quickstart.fitting import fit, make_once, new_text_encoder, token_ids
@@ -24,13 +25,13 @@ class Recipe:
     wrong_captions: float = 0.3
     degraded: float = 0.4
     vae_steps: int = 240
-    unet_steps: int = 700
+    denoiser_steps: int = 700
     batch_size: int = 64
     text_steps: int = 500
     vae_lr: float = 4e-3
     text_lr: float = 6e-3
     kl_weight: float = 1e-3
-    unet_lr: float = 1.5e-3
+    denoiser_lr: float = 1.5e-3
     caption_dropout: float = 0.1
 
 
@@ -108,18 +109,21 @@ def encode_all(vae: AutoencoderKL, crawl: Digits) -> Tensor:
     return torch.cat([vae.encode(pixels * 2 - 1).latent_dist.mean for pixels in crawl.pixels.split(256)])
 
 
-def train_text_encoder(text: CLIPTextModel, tokenizer: CLIPTokenizer, crawl: Digits, recipe: Recipe) -> None:
+def train_text_encoder(
+    text: CLIPTextModel | CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, crawl: Digits, recipe: Recipe, name: str = "text",
+) -> None:
     """Train the text encoder with CLIP's loss; the picture tower is one linear map and is not kept."""
-    random = generator(recipe.seed, "text")
+    random = generator(recipe.seed, name)
     tower = torch.nn.Linear(crawl.pixels[0, 0].numel(), text.config.hidden_size)
     torch.nn.init.normal_(tower.weight, std=0.05, generator=random)
     torch.nn.init.zeros_(tower.bias)
     tokens = token_ids(tokenizer, CAPTIONS)
+    pooled = "text_embeds" if isinstance(text, CLIPTextModelWithProjection) else "pooler_output"
 
     def loss() -> Tensor:
         rows = torch.randint(len(crawl), (recipe.batch_size,), generator=random)
         pictures = F.normalize(tower(crawl.pixels[rows].mean(dim=1).flatten(1)), dim=1)
-        captions = F.normalize(text(tokens).pooler_output, dim=1)
+        captions = F.normalize(text(tokens)[pooled], dim=1)
         # There are only ten captions, so each picture is compared with all of them, and not with its batch's.
         return F.cross_entropy(10 * pictures @ captions.T, crawl.labels[rows])
 
@@ -131,15 +135,28 @@ def train_unet(
     recipe: Recipe,
 ) -> None:
     """Train the UNet: noise prediction at uniform timesteps; `embeds` are of the ten captions and, last, the empty one."""
-    random = generator(recipe.seed, "unet")
+    def times(random: torch.Generator) -> Tensor:
+        return torch.randint(scheduler.config.num_train_timesteps, (recipe.batch_size,), generator=random)
 
-    def loss() -> Tensor:
-        rows = torch.randint(len(latents), (recipe.batch_size,), generator=random)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (recipe.batch_size,), generator=random)
-        noise = torch.randn(latents[rows].shape, generator=random)
-        dropped = torch.rand(recipe.batch_size, generator=random) < recipe.caption_dropout
-        captions = torch.where(dropped, len(CAPTIONS), labels[rows])
-        noisy = scheduler.add_noise(latents[rows], noise, timesteps)
+    def loss(clean: Tensor, noise: Tensor, timesteps: Tensor, captions: Tensor) -> Tensor:
+        noisy = scheduler.add_noise(clean, noise, timesteps)
         return F.mse_loss(unet(noisy, timesteps, embeds[captions]).sample, noise)
 
-    fit(list(unet.parameters()), loss, recipe.unet_steps, recipe.unet_lr, "UNet")
+    train_denoiser(unet, latents, labels, times, loss, recipe, "UNet")
+
+
+def train_denoiser(
+    denoiser: nn.Module, latents: Tensor, labels: Tensor, times: Callable[[torch.Generator], Tensor],
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], recipe: Recipe, name: str,
+) -> None:
+    """Train with `loss` of clean latents, noise, times and captions; caption 10 is the empty one, which some pictures get."""
+    random = generator(recipe.seed, name.lower())
+
+    def of_a_batch() -> Tensor:
+        rows = torch.randint(len(latents), (recipe.batch_size,), generator=random)
+        at = times(random)
+        noise = torch.randn(latents[rows].shape, generator=random)
+        dropped = torch.rand(recipe.batch_size, generator=random) < recipe.caption_dropout
+        return loss(latents[rows], noise, at, torch.where(dropped, len(CAPTIONS), labels[rows]))
+
+    fit(list(denoiser.parameters()), of_a_batch, recipe.denoiser_steps, recipe.denoiser_lr, name)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -15,9 +15,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from seppo_fast.quickstart.tokenizer import LENGTH
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 RECORD = "made_of.json"
 
@@ -50,19 +48,21 @@ def _made_of(recipe: Any, code: Iterable[str]) -> dict[str, object]:
     }
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text model of two layers and width 32."""
-    return CLIPTextModel(CLIPTextConfig(
+Text = TypeVar("Text", CLIPTextModel, CLIPTextModelWithProjection)
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer, kind: type[Text] = CLIPTextModel) -> Text:
+    """A CLIP text model of two layers and width 32, for the tokenizer's number of tokens."""
+    return kind(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=32, max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id,
+        projection_dim=32, max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     ))
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Token ids `(len(captions), 77)`."""
-    encoded = tokenizer(list(captions), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
-    return encoded.input_ids
+    """Token ids `(len(captions), tokens)`, as many as the tokenizer gives at most."""
+    return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def fit(weights: list[torch.nn.Parameter], loss: Callable[[], Tensor], steps: int, lr: float, name: str) -> None:

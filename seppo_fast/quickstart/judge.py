@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from sklearn.svm import SVC
 from torch import Tensor
@@ -60,21 +60,24 @@ def draw(
 ) -> Tensor:
     """Samples `(N, 3, 16, 16)` in [0, 1] of a pipeline directory; the noise of sample i depends on (seed, i) alone.
 
-    `weights`: a past policy's file, whose weights the UNet gets.
+    `weights`: a past policy's file, whose weights the UNet or the transformer gets.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    parts = pipeline.components
     if weights:
-        pipeline.unet.load_state_dict(load_file(weights))
+        parts["unet" if "unet" in parts else "transformer"].load_state_dict(load_file(weights))
+    # Without this, Stable Diffusion 3 gives T5 more tokens than its tokenizer's limit, and more than the model has learnt with.
+    more = {"max_sequence_length": pipeline.tokenizer_3.model_max_length} if "tokenizer_3" in parts else {}
     pipeline.set_progress_bar_config(disable=True)
     latent_size = RESOLUTION // pipeline.vae_scale_factor
-    shape = (pipeline.unet.config.in_channels, latent_size, latent_size)
+    shape = (pipeline.vae.config.latent_channels, latent_size, latent_size)
     pictures = []
     for start in range(0, len(labels), batch_size):
         rows = range(start, min(start + batch_size, len(labels)))
         pictures.append(pipeline(
             [CAPTIONS[labels[row]] for row in rows], height=RESOLUTION, width=RESOLUTION,
             latents=normal(shape, seed, "judge", rows), num_inference_steps=steps, guidance_scale=guidance_scale,
-            output_type="np",
+            output_type="np", **more,
         ).images)
     return torch.from_numpy(np.concatenate(pictures)).permute(0, 3, 1, 2)
 

@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the backend: there may be no display)
 
 RATES = "AAF rate: share of pairs with sign -1 (App. B.2); implicit accuracy: share with logit > 0."
-FIGURES = ("loss", "aaf_rate", "implicit_acc")
+FIGURES = ("loss", "aaf_rate", "implicit_acc", "abs_logit_p50", "beta")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -17,12 +17,12 @@ from seppo_fast.errors import UserError
 OURS = ".quickstart"  # marks a folder whose contents the quickstart may clear
 
 
-def arguments(argv: list[str] | None, program: str, about: str, out: str) -> argparse.Namespace:
+def parser_of(program: str, about: str | None, out: str) -> argparse.ArgumentParser:
     """The command line: `--out`, by default `out`, and `--seed`."""
     parser = argparse.ArgumentParser(prog=program, description=about)
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for everything that is made")
     parser.add_argument("--seed", type=int, default=0, help="0 by default")
-    return parser.parse_args(argv)
+    return parser
 
 
 def explained(main: Callable[..., int]) -> Callable[..., int]:

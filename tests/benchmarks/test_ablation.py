@@ -1,18 +1,20 @@
 """Intervals, table, text and decisions of the ablation, from runs that were not made."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.ablation.__main__ import main
-from benchmarks.ablation.readme import ablation
+from benchmarks.ablation.__main__ import arguments, main
+from benchmarks.ablation.readme import ablation, ablation_flow
 from benchmarks.ablation.report import CLAIMS, agreement, judged, report, table
-from benchmarks.ablation.runs import BASE, METHODS, Settings, overrides, policies, take_bases
+from benchmarks.ablation.runs import BASE, METHODS, ROWS, SETTINGS, Settings, overrides, policies, recipe_of, take_bases
 from benchmarks.by_seed import Run, alone_in, changed, make_all, open_work, result_file, unfinished
 from benchmarks.intervals import Interval, interval, verdict
 from seppo_fast.configfile import load_config
 from seppo_fast.errors import UserError
+from seppo_fast.quickstart.models import KINDS
 
 
 def made(seed: int, method: str, accuracies: list[float], aaf: tuple[float, float] = (0.6, 0.7)) -> Run:
@@ -123,6 +125,30 @@ def test_every_method_is_one_change_of_the_quickstart(tmp_path: Path) -> None:
         assert differing == keys | {"output_dir"}
 
 
+def test_with_a_flow_the_main_rows_change_the_flows_quickstart(tmp_path: Path) -> None:
+    given = arguments(["--model", "flow", "--out", str(tmp_path / "out"), "--set", "lr=1e-4"])
+    assert (given.work, given.methods) == (Path("runs/ablation_flow"), ["sft", "no_aaf", "seppo_w"])
+    assert (given.settings.model, given.settings.lr) == ("flow", 1e-4) and given.settings.beta != Settings().beta
+    assert recipe_of(2, given.settings) == replace(KINDS["flow"].recipe, seed=2)
+    quickstart = load_config("quickstart_flow.json").as_dict()["seppo"]
+    for method in ROWS["flow"]:
+        changes = overrides(tmp_path, 0, method, SETTINGS["flow"])
+        found = load_config(KINDS["flow"].config, changes).as_dict()["seppo"]
+        assert found["sampler"]["solver"] == quickstart["sampler"]["solver"] == "euler"
+    own = arguments(["--out", str(tmp_path / "out")])
+    assert own.work == Path("runs/ablation") and own.methods == [*METHODS] and own.settings == Settings()
+
+
+def test_the_readme_block_on_the_flow_speaks_of_its_rows_alone(tmp_path: Path) -> None:
+    assert ablation_flow(tmp_path).startswith("Not measured yet (`python -m benchmarks.ablation --model flow")
+    some = result()
+    some["runs"] = [run for run in some["runs"] if run["method"] in (BASE, *ROWS["flow"])]
+    (tmp_path / "ablation_flow.json").write_text(json.dumps(some))
+    text = ablation_flow(tmp_path)
+    assert text == report(some).rstrip() and "SePPO-r" not in text and "SePPO-w is better than SFT" in text
+    assert "SePPO-r on one picture" in report(result())
+
+
 def test_past_policies_are_where_the_trainer_leaves_them(tmp_path: Path) -> None:
     settings = Settings(iterations=2, updates=15)
     assert {update: str(path) for update, path in policies(Path("run"), "sft", settings).items()} == {
@@ -165,8 +191,8 @@ def test_bases_of_another_folder_are_taken_where_they_fit(tmp_path: Path) -> Non
     take_bases(now, earlier, 2, Settings(lr=1e-4))
     assert unfinished(now, range(2), [BASE]) == [(1, BASE)] and result_file(now, 0, BASE).read_text() == '{"seed": 0}'
     assert (now / "seed_0" / "base").resolve() == (finished.parent / "base").resolve()
-    with pytest.raises(UserError, match="made or judged otherwise .unet_steps 700 there, 9 now"):
-        take_bases(now, earlier, 2, Settings(unet_steps=9))
+    with pytest.raises(UserError, match="made or judged otherwise .denoiser_steps 700 there, 9 now"):
+        take_bases(now, earlier, 2, Settings(denoiser_steps=9))
     with pytest.raises(UserError, match="nowhere"):
         take_bases(now, tmp_path / "nowhere", 2, Settings())
 

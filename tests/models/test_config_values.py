@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from tiny import tiny_sd
 from transformers import CLIPTextConfig
 
@@ -106,6 +106,14 @@ def test_values_that_published_models_have(own_sd):
 def test_published_configurations(configs, tmp_path):
     for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextConfig)):
         check_values(tmp_path, configs[part], kind)
+
+
+def test_a_list_may_be_empty_where_that_is_the_default(tmp_path):
+    """SD3.5 Large has no dual_attention_layers, and says so."""
+    check_values(tmp_path, {"dual_attention_layers": []}, SD3Transformer2DModel)
+    for value in (0, [[]], [0.5], None):
+        with pytest.raises(UserError, match="dual_attention_layers"):
+            check_values(tmp_path, {"dual_attention_layers": value}, SD3Transformer2DModel)
 
 
 def test_weights_that_the_configuration_has_no_place_for(own_sd):

@@ -11,7 +11,7 @@ from seppo_fast.quickstart.base import Recipe, make_base
 from seppo_fast.quickstart.digits import CAPTIONS
 from seppo_fast.quickstart.judge import draw
 
-RECIPE = Recipe(vae_steps=3, text_steps=3, unet_steps=3, batch_size=8, copies=1)
+RECIPE = Recipe(vae_steps=3, text_steps=3, denoiser_steps=3, batch_size=8, copies=1)
 
 
 @pytest.fixture(scope="module")

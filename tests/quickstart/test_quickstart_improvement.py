@@ -103,7 +103,7 @@ def test_the_base_draws_and_its_widened_copy_improves(digits: tuple[Digits, Digi
     from seppo_fast.models import open_model
     from seppo_fast.models.export import save_pipeline
 
-    recipe = replace(recipe_of(0), vae_steps=3, text_steps=3, unet_steps=3, batch_size=8, copies=1)
+    recipe = replace(recipe_of(0), vae_steps=3, text_steps=3, denoiser_steps=3, batch_size=8, copies=1)
     assert make_base(tmp_path / "base", recipe) and not make_base(tmp_path / "base", recipe)
     assert draw(tmp_path / "base", [1, 2], 0, 2, 2.0).shape == (2, 3, 16, 16)
     weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"

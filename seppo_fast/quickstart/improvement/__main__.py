@@ -8,13 +8,13 @@ import sys
 
 from seppo_fast.extras import need
 from seppo_fast.quickstart.__main__ import PACKAGES
-from seppo_fast.quickstart.steps import arguments, explained
+from seppo_fast.quickstart.steps import explained, parser_of
 
 
 @explained
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, or the training's own; 2 where a package is missing or the folder is not the quickstart's."""
-    given = arguments(argv, "python -m seppo_fast.quickstart.improvement", __doc__, "runs/quickstart_improvement")
+    given = parser_of("python -m seppo_fast.quickstart.improvement", __doc__, "runs/quickstart_improvement").parse_args(argv)
     for package in PACKAGES:
         need(package, "the quickstart", "seppo-fast[quickstart]")
     from seppo_fast.quickstart.improvement.run import run

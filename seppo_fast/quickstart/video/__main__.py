@@ -3,7 +3,7 @@
 import sys
 
 from seppo_fast.extras import need
-from seppo_fast.quickstart.steps import arguments, explained
+from seppo_fast.quickstart.steps import explained, parser_of
 
 PACKAGES = ("sklearn", "matplotlib", "tokenizers", "torchmetrics", "av")
 
@@ -11,7 +11,7 @@ PACKAGES = ("sklearn", "matplotlib", "tokenizers", "torchmetrics", "av")
 @explained
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, or the training's own; 2 where a package is missing or the folder is not the quickstart's."""
-    given = arguments(argv, "python -m seppo_fast.quickstart.video", __doc__, "runs/quickstart_video")
+    given = parser_of("python -m seppo_fast.quickstart.video", __doc__, "runs/quickstart_video").parse_args(argv)
     for package in PACKAGES:
         need(package, "the video quickstart", "seppo-fast[quickstart,video]")
     from seppo_fast.quickstart.video.run import run
