@@ -36,11 +36,12 @@ class Adapter:
 
     def check(self, model: Model) -> None:
         """`UserError` unless each tensor has a place in the model, of which no weights are loaded."""
+        empty = Adapter(self.file, {name: value.to("meta") for name, value in self.tensors.items()}, self.metadata)
         with torch.device("meta"):
-            self.put_on(model.denoiser, model.empty_denoiser())
+            empty.put_on(model.denoiser, model.empty_denoiser())
             for part in model.text_encoders:
                 if any(name.startswith(f"{part}.") for name in self.tensors):
-                    self.put_on(part, empty_text_encoder(model.directory, part))
+                    empty.put_on(part, empty_text_encoder(model.directory, part))
 
     def put_on(self, part: str, module: nn.Module) -> None:
         """Put adapters beside the weights of `module`, the component `part`; `UserError` unless each tensor has a place."""
