@@ -55,7 +55,8 @@ class Adapter:
                 else:
                     StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(own, None, module, part, metadata=self.metadata)
         except Exception as error:  # loaders may raise anything; the file's names and shapes are the only input
-            raise UserError(f"{self.file} does not fit the model's {part}: {str(error).strip().splitlines()[0]}") from error
+            why = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])  # wrong shapes are on the second
+            raise UserError(f"{self.file} does not fit the model's {part}: {why}") from error
         placed = sum(".lora_" in name for name, _ in module.named_parameters())
         if placed != len(own):
             raise UserError(f"{self.file} has {len(own)} LoRA tensors for the {part}, where this model's layers of these names have"

@@ -57,7 +57,7 @@ def save_denoiser(model: Model, weights: Mapping[str, Tensor], folder: Path) -> 
 
 
 def merged(model: Model, weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """The network's weights with the trained adapter's in them, in fp32: in half precision a small adapter would be rounded away."""
+    """The weights with the trained adapter's in them, in fp32: in half precision a small adapter would be rounded away."""
     denoiser = model.load_denoiser(torch.float32)
     choose_trained(denoiser, lora, seed=0)
     if trainable_weights(denoiser).keys() != weights.keys():

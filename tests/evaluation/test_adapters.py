@@ -5,7 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation.lora_files import ALPHA, PROMPTS, RANK, Layers, candidate, kohya, layers, merge, old_diffusers, peft, predicted, with_alphas
+from evaluation.lora_files import (
+    ALPHA,
+    PROMPTS,
+    RANK,
+    Layers,
+    candidate,
+    kohya,
+    layers,
+    merge,
+    old_diffusers,
+    peft,
+    predicted,
+    with_alphas,
+)
 from tiny import tiny_sd, tiny_sdxl
 from torch import Tensor
 

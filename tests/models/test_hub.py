@@ -168,8 +168,8 @@ def test_of_a_flow_the_pipelines_parts_alone_are_fetched_with_all_their_shards()
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder_2", "text_encoder_3"])
 def test_a_variant_of_any_part_of_a_flow_is_told_before_anything_is_fetched(part):
-    files = [f"{part}/config.json", f"{part}/model.fp16-00001-of-00002.safetensors", f"{part}/model.fp16-00002-of-00002.safetensors",
-             f"{part}/model.safetensors.index.fp16.json"]
+    files = [f"{part}/{name}" for name in ("config.json", "model.safetensors.index.fp16.json",
+             "model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors")]
     library = "diffusers" if part == "transformer" else "transformers"
     if library == "diffusers":
         files = [name.replace("model.", "diffusion_pytorch_model.") for name in files]

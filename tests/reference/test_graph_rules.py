@@ -1,4 +1,4 @@
-"""What a CUDA graph forbids, shown without a GPU: no family's call of its network may copy from the host, or wait for the device."""
+"""What a CUDA graph forbids, shown without a GPU: a network's call must not copy from the host, nor wait for the device."""
 
 from collections.abc import Callable
 from pathlib import Path
