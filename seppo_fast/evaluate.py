@@ -38,7 +38,8 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_
         help="by default ddim, or euler where one of the models is a flow")
     add("--steps", type=int, default=50, help="of the solver; 50 by default")
     add("--guidance-scale", type=float, default=7.5,
-        help="classifier-free guidance of the models that draw from a prompt alone; 7.5 by default, 1 is none")
+        help="of the models that draw from a prompt alone: classifier-free, or an input of the network (FLUX.1-dev); 7.5 by"
+             " default, 1 is none")
     add("--improvement-guidance-scale", type=float, metavar="S_T",
         help="of improvement models: strength of the prompt (s_T of Eq. 9); 3.5 by default, 1 is none")
     add("--image-guidance-scale", type=float, metavar="S_I",
@@ -47,7 +48,8 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_
     add("--frames", type=int, default=16, help="frames of a video; 16 by default")
     add("--motion-adapter", metavar="PATH", help="makes an AnimateDiff of Stable Diffusion 1.x")
     add("--variant", help='variant of the weight files, such as "fp16"')
-    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="auto: float16 on a GPU, else float32")
+    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
+        help="auto: on a GPU float16, or bfloat16 where one of the models is a flow; else float32")
     add("--batch-size", type=int, help="samples drawn at once; by default it is measured")
     add("--score-batch-size", type=int, default=16, help="samples scored at once; 16 by default")
     add("--compile", choices=("none", "regional", "full"), default="none", help="torch.compile of the network; none by default")

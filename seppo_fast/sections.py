@@ -19,7 +19,7 @@ class Section(BaseModel):
 
 
 class Lora(Section):
-    """A PEFT LoRA on the UNet. `targets` are module names or suffixes, as in `peft.LoraConfig.target_modules`.
+    """A PEFT LoRA on the denoiser, UNet or transformer. `targets` are module names or suffixes, as in PEFT's `target_modules`.
 
     `layers` is for video models: adapters on the layers of the motion modules, on those of the image model, or on both.
     """
@@ -37,7 +37,7 @@ class Lora(Section):
 
 
 class Model(Section):
-    """A diffusers pipeline directory (Stable Diffusion, SDXL or AnimateDiff), or its id on the hub.
+    """A diffusers pipeline directory, or its id on the hub: Stable Diffusion, SDXL, AnimateDiff, Stable Diffusion 3, FLUX.1.
 
     `motion_adapter`, a MotionAdapter's directory or hub id, makes a Stable Diffusion 1.x an AnimateDiff.
 

@@ -10,7 +10,8 @@ from benchmarks import ROOT
 from benchmarks.result_files import Row
 
 TESTS = {"tests_native": ["tests/ops/test_cuda_build.py"], "tests_triton": ["tests/ops/test_triton.py"],
-         "tests_sampler": ["tests/reference/test_cuda_graph.py", "tests/reference/test_improver.py"]}
+         "tests_sampler": ["tests/reference/test_cuda_graph.py", "tests/reference/test_improver.py",
+                           "tests/reference/test_flow_graph.py"]}
 COUNTS = ("tests", "failures", "errors", "skipped")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
 

@@ -1,12 +1,14 @@
 """LoRA files (diffusers' or kohya's names, text encoders, alphas): put on a model completely, or refused."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -15,11 +17,13 @@ from torch import Tensor, nn
 
 from seppo_fast.errors import UserError, few
 from seppo_fast.models import Model
+from seppo_fast.models.common import empty_text_encoder
 from seppo_fast.models.files import check_tensors
 from seppo_fast.strict import parse_json
 
 LORA = (".lora_A.", ".lora_B.", "_lora.down.", "_lora.up.", ".lora.down.", ".lora.up.", ".lora_linear_layer.")
 UPS = (".lora_up.weight", ".lora_B.weight", "_lora.up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight")
+KOHYA, UP = "lora_", (".lora_up.weight", ".lora_B.weight", ".up.weight")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,15 @@ class Adapter:
     file: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, Any] | None
+
+    def check(self, model: Model) -> None:
+        """`UserError` unless each tensor has a place in the model, of which no weights are loaded."""
+        empty = Adapter(self.file, {name: value.to("meta") for name, value in self.tensors.items()}, self.metadata)
+        with torch.device("meta"):
+            empty.put_on(model.denoiser, model.empty_denoiser())
+            for part in model.text_encoders:
+                if any(name.startswith(f"{part}.") for name in self.tensors):
+                    empty.put_on(part, empty_text_encoder(model.directory, part))
 
     def put_on(self, part: str, module: nn.Module) -> None:
         """Put adapters beside the weights of `module`, the component `part`; `UserError` unless each tensor has a place."""
@@ -42,7 +55,8 @@ class Adapter:
                 else:
                     StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(own, None, module, part, metadata=self.metadata)
         except Exception as error:  # loaders may raise anything; the file's names and shapes are the only input
-            raise UserError(f"{self.file} does not fit the model's {part}: {str(error).strip().splitlines()[0]}") from error
+            why = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])  # wrong shapes are on the second
+            raise UserError(f"{self.file} does not fit the model's {part}: {why}") from error
         placed = sum(".lora_" in name for name, _ in module.named_parameters())
         if placed != len(own):
             raise UserError(f"{self.file} has {len(own)} LoRA tensors for the {part}, where this model's layers of these names have"
@@ -62,20 +76,29 @@ def read_adapter(file: Path, model: Model) -> Adapter:
         raise UserError(f"{file} says its alphas twice, in tensors ({few(alphas)}) and in metadata; remove one of them")
     try:
         raw = scaled(file, raw)
+        before = strength(raw)
         with quiet_diffusers():
-            found = model.lora_loader.lora_state_dict(raw, **known)
-            tensors = found[0] if isinstance(found, tuple) else found
+            found = model.lora_loader.lora_state_dict(dict(raw), **known)
+            tensors = found[0] if isinstance(found, tuple) else found  # the rest are alphas, which are in the tensors
     except UserError:
         raise
     except Exception as error:  # names that kohya's conversion does not know, tensors that are not matrices
         raise UserError(f"{file} is no LoRA that diffusers reads: {str(error).strip().splitlines()[0]}") from error
-    parts = (model.denoiser, *model.text_encoders)
+    parts = [part for part in (model.denoiser, *model.text_encoders) if part in model.lora_loader._lora_loadable_modules]
     if strangers := [name for name in tensors if name.split(".")[0] not in parts or not any(kind in name for kind in LORA)]:
         raise UserError(f"{file} has tensors that are no LoRA of this model's {', '.join(parts)}: {few(strangers)}")
     if not any(name.startswith(f"{model.denoiser}.") for name in tensors):
         kind = "UNet" if model.denoiser == "unet" else model.denoiser
         raise UserError(f"{file} has no weights for a {kind} ({model.denoiser}.*)")
+    if not math.isclose(strength(tensors), before, rel_tol=1e-6):
+        raise UserError(f"{file} has tensors that diffusers leaves out, because they are of layers or text encoders that it puts no"
+                        f" LoRA on (it begins with {few(raw)}); take one of the transformer and the CLIP text encoder alone")
     return Adapter(file, tensors, metadata)
+
+
+def strength(tensors: Mapping[str, Tensor]) -> float:
+    """The sum of squares of all up matrices, which a change of their names, or their parts, does not change."""
+    return math.fsum(float(value.double().square().sum()) for name, value in tensors.items() if name.endswith(UP))
 
 
 def content_of(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -104,6 +127,8 @@ def scaled(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         layer = next((name.removesuffix(up) for up in UPS if name.endswith(up)), None)
         if not name.endswith(".alpha"):
             found[name] = value.float() * (alphas.pop(layer) / value.shape[1]) if layer in alphas else value
+        if layer is not None and name.startswith(KOHYA):  # some of diffusers' conversions want an alpha
+            found[f"{layer}.alpha"] = torch.tensor(float(value.shape[1]))
     if alphas:
         raise UserError(f"{file} has alphas of layers that it has no LoRA for: {few(alphas)}")
     return found

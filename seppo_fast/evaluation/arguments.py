@@ -9,12 +9,13 @@ import torch
 from seppo_fast.config import Improvement, Sampler
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.candidates import Candidate, open_candidates
-from seppo_fast.evaluation.generate import Drawing, check_sizes
+from seppo_fast.evaluation.generate import Drawing, check_drawing
 from seppo_fast.evaluation.prompts import read_prompts
 from seppo_fast.evaluation.request import SCALES, Request
 from seppo_fast.evaluation.scoring import kind_of, scores_of
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
+from seppo_fast.models.schedules import is_flow
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.solver import default_solver
 
@@ -32,8 +33,8 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
     sampler = Sampler(solver=solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
     drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
-                      dtype_of(arguments.dtype, ranks.device), sampler, scales_of(arguments, candidates))
-    check_sizes(candidates, drawing)
+                      dtype_of(arguments.dtype, ranks.device, candidates), sampler, scales_of(arguments, candidates))
+    check_drawing(candidates, drawing)
     prompts = read_prompts(arguments.prompts, arguments.limit, say)
     return Request(candidates, prompts, scores, weights_of(arguments.weights), drawing, arguments.out, arguments.real,
                    arguments.score_batch_size)
@@ -90,7 +91,10 @@ def check_weights(given: Mapping[str, str], flag: str) -> None:
             raise UserError(f"{flag} {name}={path}: no score has weights called {name!r}; there are {', '.join(sorted(known))}")
 
 
-def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
+def dtype_of(name: str, device: torch.device, candidates: Sequence[Candidate]) -> torch.dtype:
+    """The precision of a name; "auto" is bfloat16 where one of the models is a flow, which are trained in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if any(is_flow(candidate.model.scheduler_config) for candidate in candidates) else torch.float16

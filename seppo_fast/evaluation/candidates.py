@@ -112,7 +112,7 @@ def open_candidate(name: str, path: str, before: Sequence[Candidate], variant: s
         model = open_model(pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames,
                            labels=FLAGS)
     if lora is not None:
-        read_adapter(lora, model)  # an error in it should not wait until the first model is drawn
+        read_adapter(lora, model).check(model)  # an error in it should not wait until the first model is drawn
     else:
         run_denoiser(model)
     return Candidate(name, path, model, lora, source)

@@ -210,14 +210,19 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
     return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device, see)
 
 
-def check_sizes(candidates: Sequence[Candidate], drawing: Drawing) -> None:
-    """UserError where a model cannot make samples of the size that is asked for, or would improve samples of another size."""
+def check_drawing(candidates: Sequence[Candidate], drawing: Drawing) -> None:
+    """UserError, before anything is drawn, where a model cannot make samples in this way: size, solver, steps, guidance."""
     sides = {candidate.name: side_of(candidate.model, drawing) for candidate in candidates}
     for candidate in candidates:
         if candidate.source is not None and sides[candidate.name] != (given := sides[candidate.source.name]):
             raise UserError(f"--models {candidate.name}={candidate.given}: it is made for images of {sides[candidate.name]} pixels"
                             f" along a side, and {candidate.source.name} draws {given}: give a --resolution for both, or an"
                             " improvement model of this size")
+    for candidate in candidates:
+        model, sampler = candidate.model, drawing.sampler
+        table_of(model, sampler.solver, sampler.steps, latent_shape(model, drawing), "--")
+        if candidate.source is None:
+            guided(model, sampler.guidance_scale, (), "--guidance-scale")
 
 
 def latent_shape(model: Model, drawing: Drawing) -> tuple[int, ...]:

@@ -57,15 +57,15 @@ def save_denoiser(model: Model, weights: Mapping[str, Tensor], folder: Path) -> 
 
 
 def merged(model: Model, weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """The UNet's weights with the trained adapter's in them, in fp32: in half precision a small adapter would be rounded away."""
-    unet = model.load_denoiser(torch.float32)
-    choose_trained(unet, lora, seed=0)
-    if trainable_weights(unet).keys() != weights.keys():
-        raise ValueError(f"not the weights that are trained: {few(trainable_weights(unet).keys() ^ weights.keys())}")
-    unet.load_state_dict(dict(weights), strict=False)
-    unet.fuse_lora()
-    unet.unload_lora()
-    return dict(unet.state_dict())
+    """The weights with the trained adapter's in them, in fp32: in half precision a small adapter would be rounded away."""
+    denoiser = model.load_denoiser(torch.float32)
+    choose_trained(denoiser, lora, seed=0)
+    if trainable_weights(denoiser).keys() != weights.keys():
+        raise ValueError(f"not the weights that are trained: {few(trainable_weights(denoiser).keys() ^ weights.keys())}")
+    denoiser.load_state_dict(dict(weights), strict=False)
+    denoiser.fuse_lora()
+    denoiser.unload_lora()
+    return dict(denoiser.state_dict())
 
 
 def save_motion(model: AnimateDiff, weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -8,8 +8,9 @@ from seppo_fast.models import Model, add_image_condition
 from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.directory import HERE, Directory
 from seppo_fast.models.families import FAMILIES
-from seppo_fast.models.sd import StableDiffusion
-from seppo_fast.models.sdxl import StableDiffusionXL
+from seppo_fast.models.schedules import FLOW
+
+Configs = dict[str, dict[str, Any]]  # by component
 
 SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "num_train_timesteps": 1000, "steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False}
@@ -17,13 +18,13 @@ VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "layers
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 
 # Keys that are missing here have diffusers' defaults.
-SD15: dict[str, dict[str, Any]] = {
+SD15: Configs = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280]},
     "vae": VAE | {"scaling_factor": 0.18215},
     "text_encoder": {"hidden_size": 768},
     "scheduler": SCHEDULER,
 }
-SDXL: dict[str, dict[str, Any]] = {
+SDXL: Configs = {
     "unet": {
         "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -36,15 +37,56 @@ SDXL: dict[str, dict[str, Any]] = {
     "text_encoder_2": {"hidden_size": 1280, "projection_dim": 1280},
     "scheduler": SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
 }
-PUBLISHED = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
-    "runwayml/stable-diffusion-v1-5": SD15,
-    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "projection_dim": 768}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+          "projection_dim": 1280}
+T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+          "feed_forward_proj": "gated-gelu"}
+FLOW_VAE = VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+SD3: Configs = {
+    "transformer": {
+        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64,
+        "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192,
+    },
+    "vae": FLOW_VAE | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5_XXL,
+    "scheduler": {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 3.0},
+}
+SD35_MEDIUM = SD3 | {"transformer": SD3["transformer"] | {
+    "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13))}}
+SD35_LARGE = SD3 | {"transformer": SD3["transformer"] | {
+    "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}}
+FLUX_DEV: Configs = {
+    "transformer": {
+        "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+        "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
+    },
+    "vae": FLOW_VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "text_encoder": CLIP_L, "text_encoder_2": T5_XXL,
+    "scheduler": {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5,
+                  "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096},
+}
+FLUX_SCHNELL = FLUX_DEV | {
+    "transformer": FLUX_DEV["transformer"] | {"guidance_embeds": False},
+    "scheduler": FLUX_DEV["scheduler"] | {"shift": 1.0, "use_dynamic_shifting": False},
+}
+PUBLISHED: dict[str, tuple[str, Configs]] = {  # each with its pipeline's class
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("StableDiffusionPipeline", SD15),
+    "runwayml/stable-diffusion-v1-5": ("StableDiffusionPipeline", SD15),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", SDXL),
+    "stabilityai/stable-diffusion-3-medium-diffusers": ("StableDiffusion3Pipeline", SD3),
+    "stabilityai/stable-diffusion-3.5-medium": ("StableDiffusion3Pipeline", SD35_MEDIUM),
+    "stabilityai/stable-diffusion-3.5-large": ("StableDiffusion3Pipeline", SD35_LARGE),
+    "black-forest-labs/FLUX.1-dev": ("FluxPipeline", FLUX_DEV),
+    "black-forest-labs/FLUX.1-schnell": ("FluxPipeline", FLUX_SCHNELL),
 }
 
 
 # AnimateDiff's adapters for Stable Diffusion 1.x, with diffusers' defaults but for these.
-ADAPTERS: dict[str, dict[str, Any]] = {
+ADAPTERS: Configs = {
     "guoyww/animatediff-motion-adapter-v1-4": {"motion_max_seq_length": 24, "use_motion_mid_block": False},
     "guoyww/animatediff-motion-adapter-v1-5": {"motion_max_seq_length": 24, "use_motion_mid_block": False},
     "guoyww/animatediff-motion-adapter-v1-5-2": {},
@@ -59,12 +101,13 @@ def published_model(path: str, motion_adapter: str | None = None, image_conditio
 
 
 def _published(path: str, motion_adapter: str | None) -> Model | None:
-    if path not in PUBLISHED or motion_adapter is not None and (motion_adapter not in ADAPTERS or PUBLISHED[path] is SDXL):
+    pipeline, configs = PUBLISHED.get(path, ("", {}))
+    if not pipeline or motion_adapter is not None and (motion_adapter not in ADAPTERS or pipeline != "StableDiffusionPipeline"):
         return None
-    directory = Directory(Path(path), {}, PUBLISHED[path], {})
+    directory = Directory(Path(path), {"_class_name": pipeline}, configs, {})
     if motion_adapter is not None:
         return AnimateDiff(directory, Directory(Path(motion_adapter), {}, {HERE: ADAPTERS[motion_adapter]}, {}))
-    return StableDiffusionXL(directory) if PUBLISHED[path] is SDXL else StableDiffusion(directory)
+    return FAMILIES[pipeline](directory)
 
 
 # Families that people ask for and that cannot be trained here, by what their ids on the hub contain.

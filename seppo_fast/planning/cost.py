@@ -117,7 +117,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     denoiser.train()
     trainable = list(trainable_weights(denoiser).values())
     trained = sum(weight.numel() for weight in trainable)
-    weights = sum(weight.nbytes for weight in denoiser.parameters())
+    weights = network_bytes(denoiser)
     method = METHODS[ours.method]
     halves = 2 if method.references else 1
     generated, improves = method.draws, method.winners == "improvement"
@@ -161,21 +161,20 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     if improves:  # of the policy's architecture, but for its first convolution
         improvement = add_image_condition(model)
         with torch.device("meta"):
-            improver = sum(weight.nbytes for weight in nn.Module.to(improvement.empty_denoiser(), dtype).parameters())
+            improver = network_bytes(nn.Module.to(improvement.empty_denoiser(), dtype))
         improving = inference(lambda: denoise(denoiser, *inputs(tripled * samples))).peak
         improving = ((improving + weights) // 2 if autocast else improving) + known
     vae, decoding = vae_bytes(model, latent_shape(model, ours.data)) if looks else (0, 0)
 
     stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
     shares = trains_a_part(denoiser)
-    own = trainable if shares and stage < 3 else denoiser.parameters()  # the frozen ones are the policy's
     return Cost(
         parameters=sum(weight.numel() for weight in denoiser.parameters()), trained=trained, forward=forward,
         sample=forward * calls * evaluations if generated else 0.0, improved=forward * tripled * evaluations if improves else 0.0,
         per_pair=samples_of_a_pair(ours, batch), training=training, scoring=scoring,
         improver=improver, improving=improving, offloads_improver=ours.improvement.offload,
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
-        reference=sum(weight.nbytes for weight in own) if ours.flipper or ours.looks else 0,
+        reference=network_bytes(denoiser, shared=shares and stage < 3) if ours.flipper or ours.looks else 0,
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
         update=engine.update, score=score, sampler=sampler, kept_gradients=engine.sampling, graph=graph,
         grid=vae + decoding if ours.samples.every else 0,
@@ -188,6 +187,12 @@ def samples_of_a_pair(ours: Seppo, batch: Batch) -> float:
     """Samples that are drawn for each pair on average: less than one where they are used more than once."""
     pairs = batch.size * ours.updates_per_iteration
     return (ours.sampler.samples_per_iteration or pairs) / pairs
+
+
+def network_bytes(network: nn.Module, shared: bool = False) -> int:
+    """Bytes of a network's weights and tables; `shared`: of those that a second one does not share with it (`share_frozen`)."""
+    own = trainable_weights(network).values() if shared else (*network.parameters(), *network.buffers())
+    return sum(tensor.nbytes for tensor in own)
 
 
 def vae_bytes(model: Model, shape: Sequence[int]) -> tuple[int, int]:

@@ -244,7 +244,11 @@ def _learning_rate(config: Config) -> str:
 
 
 def _size(cost: Cost | None) -> str:
-    return "" if cost is None else f", {cost.parameters / 1e6:.4g} M parameters ({cost.trained / 1e6:.4g} M trained)"
+    return "" if cost is None else f", {_number(cost.parameters)} parameters ({_number(cost.trained)} trained)"
+
+
+def _number(weights: int) -> str:
+    return f"{weights / 1e9:.4g} B" if weights >= 1e10 else f"{weights / 1e6:.4g} M"
 
 
 def _gb(size: float) -> str:

@@ -6,8 +6,10 @@ from importlib.metadata import version
 import seppo_fast
 from seppo_fast.config import Seppo
 from seppo_fast.configfile import Batch, Config
+from seppo_fast.models import Model
 from seppo_fast.models.animatediff import SCHEDULER
 
+TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion", "sd3": "stable-diffusion-3"}  # the hub's, where not the family's name
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
 
 CARD = """\
@@ -57,7 +59,7 @@ METHOD_TEXT = {
 }
 
 
-def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: int, video: bool,
+def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: int, model: Model,
                started: str | None = None) -> str:
     """README.md of the trained model."""
     settings = config.as_dict()
@@ -69,15 +71,15 @@ def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: i
     adapter = bool(ours.model.lora) and not improves
     return CARD.format(
         base=ours.model.path, lora_tag=", lora" if ours.model.lora else "", title=f"{ours.model.path} with {ours.method}",
-        task="text-to-video" if video else "image-to-image" if improves else "text-to-image",
-        family="animatediff" if video else "stable-diffusion",
+        task="text-to-video" if model.video else "image-to-image" if improves else "text-to-image",
+        family=TAGS.get(model.name, model.name),
         trained="trained on preference pairs to improve a given picture" if improves else "aligned with demonstrations",
         version=seppo_fast.__version__, method=ours.method, usage=usage(ours),
         what=f"to be loaded with diffusers' `{'load_lora_weights' if adapter else 'from_pretrained'}`"
              + ("; the LoRA is merged into the UNet" if improves and ours.model.lora else ""),
         rows=rows, kind="preference pairs" if improves else "demonstrations", source=ours.data.source,
         choose="" if improves else f" (choose: {ours.data.choose})", resolution=ours.data.resolution,
-        frames=f", {clips.frames} frames a clip ({clips.choice})" if video else "",
+        frames=f", {clips.frames} frames a clip ({clips.choice})" if model.video else "",
         method_text=METHOD_TEXT[ours.method].format(reference=ours.reference, flipper=ours.flipper,
                                                     improvement=ours.improvement.path), updates=updates,
         started=f"Training began with the policy of `{started}`.\n\n" if started else "",

@@ -25,7 +25,7 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     weights = policy_weights(trainer.engine)
     with stops_at_once(trainer):
         if trainer.ranks.rank == 0:
-            card = model_card(config, batch, rows, state.update, state.skipped, model.video, state.started_from)
+            card = model_card(config, batch, rows, state.update, state.skipped, model, state.started_from)
             save_pipeline(model, weights, final, ours.model.lora, card)
             say_how_it_ended(ours, trainer)
             if ours.evaluation.keep_best:
@@ -70,7 +70,7 @@ def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, ro
                f"the checkpoint of the best one is not there, or is damaged ({value})")
         print(f"{best} is not written: {why}", flush=True)
         return
-    card = model_card(config, batch, rows, state.best_update, state.skipped, model.video, state.started_from)
+    card = model_card(config, batch, rows, state.best_update, state.skipped, model, state.started_from)
     save_pipeline(model, weights, best, ours.model.lora, card)
     print(f"{best}: the best {value}", flush=True)
 

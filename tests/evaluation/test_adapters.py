@@ -5,85 +5,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from evaluation.lora_files import (
+    ALPHA,
+    PROMPTS,
+    RANK,
+    Layers,
+    candidate,
+    kohya,
+    layers,
+    merge,
+    old_diffusers,
+    peft,
+    predicted,
+    with_alphas,
+)
 from tiny import tiny_sd, tiny_sdxl
-from torch import Tensor, nn
+from torch import Tensor
 
 from seppo_fast.errors import UserError
-from seppo_fast.evaluation.candidates import Candidate, open_candidates
 from seppo_fast.models import Model, open_model
-
-RANK, ALPHA = 2, 6.0
-PROMPTS = ["a red cat", ""]
-Layers = dict[str, tuple[Tensor, Tensor]]  # component and layer -> A, B
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return open_model(str({"sd": tiny_sd, "sdxl": tiny_sdxl}[request.param](tmp_path_factory.mktemp("adapters") / request.param)))
-
-
-def layers(model: Model, text: bool = True) -> Layers:
-    """A LoRA on some layers of the UNet and of each text encoder."""
-    generator = torch.Generator().manual_seed(0)
-    made = {}
-
-    def add(part: str, module: nn.Module, endings: tuple[str, ...]) -> None:
-        for name, layer in module.named_modules():
-            if name.endswith(endings):
-                made[f"{part}.{name}"] = (torch.randn(RANK, layer.in_features, generator=generator),
-                                          torch.randn(layer.out_features, RANK, generator=generator))
-
-    add("unet", model.load_denoiser(torch.float32), ("attn1.to_q", "attn2.to_v", "attn1.to_out.0"))
-    if text:
-        model.load_text("cpu", adapt=lambda part, encoder: add(part, encoder, ("self_attn.q_proj", "self_attn.out_proj")))
-    return made
-
-
-def merge(made: Layers, part: str, module: nn.Module, scale: float) -> None:
-    for name, (down, up) in made.items():
-        if name.startswith(f"{part}."):
-            module.get_submodule(name.removeprefix(f"{part}.")).weight.data += scale * up @ down
-
-
-def peft(made: Layers) -> dict[str, Tensor]:
-    return {f"{name}.lora_{which}.weight": value for name, pair in made.items() for which, value in zip("AB", pair, strict=True)}
-
-
-def old_diffusers(made: Layers) -> dict[str, Tensor]:
-    """As diffusers saved it before it used PEFT."""
-    return {f"{name}.{'lora' if name.startswith('unet') else 'lora_linear_layer'}.{which}.weight": value
-            for name, pair in made.items() for which, value in zip(("down", "up"), pair, strict=True)}
-
-
-def kohya(made: Layers) -> dict[str, Tensor]:
-    """lora_unet_..., lora_te_ or lora_te1_ and lora_te2_, an alpha beside each; the text encoder as it was called for years."""
-    two = any(name.startswith("text_encoder_2.") for name in made)
-    found = {}
-    for name, (down, up) in made.items():
-        part, layer = name.split(".", 1)
-        prefix = {"unet": "unet", "text_encoder": "te1" if two else "te", "text_encoder_2": "te2"}[part]
-        if part != "unet" and not layer.startswith("text_model."):
-            layer = f"text_model.{layer}"
-        stem = f"lora_{prefix}_{layer.replace('.', '_')}"
-        found |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(ALPHA)}
-    return found
-
-
-def with_alphas(made: Layers) -> dict[str, Tensor]:
-    return peft(made) | {f"{name}.alpha": torch.tensor(ALPHA) for name in made}
-
-
-def candidate(model: Model, tensors: dict[str, Tensor], folder: Path, **metadata: str) -> Candidate:
-    """The model with this LoRA, as --models opens it."""
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "mine.safetensors",
-              metadata={"format": "pt"} | metadata)
-    return open_candidates([f"tuned={model.path}+{folder / 'mine.safetensors'}"], None, None, 16)[0]
-
-
-def predicted(model: Model, unet: nn.Module, conditions: dict[str, Tensor]) -> Tensor:
-    torch.manual_seed(1)
-    return model.denoise(unet, torch.randn(len(PROMPTS), model.latent_channels, 8, 8), torch.tensor([3, 700]), conditions)
 
 
 @pytest.mark.parametrize(("form", "text", "scale"), [

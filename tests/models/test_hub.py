@@ -143,3 +143,37 @@ def test_a_repository_with_a_variant_alone_is_refused_before_anything_is_fetched
     check_sets("owner/name", alone, INDEX, "fp16", KEYS)
     with pytest.raises(UserError, match="owner/motion holds weights of the variant 'fp16' alone"):
         check_sets("owner/motion", ["diffusion_pytorch_model.fp16.bin", "config.json"], {"": ["diffusers", ""]}, None, KEYS)
+
+
+SHARDED = ["model_index.json", "README.md", "LICENSE.md", "dev_grid.jpg", "flux1-dev.safetensors", "ae.safetensors",
+           "sd3.5_medium.safetensors", "text_encoders/clip_l.safetensors", "text_encoders/t5xxl_fp16.safetensors",
+           "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/spiece.model",
+           "tokenizer_2/tokenizer.json", "text_encoder/config.json", "text_encoder/model.safetensors", "vae/config.json",
+           "vae/diffusion_pytorch_model.safetensors", "text_encoder_2/config.json", "text_encoder_2/model.safetensors.index.json",
+           "text_encoder_2/model-00001-of-00002.safetensors", "text_encoder_2/model-00002-of-00002.safetensors",
+           "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors.index.json",
+           *(f"transformer/diffusion_pytorch_model-0000{part}-of-00003.safetensors" for part in (1, 2, 3))]
+FLUX = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer_2": ["transformers", "T5TokenizerFast"]}
+
+
+def test_of_a_flow_the_pipelines_parts_alone_are_fetched_with_all_their_shards():
+    """FLUX.1-dev and SD3.5 Medium hold the same weights again, in other forms."""
+    other = ("README.md", "LICENSE.md", "dev_grid.jpg", "flux1", "ae.", "sd3.5", "text_encoders/")
+    assert needed(SHARDED, FLUX, None) == sorted(name for name in SHARDED if not name.startswith(other))
+    check_sets("owner/name", SHARDED, FLUX, None, KEYS)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2", "text_encoder_3"])
+def test_a_variant_of_any_part_of_a_flow_is_told_before_anything_is_fetched(part):
+    files = [f"{part}/{name}" for name in ("config.json", "model.safetensors.index.fp16.json",
+             "model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors")]
+    library = "diffusers" if part == "transformer" else "transformers"
+    if library == "diffusers":
+        files = [name.replace("model.", "diffusion_pytorch_model.") for name in files]
+    index = {part: [library, "SomeModel"]}
+    with pytest.raises(UserError, match=f"owner/name/{part} holds weights of the variant 'fp16' alone: set seppo.model.variant"):
+        check_sets("owner/name", files, index, None, KEYS)
+    assert needed(files, index, "fp16") == sorted(["model_index.json", *files])

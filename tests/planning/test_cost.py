@@ -1,19 +1,18 @@
 """The plan's FLOPs and bytes against what the real thing takes."""
 
 import copy
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocations import CLOSE, allocated
 from diffusers import UNet2DConditionModel
 from tiny import tiny_animatediff, tiny_sd
 from tiny import unet as tiny_unet
 from torch import nn
 from torch.nn.functional import mse_loss
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from seppo_fast.config import Lora
@@ -26,22 +25,6 @@ from seppo_fast.planning.network_memory import fused_attention, inference, micro
 from seppo_fast.training.engine import precision, start_engine
 
 pytestmark = pytest.mark.slow
-
-CLOSE = 0.15
-
-
-def allocated(run: Callable[[], object]) -> int:
-    """The most bytes that the CPU's allocator has given out at once during `run`, beyond those before it."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
 
 def network(device: str, dtype: torch.dtype, checkpointing: bool = False, lora: bool = False) -> nn.Module:
     """Two levels with attention on both, for 16x16 latents."""

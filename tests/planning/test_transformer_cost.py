@@ -1,0 +1,155 @@
+"""The plan's FLOPs and bytes of flow transformers against what the real thing takes, and those of the published models."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from allocations import CLOSE, allocated
+from torch import Tensor, nn
+
+from seppo_fast.config import Lora
+from seppo_fast.configfile import load_config
+from seppo_fast.models import Model
+from seppo_fast.models.directory import Directory
+from seppo_fast.models.families import FAMILIES
+from seppo_fast.models.lora import add_lora, share_frozen
+from seppo_fast.models.published import FLUX_DEV, SD35_MEDIUM, Configs, published_model
+from seppo_fast.models.trial import blank_conditions
+from seppo_fast.planning.cost import network_bytes
+from seppo_fast.planning.dry_run import dry_run
+from seppo_fast.planning.network_memory import inference, micro_batch
+
+pytestmark = pytest.mark.slow
+
+ENCODERS = {"text_encoder": {"hidden_size": 32, "projection_dim": 32}, "text_encoder_2": {"hidden_size": 32, "projection_dim": 32}}
+SMALL: dict[str, tuple[Configs, dict[str, Any]]] = {  # two kinds of blocks each, 64 tokens of a picture
+    "StableDiffusion3Pipeline": (SD35_MEDIUM | ENCODERS | {"text_encoder_3": {"d_model": 64}}, {
+        "sample_size": 16, "num_layers": 3, "attention_head_dim": 32, "num_attention_heads": 4, "joint_attention_dim": 64,
+        "caption_projection_dim": 128, "pooled_projection_dim": 64, "pos_embed_max_size": 24, "dual_attention_layers": [0, 1]}),
+    "FluxPipeline": (FLUX_DEV | ENCODERS | {"text_encoder_2": {"d_model": 64}}, {
+        "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 4, "joint_attention_dim": 64,
+        "pooled_projection_dim": 32, "axes_dims_rope": [8, 12, 12]}),
+}
+both = pytest.mark.parametrize("pipeline", SMALL)
+
+
+def small(pipeline: str) -> Model:
+    configs, transformer = SMALL[pipeline]
+    parts = configs | {"transformer": configs["transformer"] | transformer}
+    return FAMILIES[pipeline](Directory(Path("small"), {"_class_name": pipeline}, parts, {}))
+
+
+def network(model: Model, device: str, dtype: torch.dtype, checkpointing: bool = False, lora: bool = False) -> nn.Module:
+    with torch.device(device):
+        denoiser = nn.Module.to(model.empty_denoiser(), dtype)
+    if lora:
+        add_lora(denoiser, Lora(rank=4), 0)
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    return denoiser.train()
+
+
+def call(model: Model, denoiser: nn.Module, device: str, dtype: torch.dtype, samples: int = 4) -> Tensor:
+    latents = torch.zeros(samples, model.latent_channels, 16, 16, device=device, dtype=dtype)
+    return model.denoise(denoiser, latents, torch.full((samples,), 500.0, device=device), blank_conditions(model, latents))
+
+
+@both
+@pytest.mark.parametrize(("dtype", "checkpointing", "lora"), [
+    (torch.float32, False, False), (torch.float32, True, True), (torch.bfloat16, True, False), (torch.bfloat16, False, True)])
+def test_activations_and_gradients_are_what_the_cpu_allocates(pipeline: str, dtype: torch.dtype, checkpointing: bool, lora: bool
+                                                              ) -> None:
+    def really() -> None:
+        prediction = call(model, real, "cpu", dtype)
+        with torch.no_grad():
+            call(model, real, "cpu", dtype)
+        prediction.backward(torch.zeros_like(prediction))
+
+    model = small(pipeline)
+    planned, real = (network(model, device, dtype, checkpointing, lora) for device in ("meta", "cpu"))
+    estimated = micro_batch(planned, lambda: call(model, planned, "meta", dtype), reference=True, gradient=lambda weight: None)
+    assert estimated.peak == pytest.approx(allocated(really), rel=CLOSE)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_is_what_the_cpu_allocates(pipeline: str, dtype: torch.dtype) -> None:
+    model = small(pipeline)
+    planned, real = (network(model, device, dtype) for device in ("meta", "cpu"))
+    estimated = inference(lambda: call(model, planned, "meta", dtype))
+    assert estimated.peak == pytest.approx(allocated(torch.no_grad()(lambda: call(model, real, "cpu", dtype))), rel=CLOSE)
+
+
+@both
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_bytes_of_two_networks_are_those_of_their_weights_and_tables(pipeline: str, lora: bool) -> None:
+    """SD3's table of positions is no parameter. With a LoRA, the reference shares what is frozen, and the table."""
+    model = small(pipeline)
+    policy = network(model, "cpu", torch.bfloat16, lora=lora)
+    reference = copy.deepcopy(policy)
+    if lora:
+        share_frozen(reference, policy)
+    whole, own = network_bytes(policy), network_bytes(policy, shared=lora)
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for module in (policy, reference) for tensor in (*module.parameters(), *module.buffers())}
+    assert sum(held.values()) == whole + own and lora == (own < whole)
+
+
+def textbook(model: Model, latents: tuple[int, ...]) -> float:
+    """FLOPs of a forward on one sample: twice the weights for each token that meets them, and 4 n^2 d of each attention.
+
+    Norms' weights and the small products of the time embedding, once a sample, count as others do.
+    """
+    config = model.empty_denoiser().config
+    width = config.num_attention_heads * config.attention_head_dim
+    picture, text = latents[-1] * latents[-2] // 4, model.condition_shapes["prompt_embeds"][0]
+    joint = 4 * (picture + text) ** 2 * width
+    if model.name == "flux":
+        double = 2 * (picture + text) * (4 + 8) * width**2 + 2 * 12 * width**2 + joint  # of one sample: two modulations of 6
+        single = 2 * (picture + text) * (3 + 4 + 5) * width**2 + 2 * 3 * width**2 + joint
+        return config.num_layers * double + config.num_single_layers * single
+    dual, layers = len(config.dual_attention_layers), config.num_layers
+    blocks = layers * (2 * (picture + text) * 12 * width**2 + 2 * 12 * width**2 + joint)
+    last = 2 * text * (1 + 8) * width**2  # the last block makes no text
+    return blocks - last + dual * (2 * picture * 4 * width**2 + 2 * 3 * width**2 + 4 * picture**2 * width)
+
+
+@pytest.mark.parametrize("path", ["stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"])
+def test_flops_are_those_of_the_textbook(path: str) -> None:
+    model = published_model(path)
+    latents = torch.empty(1, 16, 64, 64, device="meta", dtype=torch.bfloat16)
+    with torch.device("meta"):
+        denoiser = nn.Module.to(model.empty_denoiser(), torch.bfloat16)
+        expected = textbook(model, tuple(latents.shape))
+    times = torch.empty(1, device="meta")
+    counted = inference(lambda: model.denoise(denoiser, latents, times, blank_conditions(model, latents))).flops
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
+def test_the_published_transformers() -> None:
+    published = {"stabilityai/stable-diffusion-3-medium-diffusers": 2_028_328_000, "black-forest-labs/FLUX.1-dev": 11_901_408_320,
+                 "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520, "stabilityai/stable-diffusion-3.5-large": 8_056_627_520,
+                 "black-forest-labs/FLUX.1-schnell": 11_891_178_560}
+    for path, parameters in published.items():
+        model = published_model(path)
+        with torch.device("meta"):
+            transformer = model.empty_denoiser()
+        assert sum(weight.numel() for weight in transformer.parameters()) == parameters, path
+        assert (model.latent_channels, model.vae_scale_factor, model.multiple) == (16, 8, 16)
+    assert published_model("black-forest-labs/FLUX.1-dev", "guoyww/animatediff-motion-adapter-v1-5-2") is None
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("ds_a100_sd35.json", ["2267 M parameters (23.89 M trained)", "2.48 TFLOP a forward", "euler, 20 steps, guidance 4.5"]),
+    ("ds_a100_flux.json", ["12.01 B parameters (104.6 M trained)", "21.7 TFLOP a forward", "euler, 28 steps, guidance 3.5"]),
+])
+def test_the_shipped_configurations_fit_an_a100(name: str, said: list[str], tmp_path: Path) -> None:
+    """Eight of 80 GB, without a download."""
+    plan = dry_run(load_config(name, [f"seppo.output_dir={tmp_path / 'run'}"]), 8)
+    for words in (*said, "beta auto", "128 pairs = 4 a rank x 4 accumulated x 8 ranks", "NVIDIA A100", "the model published under"):
+        assert words in plan, plan
+    assert "advice" not in plan and not (tmp_path / "run").exists()
+    memory = float(plan.split("memory a rank")[1].split("about ")[1].split(" GB")[0])
+    assert 30 < memory < 40, "of 80, of which the text encoders need 19 in fp32 where they embed prompts later, too"
