@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,13 +96,13 @@ def parser_of(name: str, about: str | None, methods: Sequence[str], settings: An
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help=f"folder for the table, the figures and {name}.json")
-    parser.add_argument("--work", type=Path, default=Path("runs") / name, help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs") / name, help=f"folder of the runs (default: runs/{name})")
     parser.add_argument("--seeds", type=int, default=5,
                         help=f"number of seeds: {first_seed}, {first_seed + 1}, ... (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=list(methods), metavar="METHOD",
                         help=f"any of {', '.join(methods)} (default: all)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
-                        help=f"other settings: {' '.join(f'{key}={value}' for key, value in asdict(settings).items())}")
+                        help=f"other settings: {' '.join(f'{key}={value}' for key, value in numbers(settings).items())}")
     return parser
 
 
@@ -121,9 +121,14 @@ def checked(given: argparse.Namespace, methods: Sequence[str], settings: Any) ->
     return given
 
 
+def numbers(settings: Any) -> dict[str, Any]:
+    """The settings that can be changed."""
+    return {key: value for key, value in asdict(settings).items() if not isinstance(value, str)}
+
+
 def changed(settings: Any, changes: Sequence[str]) -> Any:
     """The settings, a dataclass of positive numbers (and perhaps a name, which stays), with these `key=value`."""
-    kinds, values = {each.name: type(each.default) for each in fields(settings) if not isinstance(each.default, str)}, {}
+    kinds, values = {key: type(value) for key, value in numbers(settings).items()}, {}
     for change in changes:
         key, _, text = change.partition("=")
         if key not in kinds:
