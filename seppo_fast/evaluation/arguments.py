@@ -15,7 +15,7 @@ from seppo_fast.evaluation.request import SCALES, Request
 from seppo_fast.evaluation.scoring import kind_of, scores_of
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
-from seppo_fast.models.schedules import is_flow
+from seppo_fast.models.contract import HALF
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.solver import default_solver
 
@@ -32,8 +32,9 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
     solver = arguments.solver or default_solver(candidate.model for candidate in candidates)
     sampler = Sampler(solver=solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
-    drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
-                      dtype_of(arguments.dtype, ranks.device, candidates), sampler, scales_of(arguments, candidates))
+    dtype = dtype_of(arguments.dtype, ranks.device, [candidate.model for candidate in candidates])
+    drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None, dtype,
+                      sampler, scales_of(arguments, candidates))
     check_drawing(candidates, drawing)
     prompts = read_prompts(arguments.prompts, arguments.limit, say)
     return Request(candidates, prompts, scores, weights_of(arguments.weights), drawing, arguments.out, arguments.real,
@@ -91,10 +92,13 @@ def check_weights(given: Mapping[str, str], flag: str) -> None:
             raise UserError(f"{flag} {name}={path}: no score has weights called {name!r}; there are {', '.join(sorted(known))}")
 
 
-def dtype_of(name: str, device: torch.device, candidates: Sequence[Candidate]) -> torch.dtype:
-    """The precision of a name; "auto" is bfloat16 where one of the models is a flow, which are trained in it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if any(is_flow(candidate.model.scheduler_config) for candidate in candidates) else torch.float16
+def dtype_of(name: str, device: torch.device, models: Sequence[Model]) -> torch.dtype:
+    """The precision that all models are drawn with; by itself, on a GPU, the first half precision that all of them have."""
+    half = [dtype for dtype in HALF if all(dtype in model.half for model in models)]
+    if name == "auto":
+        return half[0] if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name)
+    if dtype in HALF and dtype not in half:
+        path = next(model.path for model in models if dtype not in model.half)
+        raise UserError(f"--dtype {name}: the networks of {path} overflow in it; use bfloat16 or float32")
+    return dtype
