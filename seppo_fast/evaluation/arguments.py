@@ -32,9 +32,8 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
     solver = arguments.solver or default_solver(candidate.model for candidate in candidates)
     sampler = Sampler(solver=solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
-    dtype = dtype_of(arguments.dtype, ranks.device, [candidate.model for candidate in candidates])
-    drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None, dtype,
-                      sampler, scales_of(arguments, candidates))
+    drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
+                      dtype_of(arguments.dtype, ranks.device, candidates), sampler, scales_of(arguments, candidates))
     check_drawing(candidates, drawing)
     prompts = read_prompts(arguments.prompts, arguments.limit, say)
     return Request(candidates, prompts, scores, weights_of(arguments.weights), drawing, arguments.out, arguments.real,
@@ -92,13 +91,13 @@ def check_weights(given: Mapping[str, str], flag: str) -> None:
             raise UserError(f"{flag} {name}={path}: no score has weights called {name!r}; there are {', '.join(sorted(known))}")
 
 
-def dtype_of(name: str, device: torch.device, models: Sequence[Model]) -> torch.dtype:
-    """The precision that all models are drawn with; by itself, on a GPU, the first half precision that all of them have."""
-    half = [dtype for dtype in HALF if all(dtype in model.half for model in models)]
+def dtype_of(name: str, device: torch.device, candidates: Sequence[Candidate]) -> torch.dtype:
+    """The precision that all models are drawn with; "auto" on a GPU is the first half precision that all of them have."""
+    half = [dtype for dtype in HALF if all(dtype in candidate.model.half for candidate in candidates)]
     if name == "auto":
         return half[0] if device.type == "cuda" else torch.float32
     dtype = getattr(torch, name)
     if dtype in HALF and dtype not in half:
-        path = next(model.path for model in models if dtype not in model.half)
-        raise UserError(f"--dtype {name}: the networks of {path} overflow in it; use bfloat16 or float32")
+        given = next(candidate.given for candidate in candidates if dtype not in candidate.model.half)
+        raise UserError(f"--dtype {name}: the networks of {given} overflow in it; use bfloat16 or float32")
     return dtype

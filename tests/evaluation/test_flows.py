@@ -96,7 +96,7 @@ def test_the_size_is_the_models_own(name: str, side: int, folders: Any, argument
 def test_the_precision_of_flows_on_a_gpu_is_bfloat16(folders: Any) -> None:
     sd3 = open_candidates([f"x={folders['sd3']}"], None, None, 16)
     for device, name, wanted in (("cuda", "auto", torch.bfloat16), ("cpu", "auto", torch.float32),
-                                 ("cuda", "float16", torch.float16)):
+                                 ("cuda", "bfloat16", torch.bfloat16)):
         assert dtype_of(name, torch.device(device), sd3) == wanted
     assert dtype_of("auto", torch.device("cuda"), []) == torch.float16
 
