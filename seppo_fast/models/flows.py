@@ -94,6 +94,7 @@ class FlowTransformer:
             transformer = self.empty_denoiser()  # whose configuration the pipeline reads
         missing = {part: None for part in type(self).components if part not in parts}
         pipeline = self.pipeline(**missing | parts | {"transformer": transformer})
+        pipeline.tokenizer_max_length = self.prompt_tokens["text_encoder"]  # a tokenizer saved without its own claims 1e30
         return torch.no_grad()(lambda prompts: self.embed(pipeline, prompts, torch.device(device)))
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:

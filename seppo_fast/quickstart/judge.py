@@ -65,7 +65,8 @@ def draw(
     pipeline = DiffusionPipeline.from_pretrained(folder)
     parts = pipeline.components
     if weights:
-        parts["unet" if "unet" in parts else "transformer"].load_state_dict(load_file(weights))
+        denoiser = parts["unet" if "unet" in parts else "transformer"]
+        denoiser.load_state_dict(dict(denoiser.named_buffers()) | load_file(weights))  # a policy's file has parameters alone
     # Without this, Stable Diffusion 3 gives T5 more tokens than its tokenizer's limit, and more than the model has learnt with.
     more = {"max_sequence_length": pipeline.tokenizer_3.model_max_length} if "tokenizer_3" in parts else {}
     pipeline.set_progress_bar_config(disable=True)
