@@ -23,7 +23,6 @@ from torch import Tensor
 
 from seppo_fast.config import Lora
 from seppo_fast.errors import UserError
-from seppo_fast.evaluation.adapters import content_of
 from seppo_fast.evaluation.candidates import open_candidates
 from seppo_fast.models import Model, open_model
 from seppo_fast.models.export import save_lora
@@ -44,11 +43,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return open_model(str(tiny_flux(tmp_path_factory.mktemp("kohya") / "flux")))
-
-
-def of_clip(made: Layers) -> Layers:
-    """Without T5, which no pipeline puts a LoRA on, and without layers that are no text encoder's name."""
-    return {name: pair for name, pair in made.items() if "SelfAttention" not in name}
 
 
 def kohya(made: Layers) -> dict[str, Tensor]:
@@ -94,7 +88,7 @@ def seen(made: Layers, form: Form) -> Layers:
 @torch.no_grad()
 def check(model: Model, form: Form, text: bool, scale: float, folder: Path) -> None:
     """The conditions and the network's answer are those of merged weights, and differ from the model's."""
-    made = of_clip(layers(model, text))
+    made = layers(model, text)
     tuned, made = candidate(model, form(made), folder), seen(made, form)
     denoiser, plain = model.load_denoiser(torch.float32).eval(), model.load_text("cpu")(PROMPTS)
     before = predicted(model, denoiser, plain)
@@ -148,14 +142,14 @@ def beside(made: Layers, name: str) -> dict[str, Tensor]:
 ], ids=["T5 by diffusers' name", "T5 by kohya's", "T5 by ComfyUI's", "unknown"])
 def test_what_diffusers_leaves_out_is_refused(flux: Model, change: Form, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        candidate(flux, change(of_clip(layers(flux))), tmp_path)
+        candidate(flux, change(layers(flux)), tmp_path)
     assert str(tmp_path / "mine.safetensors") in str(caught.value)
 
 
 def test_another_familys_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
     models = {name: open_model(str(make(tmp_path / name))) for name, make in
               {"sd": tiny_sd, "sd3": tiny_sd3, "flux": tiny_flux}.items()}
-    files = {name: peft(of_clip(layers(model, text=False))) for name, model in models.items()}
+    files = {name: peft(layers(model, text=False)) for name, model in models.items()}
     for (own, of), message in {("sd3", "sd"): "no LoRA of this model's transformer, text_encoder, text_encoder_2: unet.",
                                ("sd", "sd3"): "no LoRA of this model's unet, text_encoder: transformer.",
                                ("sd3", "flux"): "does not fit the model's transformer",
@@ -163,4 +157,3 @@ def test_another_familys_is_refused_before_anything_is_drawn(tmp_path: Path) -> 
         with pytest.raises(UserError, match=message) as caught:
             candidate(models[own], files[of], tmp_path)
         assert "mine.safetensors" in str(caught.value)
-    assert content_of(tmp_path / "mine.safetensors")[0]
