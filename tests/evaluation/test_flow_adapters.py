@@ -45,13 +45,18 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return open_model(str(tiny_flux(tmp_path_factory.mktemp("kohya") / "flux")))
 
 
+def clip_stem(name: str) -> str:
+    """Other trainers' name of a layer of CLIP, with the part that transformers left out lately."""
+    layer = name.removeprefix("text_encoder.").removeprefix("text_model.")
+    return f"lora_te1_text_model_{layer}".replace(".", "_")
+
+
 def kohya(made: Layers) -> dict[str, Tensor]:
     """FLUX.1's: q, k and v are one layer, of which to_q has the first rows."""
     found = {}
     for name, (down, up) in made.items():
         if name.startswith("text_encoder."):
-            layer = name.removeprefix("text_encoder.")
-            stem = f"lora_te1_{layer if layer.startswith('text_model.') else f'text_model.{layer}'}".replace(".", "_")
+            stem = clip_stem(name)
         elif name.startswith("transformer.single"):
             continue
         else:
@@ -69,7 +74,7 @@ def onetrainer(made: Layers) -> dict[str, Tensor]:
         part, layer = name.split(".", 1)
         if part == "transformer" and (layer.startswith("single") or ".ff." in layer):
             continue  # which the conversion does not know
-        stem = f"lora_{'transformer' if part == 'transformer' else 'te1'}_{layer.replace('.', '_')}"
+        stem = f"lora_transformer_{layer.replace('.', '_')}" if part == "transformer" else clip_stem(name)
         found |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(ALPHA)}
     return found
 
@@ -81,14 +86,14 @@ def seen(made: Layers, form: Form) -> Layers:
         made = {name: pair for name, pair in made.items() if not name.startswith("transformer.single")}
         return made | {f"{BLOCK}.attn.{which}": (down, factor * up) for which, factor in (("to_k", 2), ("to_v", 3))}
     if form is onetrainer:
-        return {name: pair for name, pair in made.items() if not name.startswith("transformer.single") and ".ff." not in name}
+        made = {name: pair for name, pair in made.items() if not name.startswith("transformer.single") and ".ff." not in name}
     return made
 
 
 @torch.no_grad()
 def check(model: Model, form: Form, text: bool, scale: float, folder: Path) -> None:
     """The conditions and the network's answer are those of merged weights, and differ from the model's."""
-    made = layers(model, text)
+    made = {name: (0.3 * down, up) for name, (down, up) in layers(model, text).items()}  # else rounding grows with the weights
     tuned, made = candidate(model, form(made), folder), seen(made, form)
     denoiser, plain = model.load_denoiser(torch.float32).eval(), model.load_text("cpu")(PROMPTS)
     before = predicted(model, denoiser, plain)
