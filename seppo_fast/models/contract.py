@@ -15,9 +15,7 @@ Conditions = dict[str, Tensor]
 Adapt = Callable[[str, nn.Module], None]  # puts adapters on a component of this name
 UNet = UNet2DConditionModel | UNetMotionModel
 Denoiser: TypeAlias = UNet2DConditionModel | UNetMotionModel | SD3Transformer2DModel | FluxTransformer2DModel
-
-
-HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)  # the half precisions, the preferred first
 
 
 def unchanged(component: str, module: nn.Module) -> None:

@@ -74,13 +74,16 @@ def block_inputs(make: Callable[[], nn.Module], call: Callable[[nn.Module], Any]
     The network that `make` returns is on the meta device, and so are its tensors.
     """
     found: dict[type, tuple[str, Given]] = {}
+
+    def note(name: str, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.setdefault(type(block), (name, (given, named)))
+
     with torch.device("meta"):
         denoiser = make().to(dtype)
         blocks = transformer_blocks(denoiser)
         for name, block in denoiser.named_modules():
             if block in blocks:
-                block.register_forward_pre_hook(
-                    lambda block, *given, name=name: found.setdefault(type(block), (name, given)) and None, with_kwargs=True)
+                block.register_forward_pre_hook(partial(note, name), with_kwargs=True)
         call(denoiser)
     return dict(found.values())
 
