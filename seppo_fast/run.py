@@ -43,7 +43,7 @@ from seppo_fast.training.held_out import open_held_out
 from seppo_fast.training.improving import grids_of_pairs, open_improver
 from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import keep_rows
-from seppo_fast.training.networks import fill_pool, hold, load_policies, loss_backend, open_sampler
+from seppo_fast.training.networks import check_network, fill_pool, hold, load_policies, loss_backend, open_sampler
 from seppo_fast.training.noise import noise_process
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
@@ -72,6 +72,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     if ranks.device.type == "cpu" and (hint := too_many_threads(ranks.local_world, torch.get_num_threads(), cores())):
         ranks.say(hint)
     model, improvement, fixed, source = open_inputs(config, ranks)
+    check_network(model, config)
     request = open_request(config, model, ranks)
     latents = latent_shape(model, ours.data)
     table = table_of(model, ours.sampler.solver, ours.sampler.steps, latents)

@@ -19,9 +19,10 @@ LOSS = {"build": 90, "tests_native": 90, "tests_triton": 120, "bandwidth": 70, "
         "memory": 20, "baselines": 120, "plans": 40}
 THROUGHPUT = {"tests_sampler": 50, "sampler": 160, "loop": 180, "training_memory": 120, "swap": 30}
 VIDEO = {"video": 170}
+FLOWS = {"flows": 170}
 MACHINE = 20
-STEPS = LOSS | THROUGHPUT | VIDEO
-GROUPS = {"loss": list(LOSS), "throughput": list(THROUGHPUT), "video": list(VIDEO)}
+STEPS = LOSS | THROUGHPUT | VIDEO | FLOWS
+GROUPS = {"loss": list(LOSS), "throughput": list(THROUGHPUT), "video": list(VIDEO), "flows": list(FLOWS)}
 CHECKS = ("tests_native", "tests_triton", "tests_sampler", "memcheck", "racecheck")
 
 
@@ -59,7 +60,7 @@ def run_step(name: str, out: Path, limit: float) -> None:
         keep(checks.sanitize(name, out) if have("compute-sanitizer") else {"ok": None, "output": "there is no compute-sanitizer"})
     elif name == "machine":
         keep(machine())
-    elif name in THROUGHPUT | VIDEO:
+    elif name in THROUGHPUT | VIDEO | FLOWS:
         from benchmarks.gpu_suite import training_steps
 
         training_steps.step(name, out, keep, limit)

@@ -8,7 +8,8 @@ from benchmarks.result_files import Keep
 
 # What a step needs beyond the steps of the loss. Where it is missing, the step is skipped and says so.
 TRAINING = ("diffusers", "pydantic", "deepspeed", "transformers", "datasets", "peft")
-NEEDED = {"video": (*TRAINING, "av"), **dict.fromkeys(("sampler", "swap"), ("diffusers", "pydantic", "peft", "transformers"))}
+SAMPLING = ("diffusers", "pydantic", "peft", "transformers")
+NEEDED = {"video": (*TRAINING, "av"), **dict.fromkeys(("sampler", "swap", "flows"), SAMPLING)}
 
 
 def step(name: str, out: Path, keep: Keep, limit: float) -> None:
@@ -32,6 +33,10 @@ def step(name: str, out: Path, keep: Keep, limit: float) -> None:
         from benchmarks.throughput import swap
 
         swap.measure("sd15", "cuda", work / "swap", keep)
+    elif name == "flows":
+        from benchmarks.throughput import flows
+
+        flows.measure("cuda", keep, limit - 60)  # the last point may be FLUX.1, whose weights are made first
     elif name == "video":
         from benchmarks.video import training
 

@@ -15,7 +15,7 @@ from seppo_fast.evaluation.request import SCALES, Request
 from seppo_fast.evaluation.scoring import kind_of, scores_of
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
-from seppo_fast.models.schedules import is_flow
+from seppo_fast.models.contract import HALF
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.solver import default_solver
 
@@ -92,9 +92,12 @@ def check_weights(given: Mapping[str, str], flag: str) -> None:
 
 
 def dtype_of(name: str, device: torch.device, candidates: Sequence[Candidate]) -> torch.dtype:
-    """The precision of a name; "auto" is bfloat16 where one of the models is a flow, which are trained in it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if any(is_flow(candidate.model.scheduler_config) for candidate in candidates) else torch.float16
+    """The precision that all models are drawn with; "auto" on a GPU is the first half precision that all of them have."""
+    half = [dtype for dtype in HALF if all(dtype in candidate.model.half for candidate in candidates)]
+    if name == "auto":
+        return half[0] if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name)
+    if dtype in HALF and dtype not in half:
+        given = next(candidate.given for candidate in candidates if dtype not in candidate.model.half)
+        raise UserError(f"--dtype {name}: the networks of {given} overflow in it; use bfloat16 or float32")
+    return dtype

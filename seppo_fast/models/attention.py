@@ -40,9 +40,6 @@ def choose_attention(denoisers: Sequence[Denoiser], choice: Literal["auto", "sdp
     """
     unets = [denoiser for denoiser in denoisers if isinstance(denoiser, UNet)]
     if not unets:
-        if choice == "xformers":
-            raise UserError(f"seppo.model.attention: a {type(denoisers[0]).__name__} has no \"xformers\" attention here, but"
-                            " PyTorch's alone; use \"auto\" or \"sdpa\"")
         say("attention: sdpa (the one that transformers have here)")
         return "sdpa"
     kinds = layers(unets[0], latents)

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,8 @@ def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False, m
     tokenizer = encoder.replace("text_encoder", "tokenizer")
     if not directory.weights:  # a model whose shape alone is known
         return most
-    loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", 49408)
+    own = kind_of(directory.index[encoder][1]).config_class().vocab_size
+    loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", own)
     place = directory.path / tokenizer
     if not isinstance(loaded.model_max_length, int) or loaded.model_max_length < 3:
         raise UserError(f"{place}: its model_max_length is {loaded.model_max_length!r}, where the number of tokens of a prompt, 77,"
@@ -221,12 +222,13 @@ def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False, m
     return most_tokens(loaded, directory.configs[encoder].get("max_position_embeddings", most))
 
 
-def check_lengths(directory: Directory, lengths: list[int]) -> None:
-    """Refuse text encoders whose embeddings lie side by side and which see different numbers of tokens."""
-    if len(set(lengths)) > 1:
-        raise UserError(f"{directory.path}: the text encoders see prompts of different lengths ({' and '.join(map(str, lengths))}"
-                        " tokens), and their embeddings lie side by side. Look at the tokenizers' model_max_length and the text"
-                        " encoders' max_position_embeddings.")
+def check_lengths(directory: Directory, tokens: Mapping[str, int]) -> None:
+    """Refuse text encoders that see different numbers of `tokens`, where their embeddings lie side by side."""
+    if len(set(tokens.values())) > 1:
+        seen = " and ".join(map(str, tokens.values()))
+        raise UserError(f"{directory.path}: the text encoders see prompts of different lengths ({seen} tokens), and their"
+                        " embeddings lie side by side. Look at the tokenizers' model_max_length and the text encoders'"
+                        " max_position_embeddings.")
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text_config: Any, prompts: list[str]) -> dict[str, Tensor]:

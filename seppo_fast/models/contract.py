@@ -15,6 +15,7 @@ Conditions = dict[str, Tensor]
 Adapt = Callable[[str, nn.Module], None]  # puts adapters on a component of this name
 UNet = UNet2DConditionModel | UNetMotionModel
 Denoiser: TypeAlias = UNet2DConditionModel | UNetMotionModel | SD3Transformer2DModel | FluxTransformer2DModel
+HALF = (torch.float16, torch.bfloat16)  # the half precisions, the preferred first
 
 
 def unchanged(component: str, module: nn.Module) -> None:
@@ -45,6 +46,7 @@ class Model(Protocol):
     image_condition: bool
     embeds_guidance: bool  # the guidance scale is an input of the network
     guidance: bool  # the network is guided by a second call without the prompt
+    half: ClassVar[tuple[torch.dtype, ...]]  # the half precisions in which its networks keep finite
 
     def load_denoiser(self, dtype: torch.dtype) -> Denoiser:
         """A fresh network from disk, on the CPU."""

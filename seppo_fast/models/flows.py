@@ -1,5 +1,6 @@
 """What the families of flow-matching transformers share; each has its pipeline's own way of embedding prompts and setting steps."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from seppo_fast.models import common
 from seppo_fast.models.contract import Adapt, Conditions, Denoiser, unchanged
 from seppo_fast.models.directory import Directory, kind_of
 from seppo_fast.models.schedules import check_shift, dynamic_shift, flow_config, static_shift
+from seppo_fast.models.values import ADVICE
 
 CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
 T5 = ("T5TokenizerFast", "T5Tokenizer")
@@ -27,12 +29,14 @@ class FlowTransformer:
     denoiser = "transformer"
     image_condition = False
     embeds_guidance = False
+    half = (torch.bfloat16,)  # the published ones were trained in it; T5 and FLUX's transformer overflow in fp16
     prediction_type = "flow"
     pipeline: Any  # its diffusers class
     patch: int
     text_encoders: tuple[str, ...] = ()
 
     def __init__(self, directory: Directory) -> None:
+        check_vae(directory)
         self.directory = directory
         self.path: Path = directory.path
         self.scheduler_config = flow_config(directory)
@@ -53,6 +57,10 @@ class FlowTransformer:
     @property
     def _kind(self) -> Any:
         return kind_of(type(self).components[self.denoiser][0])
+
+    def text_config(self, part: str) -> Any:
+        """A text encoder's configuration, with its class's values for what the file leaves out."""
+        return kind_of(type(self).components[part][0]).config_class.from_dict(self.directory.configs[part])
 
     def load_vae(self, device: torch.device | str) -> AutoencoderKL:
         """The VAE in fp32, for inference."""
@@ -80,6 +88,8 @@ class FlowTransformer:
             parts[part] = encoder.to(device).eval().requires_grad_(False)
             tokenizer = part.replace("text_encoder", "tokenizer")
             parts[tokenizer] = common.load_tokenizer(self.directory, tokenizer)
+            # The pipeline fills prompts up to this length; a tokenizer saved without it claims 1e30.
+            parts[tokenizer].model_max_length = min(parts[tokenizer].model_max_length, self.prompt_tokens[part])
         with torch.device("meta"):
             transformer = self.empty_denoiser()  # whose configuration the pipeline reads
         missing = {part: None for part in type(self).components if part not in parts}
@@ -112,10 +122,23 @@ class FlowTransformer:
         return common.encoding_files(self.directory)
 
 
-def check_transformer(directory: Directory, expected: dict[str, Any]) -> None:
-    """Refuse a transformer whose configuration has other values than these, given as `key: (value, what decides it)`."""
+def check_vae(directory: Directory) -> None:
+    """Refuse a VAE whose latents the pipelines of this kind would not scale as training does, or could not decode."""
+    vae, file = directory.configs["vae"], directory.path / "vae" / "config.json"
+    if vae.get("shift_factor") is None:
+        raise UserError(f"{file}: it has no shift_factor, which {directory.index.get('_class_name')} adds to latents before it"
+                        f" decodes them. {ADVICE}.")
+    for key in ("latents_mean", "latents_std"):
+        if vae.get(key) is not None:
+            raise UserError(f"{file}: {key} is set, which this family's pipelines ignore; only scaling_factor and shift_factor are"
+                            " supported.")
+
+
+def check_transformer(directory: Directory, kind: type, expected: dict[str, Any]) -> None:
+    """Refuse a transformer, a `kind`, whose configuration has other values than these: `key: (value, what decides it)`."""
     config, file = directory.configs["transformer"], directory.path / "transformer" / "config.json"
+    defaults = inspect.signature(kind).parameters
     for key, (wanted, why) in expected.items():
-        if config.get(key, wanted) != wanted:
-            raise UserError(f"{file}: {key} is {config[key]}, but {why} makes it {wanted}. Either a part of another model lies"
+        if (found := config.get(key, defaults[key].default)) != wanted:
+            raise UserError(f"{file}: {key} is {found}, but {why} makes it {wanted}. Either a part of another model lies"
                             " here, or this is a model that edits or completes images; only text-to-image models can be trained.")

@@ -37,18 +37,18 @@ class Flux(FlowTransformer):
     def __init__(self, directory: Directory) -> None:
         super().__init__(directory)
         config = directory.configs["transformer"]
-        first, second = (directory.configs[part] for part in ("text_encoder", "text_encoder_2"))
+        first, second = (self.text_config(part) for part in ("text_encoder", "text_encoder_2"))
         channels, why = 4 * self.latent_channels, "the VAE, of which four latents are packed into one token,"
-        check_transformer(directory, {
+        check_transformer(directory, self._kind, {
             "in_channels": (channels, why), "out_channels": (config.get("out_channels") and channels, why),
-            "patch_size": (1, "packing"), "joint_attention_dim": (second["d_model"], "text_encoder_2"),
-            "pooled_projection_dim": (first["hidden_size"], "text_encoder"),
+            "patch_size": (1, "packing"), "joint_attention_dim": (second.d_model, "text_encoder_2"),
+            "pooled_projection_dim": (first.hidden_size, "text_encoder"),
         })
         self.t5_tokens = common.check_vocabulary(directory, "text_encoder_2", most=T5_TOKENS)
         self.prompt_tokens = {"text_encoder": common.check_vocabulary(directory, "text_encoder", pooled=True),
                               "text_encoder_2": self.t5_tokens}
         self.embeds_guidance = bool(config.get("guidance_embeds", False))
-        self.condition_shapes = {"prompt_embeds": (self.t5_tokens, second["d_model"]), "pooled": (first["hidden_size"],)}
+        self.condition_shapes = {"prompt_embeds": (self.t5_tokens, second.d_model), "pooled": (first.hidden_size,)}
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by the pipeline's `encode_prompt`."""

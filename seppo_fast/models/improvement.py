@@ -11,6 +11,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.models import Model, StableDiffusionXL, open_improvement_model, open_model
 from seppo_fast.models.common import alphas_cumprod
 from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
+from seppo_fast.models.schedules import is_flow
 
 PROMPT = "a photograph of a red bicycle in front of a white house"
 SAME = 0.01  # of the norm: weights that are stored in half precision make less difference, other weights more
@@ -74,7 +75,7 @@ def _differences(model: Model, policy: Model, device: torch.device | str) -> lis
 def _architecture(model: Model, policy: Model) -> list[str]:
     """What is to be said where the networks have other weights, by name or shape."""
     with torch.device("meta"):
-        own, other = ({name: tuple(weight.shape) for name, weight in each.empty_denoiser().named_parameters()}
+        own, other = ({name: tuple(weight.shape) for name, weight in each.empty_denoiser().state_dict().items()}
                       for each in (model, policy))
     names = [name for name in {**other, **own} if own.get(name) != other.get(name)]
     return [f"its network is another: {len(names)} weights are missing or of another shape, the first {names[0]}"] if names else []
@@ -87,19 +88,24 @@ def _facts(model: Model, policy: Model) -> list[tuple[str, object, object]]:
         ("the number of its latent channels", model.latent_channels, policy.latent_channels),
         ("its VAE's pixels a latent", model.vae_scale_factor, policy.vae_scale_factor),
         ("its VAE's scaling_factor", model.latent_scale.factor, policy.latent_scale.factor),
+        ("its VAE's shift_factor", model.latent_scale.shift, policy.latent_scale.shift),
         ("its prediction_type", model.prediction_type, policy.prediction_type),
     ]
     own, other = (each.directory.configs[each.denoiser] for each in (model, policy))
     facts.append(("its text width (cross_attention_dim)", own.get("cross_attention_dim"), other.get("cross_attention_dim")))
     if own.get("sample_size") and other.get("sample_size"):
-        facts.append(("its image size (the UNet's sample_size)", own["sample_size"], other["sample_size"]))
+        network = "UNet" if model.denoiser == "unet" else model.denoiser
+        facts.append((f"its image size (the {network}'s sample_size)", own["sample_size"], other["sample_size"]))
     if isinstance(model, StableDiffusionXL) and isinstance(policy, StableDiffusionXL):
         facts.append(("its force_zeros_for_empty_prompt", model.zeros_for_empty_prompt, policy.zeros_for_empty_prompt))
     return facts
 
 
 def _schedule(model: Model, policy: Model) -> list[str]:
-    """What is to be said where noise levels differ."""
+    """What is to be said where a time stands for another noise level; a flow's shift only says which times are trained."""
+    if any(is_flow(each.scheduler_config) for each in (model, policy)):
+        alike = model.num_train_timesteps == policy.num_train_timesteps or model.prediction_type != policy.prediction_type
+        return [] if alike else [f"its num_train_timesteps is {model.num_train_timesteps} and not {policy.num_train_timesteps}"]
     own, other = alphas_cumprod(model.scheduler_config), alphas_cumprod(policy.scheduler_config)
     alike = len(own) == len(other) and torch.allclose(own, other, rtol=1e-4, atol=1e-6)
     return [] if alike else ["its noise schedule (scheduler_config.json) has other noise levels"]

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from seppo_fast.compiler import keep_all_graphs, transformer_blocks
 from seppo_fast.config import Model
@@ -11,16 +13,19 @@ from seppo_fast.errors import UserError, warn_fallback
 from seppo_fast.models.attention import choose_attention
 from seppo_fast.models.contract import Denoiser
 from seppo_fast.models.layout import convolve_in_channels_last
+from seppo_fast.models.trial import Given
 
 
 def prepare_denoisers(denoisers: Sequence[Denoiser], settings: Model, latents: tuple[int, ...], dtype: torch.dtype,
-                  device: torch.device, say: Callable[[str], None] = print,
-                  agree: Callable[[int], int] = lambda index: index) -> None:
+                      device: torch.device, say: Callable[[str], None] = print,
+                      agree: Callable[[int], int] = lambda index: index, *, inputs: Callable[[torch.dtype], dict[str, Given]]
+                      ) -> None:
     """Set up `denoisers` as `settings` asks, before they are captured or put into an engine.
 
     `latents` are the sizes that they will see: (h, w), or (F, h, w) of videos. `agree` makes all ranks choose the same attention.
+    `inputs` is what the blocks get that are compiled one by one (`trial.block_inputs`).
     """
-    compiles = settings.compile == "regional" and _compiles(denoisers[0], dtype, device)
+    compiles = settings.compile == "regional" and _compiles(denoisers[0], inputs, dtype, device)
     choose_attention(denoisers, settings.attention, latents, dtype, device, say, agree)
     if settings.channels_last:
         for denoiser in denoisers:
@@ -31,18 +36,18 @@ def prepare_denoisers(denoisers: Sequence[Denoiser], settings: Model, latents: t
                 block.compile()
 
 
-def _compiles(denoiser: Denoiser, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a copy of one block compiles, forward and backward. Without this trial, the compiler would fail during an update."""
+def _compiles(denoiser: Denoiser, inputs: Callable[[torch.dtype], dict[str, Given]], dtype: torch.dtype, device: torch.device
+              ) -> bool:
+    """Whether a copy of a block of each class compiles, forward and backward. Otherwise an update would fail."""
     keep_all_graphs()
-    blocks = transformer_blocks(denoiser)
-    if not blocks:
+    if not transformer_blocks(denoiser):
         raise UserError("seppo.model.compile: this model has no transformer blocks to compile; use \"none\"")
-    trial = copy.deepcopy(blocks[0]).to(device, dtype).requires_grad_(True)  # a frozen one would have no backward
-    latents, prompt = (torch.zeros(1, 8, layer.in_features, device=device, dtype=dtype) for layer in
-                       (trial.attn1.to_k, trial.attn2.to_k))
-    trial.compile()
     try:
-        trial(latents, encoder_hidden_states=prompt).sum().backward()
+        for name, (given, named) in inputs(dtype).items():
+            trial = copy.deepcopy(denoiser.get_submodule(name)).to(device, dtype)
+            trial.requires_grad_(True).compile()  # a frozen one would have no backward
+            given, named = tree_map_only(Tensor, lambda value: torch.zeros_like(value, device=device), (given, named))
+            sum(part.sum() for part in tree_leaves(trial(*given, **named)) if isinstance(part, Tensor)).backward()
     except Exception as error:  # whatever the compiler raises
         warn_fallback("seppo.model.compile", error)
         return False

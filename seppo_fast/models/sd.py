@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from seppo_fast.models import common
-from seppo_fast.models.contract import Adapt, Conditions, UNet, unchanged
+from seppo_fast.models.contract import HALF, Adapt, Conditions, UNet, unchanged
 from seppo_fast.models.directory import Components, Directory
 from seppo_fast.models.pix2pix import has_image_condition, network_input
 
@@ -32,6 +32,7 @@ class StableDiffusion:
     }
     lora_loader: Any = StableDiffusionLoraLoaderMixin
     embeds_guidance, guidance = False, True
+    half = HALF
 
     def __init__(self, directory: Directory) -> None:
         common.check_schedule(directory)

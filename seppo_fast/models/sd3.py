@@ -37,20 +37,22 @@ class StableDiffusion3(FlowTransformer):
         config = directory.configs["transformer"]
         self.patch: int = config.get("patch_size", 2)
         super().__init__(directory)
-        first, second = (directory.configs[part] for part in ("text_encoder", "text_encoder_2"))
-        width, pooled = config.get("joint_attention_dim", 4096), first["projection_dim"] + second["projection_dim"]
+        first, second = (self.text_config(part) for part in ("text_encoder", "text_encoder_2"))
+        width, pooled = config.get("joint_attention_dim", 4096), first.projection_dim + second.projection_dim
         channels = (self.latent_channels, "the VAE")
-        check_transformer(directory, {"in_channels": channels, "out_channels": channels,
-                                      "pooled_projection_dim": (pooled, "the sum of the text encoders' projection_dim")})
-        if (third := directory.configs.get("text_encoder_3")) is not None:
-            check_transformer(directory, {"joint_attention_dim": (third["d_model"], "text_encoder_3")})
+        expected = {"in_channels": channels, "out_channels": channels,
+                    "pooled_projection_dim": (pooled, "the sum of the text encoders' projection_dim")}
+        for part in ("text_encoder", "text_encoder_2"):
+            self.prompt_tokens[part] = common.check_vocabulary(directory, part, pooled=True)
+        common.check_lengths(directory, self.prompt_tokens)
+        check_third(directory)
+        if "text_encoder_3" in directory.configs:
+            expected["joint_attention_dim"] = (self.text_config("text_encoder_3").d_model, "text_encoder_3")
             self.prompt_tokens["text_encoder_3"] = common.check_vocabulary(directory, "text_encoder_3", most=T5_TOKENS)
-        if first["hidden_size"] + second["hidden_size"] > width:
+        check_transformer(directory, self._kind, expected)
+        if first.hidden_size + second.hidden_size > width:
             raise UserError(f"{self.path / 'transformer' / 'config.json'}: joint_attention_dim is {width}, which is less than the"
-                            f" CLIP text encoders are wide together ({first['hidden_size']} + {second['hidden_size']})")
-        clip = {part: common.check_vocabulary(directory, part, pooled=True) for part in ("text_encoder", "text_encoder_2")}
-        common.check_lengths(directory, list(clip.values()))
-        self.prompt_tokens |= clip
+                            f" CLIP text encoders are wide together ({first.hidden_size} + {second.hidden_size})")
         self.sample_size: Any = config.get("sample_size", 128)
         self.t5_tokens = self.prompt_tokens.get("text_encoder_3", T5_TOKENS)
         self.condition_shapes = {"prompt_embeds": (self.prompt_tokens["text_encoder"] + self.t5_tokens, width), "pooled": (pooled,)}
@@ -77,3 +79,11 @@ class StableDiffusion3(FlowTransformer):
         if side > most:
             raise UserError(f"{self.path}: images of {side} pixels are larger than its transformer can place: at most {most}"
                             " (pos_embed_max_size)")
+
+
+def check_third(directory: Directory) -> None:
+    """Refuse T5 without its tokenizer, and a tokenizer without T5."""
+    given = [directory.index.get(part) for part in ("text_encoder_3", "tokenizer_3")]
+    if len({isinstance(value, list) and value[1] is not None for value in given}) > 1:
+        raise UserError(f"{directory.path / 'model_index.json'}: text_encoder_3 is {given[0]!r} and tokenizer_3 is {given[1]!r}: a"
+                        " model has both, or neither (null). Fetch the whole model again.")

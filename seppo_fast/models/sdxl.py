@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import common
-from seppo_fast.models.contract import Adapt, Conditions, UNet, unchanged
+from seppo_fast.models.contract import HALF, Adapt, Conditions, UNet, unchanged
 from seppo_fast.models.directory import Components, Directory
 from seppo_fast.models.pix2pix import SCALES, has_image_condition, network_input
 
@@ -36,6 +36,7 @@ class StableDiffusionXL:
     }
     lora_loader: Any = StableDiffusionXLLoraLoaderMixin
     embeds_guidance, guidance = False, True
+    half = HALF
 
     def __init__(self, directory: Directory) -> None:
         first, second, unet = (directory.configs[name] for name in ("text_encoder", "text_encoder_2", "unet"))
@@ -52,7 +53,7 @@ class StableDiffusionXL:
             )
         self.prompt_tokens = {part: common.check_vocabulary(directory, part, pooled=part == "text_encoder_2")
                               for part in self.text_encoders}
-        common.check_lengths(directory, list(self.prompt_tokens.values()))
+        common.check_lengths(directory, self.prompt_tokens)
         self.directory = directory
         self.path: Path = directory.path
         self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seppo_fast.compiler import transformer_blocks
 from seppo_fast.errors import UserError, reason
 from seppo_fast.models import common
 from seppo_fast.models.contract import Model
@@ -18,6 +19,7 @@ from seppo_fast.models.files import shapes
 from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.models.values import ADVICE
 
+Given = tuple[tuple[Any, ...], dict[str, Any]]  # to a block: by position, and by name
 _made: dict[str, dict[str, tuple[int, ...]]] = {}  # shapes of weights by configuration: making a network takes a while
 
 
@@ -51,13 +53,39 @@ def made(directory: Directory, part: str, make: Callable[[], nn.Module], configs
 def run_denoiser(model: Model) -> None:
     """Refuse a network that cannot run on latents and conditions of the other components' sizes: one call, without weights."""
     with explained(model.directory, model.denoiser), torch.device("meta"):
-        denoiser = model.empty_denoiser()
-        levels = len(denoiser.down_blocks) if hasattr(denoiser, "down_blocks") else 0
-        side = max(2**levels, model.multiple // model.vae_scale_factor)
-        noise = torch.zeros(1, model.latent_channels, *(2,) * model.video, side, side)
-        found = model.denoise(denoiser, noise, torch.zeros(1, dtype=torch.long), blank_conditions(model, noise))
+        noise, found = call_once(model, model.empty_denoiser())
         if found.shape != noise.shape:
             raise ValueError(f"it gives {tuple(found.shape)} for latents {tuple(noise.shape)}")
+
+
+def call_once(model: Model, denoiser: Any) -> tuple[Tensor, Tensor]:
+    """Latents of the least size that the network takes, and its output for them, on its device and in its dtype."""
+    levels = len(denoiser.down_blocks) if hasattr(denoiser, "down_blocks") else 0
+    side = max(2**levels, model.multiple // model.vae_scale_factor)
+    noise = next(denoiser.parameters()).new_zeros(1, model.latent_channels, *(2,) * model.video, side, side)
+    time = torch.zeros(1, dtype=torch.long, device=noise.device)
+    return noise, model.denoise(denoiser, noise, time, blank_conditions(model, noise))
+
+
+@torch.no_grad()
+def block_inputs(make: Callable[[], nn.Module], call: Callable[[nn.Module], Any], dtype: torch.dtype) -> dict[str, Given]:
+    """What a block of each class that is compiled block by block gets in a `call` of the network, by the block's name.
+
+    The network that `make` returns is on the meta device, and so are its tensors.
+    """
+    found: dict[type, tuple[str, Given]] = {}
+
+    def note(name: str, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.setdefault(type(block), (name, (given, named)))
+
+    with torch.device("meta"):
+        denoiser = make().to(dtype)
+        blocks = transformer_blocks(denoiser)
+        for name, block in denoiser.named_modules():
+            if block in blocks:
+                block.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+        call(denoiser)
+    return dict(found.values())
 
 
 def blank_conditions(model: Model, latents: Tensor) -> dict[str, Tensor]:

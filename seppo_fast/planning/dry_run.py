@@ -22,6 +22,7 @@ from seppo_fast.reference.solver import table_of
 from seppo_fast.training import start
 from seppo_fast.training.engine import check_engine_config, precision, unsupported
 from seppo_fast.training.folder import results_in
+from seppo_fast.training.networks import check_network
 from seppo_fast.training.noise import noise_process
 from seppo_fast.training.validation import request_of
 
@@ -38,6 +39,7 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     missing = [lacking] if (lacking := unsupported(config)) else []  # a plan may be for another machine than this one
     model = _model(config, missing)
     if model is not None:
+        check_network(model, config)
         if model.video:
             model.check_frames(ours.data.video.frames)
         if ours.evaluation.draws:

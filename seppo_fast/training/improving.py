@@ -1,5 +1,6 @@
 """The improvement model in a run: as what makes winners, and, while it is trained itself, in grids of samples."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from seppo_fast.data import ClipStream, LatentCache
 from seppo_fast.models import Conditions, Model
 from seppo_fast.models.pix2pix import IMAGE
 from seppo_fast.models.prepare import prepare_denoisers
+from seppo_fast.models.trial import block_inputs, call_once
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import free_memory
 from seppo_fast.reference.guidance import Branches, double
@@ -42,7 +44,7 @@ def open_improver(model: Model, settings: Seppo, objective: Objective, table: So
 
     denoiser = model.load_denoiser(objective.dtype).eval().requires_grad_(False)
     prepare_denoisers([denoiser], settings.networks, pairs.cache.shape[1:], objective.autocast or objective.dtype, ranks.device,
-                      say, ranks.largest)
+                      say, ranks.largest, inputs=partial(block_inputs, model.empty_denoiser, partial(call_once, model)))
     empty, branches = with_image(pairs, settings.improvement)
     sampler = Sampler(denoiser.to(ranks.device), model.denoise, table.to(ranks.device), empty, branches, settings.sampler,
                       objective.dtype, objective.autocast, say)

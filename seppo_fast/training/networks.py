@@ -1,14 +1,18 @@
 """The networks of a run: the policy, the one beside it that draws and is compared with, and the past policies that it holds."""
 
+from functools import partial
+
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
+from seppo_fast.errors import UserError
 from seppo_fast.models import Model
 from seppo_fast.models.lora import choose_trained
 from seppo_fast.models.prepare import prepare_denoisers
+from seppo_fast.models.trial import block_inputs, call_once
 from seppo_fast.ops import available_backends
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import free_memory
@@ -21,6 +25,22 @@ from seppo_fast.training.folder import RunFolder
 from seppo_fast.training.improving import half_of_memory, with_image
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
+
+
+def check_network(model: Model, config: Config) -> None:
+    """`UserError` for settings that the model's network does not go with, before anything is loaded or written."""
+    ours, (dtype, _) = config.seppo, precision(config.deepspeed)
+    if dtype != torch.float32 and dtype not in model.half:
+        raise UserError(f"fp16.enabled: {model.path} is a {model.directory.index.get('_class_name', model.name)}, whose networks"
+                        " overflow in fp16: they are trained in bf16. Enable bf16 in place of it")
+    guided(model, ours.sampler.guidance_scale, ())
+    if model.denoiser == "transformer":
+        if ours.model.attention == "xformers":
+            raise UserError(f"seppo.model.attention: the transformer of {model.path} has no \"xformers\" attention here, but"
+                            " PyTorch's alone; use \"auto\" or \"sdpa\"")
+        if ours.sampler.fuse_projections:
+            raise UserError(f"seppo.sampler.fuse_projections: the projections of the transformer of {model.path} cannot be fused"
+                            " here, but a UNet's; set it to false")
 
 
 def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
@@ -37,7 +57,8 @@ def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks:
     if ours.model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     prepare_denoisers([*filter(None, (policy, reference))], ours.networks, latents, precision(config.deepspeed).autocast or dtype,
-                  ranks.device, ranks.say, ranks.largest)
+                      ranks.device, ranks.say, ranks.largest,
+                      inputs=partial(block_inputs, model.empty_denoiser, partial(call_once, model)))
     return policy, reference
 
 

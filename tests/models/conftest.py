@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from tiny import tiny_adapter, tiny_animatediff, tiny_pix2pix, tiny_sd, tiny_sdxl
+from tiny import tiny_adapter, tiny_animatediff, tiny_flux, tiny_pix2pix, tiny_sd, tiny_sd3, tiny_sdxl
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +44,13 @@ def own_sd(sd_folder, tmp_path):
 @pytest.fixture
 def own_sdxl(sdxl_folder, tmp_path):
     return shutil.copytree(sdxl_folder, tmp_path / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory):
+    return tiny_sd3(tmp_path_factory.mktemp("models") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory):
+    return tiny_flux(tmp_path_factory.mktemp("models") / "flux")

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
 from seppo_fast.models.prepare import prepare_denoisers
 from seppo_fast.models.published import published_model
+from seppo_fast.models.trial import block_inputs, call_once
 from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.loop import sample
 from seppo_fast.reference.solver import solver_table
@@ -227,12 +228,14 @@ def test_compiled_blocks_compute_the_same(model, monkeypatch):
     """Traced, differentiated and taken apart, but no kernels are made: test_prepare makes them, of the same transformer block."""
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     torch.manual_seed(0)
-    unet = UNetMotionModel(
-        sample_size=8, block_out_channels=(32,), norm_num_groups=8, cross_attention_dim=32, num_attention_heads=4,
+    make = partial(
+        UNetMotionModel, sample_size=8, block_out_channels=(32,), norm_num_groups=8, cross_attention_dim=32, num_attention_heads=4,
         layers_per_block=1, down_block_types=("DownBlockMotion",), up_block_types=("UpBlockMotion",),
-        motion_num_attention_heads=4, motion_max_seq_length=8).eval()
+        motion_num_attention_heads=4, motion_max_seq_length=8)
+    unet = make().eval()
     before, graphs = predict(model, unet), torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    prepare_denoisers([unet], Model(path="x", compile="regional"), (FRAMES, 8, 8), torch.float32, CPU)
+    prepare_denoisers([unet], Model(path="x", compile="regional"), (FRAMES, 8, 8), torch.float32, CPU,
+                      inputs=partial(block_inputs, make, partial(call_once, model)))
     assert all(block._compiled_call_impl is not None for block in transformer_blocks(unet))
     torch.testing.assert_close(predict(model, unet), before, rtol=1e-3, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs

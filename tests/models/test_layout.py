@@ -44,7 +44,8 @@ class Gpu(TorchDispatchMode):
 
 
 def prepared(network: nn.Module, channels_last: bool = True) -> nn.Module:
-    prepare_denoisers([network], Settings(path="x", channels_last=channels_last), (8, 8), torch.float32, CPU, lambda line: None)
+    prepare_denoisers([network], Settings(path="x", channels_last=channels_last), (8, 8), torch.float32, CPU, lambda line: None,
+                      inputs=lambda dtype: {})
     return network
 
 

@@ -1,6 +1,7 @@
 """Attention and compilation of the UNets."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from seppo_fast.models import attention
 from seppo_fast.models.attention import choose_attention, layers
 from seppo_fast.models.launches import inner
 from seppo_fast.models.prepare import prepare_denoisers
+from seppo_fast.models.trial import block_inputs
 
 CPU = torch.device("cpu")
 
@@ -23,6 +25,9 @@ def call(net, device="cpu", dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     latents, prompt = (torch.randn(2, *shape, generator=g).to(device, dtype) for shape in ((4, 8, 8), (7, 32)))
     return net(latents, torch.tensor([3, 9], device=device), encoder_hidden_states=prompt).sample
+
+
+INPUTS = partial(block_inputs, unet, lambda net: call(net, "meta"))
 
 
 def test_on_the_cpu_the_choice_is_pytorchs_own():
@@ -87,16 +92,21 @@ def test_xformers_agrees(dtype):
 def test_compiled_blocks_train_as_before(quick_compiler):
     """In the shapes in which compilation is tried first, so that it is compiled once."""
     torch.manual_seed(0)
-    net = unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # the middle block is left to compile
-    latents, prompt = torch.randn(1, 4, 4, 8), torch.randn(1, 8, 32)  # 2 x 4 places in the middle
+    make = partial(unet, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # the middle is left to compile
+    net, latents, prompt = make(), torch.randn(1, 4, 4, 8), torch.randn(1, 8, 32)  # 2 x 4 places in the middle
+
+    def run(net):
+        given = (tensor.to(net.device) for tensor in (latents, torch.tensor([3]), prompt))
+        return net(*given).sample
 
     def gradients():
         net.zero_grad()
-        net(latents, torch.tensor([3]), encoder_hidden_states=prompt).sample.square().mean().backward()
+        run(net).square().mean().backward()
         return [parameter.grad.clone() for parameter in net.parameters()]
 
     plain, before = gradients(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    prepare_denoisers([net], Model(path="x", compile="regional"), (4, 8), torch.float32, CPU)
+    prepare_denoisers([net], Model(path="x", compile="regional"), (4, 8), torch.float32, CPU,
+                      inputs=partial(block_inputs, make, run))
     assert all(block._compiled_call_impl is not None for block in transformer_blocks(net))
     compiled = gradients()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
@@ -111,7 +121,7 @@ def test_a_compiler_that_fails_leaves_the_plain_network():
     want = call(net)
     with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/compiler",), "force_disable_caches": True}):
         with pytest.warns(RuntimeWarning, match="seppo.model.compile does not work here, and the run goes on without it"):
-            prepare_denoisers([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU)
+            prepare_denoisers([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU, inputs=INPUTS)
         assert torch.equal(call(net), want)
 
 
@@ -120,6 +130,7 @@ def test_a_frozen_network_is_compiled_as_any_other(quick_compiler):
     net = unet().requires_grad_(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="seppo")
-        prepare_denoisers([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU, lambda line: None)
+        prepare_denoisers([net], Model(path="x", compile="regional"), (8, 8), torch.float32, CPU, lambda line: None,
+                          inputs=INPUTS)
     assert all(block._compiled_call_impl is not None for block in transformer_blocks(net))
     assert not any(weight.requires_grad for weight in net.parameters())

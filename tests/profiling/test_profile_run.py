@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from forked import Forks
-from tiny import tiny_improvement
+from tiny import tiny_flux, tiny_improvement, tiny_sd3
 
 from seppo_fast.configfile import batch_plan, parse_config
 from seppo_fast.errors import UserError
@@ -48,6 +48,16 @@ def test_an_improvement_model_is_profiled(settings: Callable[..., dict[str, Any]
     raw = settings(**{"seppo.method": "improvement", "seppo.data.source": str(pickapic), "train_micro_batch_size_per_gpu": 8})
     text = profile(parse_config(raw), ranks, StopSignals(), updates=1)
     assert "sampling" not in text and "training, 8 pairs in one micro-batch" in text
+
+
+@pytest.mark.parametrize("make", [tiny_sd3, tiny_flux])
+def test_flows_are_profiled(make: Callable[[Path], Path], settings: Callable[..., dict[str, Any]], ranks: Any, train: Any,
+                            tmp_path: Path) -> None:
+    raw = settings(**{"seppo.model.path": str(make(tmp_path / "model")), "seppo.model.lora": {"rank": 2},
+                      "seppo.sampler.solver": "euler", "seppo.data.cache_dir": str(tmp_path / "cache")})
+    text = profile(parse_config(raw), ranks, StopSignals(), updates=1)
+    assert "sampling, 8 samples in one batch: " in text and "training, 4 pairs in one micro-batch" in text
+    assert "aten::addmm" in text
 
 
 def test_of_samples_that_are_used_again_each_pair_has_a_share(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import StableDiffusion3Pipeline
 from outcomes import rows
 from tiny import tiny_clip, tiny_sd3
 from training.test_validation import PROMPTS, ROUNDING, assert_alike
@@ -58,9 +58,10 @@ def gain_by_diffusers(base: Path, lora: Path, cache_dir: Path) -> float:
     order = Order(24, seed, split(24, 5, 0)[1])
     errors = []
     for tuned in (False, True):
-        transformer = SD3Transformer2DModel.from_pretrained(base / "transformer")
+        pipeline = StableDiffusion3Pipeline.from_pretrained(base)
         if tuned:
-            transformer.load_lora_adapter(lora / "pytorch_lora_weights.safetensors", prefix="transformer")
+            pipeline.load_lora_weights(lora)
+        transformer = pipeline.transformer.eval()
         total = 0.0
         for slot in range(DRAWS * 5):
             row, noise = cache.rows([order.row(slot)]), normal(cache.shape, seed, "noise", [slot])
