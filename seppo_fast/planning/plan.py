@@ -142,7 +142,7 @@ def _precision(config: Config) -> str:
 
 
 def _beta(ours: Seppo) -> str:
-    return f"{ours.beta:g}" if ours.beta != "auto" else f"auto ({PRODUCT} / mean |margin|, {FIRST:g} at first)"
+    return f"{ours.beta:g}" if ours.beta != "auto" else f"auto ({PRODUCT} / median |margin|, {FIRST:g} at first)"
 
 
 def _tasks(ours: Seppo) -> str:

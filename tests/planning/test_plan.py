@@ -47,7 +47,7 @@ def test_the_shipped_configurations_pass_their_dry_run(name: str, sd: Path, tmp_
 
 
 def test_the_plan_says_how_beta_is_chosen(settings: Callable[..., dict[str, Any]]) -> None:
-    for beta, said in (("auto", "auto (2.77 / mean |margin|, 2000 at first)"), (250, "250")):
+    for beta, said in (("auto", "auto (2.77 / median |margin|, 2000 at first)"), (250, "250")):
         assert f", beta {said}, noise" in dry_run(parse_config(settings(**{"seppo.beta": beta})), 1)
 
 

@@ -70,6 +70,10 @@ def test_a_logit_that_overflowed_does_not_hide_its_pair() -> None:
     assert NONE.after(table) == NONE.after(pairs([0.5]))
 
 
+def test_one_large_margin_does_not_count_for_all() -> None:
+    assert NONE.after(pairs([0.5, 0.5, 1e30])).beta == pytest.approx(2.77 / 0.5, rel=1e-12)
+
+
 def test_a_beta_out_of_fp32s_range_is_not_taken() -> None:
     assert NONE.after(pairs([1e-39], error=0.0)) is NONE
     assert NONE.after(pairs([3.4e38])) is NONE

@@ -4,6 +4,7 @@ The loop has its own scheduler stepping, noising and loss (App. B.2, as printed)
 package only what *defines* the data: the cached latents, their order, and how random numbers are addressed.
 """
 
+import statistics
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -67,7 +68,7 @@ def plain_loop(raw: dict[str, Any], cache: LatentCache) -> tuple[dict[str, Tenso
             tables.append(torch.stack([pair.detach() for pair in table]))
             margins = [abs(2 * float(logit) / beta) for logit in tables[-1][:, 6]] if method != "sft" else [0.0]
             if ours["beta"] == "auto" and max(margins) > 0:  # else all are ties
-                mean, seen = 0.9 * mean + 0.1 * sum(margins) / size, seen + 1
+                mean, seen = 0.9 * mean + 0.1 * statistics.median(margins), seen + 1
                 beta = 2.77 * (1 - 0.9**seen) / mean
         pool.append(deepcopy(policy).eval())
     return policy.state_dict(), tables, norms
