@@ -197,7 +197,7 @@ def test_clips_are_not_improved(videos: Path, folders: Path) -> None:
 def test_a_lora_goes_on_an_improvement_model_that_is_named_with_it(folders: Path, tmp_path: Path) -> None:
     base, lora = f"base={folders / 'base'}", tmp_path / "lora.safetensors"
     layer = "unet.up_blocks.0.resnets.0.time_emb_proj"
-    save_file({f"{layer}.lora_A.weight": torch.ones(1, 32), f"{layer}.lora_B.weight": torch.ones(16, 1)}, lora)
+    save_file({f"{layer}.lora_A.weight": torch.ones(1, 32), f"{layer}.lora_B.weight": torch.ones(8, 1)}, lora)
     _, better = open_candidates([base, f"better={folders / 'better'}+{lora}@base"], None, None, 16)
     assert better.lora == lora and better.source is not None and better.local
     with pytest.raises(UserError, match=f"improve: say better=PIPELINE.{lora}@base"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import NARROW, tiny_animatediff, tiny_pix2pix
+from tiny import NARROW, tiny_animatediff, tiny_pix2pix, tiny_sd3
 from torch import Tensor, nn
 
 import seppo_fast
@@ -40,6 +40,8 @@ def test_the_shipped_configurations_pass_their_dry_run(name: str, sd: Path, tmp_
         overrides.append(f"seppo.model.path={sd}")
     if name == "quickstart_iterative_dpo":
         overrides.append(f"seppo.improvement.path={tiny_pix2pix(tmp_path / 'improvement', **NARROW)}")
+    if name == "quickstart_flow":
+        overrides.append(f"seppo.model.path={tiny_sd3(tmp_path / 'base')}")
     if name == "quickstart_video":
         overrides += [f"seppo.model.path={tiny_animatediff(tmp_path / 'base')}", "seppo.data.video.frames=8"]
     printed = dry_run(load_config(f"{name}.json", overrides), 1)

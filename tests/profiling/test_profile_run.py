@@ -57,7 +57,7 @@ def test_flows_are_profiled(make: Callable[[Path], Path], settings: Callable[...
                       "seppo.sampler.solver": "euler", "seppo.data.cache_dir": str(tmp_path / "cache")})
     text = profile(parse_config(raw), ranks, StopSignals(), updates=1)
     assert "sampling, 8 samples in one batch: " in text and "training, 4 pairs in one micro-batch" in text
-    assert "aten::addmm" in text
+    assert "aten::" in text, "the operators that take the most time; which they are depends on the machine"
 
 
 def test_of_samples_that_are_used_again_each_pair_has_a_share(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any,

@@ -7,6 +7,7 @@ import torch
 from captures import SCHEDULE, UNCONDITIONAL, close, gpu, network
 
 from seppo_fast.config import Sampler as Settings
+from seppo_fast.models.latents import LatentScale
 from seppo_fast.reference import Pool, Sampler, double, sample, solver_table
 from seppo_fast.reference.improver import Improver
 
@@ -37,7 +38,7 @@ class Denoise:
 def improver(unet, denoise, device, offloaded=True, text=3.5, image=3.0, **settings):
     sampler = Sampler(unet, denoise, solver_table(SCHEDULE, "ddim", 5).to(device), EMPTY, double(text, image, EMPTY),
                       Settings(**{"batch_size": 4} | settings), torch.float32, say=lambda line: None)
-    return Improver(sampler, SCALE, offloaded)
+    return Improver(sampler, LatentScale(SCALE), offloaded)
 
 
 def given(count, device, seed=0):

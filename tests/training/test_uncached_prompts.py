@@ -87,13 +87,14 @@ def test_two_ranks_have_an_encoder_each(settings: Any, train_on_ranks: Callable[
     same(*train_on_ranks(both(settings, tmp_path, **changes)))
 
 
-def test_a_resumed_run_may_go_the_other_way(settings: Any, train: Run, forks: Forks, tmp_path: Path) -> None:
+def test_a_resumed_run_may_go_the_other_way(settings: Any, forks: Forks, tmp_path: Path) -> None:
     changes = {"seppo.checkpoint.every": 1}
-    whole = train(settings(**changes, **{"seppo.output_dir": str(tmp_path / "whole")}))
+    # forked, as the others: on some processors a run in this process rounds otherwise
+    assert forks.run(settings(**changes, **{"seppo.output_dir": str(tmp_path / "whole")})).statuses == [0]
     begun, resumed = both(settings, tmp_path, **changes, **{"seppo.output_dir": str(tmp_path / "broken"),
                                                             "seppo.data.cache_dir": str(tmp_path / "cache")})
     strike = Strike("seppo_fast.training.objective:Objective.__call__", 4)
     assert forks.run(begun, strike=strike).statuses != [0]
     done = forks.run(resumed, "--resume", "auto")
     assert done.statuses == [0] and "resuming from" in done.output, done.output[-3000:]
-    same(whole, tmp_path / "broken")
+    same(tmp_path / "whole", tmp_path / "broken")
