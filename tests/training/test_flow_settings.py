@@ -147,8 +147,7 @@ def test_checkpointed_activations_change_nothing(name: str, of: Any, train: Any,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["regional", "full"])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize(("name", "how"), [("sd3", "regional"), ("flux", "full")])
 def test_a_compiled_sampler_draws_the_same(name: str, how: str, of: Any, train: Any, tmp_path: Path, quick_compiler: None) -> None:
     plain, compiled = (train(of(name, **{"seppo.iterations": 1, "seppo.updates_per_iteration": 1, "seppo.sampler.compile": given,
                                          "seppo.output_dir": str(tmp_path / given)})) for given in ("none", how))
