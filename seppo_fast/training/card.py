@@ -8,6 +8,7 @@ from seppo_fast.config import Seppo
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.models import Model
 from seppo_fast.models.animatediff import SCHEDULER
+from seppo_fast.models.directory import NONE
 
 TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion", "sd3": "stable-diffusion-3"}  # the hub's, where not the family's name
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "deepspeed")
@@ -74,7 +75,7 @@ def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: i
         task="text-to-video" if model.video else "image-to-image" if improves else "text-to-image",
         family=TAGS.get(model.name, model.name),
         trained="trained on preference pairs to improve a given picture" if improves else "aligned with demonstrations",
-        version=seppo_fast.__version__, method=ours.method, usage=usage(ours),
+        version=seppo_fast.__version__, method=ours.method, usage=usage(ours, model),
         what=f"to be loaded with diffusers' `{'load_lora_weights' if adapter else 'from_pretrained'}`"
              + ("; the LoRA is merged into the UNet" if improves and ours.model.lora else ""),
         rows=rows, kind="preference pairs" if improves else "demonstrations", source=ours.data.source,
@@ -88,10 +89,13 @@ def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: i
     )
 
 
-def usage(ours: Seppo) -> str:
+def usage(ours: Seppo, opened: Model) -> str:
     """How the folder of the trained model is loaded, as code; of an improvement model also how a picture is improved."""
     model, weights = ours.model, ours.improvement
-    lines = ["from diffusers import DiffusionPipeline", "", "pipeline = DiffusionPipeline.from_pretrained(FOLDER)"]
+    # What may be left out is null in model_index.json, and diffusers wants it to be said again.
+    parts = [part for part, allowed in opened.components.items() if NONE in allowed]
+    absent = "".join(f", {part}=None" for part in parts if not (opened.directory.index.get(part) or [None, None])[1])
+    lines = ["from diffusers import DiffusionPipeline", "", f"pipeline = DiffusionPipeline.from_pretrained(FOLDER{absent})"]
     if ours.method == "improvement":
         lines[1:1] = ["from diffusers.utils import load_image"]
         lines += [f"picture = load_image(PICTURE).resize(({ours.data.resolution}, {ours.data.resolution}))",
@@ -105,5 +109,5 @@ def usage(ours: Seppo) -> str:
                  f"    {', '.join(f'{key}={value!r}' for key, value in SCHEDULER.items() if key != '_class_name')})",
                  "pipeline.load_lora_weights(FOLDER)"]
     elif model.lora:
-        lines[-1:] = [f"pipeline = DiffusionPipeline.from_pretrained({model.path!r})", "pipeline.load_lora_weights(FOLDER)"]
+        lines[-1:] = [f"pipeline = DiffusionPipeline.from_pretrained({model.path!r}{absent})", "pipeline.load_lora_weights(FOLDER)"]
     return "\n".join(["```python", *lines, "```"])

@@ -14,13 +14,14 @@ from diffusers import (
 )
 from tiny import LATENTS, tiny_flux, tiny_sd3
 
-from seppo_fast.config import Lora, Sampler
+from seppo_fast.config import Lora, Sampler, Seppo
 from seppo_fast.models import open_model
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import add_lora, trainable_weights
 from seppo_fast.reference import sampler
 from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.solver import table_of
+from seppo_fast.training.card import usage
 
 PROMPTS = ["a photo of the red cat", "two dogs", "", "sky " * 600]
 PIPELINES = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}
@@ -111,7 +112,9 @@ def test_stable_diffusion_3_without_t5(sd3_folder, tmp_path):
     assert not (folder / "text_encoder_3").exists()
     model = open_model(str(folder))
     got = model.load_text("cpu")(PROMPTS)
-    embeds, pooled = encoded(pipeline_of(folder, text_encoder_3=None, tokenizer_3=None), PROMPTS)  # diffusers wants to be told
+    card: dict = {"FOLDER": folder}
+    exec(usage(Seppo(model={"path": str(folder)}), model).removeprefix("```python").removesuffix("```"), card)
+    embeds, pooled = encoded(card["pipeline"], PROMPTS)
     assert torch.equal(got["prompt_embeds"], embeds) and torch.equal(got["pooled"], pooled)
     assert got["prompt_embeds"].shape == (len(PROMPTS), *model.condition_shapes["prompt_embeds"])
     assert not got["prompt_embeds"][:, 77:].any()
