@@ -42,9 +42,10 @@ def ablation(result: Result) -> str:
     def over(other: str) -> str:
         return ", ".join(f"{label} {points(interval(above(MAIN, other)(result, measure)))}" for measure, label in MEASURES.items())
 
-    return (f"Ablation on digits, {result['settings']['seeds']} seeds, in points with 95 % intervals: SePPO over its base:"
+    flow = " with a flow (a tiny Stable Diffusion 3)" if result["settings"].get("model") == "flow" else ""
+    return (f"Ablation on digits{flow}, {result['settings']['seeds']} seeds, in points with 95 % intervals: SePPO over its base:"
             f" {over(BASE)}; over SFT: {over('sft')}. Much of the paper's order does not show on this toy.")
 
 
 HEADLINES = {"loss_cpu.json": loss, "throughput_cpu.json": throughput, "video_cpu.json": decoding, "ablation.json": ablation,
-             "improvement.json": improvement}
+             "ablation_flow.json": ablation, "improvement.json": improvement}
