@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.improvement.report import APPLIED, IMPROVEMENT, MEASURES, TIMES, Result, report, runs_of, scores, written
-from benchmarks.intervals import interval
+from benchmarks.intervals import Interval
 
 
 def improvement(results: Path) -> str:
@@ -30,7 +30,7 @@ def shares(result: Result, others: Sequence[Result]) -> str:
         settings, kept = each["settings"], {"runs": [run for run in each["runs"] if run["seed"] in seeds]}
         first, second = settings["improve_share"], settings["reconstruct_share"]
         for index in range(APPLIED):
-            cells = (written(interval([mean(scores(kept, IMPROVEMENT, name, index))]), measure)
+            cells = (written(Interval(mean(scores(kept, IMPROVEMENT, name, index)), None), measure)
                      for name, measure in MEASURES.items())
             lines.append(f"| {first:g}, {second:g}, {1 - first - second:.2g} | {TIMES[index]} | " + " | ".join(cells) + " |")
     named = ", ".join(map(str, sorted(seeds)))

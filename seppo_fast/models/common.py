@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,15 @@ def check_unet(directory: Directory, text_width: int, addition: str | None) -> N
         if unet.get(key) != value:
             raise UserError(f"{file}: {key} is {unet.get(key)!r} where this family has {value!r}; "
                             "such a model is not supported.")
-    for key in ("latents_mean", "latents_std", "shift_factor"):
-        if vae.get(key) not in (None, 0):
+    check_scaling(directory, ("latents_mean", "latents_std", "shift_factor"), "a scaling_factor is")
+
+
+def check_scaling(directory: Directory, ignored: Sequence[str], supported: str) -> None:
+    """Refuse a VAE whose latents are scaled by what the pipelines of this kind ignore; `supported` is what they follow."""
+    for key in ignored:
+        if directory.configs["vae"].get(key) not in (None, 0):
             raise UserError(f"{directory.path / 'vae' / 'config.json'}: {key} is set, which this family's pipelines ignore; "
-                            "only a scaling_factor is supported.")
+                            f"only {supported} supported.")
 
 
 @contextlib.contextmanager

@@ -2,19 +2,18 @@
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch import Tensor
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import common
 from seppo_fast.models.contract import Adapt, Conditions, Denoiser, unchanged
 from seppo_fast.models.directory import Directory, kind_of
+from seppo_fast.models.pipeline import Pipeline
 from seppo_fast.models.schedules import check_shift, dynamic_shift, flow_config, static_shift
 from seppo_fast.models.values import ADVICE
 
@@ -22,10 +21,9 @@ CLIP = ("CLIPTokenizer", "CLIPTokenizerFast")
 T5 = ("T5TokenizerFast", "T5Tokenizer")
 
 
-class FlowTransformer:
+class FlowTransformer(Pipeline, ABC):
     """A pipeline whose transformer sees patches of `patch` latents along a side, and which is a flow."""
 
-    video = False
     denoiser = "transformer"
     image_condition = False
     embeds_guidance = False
@@ -37,11 +35,9 @@ class FlowTransformer:
 
     def __init__(self, directory: Directory) -> None:
         check_vae(directory)
-        self.directory = directory
-        self.path: Path = directory.path
+        super().__init__(directory)
         self.scheduler_config = flow_config(directory)
         self.num_train_timesteps: int = self.scheduler_config.get("num_train_timesteps", 1000)
-        self.latent_channels, self.vae_scale_factor, self.latent_scale = common.vae_facts(directory)
         self.prompt_tokens: dict[str, int] = {}
         self.multiple = self.patch * self.vae_scale_factor
         self.text_encoders = tuple(part for part in type(self).components if part.startswith("text") and part in directory.configs)
@@ -62,22 +58,6 @@ class FlowTransformer:
         """A text encoder's configuration, with its class's values for what the file leaves out."""
         return kind_of(type(self).components[part][0]).config_class.from_dict(self.directory.configs[part])
 
-    def load_vae(self, device: torch.device | str) -> AutoencoderKL:
-        """The VAE in fp32, for inference."""
-        return common.load_vae(self.directory, device)
-
-    def empty_vae(self) -> AutoencoderKL:
-        """The VAE without weights, made under the caller's device."""
-        return common.empty_vae(self.directory)
-
-    def encode(self, vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""
-        return common.encode(vae, pixels)
-
-    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) fp32 in [0, 1]."""
-        return common.decode(vae, latents)
-
     def load_text(self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: Adapt = unchanged
                   ) -> Callable[[list[str]], Conditions]:
         """Prompts -> conditions on `device`, by the pipeline's own `encode_prompt`; `adapt` changes text encoders."""
@@ -94,12 +74,11 @@ class FlowTransformer:
             transformer = self.empty_denoiser()  # whose configuration the pipeline reads
         missing = {part: None for part in type(self).components if part not in parts}
         pipeline = self.pipeline(**missing | parts | {"transformer": transformer})
-        pipeline.tokenizer_max_length = self.prompt_tokens["text_encoder"]  # a tokenizer saved without its own claims 1e30
         return torch.no_grad()(lambda prompts: self.embed(pipeline, prompts, torch.device(device)))
 
+    @abstractmethod
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by a pipeline with text encoders alone."""
-        raise NotImplementedError
 
     def shift_of(self, latents: Sequence[int]) -> float:
         """The mu that the pipeline computes of the number of tokens, where the scheduler wants one."""
@@ -117,21 +96,12 @@ class FlowTransformer:
             return dynamic_shift(config, self.shift_of(latents))
         return static_shift(config)
 
-    def fingerprint_files(self) -> list[Path]:
-        """The files whose content decides cached latents and embeddings."""
-        return common.encoding_files(self.directory)
-
-
 def check_vae(directory: Directory) -> None:
     """Refuse a VAE whose latents the pipelines of this kind would not scale as training does, or could not decode."""
-    vae, file = directory.configs["vae"], directory.path / "vae" / "config.json"
-    if vae.get("shift_factor") is None:
-        raise UserError(f"{file}: it has no shift_factor, which {directory.index.get('_class_name')} adds to latents before it"
-                        f" decodes them. {ADVICE}.")
-    for key in ("latents_mean", "latents_std"):
-        if vae.get(key) is not None:
-            raise UserError(f"{file}: {key} is set, which this family's pipelines ignore; only scaling_factor and shift_factor are"
-                            " supported.")
+    if directory.configs["vae"].get("shift_factor") is None:
+        raise UserError(f"{directory.path / 'vae' / 'config.json'}: it has no shift_factor, which"
+                        f" {directory.index.get('_class_name')} adds to latents before it decodes them. {ADVICE}.")
+    common.check_scaling(directory, ("latents_mean", "latents_std"), "scaling_factor and shift_factor are")
 
 
 def check_transformer(directory: Directory, kind: type, expected: dict[str, Any]) -> None:

@@ -44,15 +44,16 @@ class Flux(FlowTransformer):
             "patch_size": (1, "packing"), "joint_attention_dim": (second.d_model, "text_encoder_2"),
             "pooled_projection_dim": (first.hidden_size, "text_encoder"),
         })
-        self.t5_tokens = common.check_vocabulary(directory, "text_encoder_2", most=T5_TOKENS)
         self.prompt_tokens = {"text_encoder": common.check_vocabulary(directory, "text_encoder", pooled=True),
-                              "text_encoder_2": self.t5_tokens}
+                              "text_encoder_2": common.check_vocabulary(directory, "text_encoder_2", most=T5_TOKENS)}
         self.embeds_guidance = bool(config.get("guidance_embeds", False))
-        self.condition_shapes = {"prompt_embeds": (self.t5_tokens, second.d_model), "pooled": (first.hidden_size,)}
+        self.condition_shapes = {"prompt_embeds": (self.prompt_tokens["text_encoder_2"], second.d_model),
+                                 "pooled": (first.hidden_size,)}
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by the pipeline's `encode_prompt`."""
-        embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=self.t5_tokens)
+        embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=device,
+                                                   max_sequence_length=self.prompt_tokens["text_encoder_2"])
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions, guidance: float = 1.0

@@ -76,3 +76,22 @@ def candidate(model: Model, tensors: dict[str, Tensor], folder: Path, **metadata
 def predicted(model: Model, denoiser: nn.Module, conditions: dict[str, Tensor]) -> Tensor:
     torch.manual_seed(1)
     return model.denoise(denoiser, torch.randn(len(PROMPTS), model.latent_channels, 8, 8), torch.tensor([3, 700]), conditions)
+
+
+@torch.no_grad()
+def check_as_merged(model: Model, tuned: Candidate, made: Layers, scale: float, text: bool, told: str, least: float) -> None:
+    """The conditions and the network's answer are those of weights with `made` merged into them, and differ from the model's.
+
+    `told` is the condition that tells whether text encoders changed; the answer differs by `least` at least.
+    """
+    denoiser, plain = model.load_denoiser(torch.float32).eval(), model.load_text("cpu")(PROMPTS)
+    before = predicted(model, denoiser, plain)
+    merge(made, model.denoiser, denoiser, scale)
+    wanted = model.load_text("cpu", adapt=lambda part, encoder: merge(made, part, encoder, scale))(PROMPTS)
+    conditions = tuned.load_text(torch.device("cpu"))(PROMPTS)
+    for name, value in wanted.items():
+        torch.testing.assert_close(conditions[name], value, rtol=1e-4, atol=1e-5)
+    assert torch.equal(plain[told], wanted[told]) != text, "the text encoders' part is seen"
+    got = predicted(model, tuned.load_denoiser(torch.float32), conditions)
+    torch.testing.assert_close(got, predicted(model, denoiser, wanted), rtol=1e-4, atol=1e-4)
+    assert (got - before).abs().max() > least

@@ -7,16 +7,14 @@ import pytest
 import torch
 from evaluation.lora_files import (
     ALPHA,
-    PROMPTS,
     RANK,
     Layers,
     candidate,
+    check_as_merged,
     kohya,
     layers,
-    merge,
     old_diffusers,
     peft,
-    predicted,
     with_alphas,
 )
 from tiny import tiny_sd, tiny_sdxl
@@ -34,23 +32,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(("form", "text", "scale"), [
     (peft, False, 1.0), (peft, True, 1.0), (old_diffusers, True, 1.0), (kohya, True, ALPHA / RANK),
     (with_alphas, True, ALPHA / RANK)])
-@torch.no_grad()
 def test_every_form_changes_the_model_as_merged_weights_do(model: Model, form: Callable[[Layers], dict[str, Tensor]], text: bool,
                                                            scale: float, tmp_path: Path) -> None:
     made = layers(model, text)
-    tuned = candidate(model, form(made), tmp_path)
-    unet = model.load_denoiser(torch.float32).eval()
-    plain = model.load_text("cpu")(PROMPTS)
-    before = predicted(model, unet, plain)
-    merge(made, "unet", unet, scale)
-    wanted = model.load_text("cpu", adapt=lambda part, encoder: merge(made, part, encoder, scale))(PROMPTS)
-    conditions = tuned.load_text(torch.device("cpu"))(PROMPTS)
-    for name, value in wanted.items():
-        torch.testing.assert_close(conditions[name], value, rtol=1e-4, atol=1e-5)
-    assert torch.equal(plain["prompt_embeds"], wanted["prompt_embeds"]) != text, "the text encoders' part is seen"
-    got = predicted(model, tuned.load_denoiser(torch.float32), conditions)
-    torch.testing.assert_close(got, predicted(model, unet, wanted), rtol=1e-4, atol=1e-4)
-    assert (got - before).abs().max() > 1e-2
+    check_as_merged(model, candidate(model, form(made), tmp_path), made, scale, text, "prompt_embeds", 1e-2)
 
 
 def half_of_another_model(made: Layers) -> dict[str, Tensor]:

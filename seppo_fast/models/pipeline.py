@@ -1,0 +1,81 @@
+"""What families share: the VAE and the files of a pipeline's directory, and the UNets of DDPM-like schedules."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from seppo_fast.models import common
+from seppo_fast.models.contract import HALF, UNet
+from seppo_fast.models.directory import Directory
+from seppo_fast.models.pix2pix import has_image_condition
+
+
+class Pipeline:
+    """A pipeline's directory whose VAE is one of images."""
+
+    video = False
+
+    def __init__(self, directory: Directory) -> None:
+        self.directory = directory
+        self.path: Path = directory.path
+        self.latent_channels, self.vae_scale_factor, self.latent_scale = common.vae_facts(directory)
+
+    def load_vae(self, device: torch.device | str) -> AutoencoderKL:
+        """The VAE in fp32, for inference."""
+        return common.load_vae(self.directory, device)
+
+    def empty_vae(self) -> AutoencoderKL:
+        """The VAE without weights, made under the caller's device."""
+        return common.empty_vae(self.directory)
+
+    def encode(self, vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""
+        return common.encode(vae, pixels)
+
+    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) fp32 in [0, 1]."""
+        return common.decode(vae, latents)
+
+    def fingerprint_files(self) -> list[Path]:
+        """The files whose content decides cached latents and embeddings."""
+        return common.encoding_files(self.directory)
+
+
+class UNetPipeline(Pipeline):
+    """A pipeline whose network is a UNet, trained on a DDPM-like noise schedule and guided by a second call without the prompt."""
+
+    denoiser = "unet"
+    embeds_guidance, guidance = False, True
+    half = HALF
+
+    def __init__(self, directory: Directory) -> None:
+        super().__init__(directory)
+        self.scheduler_config: dict[str, Any] = directory.configs["scheduler"]
+        self.prediction_type: str = self.scheduler_config.get("prediction_type", "epsilon")
+        self.num_train_timesteps = len(common.alphas_cumprod(self.scheduler_config))
+        self.image_condition = has_image_condition(directory)
+        self.multiple = self.vae_scale_factor
+        self.sample_size: Any = directory.configs["unet"].get("sample_size")
+
+    def load_denoiser(self, dtype: torch.dtype) -> UNet:
+        """A fresh UNet from disk, on the CPU."""
+        return common.load_unet(self.directory, dtype)
+
+    def empty_denoiser(self) -> UNet:
+        """The network without weights, made under the caller's device."""
+        return common.empty_unet(self.directory)
+
+    def set_timesteps(self, scheduler: Any, steps: int, latents: Sequence[int]) -> None:
+        """Set a diffusers scheduler to `steps`, as the pipeline does."""
+        scheduler.set_timesteps(steps)
+
+    def time_shift(self, latents: Sequence[int]) -> float:
+        """No shift of times: DDPM-like schedules have their own."""
+        return 1.0
+
+    def check_side(self, side: int) -> None:
+        """The UNet takes images of any size."""
