@@ -1,6 +1,7 @@
 """The README's blocks on the quickstarts, from their result.json files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,22 @@ def quickstart(results: Path) -> str:
                             "make quickstart")
 
 
+RATES = {"aaf_rate": "AAF rate (share of sign -1, App. B.2)", "implicit_acc": "implicit accuracy (share of logit > 0)"}
+CHOSEN = {"beta": "beta, which is chosen by \"auto\"", "abs_logit_p50": "median of abs(logit), for which \"auto\" aims at 1.39"}
+
+
 def flow(results: Path) -> str:
     """Before and after of the quickstart with a flow, or the sentence that it was not run."""
     path = results / "quickstart_flow" / "result.json"
     if not path.exists():
         return "Not measured yet (`make quickstart-flow`, then `make readme`)."
     result = json.loads(path.read_text())
-    return "\n".join([before_and_after(result, "results/quickstart_flow", "make quickstart-flow"), "",
+    return "\n".join([before_and_after(result, "results/quickstart_flow", "make quickstart-flow", RATES | CHOSEN), "",
                       in_time(result["seconds"]["total"])])
 
 
-def before_and_after(result: dict[str, Any], folder: str, command: str) -> str:
-    """Picture, scores and rates of one run of the quickstart; `folder` has the picture, as the page names it."""
+def before_and_after(result: dict[str, Any], folder: str, command: str, rates: Mapping[str, str] = RATES) -> str:
+    """Picture, scores and `rates` (key -> label) of one run of the quickstart; `folder` has the picture, as the page names it."""
     base, after = result["base"], result["seppo"]
     first, last = result["first_iteration"], result["last_iteration"]
     lines = [
@@ -35,9 +40,7 @@ def before_and_after(result: dict[str, Any], folder: str, command: str) -> str:
         "",
         "| | first iteration | last iteration |",
         "|---|---|---|",
-        *(f"| {label} | {first[key]:.2f} | {last[key]:.2f} |"
-          for key, label in (("aaf_rate", "AAF rate (share of sign -1, App. B.2)"),
-                             ("implicit_acc", "implicit accuracy (share of logit > 0)"))),
+        *(f"| {label} | {first[key]:.2f} | {last[key]:.2f} |" for key, label in rates.items()),
         "",
         f"Measured by `{command}` with seed {result['settings']['seed']} on {result['machine']['cpu']},"
         f" {result['machine']['cores']} cores, {result['machine']['threads']} thread{'s' * (result['machine']['threads'] > 1)}:"

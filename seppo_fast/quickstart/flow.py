@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from seppo_fast.models.latents import LatentScale
 from seppo_fast.quickstart.base import Recipe, encode_all, new_vae, train_denoiser, train_text_encoder, train_vae
 from seppo_fast.quickstart.digits import CAPTIONS, RESOLUTION, sloppy_crawl, split_digits
 from seppo_fast.quickstart.fitting import make_once, new_text_encoder
@@ -47,8 +48,8 @@ def train_base(recipe: Recipe) -> StableDiffusion3Pipeline:
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt([*CAPTIONS, ""], None, None, do_classifier_free_guidance=False,
                                                       max_sequence_length=TOKENS)
-    scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    train_transformer(transformer, embeds, pooled, scaled, crawl.labels, recipe)
+    scale = LatentScale(vae.config.scaling_factor, vae.config.shift_factor)
+    train_transformer(transformer, embeds, pooled, scale.scaled(latents), crawl.labels, recipe)
     transformer.eval()
     return pipeline
 
