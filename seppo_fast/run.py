@@ -103,8 +103,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     engine = start_engine(policy, config, batch)
     shares = trains_a_part(engine.module)
     if second is not None:
-        if shares:
-            share_frozen(second, engine.module)  # before it moves: its own base need not fit beside the policy's
+        share_frozen(second, engine.module)  # before it moves: its own base need not fit beside the policy's
         second.to(ranks.device)
     objective = Objective(denoise, process, ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none",
                           sft_weight=ours.sft_weight)

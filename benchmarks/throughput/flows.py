@@ -50,14 +50,14 @@ def row_of(model: Model, batch: int, steps: int, scale: float, side: int, device
             denoiser = model.empty_denoiser().eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    shape = (model.latent_channels, side, side)
+    shape = model.latent_shape(side * model.vae_scale_factor, 1)
     given = {name: torch.randn(batch, *size, device=device, dtype=dtype) for name, size in model.condition_shapes.items()}
     noise, said = torch.randn(batch, *shape, device=device), []
     empty = {name: value[:1] for name, value in given.items()}
-    denoise, branches = guided(model, scale, empty)
+    denoise, guidance = guided(model, scale, empty)
     table = table_of(model, "euler", steps, shape).to(device)
     settings = Settings(solver="euler", steps=steps, guidance_scale=scale, batch_size=batch)
-    samplers = {name: Sampler(denoiser, denoise, table, empty, branches, settings.model_copy(update={"cuda_graph": graph}), dtype,
+    samplers = {name: Sampler(denoiser, denoise, table, empty, guidance, settings.model_copy(update={"cuda_graph": graph}), dtype,
                               say=said.append) for name, graph in (("captured", True), ("plain", False))}
     drawn = {name: sampler.draw(noise, given).float() for name, sampler in samplers.items()}
     apart = (drawn["captured"] - drawn["plain"]).abs().max() / drawn["plain"].std()

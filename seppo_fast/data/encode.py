@@ -66,15 +66,6 @@ def encoded(rows: Iterable[Pixels | Skipped], model: Any, vae: Any, data: config
         yield encode_batch(batch, skipped, model, vae, data, device)
 
 
-def encode(model: Any, vae: Any, pixels: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
-    """Posterior mean and std of images (B, 3, H, W), or of clips (B, F, 3, H, W) as (B, C, F, h, w); `at_once` in the VAE."""
-    parts = [model.encode(vae, some) for some in pixels.flatten(end_dim=-4).split(at_once)]
-    mean, std = (torch.cat(values) for values in zip(*parts, strict=True))
-    if pixels.ndim == 4:
-        return mean, std
-    return tuple(values.unflatten(0, pixels.shape[:2]).transpose(1, 2).contiguous() for values in (mean, std))
-
-
 def encode_batch(batch: list[Pixels], skipped: list[Skipped], model: Any, vae: Any, data: config.Data,
                  device: str | torch.device) -> tuple[dict[str, Any], list[Skipped], int]:
     """Posterior mean and standard deviation of winners and losers; rows that come out non-finite are skipped."""
@@ -86,7 +77,7 @@ def encode_batch(batch: list[Pixels], skipped: list[Skipped], model: Any, vae: A
     for prefix, place in (("", 1), ("loser_", 2)):
         if batch[0][place] is not None:
             pixels = torch.stack([row[place] for row in batch]).to(device)
-            mean, std = encode(model, vae, pixels, data.encode_batch_size)
+            mean, std = model.encode(vae, pixels, data.encode_batch_size)
             columns[f"{prefix}mean"] = mean.cpu().to(dtype)
             columns[f"{prefix}std"] = std.cpu().to(dtype)
     finite = torch.stack([values.isfinite().flatten(1).all(1) for values in columns.values()]).all(0)

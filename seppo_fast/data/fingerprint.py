@@ -42,14 +42,13 @@ def of_files_alone(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def latent_shape(model: Any, data: config.Data) -> list[int]:
-    """[C, h, w] of an image's latent, [C, F, h, w] of a clip's."""
+    """[C, h, w] of an image's latents, [C, F', h, w] of a clip's."""
     if data.resolution % model.multiple:
         raise UserError(f"seppo.data.resolution={data.resolution} is no multiple of {model.multiple}, as {model.path} needs it: by"
                         f" {model.vae_scale_factor} the VAE shrinks images"
                         + (", and the transformer takes them in patches" if model.multiple > model.vae_scale_factor else ""))
     model.check_side(data.resolution)
-    side = data.resolution // model.vae_scale_factor
-    return [model.latent_channels, *([data.video.frames] if model.video else []), side, side]
+    return list(model.latent_shape(data.resolution, data.video.frames))
 
 
 def digest(parts: dict[str, Any]) -> str:

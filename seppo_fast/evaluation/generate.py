@@ -195,17 +195,17 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
         set_processors(denoiser)
     table = table_of(model, drawing.sampler.solver, drawing.sampler.steps, shape, "--").to(ranks.device)
     empty = embed([""])
-    denoise, branches = guided(model, drawing.sampler.guidance_scale, empty, "--guidance-scale")
+    denoise, guidance = guided(model, drawing.sampler.guidance_scale, empty, "--guidance-scale")
     see = None
     if candidate.source is not None:
         empty |= {IMAGE: torch.zeros(1, *shape, device=ranks.device, dtype=dtype)}
-        branches = double(drawing.improvement.guidance_scale, drawing.improvement.image_guidance_scale, empty)
+        guidance = double(drawing.improvement.guidance_scale, drawing.improvement.image_guidance_scale, empty)
 
         def see(path: Path) -> Source:
             pixels, checksum = read_source(path, side_of(model, drawing))
             return Source(model.encode(vae, pixels)[0].to(dtype), checksum)
 
-    sampler = Sampler(denoiser, denoise, table, empty, branches, drawing.sampler, dtype, say=say)
+    sampler = Sampler(denoiser, denoise, table, empty, guidance, drawing.sampler, dtype, say=say)
     sampler.fit(shape, count)
     return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device, see)
 
@@ -226,9 +226,8 @@ def check_drawing(candidates: Sequence[Candidate], drawing: Drawing) -> None:
 
 
 def latent_shape(model: Model, drawing: Drawing) -> tuple[int, ...]:
-    """The latents' shape: (C, h, w) of an image, (C, F, h, w) of a video; in the model's own size unless the drawing has one."""
-    side = side_of(model, drawing) // model.vae_scale_factor
-    return (model.latent_channels, *([] if drawing.frames is None else [drawing.frames]), side, side)
+    """The latents' shape: (C, h, w) of an image, (C, F', h, w) of a video; in the model's own size unless the drawing has one."""
+    return model.latent_shape(side_of(model, drawing), drawing.frames or 1)
 
 
 def side_of(model: Model, drawing: Drawing) -> int:

@@ -70,6 +70,5 @@ def _open(directory: Directory, path: str, variant: str | None, motion_adapter: 
         model: Model = AnimateDiff(directory, adapter)
     else:
         model = (FAMILIES | EDITING)[family](directory)
-    if isinstance(model, AnimateDiff):
-        model.check_frames(frames)
+    model.check_frames(frames)
     return model

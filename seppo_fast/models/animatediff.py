@@ -4,17 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import common
-from seppo_fast.models.contract import Conditions
+from seppo_fast.models.contract import AT_ONCE, Conditions, Vae
 from seppo_fast.models.directory import HERE, Components, Directory
 from seppo_fast.models.sd import StableDiffusion
 
 MOTION = "motion_modules"  # in the names of their weights, and of no others
-DECODED_AT_ONCE = 16  # frames in the VAE
 MOTION_LENGTH = "motion_max_seq_length"
 # The motion modules were trained with a linear schedule, unlike Stable Diffusion.
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear",
@@ -71,10 +70,21 @@ class AnimateDiff(StableDiffusion):
         unet = super().empty_denoiser()
         return joined(self.directory, unet, MotionAdapter.from_config(dict(self.adapter.configs[HERE])), load_weights=False)
 
-    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    def latent_shape(self, side: int, frames: int) -> tuple[int, ...]:
+        """(C, F, h, w) of a video of `side` pixels."""
+        channels, *sides = super().latent_shape(side, frames)
+        return (channels, frames, *sides)
+
+    def encode(self, vae: Vae, pixels: Tensor, at_once: int = AT_ONCE) -> tuple[Tensor, Tensor]:
+        """Clips (B, F, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, F, h, w) fp32, not scaled."""
+        of_frames = super().encode(vae, pixels.flatten(0, 1), at_once)
+        mean, std = (values.unflatten(0, pixels.shape[:2]).transpose(1, 2).contiguous() for values in of_frames)
+        return mean, std
+
+    def decode(self, vae: Vae, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, F, h, w) -> pixels (B, F, 3, H, W) fp32 in [0, 1], a few frames at a time."""
         frames = latents.transpose(1, 2).flatten(0, 1)
-        pixels = torch.cat([common.decode(vae, some) for some in frames.split(DECODED_AT_ONCE)])
+        pixels = torch.cat([common.decode(vae, some, self.latent_scale) for some in frames.split(AT_ONCE)])
         return pixels.unflatten(0, (len(latents), -1))
 
     def denoise(self, unet: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:

@@ -8,12 +8,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from seppo_fast.errors import UserError, few, reason
+from seppo_fast.models.contract import Vae
 from seppo_fast.models.directory import Directory, kind_of
 from seppo_fast.models.finite import check_finite
 from seppo_fast.models.latents import LatentScale
@@ -183,13 +184,14 @@ def empty_text_encoder(directory: Directory, part: str) -> nn.Module:
     return kind(kind.config_class.from_dict(directory.configs[part]))
 
 
-def empty_vae(directory: Directory) -> AutoencoderKL:
-    return AutoencoderKL.from_config(dict(directory.configs["vae"]))
+def empty_vae(directory: Directory) -> Vae:
+    return kind_of(directory.index["vae"][1]).from_config(dict(directory.configs["vae"]))
 
 
-def load_vae(directory: Directory, device: torch.device | str) -> AutoencoderKL:
+def load_vae(directory: Directory, device: torch.device | str) -> Vae:
     """The VAE in fp32, whatever the files hold: SDXL's overflows in half precision."""
-    return load_component(directory, "vae", AutoencoderKL, torch.float32).to(device).eval().requires_grad_(False)
+    kind = kind_of(directory.index["vae"][1])
+    return load_component(directory, "vae", kind, torch.float32).to(device).eval().requires_grad_(False)
 
 
 def load_tokenizer(directory: Directory, component: str) -> PreTrainedTokenizerBase:
@@ -248,16 +250,15 @@ def most_tokens(tokenizer: PreTrainedTokenizerBase, positions: int) -> int:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels (B, 3, H, W) in [-1, 1] -> the posterior's mean and standard deviation, (B, C, h, w) fp32, not scaled."""
+def encode(vae: Vae, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels (B, 3, [F,] H, W) in [-1, 1] -> the posterior's mean and standard deviation, (B, C, [F',] h, w) fp32, not scaled."""
     posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
     return posterior.mean, posterior.std
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) fp32 in [0, 1]."""
-    scale = LatentScale(vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+def decode(vae: Vae, latents: Tensor, scale: LatentScale) -> Tensor:
+    """Latents (B, C, [F',] h, w) in the network's `scale` -> pixels (B, 3, [F,] H, W) fp32 in [0, 1]."""
     pixels = vae.decode(scale.unscaled(latents.to(vae.device, torch.float32)), return_dict=False)[0]
     return (pixels / 2 + 0.5).clamp(0, 1)
 

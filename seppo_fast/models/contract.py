@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNetMotionModel
+from diffusers import ModelMixin, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
 
 from seppo_fast.models.directory import Directory
 from seppo_fast.models.latents import LatentScale
 
 Conditions = dict[str, Tensor]
+Vae: TypeAlias = Any  # AutoencoderKL, or another family's
 Adapt = Callable[[str, nn.Module], None]  # puts adapters on a component of this name
 UNet = UNet2DConditionModel | UNetMotionModel
-Denoiser: TypeAlias = UNet2DConditionModel | UNetMotionModel | SD3Transformer2DModel | FluxTransformer2DModel
+Denoiser: TypeAlias = ModelMixin  # a UNet, or a transformer
+AT_ONCE = 16  # images, or frames, in the VAE
 HALF = (torch.float16, torch.bfloat16)  # the half precisions, the preferred first
 
 
@@ -23,7 +25,7 @@ def unchanged(component: str, module: nn.Module) -> None:
 
 
 class Model(Protocol):
-    """A pipeline's directory, checked; nothing is loaded yet. B samples have latents (B, C, h, w), of videos (B, C, F, h, w)."""
+    """A pipeline's directory, checked; nothing is loaded yet. B samples have latents (B, C, h, w), of videos (B, C, F', h, w)."""
 
     name: ClassVar[str]
     video: ClassVar[bool]
@@ -46,6 +48,8 @@ class Model(Protocol):
     image_condition: bool
     embeds_guidance: bool  # the guidance scale is an input of the network
     guidance: bool  # the network is guided by a second call without the prompt
+    # What the pipeline makes of (the guided output, the output with the prompt), (B, C, h, w) each; None: the guided output.
+    rescale_guidance: Callable[[Tensor, Tensor], Tensor] | None
     half: ClassVar[tuple[torch.dtype, ...]]  # the half precisions in which its networks keep finite
 
     def load_denoiser(self, dtype: torch.dtype) -> Denoiser:
@@ -54,20 +58,26 @@ class Model(Protocol):
     def empty_denoiser(self) -> Denoiser:
         """The network without weights, made under the caller's device."""
 
-    def load_vae(self, device: torch.device | str) -> AutoencoderKL:
+    def load_vae(self, device: torch.device | str) -> Vae:
         """The VAE in fp32, for inference."""
 
-    def empty_vae(self) -> AutoencoderKL:
+    def empty_vae(self) -> Vae:
         """The VAE without weights, made under the caller's device."""
 
     def load_text(self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: Adapt = unchanged
                   ) -> Callable[[list[str]], Conditions]:
         """Prompts -> conditions on `device`, as the pipeline makes them; `adapt` changes text encoders."""
 
-    def encode(self, vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""
+    def latent_shape(self, side: int, frames: int) -> tuple[int, ...]:
+        """(C, h, w) of an image of `side` pixels, (C, F', h, w) of a video of so many frames."""
 
-    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    def encode(self, vae: Vae, pixels: Tensor, at_once: int = AT_ONCE) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled.
+
+        Of videos (B, F, 3, H, W) -> (B, C, F', h, w). At most `at_once` images are in the VAE, or frames where it takes them alone.
+        """
+
+    def decode(self, vae: Vae, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) fp32 in [0, 1]; of videos (B, F, 3, H, W)."""
 
     def denoise(self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -84,6 +94,9 @@ class Model(Protocol):
 
     def check_side(self, side: int) -> None:
         """`UserError` where images of `side` pixels are too large for the model."""
+
+    def check_frames(self, frames: int) -> None:
+        """`UserError` where the model cannot make videos of so many frames."""
 
     def fingerprint_files(self) -> list[Path]:
         """The files whose content decides cached latents and embeddings."""

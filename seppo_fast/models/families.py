@@ -11,6 +11,7 @@ from seppo_fast.models.pix2pix import PIPELINES
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sd3 import StableDiffusion3
 from seppo_fast.models.sdxl import StableDiffusionXL
+from seppo_fast.models.wan import Wan
 
 FAMILIES: dict[str, type[Model]] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -18,6 +19,7 @@ FAMILIES: dict[str, type[Model]] = {
     "AnimateDiffPipeline": AnimateDiff,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "WanPipeline": Wan,
 }
 # The same family, with an image as a condition besides the prompt.
 EDITING: dict[str, type[Model]] = {PIPELINES["sd"]: StableDiffusion, PIPELINES["sdxl"]: StableDiffusionXL}

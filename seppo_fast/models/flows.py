@@ -13,6 +13,7 @@ from seppo_fast.errors import UserError
 from seppo_fast.models import common
 from seppo_fast.models.contract import Adapt, Conditions, Denoiser, unchanged
 from seppo_fast.models.directory import Directory, kind_of
+from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pipeline import Pipeline
 from seppo_fast.models.schedules import check_shift, dynamic_shift, flow_config, static_shift
 from seppo_fast.models.values import ADVICE
@@ -34,7 +35,6 @@ class FlowTransformer(Pipeline, ABC):
     text_encoders: tuple[str, ...] = ()
 
     def __init__(self, directory: Directory) -> None:
-        check_vae(directory)
         super().__init__(directory)
         self.scheduler_config = flow_config(directory)
         self.num_train_timesteps: int = self.scheduler_config.get("num_train_timesteps", 1000)
@@ -42,8 +42,13 @@ class FlowTransformer(Pipeline, ABC):
         self.multiple = self.patch * self.vae_scale_factor
         self.text_encoders = tuple(part for part in type(self).components if part.startswith("text") and part in directory.configs)
 
+    def vae_facts(self) -> tuple[int, int, LatentScale]:
+        """Latent channels, pixels per latent along a side, and how latents are scaled."""
+        check_vae(self.directory)
+        return super().vae_facts()
+
     def load_denoiser(self, dtype: torch.dtype) -> Denoiser:
-        """A fresh transformer from disk, on the CPU."""
+        """A fresh transformer from disk, on the CPU; what the pipeline keeps in fp32 is so here."""
         return common.load_component(self.directory, self.denoiser, self._kind, dtype)
 
     def empty_denoiser(self) -> Denoiser:
@@ -96,6 +101,18 @@ class FlowTransformer(Pipeline, ABC):
             return dynamic_shift(config, self.shift_of(latents))
         return static_shift(config)
 
+
+def per_channel(directory: Directory, channels: int) -> LatentScale:
+    """The scale of a VAE that has a mean and a standard deviation for each of its channels."""
+    config, file = directory.configs["vae"], directory.path / "vae" / "config.json"
+    defaults = inspect.signature(kind_of(directory.index["vae"][1])).parameters
+    mean, std = (tuple(map(float, config.get(key) or defaults[key].default)) for key in ("latents_mean", "latents_std"))
+    if len(mean) != channels or len(std) != channels or min(std) <= 0 or not all(map(math.isfinite, mean + std)):
+        raise UserError(f"{file}: latents_mean and latents_std must be {channels} numbers each, as z_dim says, and the latter above"
+                        f" 0; they are {len(mean)} and {len(std)}, from {min(std):g}. {ADVICE}.")
+    return LatentScale(tuple(1 / value for value in std), mean)
+
+
 def check_vae(directory: Directory) -> None:
     """Refuse a VAE whose latents the pipelines of this kind would not scale as training does, or could not decode."""
     if directory.configs["vae"].get("shift_factor") is None:
@@ -110,5 +127,6 @@ def check_transformer(directory: Directory, kind: type, expected: dict[str, Any]
     defaults = inspect.signature(kind).parameters
     for key, (wanted, why) in expected.items():
         if (found := config.get(key, defaults[key].default)) != wanted:
-            raise UserError(f"{file}: {key} is {found}, but {why} makes it {wanted}. Either a part of another model lies"
-                            " here, or this is a model that edits or completes images; only text-to-image models can be trained.")
+            raise UserError(f"{file}: {key} is {found}, but {why} makes it {wanted}. Either a part of another model lies here, or"
+                            " this is a model that edits or completes images or videos; only those that draw from a prompt alone"
+                            " can be trained.")

@@ -104,12 +104,15 @@ def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def share_frozen(reference: nn.Module, policy: nn.Module) -> None:
-    """Let the reference use the storage of the policy's frozen parameters and its tables: one base, two adapters."""
+    """Let the reference use the storage of the policy's frozen parameters and its tables: one base, two adapters.
+
+    What it does not share gets the policy's dtype, so that both compute alike.
+    """
     own = dict(reference.named_parameters())
     for name, parameter in policy.named_parameters():
         # ZeRO-3 leaves an empty placeholder where it has partitioned a parameter
-        if not parameter.requires_grad and own[name].shape == parameter.shape:
-            own[name].data = parameter.data
+        shared = not parameter.requires_grad and own[name].shape == parameter.shape
+        own[name].data = parameter.data if shared else own[name].data.to(parameter.dtype)
     tables = dict(reference.named_buffers())  # half a gigabyte of positions in SD3.5 Medium
     for name, table in policy.named_buffers():
         tables[name].data = table.data

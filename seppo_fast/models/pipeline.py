@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from seppo_fast.models import common
-from seppo_fast.models.contract import HALF, UNet
+from seppo_fast.models.contract import AT_ONCE, HALF, UNet, Vae
 from seppo_fast.models.directory import Directory
+from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pix2pix import has_image_condition
 
 
@@ -18,27 +18,41 @@ class Pipeline:
     """A pipeline's directory whose VAE is one of images."""
 
     video = False
+    rescale_guidance = None
 
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
         self.path: Path = directory.path
-        self.latent_channels, self.vae_scale_factor, self.latent_scale = common.vae_facts(directory)
+        self.latent_channels, self.vae_scale_factor, self.latent_scale = self.vae_facts()
 
-    def load_vae(self, device: torch.device | str) -> AutoencoderKL:
+    def vae_facts(self) -> tuple[int, int, LatentScale]:
+        """Latent channels, pixels per latent along a side, and how latents are scaled."""
+        return common.vae_facts(self.directory)
+
+    def latent_shape(self, side: int, frames: int) -> tuple[int, ...]:
+        """(C, h, w) of an image of `side` pixels."""
+        return (self.latent_channels, *[side // self.vae_scale_factor] * 2)
+
+    def check_frames(self, frames: int) -> None:
+        """Images have none."""
+
+    def load_vae(self, device: torch.device | str) -> Vae:
         """The VAE in fp32, for inference."""
         return common.load_vae(self.directory, device)
 
-    def empty_vae(self) -> AutoencoderKL:
+    def empty_vae(self) -> Vae:
         """The VAE without weights, made under the caller's device."""
         return common.empty_vae(self.directory)
 
-    def encode(self, vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, vae: Vae, pixels: Tensor, at_once: int = AT_ONCE) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""
-        return common.encode(vae, pixels)
+        parts = [common.encode(vae, some) for some in pixels.split(at_once)]
+        mean, std = (torch.cat(values) for values in zip(*parts, strict=True))
+        return mean, std
 
-    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    def decode(self, vae: Vae, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) fp32 in [0, 1]."""
-        return common.decode(vae, latents)
+        return common.decode(vae, latents, self.latent_scale)
 
     def fingerprint_files(self) -> list[Path]:
         """The files whose content decides cached latents and embeddings."""

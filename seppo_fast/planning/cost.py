@@ -121,9 +121,9 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     method = METHODS[ours.method]
     halves = 2 if method.references else 1
     generated, improves = method.draws, method.winners == "improvement"
-    denoise, branches = guided(model, ours.sampler.guidance_scale, ())
+    denoise, guidance = guided(model, ours.sampler.guidance_scale, ())
     tripled = len(double(ours.improvement.guidance_scale, ours.improvement.image_guidance_scale, ()))
-    calls = tripled if model.image_condition else len(branches)
+    calls = tripled if model.image_condition else len(guidance)
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return _inputs(model, latent_shape(model, ours.data), samples, dtype)

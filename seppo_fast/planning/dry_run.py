@@ -40,8 +40,7 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     model = _model(config, missing)
     if model is not None:
         check_network(model, config)
-        if model.video:
-            model.check_frames(ours.data.video.frames)
+        model.check_frames(ours.data.video.frames)
         if ours.evaluation.draws:
             request_of(config, model, lambda line: None)
         if ours.model.start_from:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seppo_fast.reference.guidance import Branches
+from seppo_fast.reference.guidance import Guidance
 from seppo_fast.reference.solver import SolverTable
 
 Conditions = dict[str, Tensor]
@@ -23,7 +23,7 @@ class Loop:
 
     denoise: Denoise
     table: SolverTable
-    branches: Branches
+    guidance: Guidance
     dtype: torch.dtype
     known: Tensor  # (S + 1, B, C, h, w) fp32: the noise, then each output
     conditions: Conditions  # (G * B, ...), each row as its branch has it
@@ -35,7 +35,7 @@ class Loop:
         self.known.zero_()  # each sum runs over all terms, and 0 * a NaN of the batch before would be NaN
         self.known[0].copy_(noise, non_blocking=True)
         for name, value in conditions.items():
-            for branch, rows in zip(self.branches, self.conditions[name].chunk(len(self.branches)), strict=True):
+            for branch, rows in zip(self.guidance.branches, self.conditions[name].chunk(len(self.guidance)), strict=True):
                 if name not in branch.empty:
                     rows.copy_(value, non_blocking=True)
 
@@ -51,32 +51,31 @@ class Loop:
         return _weighted_sum(self.table.outputs[-1], self.known)
 
     def _predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        repeated = torch.cat([latents] * len(self.branches)).to(self.dtype)
-        outputs = self.denoise(repeated, timestep.expand(len(repeated)), self.conditions).float().chunk(len(self.branches))
-        first, *others = [branch.weight * output for branch, output in zip(self.branches, outputs, strict=True)]
-        return sum(others, first)
+        repeated = torch.cat([latents] * len(self.guidance)).to(self.dtype)
+        outputs = self.denoise(repeated, timestep.expand(len(repeated)), self.conditions).float()
+        return self.guidance.combined(outputs.chunk(len(self.guidance)))
 
 
-def open_loop(denoise: Denoise, table: SolverTable, batch: tuple[int, ...], empty: Conditions, branches: Branches,
+def open_loop(denoise: Denoise, table: SolverTable, batch: tuple[int, ...], empty: Conditions, guidance: Guidance,
               dtype: torch.dtype) -> Loop:
     """A loop for batches of shape `(B, C, h, w)` on the table's device; `empty`, of batch 1, is what branches leave empty."""
     device, size = table.inputs.device, batch[0]
     conditions = {}
     for name, value in empty.items():
-        conditions[name] = value.to(device, dtype).expand(len(branches) * size, *value.shape[1:]).contiguous()
+        conditions[name] = value.to(device, dtype).expand(len(guidance) * size, *value.shape[1:]).contiguous()
     known = torch.empty(len(table.inputs) + 1, *batch, dtype=torch.float32, device=device)
-    return Loop(denoise, table, branches, dtype, known, conditions, torch.zeros(1, dtype=torch.long, device=device))
+    return Loop(denoise, table, guidance, dtype, known, conditions, torch.zeros(1, dtype=torch.long, device=device))
 
 
 @torch.no_grad()
 def sample(denoise: Denoise, table: SolverTable, noise: Tensor, conditions: Conditions, empty: Conditions,
-           branches: Branches, dtype: torch.dtype, before_step: Callable[[], None] = lambda: None) -> Tensor:
+           guidance: Guidance, dtype: torch.dtype, before_step: Callable[[], None] = lambda: None) -> Tensor:
     """Latents `(B, C, h, w)` fp32 that the solver in `table` makes of `noise` `(B, C, h, w)`: the loop as it is.
 
     `conditions` have batch B and `empty` batch 1; `table` is on the device of `noise`. `before_step` may raise to
     give up.
     """
-    loop = open_loop(denoise, table, tuple(noise.shape), empty, branches, dtype)
+    loop = open_loop(denoise, table, tuple(noise.shape), empty, guidance, dtype)
     return run(loop, loop.step, noise, conditions, before_step)
 
 

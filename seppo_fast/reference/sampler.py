@@ -19,7 +19,7 @@ from seppo_fast.models.engines import cudnn_attention
 from seppo_fast.reference import tuning
 from seppo_fast.reference.batching import even, free_memory, measured_size, padded, seconds
 from seppo_fast.reference.cuda_graph import capture, fingerprint, new_pool
-from seppo_fast.reference.guidance import Branches
+from seppo_fast.reference.guidance import Guidance
 from seppo_fast.reference.loop import Conditions, Denoise, Loop, open_loop, run
 from seppo_fast.reference.solver import SolverTable
 
@@ -40,16 +40,16 @@ class Ready:
 class Sampler:
     """Draws latents with the network in `module`; `denoise(module, latents, timesteps, conditions)` is its output.
 
-    `table` is on the module's device; `empty`, of batch 1, holds the conditions for no prompt (and no image), which `branches`
-    of the guidance may have; `dtype` is what the network is given. The loop runs under `autocast`, or none, whatever the
+    `table` is on the module's device; `empty`, of batch 1, holds the conditions for no prompt (and no image), which branches
+    of the `guidance` may have; `dtype` is what the network is given. The loop runs under `autocast`, or none, whatever the
     caller's, and with cuDNN's attention where this was allowed when the sampler was made. `batch_size` is None until an "auto"
     is measured, by `fit` or the first draw.
     """
 
     def __init__(self, module: nn.Module, denoise: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor], table: SolverTable,
-                 empty: Conditions, branches: Branches, settings: config.Sampler, dtype: torch.dtype,
+                 empty: Conditions, guidance: Guidance, settings: config.Sampler, dtype: torch.dtype,
                  autocast: torch.dtype | None = None, say: Callable[[str], None] = print) -> None:
-        self.module, self.table, self.empty, self.branches, self.say = module, table, empty, branches, say
+        self.module, self.table, self.empty, self.guidance, self.say = module, table, empty, guidance, say
         self.dtype, self.autocast = dtype, autocast
         self.device = table.inputs.device
         self.batch_size = None if settings.batch_size == "auto" else settings.batch_size
@@ -165,7 +165,7 @@ class Sampler:
         return ready
 
     def _open(self, shape: Shape, denoise: Denoise) -> Loop:
-        return open_loop(denoise, self.table, shape, self.empty, self.branches, self.dtype)
+        return open_loop(denoise, self.table, shape, self.empty, self.guidance, self.dtype)
 
     @contextmanager
     def _network(self) -> Iterator[None]:

@@ -110,10 +110,19 @@ def unsupported(config: Config) -> str | None:
 
 
 def start_engine(policy: nn.Module, config: Config, batch: Batch) -> DeepSpeedEngine:
-    """Put the policy, and nothing else, into a DeepSpeed engine."""
+    """Put the policy, and nothing else, into a DeepSpeed engine.
+
+    What the model's pipeline keeps in fp32 beside half precision (Wan's embedding of the time) stays so where it is frozen:
+    DeepSpeed would round it. ZeRO-3 partitions it in half precision.
+    """
     weights = list(trainable_weights(policy).values())
+    exact = {parameter: parameter.data for parameter in policy.parameters()
+             if not parameter.requires_grad and parameter.dtype == torch.float32}
     with wandb_below(config.seppo.output_dir):
         engine, *_ = deepspeed.initialize(model=policy, model_parameters=weights, config=engine_config(config, batch))
+    if not engine.zero_optimization_partition_weights():
+        for parameter, data in exact.items():
+            parameter.data = data.to(parameter.device)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such updates are skipped and counted; too many end the run with a message

@@ -13,7 +13,7 @@ from seppo_fast.models.prepare import prepare_denoisers
 from seppo_fast.models.trial import block_inputs, call_once
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import free_memory
-from seppo_fast.reference.guidance import Branches, double
+from seppo_fast.reference.guidance import Guidance, double
 from seppo_fast.reference.improver import Improver
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable
@@ -22,8 +22,8 @@ from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.samples import PROMPTS, Grids
 
 
-def with_image(pairs: PairSource, settings: Improvement) -> tuple[Conditions, Branches]:
-    """The empty conditions with "no image", and the branches of double guidance."""
+def with_image(pairs: PairSource, settings: Improvement) -> tuple[Conditions, Guidance]:
+    """The empty conditions with "no image", and double guidance."""
     empty = pairs.unconditional | {IMAGE: torch.zeros(1, *pairs.cache.shape, dtype=pairs.dtype, device=pairs.device)}
     return empty, double(settings.guidance_scale, settings.image_guidance_scale, empty)
 
@@ -45,8 +45,8 @@ def open_improver(model: Model, settings: Seppo, objective: Objective, table: So
     denoiser = model.load_denoiser(objective.dtype).eval().requires_grad_(False)
     prepare_denoisers([denoiser], settings.networks, pairs.cache.shape[1:], objective.autocast or objective.dtype, ranks.device,
                       say, ranks.largest, inputs=partial(block_inputs, model.empty_denoiser, partial(call_once, model)))
-    empty, branches = with_image(pairs, settings.improvement)
-    sampler = Sampler(denoiser.to(ranks.device), model.denoise, table.to(ranks.device), empty, branches, settings.sampler,
+    empty, guidance = with_image(pairs, settings.improvement)
+    sampler = Sampler(denoiser.to(ranks.device), model.denoise, table.to(ranks.device), empty, guidance, settings.sampler,
                       objective.dtype, objective.autocast, say)
     sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=half_of_memory)
     improver = Improver(sampler, model.latent_scale, settings.improvement.offload)

@@ -66,10 +66,10 @@ def open_sampler(model: Model, config: Config, batch: Batch, objective: Objectiv
                  pairs: PairSource, ranks: Ranks) -> tuple[Sampler, int]:
     """What draws from `reference`, and its batch size: the smallest of all ranks', since each step asks all of them for signals."""
     ours, empty = config.seppo, pairs.unconditional
-    _, branches = guided(model, ours.sampler.guidance_scale, empty)
+    _, guidance = guided(model, ours.sampler.guidance_scale, empty)
     if ours.method == "improvement":
-        empty, branches = with_image(pairs, ours.improvement)
-    sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, branches, ours.sampler, objective.dtype,
+        empty, guidance = with_image(pairs, ours.improvement)
+    sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, guidance, ours.sampler, objective.dtype,
                       objective.autocast, ranks.say)
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
     wanted = (ours.sampler.samples_per_iteration or updates * batch.size) // batch.world

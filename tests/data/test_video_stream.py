@@ -18,6 +18,7 @@ from seppo_fast.data.video.clips import clip
 from seppo_fast.data.video.prefetcher import Prefetcher
 from seppo_fast.data.video.probe import probe
 from seppo_fast.errors import UserError
+from seppo_fast.models import common
 from seppo_fast.models.families import open_directory
 
 CLIPS = 5
@@ -54,8 +55,8 @@ def direct(model: VideoModel, data: config.Data, source: Path, row: int, epoch: 
     """Mean and std (C, F, h, w) without cache, stream or DALI."""
     file = next(source.parent.glob(f"{row}.*"))
     pixels = pyav.decode(clip(f"clips.csv:{row + 2}", file, probe(file), row == 0, data, 0, epoch))
-    mean, std = model.encode(model.load_vae("cpu"), pixels)
-    return mean.transpose(0, 1), std.transpose(0, 1)
+    mean, std = model.encode(model.load_vae("cpu"), pixels[None])
+    return mean[0], std[0]
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -215,8 +216,8 @@ def test_a_video_replaced_under_its_name_size_and_time_is_noticed_and_a_touched_
 
 def test_the_vae_never_has_more_pictures_than_the_key_says(video_model, clips, tmp_path, monkeypatch):
     sizes = []
-    encode = VideoModel.encode
-    monkeypatch.setattr(VideoModel, "encode", lambda self, vae, pixels: (sizes.append(len(pixels)), encode(self, vae, pixels))[1])
+    encode = common.encode
+    monkeypatch.setattr(common, "encode", lambda vae, pixels: (sizes.append(len(pixels)), encode(vae, pixels))[1])
     stream = built(video_model, streaming(clips, tmp_path, encode_batch_size=3), tmp_path)
     stream.rows([0, 1], [0, 0])
     stream.close()

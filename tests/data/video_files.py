@@ -9,16 +9,20 @@ import av
 import numpy as np
 
 from seppo_fast import config
-from seppo_fast.models import StableDiffusion
+from seppo_fast.models import AnimateDiff, StableDiffusion
+from seppo_fast.models.directory import Directory
 
 VP9 = {"deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0"}
 CODECS = {".webm": "libvpx-vp9", ".mp4": "libx264", ".mov": "mjpeg", ".mkv": "libx264"}
 
 
-class VideoModel(StableDiffusion):
-    """The tiny Stable Diffusion's VAE and text encoder, of which the data section thinks that clips go through it."""
+class VideoModel(AnimateDiff):
+    """The tiny Stable Diffusion's VAE and text encoder, as AnimateDiff uses them, without its network."""
 
-    video = True
+    components = StableDiffusion.components
+
+    def __init__(self, directory: Directory) -> None:
+        StableDiffusion.__init__(self, directory)
 
 
 def pictures(count: int, height: int = 24, width: int = 32, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPip
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
-from seppo_fast.reference import Branch, classifier_free, double, sample, solver_table
+from seppo_fast.reference import Branch, Guidance, classifier_free, double, sample, solver_table
 from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.solver import SOLVERS, open_scheduler
 from tests.tiny import tiny_flux, tiny_sd, unet
@@ -15,25 +15,25 @@ NAMES = ("prompt_embeds", "image_latents")
 OUTPUT = {(): 0.3, ("image_latents",): 1.1, ("image_latents", "prompt_embeds"): -0.7}  # by what is given
 
 
-def total(branches):
-    return sum(branch.weight * OUTPUT[tuple(sorted(set(NAMES) - branch.empty))] for branch in branches)
+def total(guidance):
+    return sum(branch.weight * OUTPUT[tuple(sorted(set(NAMES) - branch.empty))] for branch in guidance.branches)
 
 
 @pytest.mark.parametrize("text,image,calls", [(3.5, 3.0, 3), (3.5, 1.0, 2), (2.0, 2.0, 2), (1.0, 1.0, 1), (1.0, 3.0, 3),
                                               (0.0, 1.0, 2), (3.5, 0.0, 3)])
 def test_double_guidance_is_eq_9_and_drops_what_has_no_weight(text, image, calls):
-    branches = double(text, image, NAMES)
+    guidance = double(text, image, NAMES)
     without, alone, both = OUTPUT.values()
-    assert total(branches) == pytest.approx(without + image * (alone - without) + text * (both - alone), abs=1e-12)
-    assert len(branches) == calls
+    assert total(guidance) == pytest.approx(without + image * (alone - without) + text * (both - alone), abs=1e-12)
+    assert len(guidance) == calls
 
 
 @pytest.mark.parametrize("scale,calls", [(7.5, 2), (1.0, 1), (0.0, 2), (0.5, 2)])
 def test_classifier_free_guidance_drops_what_has_no_weight(scale, calls):
-    branches = classifier_free(scale, NAMES)
+    guidance = classifier_free(scale, NAMES)
     without, _, both = OUTPUT.values()
-    assert total(branches) == pytest.approx(without + scale * (both - without), abs=1e-12) and len(branches) == calls
-    assert classifier_free(1.0, NAMES) == (Branch(1.0),)
+    assert total(guidance) == pytest.approx(without + scale * (both - without), abs=1e-12) and len(guidance) == calls
+    assert classifier_free(1.0, NAMES) == Guidance((Branch(1.0),))
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def test_the_loop_draws_what_diffusers_pipeline_draws(solver, pix2pix, sd_folder
 def test_a_distilled_models_guidance_is_an_input(tmp_path, embeds, scale, calls):
     """Policy and reference are trained with the same scale, as the same function calls them."""
     model = open_model(str(tiny_flux(tmp_path / "flux", guidance_embeds=embeds)))
-    denoise, branches = guided(model, scale, NAMES)
-    assert branches == (Branch(1.0),) and len(branches) == calls
+    denoise, guidance = guided(model, scale, NAMES)
+    assert guidance == Guidance((Branch(1.0),)) and len(guidance) == calls
     network, random = model.load_denoiser(torch.float32), torch.Generator().manual_seed(0)
     given = (torch.randn(1, 4, 8, 8, generator=random), torch.tensor([400.0]),
              {name: torch.randn(1, *shape, generator=random) for name, shape in model.condition_shapes.items()})
@@ -101,5 +101,5 @@ def test_a_scale_without_effect_is_refused(tmp_path):
 
 def test_other_models_are_guided_by_a_second_call(sd_folder):
     model = open_model(str(sd_folder))
-    denoise, branches = guided(model, 7.5, NAMES)
-    assert denoise == model.denoise and branches == classifier_free(7.5, NAMES)
+    denoise, guidance = guided(model, 7.5, NAMES)
+    assert denoise == model.denoise and guidance == classifier_free(7.5, NAMES)

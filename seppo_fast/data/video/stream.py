@@ -11,7 +11,6 @@ from torch import Tensor
 
 from seppo_fast import config
 from seppo_fast.capturing import no_capture
-from seppo_fast.data.encode import encode
 from seppo_fast.data.latents import CachedRows, Images, PromptCache
 from seppo_fast.data.prompt_encoder import PromptEncoder
 from seppo_fast.data.video.clips import Clip, clip
@@ -87,7 +86,7 @@ class ClipStream:
         with self._on_own_stream():
             if self.vae is None:  # it stays: the next micro-batch needs it, too
                 self.vae = self.model.load_vae(self.device)
-            mean, std = encode(self.model, self.vae, pixels[None].to(self.device), self.data.encode_batch_size)
+            mean, std = self.model.encode(self.vae, pixels[None].to(self.device), self.data.encode_batch_size)
             mean, std = mean[0].cpu(), std[0].cpu()
         if not bool(mean.isfinite().all() & std.isfinite().all()):
             raise UserError(f"{key}: its latents are not finite; take the row out of seppo.data.source, or check the VAE")
