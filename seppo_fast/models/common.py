@@ -184,13 +184,8 @@ def empty_text_encoder(directory: Directory, part: str) -> nn.Module:
     return kind(kind.config_class.from_dict(directory.configs[part]))
 
 
-def empty_vae(directory: Directory) -> Vae:
-    return kind_of(directory.index["vae"][1]).from_config(dict(directory.configs["vae"]))
-
-
-def load_vae(directory: Directory, device: torch.device | str) -> Vae:
+def load_vae(directory: Directory, kind: type[nn.Module], device: torch.device | str) -> Vae:
     """The VAE in fp32, whatever the files hold: SDXL's overflows in half precision."""
-    kind = kind_of(directory.index["vae"][1])
     return load_component(directory, "vae", kind, torch.float32).to(device).eval().requires_grad_(False)
 
 

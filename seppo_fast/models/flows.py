@@ -102,10 +102,10 @@ class FlowTransformer(Pipeline, ABC):
         return static_shift(config)
 
 
-def per_channel(directory: Directory, channels: int) -> LatentScale:
-    """The scale of a VAE that has a mean and a standard deviation for each of its channels."""
+def per_channel(directory: Directory, kind: type, channels: int) -> LatentScale:
+    """The scale of a VAE, a `kind`, that has a mean and a standard deviation for each of its channels."""
     config, file = directory.configs["vae"], directory.path / "vae" / "config.json"
-    defaults = inspect.signature(kind_of(directory.index["vae"][1])).parameters
+    defaults = inspect.signature(kind).parameters
     mean, std = (tuple(map(float, config.get(key) or defaults[key].default)) for key in ("latents_mean", "latents_std"))
     if len(mean) != channels or len(std) != channels or min(std) <= 0 or not all(map(math.isfinite, mean + std)):
         raise UserError(f"{file}: latents_mean and latents_std must be {channels} numbers each, as z_dim says, and the latter above"

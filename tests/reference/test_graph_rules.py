@@ -1,12 +1,14 @@
 """What a CUDA graph forbids, shown without a GPU: a network's call must not copy from the host, nor wait for the device."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_animatediff, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny_wan import tiny_wan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,7 +17,7 @@ from seppo_fast.models import open_model
 from seppo_fast.reference.guidance import guided
 
 MAKE: dict[str, Callable[[Path], Path]] = {"sd": tiny_sd, "sdxl": tiny_sdxl, "animatediff": tiny_animatediff, "sd3": tiny_sd3,
-                                           "flux": tiny_flux}
+                                           "flux": tiny_flux, "wan": tiny_wan, "wan2.2": partial(tiny_wan, expand_timesteps=True)}
 
 
 class OnTheHost(TorchDispatchMode):
@@ -41,7 +43,7 @@ def seen(name: str, folder: Path, denoise: Callable[..., Any] | None = None) -> 
     model = open_model(str(MAKE[name](folder)))
     with torch.device("meta"):
         denoiser = model.empty_denoiser().eval()
-        shape = (model.latent_channels, *([2] if model.video else []), 8, 8)
+        shape = model.latent_shape(8 * model.vae_scale_factor, 5)
         conditions = {name: torch.empty(2, *shape) for name, shape in model.condition_shapes.items()}
         latents, times = torch.empty(2, *shape), torch.empty(2)
     call = denoise or guided(model, 3.5, conditions)[0]
