@@ -122,7 +122,8 @@ def start_engine(policy: nn.Module, config: Config, batch: Batch) -> DeepSpeedEn
         engine, *_ = deepspeed.initialize(model=policy, model_parameters=weights, config=engine_config(config, batch))
     if not engine.zero_optimization_partition_weights():
         for parameter, data in exact.items():
-            parameter.data = data.to(parameter.device)
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such updates are skipped and counted; too many end the run with a message
