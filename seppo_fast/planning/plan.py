@@ -126,8 +126,8 @@ def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
             lines.append("gradients are kept in bf16 beside their fp32 sums; bf16.immediate_grad_update true saves that"
                          f" copy{size}")
     if config.seppo.model.quantize in ("int8", "fp8") and not config.seppo.model.gradient_checkpointing:
-        lines.append(f"{config.seppo.model.quantize} weights are kept in {str(dtype).removeprefix('torch.')} from forward to backward;"
-                     " seppo.model.gradient_checkpointing true keeps those of one block at a time")
+        lines.append(f"{config.seppo.model.quantize} weights stay in {str(dtype).removeprefix('torch.')} from forward to backward,"
+                     " as large as without quantization; with seppo.model.gradient_checkpointing true those of one block at a time")
     if adam_temporaries(raw) and not offload:
         size = "" if cost is None else f" {_gb(adam_temporaries(raw) * cost.trained // (batch.world if stage else 1))}"
         lines.append(f"optimizer.params.fused true saves{size or ' memory'} at the optimizer's update, and many launches")

@@ -18,8 +18,8 @@ from seppo_fast.errors import UserError
 from seppo_fast.models.quantize import is_quantized
 from seppo_fast.training.trainer import Trainer
 
-# How far the errors and losses of a run may be from the plain run's, relative; of FAR's first row 0.003, 0.004 and 0.01 were seen
-DISTANCE = {"int8": 0.01, "fp8": 0.02, "nf4": 0.05}
+# How far the losses and errors of a run's rows may be from the plain run's, relative; 0.00015, 0.0017 and 0.0075 were seen.
+DISTANCE = {"int8": 0.002, "fp8": 0.01, "nf4": 0.03}
 kinds = pytest.mark.parametrize("kind", DISTANCE)
 
 
@@ -65,8 +65,11 @@ def test_losses_are_near_to_the_plain_runs_and_the_base_is_shared(kind: str, con
         assert all("lora_" in name for name in file.keys())
 
 
-def test_the_lora_goes_on_the_model_as_it_was(configured: Any, train: Callable[..., Path], sd3: Path) -> None:
-    run = train(configured(**{"seppo.model.quantize": "nf4", "seppo.model.quantize_text": "int8", "bf16": {"enabled": True}}))
+@pytest.mark.parametrize(("kind", "engine"), [
+    ("nf4", {"bf16": {"enabled": True}}), ("fp8", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})])
+def test_the_lora_goes_on_the_model_as_it_was(kind: str, engine: dict[str, Any], configured: Any, train: Callable[..., Path],
+                                              sd3: Path) -> None:
+    run = train(configured(**{"seppo.model.quantize": kind, "seppo.model.quantize_text": "int8", **engine}))
     assert sorted(path.name for path in (run / "final").iterdir()) == ["README.md", "pytorch_lora_weights.safetensors"]
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3)
     pipeline.load_lora_weights(run / "final")
@@ -79,8 +82,7 @@ def test_the_lora_goes_on_the_model_as_it_was(configured: Any, train: Callable[.
 
 
 @pytest.mark.parametrize(("kind", "engine"), [
-    ("int8", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}), ("nf4", {}),
-    ("fp8", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})])
+    ("int8", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}), ("nf4", {})])
 def test_ranks_and_a_kill_change_nothing(kind: str, engine: dict[str, Any], configured: Any, forks: Forks, tmp_path: Path) -> None:
     whole, killed = (configured(**{"seppo.output_dir": str(tmp_path / folder), "seppo.model.quantize": kind, **engine})
                      for folder in ("whole", "killed"))
@@ -108,8 +110,9 @@ def test_embeddings_of_quantized_encoders_have_a_cache_of_their_own(configured: 
     found = []
     for name, changes in (("plain", {}), ("cached", {"seppo.model.quantize_text": "nf4"}),
                           ("held", {"seppo.model.quantize_text": "nf4", "seppo.data.cache_prompts": False})):
-        run = train(configured(**{"seppo.data.cache_dir": str(tmp_path / "cache"), "seppo.output_dir": str(tmp_path / name),
+        cache = tmp_path / ("other" if name == "held" else "cache")
+        run = train(configured(**{"seppo.data.cache_dir": str(cache), "seppo.output_dir": str(tmp_path / name),
                                   "seppo.iterations": 1, **changes}))
         found.append(steady_rows(run))
     assert found[0] != found[1] == found[2]
-    assert len([*(tmp_path / "cache").iterdir()]) == 3
+    assert len([*(tmp_path / "cache").iterdir()]) == 2
