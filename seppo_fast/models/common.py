@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from seppo_fast.errors import UserError, few, reason
-from seppo_fast.models.contract import Vae
+from seppo_fast.models.contract import Adapt, Vae
 from seppo_fast.models.directory import Directory, kind_of
 from seppo_fast.models.finite import check_finite
 from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pix2pix import has_image_condition, widen
+from seppo_fast.models.quantize import quantize
 from seppo_fast.models.values import ADVICE, check_values
 
 TOKENS = 77  # of a prompt, in all published models
@@ -165,6 +166,16 @@ def load_component(directory: Directory, component: str, kind: type[nn.Module], 
                         f" place for, e.g. {few(unexpected)}. {ADVICE}.")
     check_finite(directory.path / component / weights.entry, module.named_parameters(), "Fetch the model again, or take another.")
     return module
+
+
+def load_text_encoder(directory: Directory, component: str, device: torch.device | str, dtype: torch.dtype, adapt: Adapt
+                      ) -> nn.Module:
+    """A text encoder for inference on `device`, quantized where the directory says so; `adapt` changes it before it moves."""
+    encoder = load_component(directory, component, kind_of(directory.index[component][1]), dtype)
+    if directory.quantize_text:
+        quantize(encoder, directory.quantize_text, device, dtype)
+    adapt(component, encoder)
+    return encoder.to(device).eval().requires_grad_(False)
 
 
 def load_unet(directory: Directory, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -68,9 +68,7 @@ class FlowTransformer(Pipeline, ABC):
         """Prompts -> conditions on `device`, by the pipeline's own `encode_prompt`; `adapt` changes text encoders."""
         parts: dict[str, Any] = {}
         for part in self.text_encoders:
-            encoder = common.load_component(self.directory, part, kind_of(self.directory.index[part][1]), dtype)
-            adapt(part, encoder)
-            parts[part] = encoder.to(device).eval().requires_grad_(False)
+            parts[part] = common.load_text_encoder(self.directory, part, device, dtype, adapt)
             tokenizer = part.replace("text_encoder", "tokenizer")
             parts[tokenizer] = common.load_tokenizer(self.directory, tokenizer)
             # The pipeline fills prompts up to this length; a tokenizer saved without it claims 1e30.
