@@ -6,6 +6,7 @@ from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.contract import Model
 from seppo_fast.models.directory import Components, Directory, read_directory
 from seppo_fast.models.flux import Flux
+from seppo_fast.models.flux2_klein import Flux2Klein
 from seppo_fast.models.labels import KEYS, Labels
 from seppo_fast.models.pix2pix import PIPELINES
 from seppo_fast.models.sd import StableDiffusion
@@ -20,6 +21,7 @@ FAMILIES: dict[str, type[Model]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
     "WanPipeline": Wan,
+    "Flux2KleinPipeline": Flux2Klein,
 }
 # The same family, with an image as a condition besides the prompt.
 EDITING: dict[str, type[Model]] = {PIPELINES["sd"]: StableDiffusion, PIPELINES["sdxl"]: StableDiffusionXL}
