@@ -157,7 +157,7 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
         if turn:
             model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
                                motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames,
-                               image_condition=ours.method == "improvement")
+                               image_condition=ours.method == "improvement", quantize_text=ours.model.quantize_text)
             if ours.improvement.path is not None:
                 improvement = improvement_model(ours.improvement, model, ranks.device)
             if ours.reference_model.path is not None:

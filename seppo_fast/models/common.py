@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from seppo_fast.errors import UserError, few, reason
-from seppo_fast.models.contract import Vae
+from seppo_fast.models.contract import Adapt, Vae
 from seppo_fast.models.directory import Directory, kind_of
 from seppo_fast.models.finite import check_finite
 from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pix2pix import has_image_condition, widen
+from seppo_fast.models.quantize import quantize
 from seppo_fast.models.values import ADVICE, check_values
 
 TOKENS = 77  # of a prompt, in all published models
@@ -167,6 +168,16 @@ def load_component(directory: Directory, component: str, kind: type[nn.Module], 
     return module
 
 
+def load_text_encoder(directory: Directory, component: str, device: torch.device | str, dtype: torch.dtype, adapt: Adapt
+                      ) -> nn.Module:
+    """A text encoder for inference on `device`, quantized where the directory says so; `adapt` changes it before it moves."""
+    encoder = load_component(directory, component, kind_of(directory.index[component][1]), dtype)
+    if directory.quantize_text:
+        quantize(encoder, directory.quantize_text, device, dtype)
+    adapt(component, encoder)
+    return encoder.to(device).eval().requires_grad_(False)
+
+
 def load_unet(directory: Directory, dtype: torch.dtype) -> UNet2DConditionModel:
     """The UNet from disk; with new input channels where the directory was given an image condition that its file has not."""
     unet = load_component(directory, "unet", UNet2DConditionModel, dtype)
@@ -184,13 +195,8 @@ def empty_text_encoder(directory: Directory, part: str) -> nn.Module:
     return kind(kind.config_class.from_dict(directory.configs[part]))
 
 
-def empty_vae(directory: Directory) -> Vae:
-    return kind_of(directory.index["vae"][1]).from_config(dict(directory.configs["vae"]))
-
-
-def load_vae(directory: Directory, device: torch.device | str) -> Vae:
+def load_vae(directory: Directory, kind: type[nn.Module], device: torch.device | str) -> Vae:
     """The VAE in fp32, whatever the files hold: SDXL's overflows in half precision."""
-    kind = kind_of(directory.index["vae"][1])
     return load_component(directory, "vae", kind, torch.float32).to(device).eval().requires_grad_(False)
 
 

@@ -70,9 +70,7 @@ class FlowTransformer(Pipeline, ABC):
         """Prompts -> conditions on `device`, by the pipeline's own `encode_prompt`; `adapt` changes text encoders."""
         parts: dict[str, Any] = {}
         for part in self.text_encoders:
-            encoder = common.load_component(self.directory, part, kind_of(self.directory.index[part][1]), dtype)
-            adapt(part, encoder)
-            parts[part] = encoder.to(device).eval().requires_grad_(False)
+            parts[part] = common.load_text_encoder(self.directory, part, device, dtype, adapt)
             tokenizer = part.replace("text_encoder", "tokenizer")
             parts[tokenizer] = common.load_tokenizer(self.directory, tokenizer)
             # The pipeline fills prompts up to this length; a tokenizer saved without it claims 1e30.
@@ -119,10 +117,10 @@ class FlowTransformer(Pipeline, ABC):
         return static_shift(config)
 
 
-def per_channel(directory: Directory, channels: int) -> LatentScale:
-    """The scale of a VAE that has a mean and a standard deviation for each of its channels."""
+def per_channel(directory: Directory, kind: type, channels: int) -> LatentScale:
+    """The scale of a VAE, a `kind`, that has a mean and a standard deviation for each of its channels."""
     config, file = directory.configs["vae"], directory.path / "vae" / "config.json"
-    defaults = inspect.signature(kind_of(directory.index["vae"][1])).parameters
+    defaults = inspect.signature(kind).parameters
     mean, std = (tuple(map(float, config.get(key) or defaults[key].default)) for key in ("latents_mean", "latents_std"))
     if len(mean) != channels or len(std) != channels or min(std) <= 0 or not all(map(math.isfinite, mean + std)):
         raise UserError(f"{file}: latents_mean and latents_std must be {channels} numbers each, as z_dim says, and the latter above"

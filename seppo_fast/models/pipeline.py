@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from seppo_fast.models import common
 from seppo_fast.models.contract import AT_ONCE, HALF, UNet, Vae
-from seppo_fast.models.directory import Directory
+from seppo_fast.models.directory import Components, Directory, kind_of
 from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pix2pix import has_image_condition
 
@@ -17,6 +17,7 @@ from seppo_fast.models.pix2pix import has_image_condition
 class Pipeline:
     """A pipeline's directory whose VAE is one of images."""
 
+    components: ClassVar[Components]
     video = False
     rescale_guidance = None
 
@@ -38,11 +39,16 @@ class Pipeline:
 
     def load_vae(self, device: torch.device | str) -> Vae:
         """The VAE in fp32, for inference."""
-        return common.load_vae(self.directory, device)
+        return common.load_vae(self.directory, self.vae_kind, device)
 
     def empty_vae(self) -> Vae:
         """The VAE without weights, made under the caller's device."""
-        return common.empty_vae(self.directory)
+        return self.vae_kind.from_config(dict(self.directory.configs["vae"]))
+
+    @property
+    def vae_kind(self) -> Any:
+        """The VAE's class."""
+        return kind_of(type(self).components["vae"][0])
 
     def encode(self, vae: Vae, pixels: Tensor, at_once: int = AT_ONCE) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""

@@ -32,7 +32,7 @@ def make_networks(model: Model) -> None:
     for part in model.text_encoders:
         encoder = partial(common.empty_text_encoder, directory, part)
         check_shapes(directory, part, made(directory, part, encoder, directory.configs[part]))
-    check_shapes(directory, "vae", made(directory, "vae", partial(common.empty_vae, directory), directory.configs["vae"]))
+    check_shapes(directory, "vae", made(directory, "vae", model.empty_vae, directory.configs["vae"]))
     name = model.denoiser
     denoiser = made(directory, name, model.empty_denoiser, [directory.configs[name], adapter and adapter.configs])
     check_shapes(directory, name, denoiser)

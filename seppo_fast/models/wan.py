@@ -83,7 +83,7 @@ class Wan(FlowTransformer):
             raise UserError(f"{file}: temperal_downsample is {halved}, which shrinks time by {self.frames_a_latent};"
                             " AutoencoderKLWan takes clips four frames at a time, so that two of its levels must halve it.")
         channels = config.get("z_dim", 16)
-        return channels, pixels, per_channel(self.directory, channels)
+        return channels, pixels, per_channel(self.directory, self.vae_kind, channels)
 
     def latent_shape(self, side: int, frames: int) -> tuple[int, ...]:
         """(C, F', h, w) of a video of `side` pixels."""

@@ -15,8 +15,9 @@ from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_p
 from seppo_fast.models.trial import blank_conditions, explained
 from seppo_fast.planning.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.planning.network_memory import inference, micro_batch
+from seppo_fast.planning.quantized import as_quantized
 from seppo_fast.reference.guidance import double, guided
-from seppo_fast.training.engine import precision
+from seppo_fast.training.engine import precision, zero_stage
 from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
 
 
@@ -109,6 +110,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     dtype, autocast = precision(config.deepspeed)
     with torch.device("meta"):
         denoiser = nn.Module.to(model.empty_denoiser(), dtype)
+        saved = as_quantized(denoiser, ours.model.quantize) if ours.model.quantize else 0
         choose_trained(denoiser, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -117,7 +119,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     denoiser.train()
     trainable = list(trainable_weights(denoiser).values())
     trained = sum(weight.numel() for weight in trainable)
-    weights = network_bytes(denoiser)
+    weights = network_bytes(denoiser) - saved
     method = METHODS[ours.method]
     halves = 2 if method.references else 1
     generated, improves = method.draws, method.winners == "improvement"
@@ -166,7 +168,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         improving = ((improving + weights) // 2 if autocast else improving) + known
     vae, decoding = vae_bytes(model, latent_shape(model, ours.data)) if looks else (0, 0)
 
-    stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+    stage = zero_stage(config.deepspeed)
     shares = trains_a_part(denoiser)
     return Cost(
         parameters=sum(weight.numel() for weight in denoiser.parameters()), trained=trained, forward=forward,

@@ -71,7 +71,7 @@ def _model(config: Config, missing: list[str]) -> Model | None:
               if name is not None and is_hub_id(name)}
     if not on_hub:
         return open_model(ours.path, revision=ours.revision, variant=ours.variant, motion_adapter=ours.motion_adapter,
-                          image_condition=with_image)
+                          image_condition=with_image, quantize_text=ours.quantize_text)
     model = published_model(ours.path, ours.motion_adapter, with_image)
     missing += [f"seppo.model.{key} {name} is no directory here: it will be looked up on the hub, and "
                 + ("compute, memory and time are those of the model published under this name" if model else

@@ -125,6 +125,9 @@ def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
             size = "" if cost is None else f" of {_gb(2 * cost.trained)}"
             lines.append("gradients are kept in bf16 beside their fp32 sums; bf16.immediate_grad_update true saves that"
                          f" copy{size}")
+    if config.seppo.model.quantize in ("int8", "fp8") and not config.seppo.model.gradient_checkpointing:
+        lines.append(f"{config.seppo.model.quantize} weights stay in {str(dtype).removeprefix('torch.')} from forward to backward,"
+                     " as large as without quantization; with seppo.model.gradient_checkpointing true those of one block at a time")
     if adam_temporaries(raw) and not offload:
         size = "" if cost is None else f" {_gb(adam_temporaries(raw) * cost.trained // (batch.world if stage else 1))}"
         lines.append(f"optimizer.params.fused true saves{size or ' memory'} at the optimizer's update, and many launches")
@@ -137,8 +140,9 @@ def _precision(config: Config) -> str:
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     whose = "policy and reference" if METHODS[config.seppo.method].references else "policy"
     runs = f", run under autocast in {name[autocast]}" if autocast else ""
+    text = f" (text in {config.seppo.model.quantize_text})" if config.seppo.model.quantize_text else ""
     pool = f", past policies kept in {name[pool_dtype(config)]}" if METHODS[config.seppo.method].references else ""
-    return f"{whose} in {name[dtype]}{runs}{pool}; VAE and text encoder in fp32, the cache in {config.seppo.data.cache_dtype}"
+    return f"{whose} in {name[dtype]}{runs}{pool}; VAE and text encoder in fp32{text}, the cache in {config.seppo.data.cache_dtype}"
 
 
 def _beta(ours: Seppo) -> str:
@@ -155,7 +159,8 @@ def _tasks(ours: Seppo) -> str:
 def _trained(model: ModelSettings, video: bool) -> str:
     if model.lora is None:
         return "the motion modules" if video else "all weights"
-    return f"LoRA rank {model.lora.rank}" + (f" on the {model.lora.layers or 'temporal'} layers" if video else "")
+    base = f" over weights in {model.quantize}" if model.quantize else ""
+    return f"LoRA rank {model.lora.rank}" + (f" on the {model.lora.layers or 'temporal'} layers" if video else "") + base
 
 
 def _evaluation(asked: Evaluation) -> str:

@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from tiny import LATENTS, tiny_sd
 
 from seppo_fast.models import StableDiffusion, StableDiffusionXL, alphas_cumprod, open_model
+from seppo_fast.models.published import PUBLISHED, published_model
 
 PROMPTS = ["a photo of the red cat", "two dogs", "", "sky " * 200]
 
@@ -167,3 +168,12 @@ def test_fingerprint_files_decide_the_cache(sd, sdxl):
         files = model.fingerprint_files()
         assert all(path.is_file() for path in files) and len(set(files)) == len(files)
         assert files == open_model(str(model.path)).fingerprint_files()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_networks_of_published_models_need_no_files(name):
+    model = published_model(name)
+    with torch.device("meta"):
+        vae = model.empty_vae()
+    assert sum(weight.numel() for weight in vae.parameters()) > 5e7
+    assert model.latent_shape(512, 17)[-2:] == (512 // model.vae_scale_factor,) * 2

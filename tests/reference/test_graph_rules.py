@@ -1,6 +1,7 @@
 """What a CUDA graph forbids, shown without a GPU: a network's call must not copy from the host, nor wait for the device."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 from captures import OnTheHost
 from tiny import tiny_animatediff, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny_wan import tiny_wan
 from torch import Tensor
 
 from seppo_fast.models import open_model
 from seppo_fast.reference.guidance import guided
 
 MAKE: dict[str, Callable[[Path], Path]] = {"sd": tiny_sd, "sdxl": tiny_sdxl, "animatediff": tiny_animatediff, "sd3": tiny_sd3,
-                                           "flux": tiny_flux}
+                                           "flux": tiny_flux, "wan": tiny_wan, "wan2.2": partial(tiny_wan, expand_timesteps=True)}
 
 
 @torch.no_grad()
@@ -23,7 +25,7 @@ def seen(name: str, folder: Path, denoise: Callable[..., Any] | None = None) -> 
     model = open_model(str(MAKE[name](folder)))
     with torch.device("meta"):
         denoiser = model.empty_denoiser().eval()
-        shape = (model.latent_channels, *([2] if model.video else []), 8, 8)
+        shape = model.latent_shape(8 * model.vae_scale_factor, 5)
         conditions = {name: torch.empty(2, *shape) for name, shape in model.condition_shapes.items()}
         latents, times = torch.empty(2, *shape), torch.empty(2)
     call = denoise or guided(model, 3.5, conditions)[0]
