@@ -69,9 +69,15 @@ def _differences(model: Model, policy: Model, device: torch.device | str) -> lis
     VAE and text encoders are the same where their files are. Otherwise both are loaded, and what counts is whether they make
     the same of a picture and a prompt: a published model's files may be of another format or precision.
     """
-    problems = [f"{name} is {own!r} and not {other!r}" for name, own, other in _facts(model, policy) if own != other]
+    problems = [f"{name} is {_short(own)} and not {_short(other)}" for name, own, other in _facts(model, policy) if own != other]
     problems += _schedule(model, policy)
     return problems + (_encoders(model, policy, device) if model.name == policy.name else [])
+
+
+def _short(value: object) -> str:
+    """A value as text, without the end of one number a channel."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _architecture(model: Model, policy: Model) -> list[str]:

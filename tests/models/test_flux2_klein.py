@@ -30,6 +30,8 @@ from seppo_fast.config import Lora, Sampler
 from seppo_fast.errors import UserError
 from seppo_fast.models import Model, open_model
 from seppo_fast.models.export import save_pipeline
+from seppo_fast.models.improvement import check_reference_model
+from seppo_fast.models.labels import OF_REFERENCE
 from seppo_fast.models.lora import add_lora, trainable_weights
 from seppo_fast.models.tokens import token_counter
 from seppo_fast.models.trial import run_denoiser
@@ -350,6 +352,13 @@ def test_statistics_of_the_vae(name: str, value: Tensor | None, message: str, ow
     change(own, name, value)
     with pytest.raises(UserError, match=f"{re.escape(str(own))}/vae.*{message}"):
         open_model(str(own))
+
+
+def test_a_reference_with_other_statistics(opened: Any, own: Path) -> None:
+    change(own, "bn.running_mean", torch.linspace(-1, 1, 16) / 3)
+    with pytest.raises(UserError, match=r"its VAE's shift_factor is \(-0.33\S+ \S+ .*\.\.\. and not \(.*\.\.\.") as caught:
+        check_reference_model(open_model(str(own), labels=OF_REFERENCE), opened("base")[0])
+    assert len(str(caught.value)) < 700
 
 
 def test_statistics_in_shards_or_pickles(opened: Any, own: Path) -> None:
