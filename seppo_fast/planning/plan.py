@@ -1,5 +1,6 @@
 """The plan: what a run will do and what it costs, as text, before it starts."""
 
+from dataclasses import replace
 from itertools import islice
 from math import prod
 from shutil import disk_usage
@@ -15,6 +16,7 @@ from seppo_fast.data.order import split
 from seppo_fast.data.prompt_encoder import LARGEST_CACHE, keeps_prompts, prompt_bytes
 from seppo_fast.data.rows import Row, Source
 from seppo_fast.data.sizes import enlarged, size_of
+from seppo_fast.data.video.frames import is_fixed
 from seppo_fast.data.video.source import streams
 from seppo_fast.models import Model
 from seppo_fast.models.tokens import cut_off, token_counter
@@ -24,8 +26,7 @@ from seppo_fast.training.beta import FIRST, PRODUCT
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 
 LOOKED_AT = 1000  # rows that the plan reads
-STREAMED = ("none: clips are decoded and encoded while it trains, with the VAE on the device beside what is counted"
-            " below")
+STREAMED = "none: clips are decoded and encoded while it trains, with the VAE on the device"
 
 
 def cache_bytes(model: Model, config: Config) -> int:
@@ -42,7 +43,10 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     video = clips if model is None else model.video
     row_bytes = None if model is None else cache_bytes(model, config)
     rows = None if source is None else source.count
-    streamed = source is not None and streams(source, ours.data, video)
+    streamed = _streams(source, ours.data, video)
+    embeds = model is not None and _embeds(ours.data, model, rows)
+    if cost is not None:
+        cost = replace(cost, embeds=embeds, streams=streamed)
     method = METHODS[ours.method]
     updates = ours.updates
     kept = ours.sampler.samples_per_iteration
@@ -98,6 +102,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
                             + (f" and their winners ({cost.sample / 1e12:.3g} and {cost.improved / 1e12:.3g} TFLOP each)"
                                if cost.improved else ""))
         lines["memory a rank"], lines["of it"] = _memory(config, cost)
+        if embeds:
+            lines["host memory"] = f"{_gb(cost.encoders.text)} a rank for the text encoders, while they rest"
     for number, line in enumerate(advice(config, batch, cost), 1):
         lines[f"advice {number}"] = line
     width = max(map(len, lines))
@@ -192,8 +198,9 @@ def _memory(config: Config, cost: Cost) -> tuple[str, str]:
         sampler += f", improvement model {_gb(cost.improver)} and its sampler {_gb(cost.improving)}"
         sampler += " while it samples" * cost.offloads_improver
     offloads = " while it samples" if cost.offloads else ""
+    encoders = f", VAE {_gb(cost.encoders.vae)}, text encoders {_gb(cost.encoders.text)} while they encode"
     parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{offloads}, optimizer {_gb(cost.optimizer)}, gradients"
-             f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}")
+             f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}{encoders}")
     return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts}; not kernels' workspaces, nor the allocator's slack"
 
 
@@ -221,6 +228,20 @@ def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:
     existing = next(path for path in [root, *root.absolute().parents] if path.exists())
     size = "" if row_bytes is None or rows is None else f"about {_gb(row_bytes * rows)}, "
     return f"{size}in {root} ({_gb(disk_usage(existing).free)} free)"
+
+
+def _streams(source: Source | None, data: Data, video: bool) -> bool:
+    """Whether clips are encoded while it trains, as far as it is known without the demonstrations."""
+    if source is not None:
+        return streams(source, data, video)
+    drawn_anew = data.cache_latents == "auto" and not is_fixed(data.video, all_time_lapse=True)
+    return video and (data.cache_latents is False or drawn_anew)
+
+
+def _embeds(data: Data, model: Model, rows: int | None) -> bool:
+    """Whether prompts are embedded while it trains; not where that depends on how many there are, which is not known."""
+    known = 0 if rows is None else rows + 1
+    return not keeps_prompts(model, data, known)
 
 
 def of_prompts(data: Data, model: Model | None, rows: int | None) -> str:

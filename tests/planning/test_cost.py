@@ -20,7 +20,8 @@ from seppo_fast.configfile import batch_plan, load_config, parse_config
 from seppo_fast.models import open_model
 from seppo_fast.models.lora import add_lora
 from seppo_fast.models.published import published_model
-from seppo_fast.planning.cost import Cost, estimate, vae_bytes
+from seppo_fast.planning.cost import Cost, estimate
+from seppo_fast.planning.encoders import vae_bytes
 from seppo_fast.planning.network_memory import fused_attention, inference, micro_batch
 from seppo_fast.training.engine import precision, start_engine
 
