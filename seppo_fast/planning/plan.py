@@ -19,6 +19,7 @@ from seppo_fast.data.sizes import enlarged, size_of
 from seppo_fast.data.video.frames import is_fixed
 from seppo_fast.data.video.source import streams
 from seppo_fast.models import Model
+from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.tokens import cut_off, token_counter
 from seppo_fast.planning.cost import Cost
 from seppo_fast.planning.engine_bytes import adam_temporaries, uses_bf16_optimizer
@@ -56,7 +57,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
                                  f" {ours.noise}" if ours.flipper else "")
                   + (f", SFT weight {ours.sft_weight:g}" if ours.sft_weight else "") + _tasks(ours),
         "model": f"{ours.model.path}{f' with {ours.model.motion_adapter}' * bool(ours.model.motion_adapter)}{_size(cost)}, "
-                 + _trained(ours.model, video) + (f", from the policy {ours.model.start_from}" if ours.model.start_from else ""),
+                 + _trained(ours.model, model) + (f", from the policy {ours.model.start_from}" if ours.model.start_from else ""),
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
                 + (f", {ours.data.video.frames} frames ({ours.data.video.choice})" if video else "")
                 + (f", {rows} demonstrations" if rows is not None else ""),
@@ -158,10 +159,11 @@ def _tasks(ours: Seppo) -> str:
     return ", tasks " + ", ".join(f"{name} {share:g}" for name, share in ours.improvement.tasks.model_dump().items())
 
 
-def _trained(model: ModelSettings, video: bool) -> str:
-    if model.lora is None:
-        return "the motion modules" if video else "all weights"
-    return f"LoRA rank {model.lora.rank}" + (f" on the {model.lora.layers or 'temporal'} layers" if video else "")
+def _trained(settings: ModelSettings, model: Model | None) -> str:
+    motion = settings.motion_adapter is not None or isinstance(model, AnimateDiff)
+    if settings.lora is None:
+        return "the motion modules" if motion else "all weights"
+    return f"LoRA rank {settings.lora.rank}" + (f" on the {settings.lora.layers or 'temporal'} layers" if motion else "")
 
 
 def _evaluation(asked: Evaluation) -> str:
