@@ -96,6 +96,21 @@ WAN_TI2V = WAN_14B | {
     "scheduler": UNIPC | {"flow_shift": 5.0},
     INDEX: {"expand_timesteps": True},
 }
+QWEN_VL: dict[str, Any] = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "vocab_size": 152064, "tie_word_embeddings": False, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584},
+}
+QWEN_IMAGE: Configs = {
+    "transformer": {
+        "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128,
+        "num_attention_heads": 24, "joint_attention_dim": 3584, "axes_dims_rope": [16, 56, 56],
+    },
+    "vae": {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
+    "text_encoder": QWEN_VL,
+    "scheduler": {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": True, "base_shift": 0.5,
+                  "max_shift": 0.9, "base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+}
 PUBLISHED: dict[str, tuple[str, Configs]] = {  # each with its pipeline's class
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("StableDiffusionPipeline", SD15),
     "runwayml/stable-diffusion-v1-5": ("StableDiffusionPipeline", SD15),
@@ -108,6 +123,7 @@ PUBLISHED: dict[str, tuple[str, Configs]] = {  # each with its pipeline's class
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("WanPipeline", WAN_1_3B),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("WanPipeline", WAN_14B),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("WanPipeline", WAN_TI2V),
+    "Qwen/Qwen-Image": ("QwenImagePipeline", QWEN_IMAGE),
 }
 
 
