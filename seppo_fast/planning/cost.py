@@ -18,6 +18,7 @@ from seppo_fast.planning.network_memory import inference, micro_batch
 from seppo_fast.reference.guidance import double, guided
 from seppo_fast.training.engine import precision
 from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
+from seppo_fast.training.zero_linear import linear_of
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     taken = TakenGradients(engine)
     micro = inputs(halves * batch.micro)
     online = bool(ours.flipper) and ours.reference_score == "online"
-    meter = micro_batch(denoiser, lambda: denoise(denoiser, *micro), reference=online, gradient=taken, finish=taken.finish)
+    zero = config.deepspeed.get("zero_optimization", {})
+    with linear_of(zero):
+        meter = micro_batch(denoiser, lambda: denoise(denoiser, *micro), reference=online, gradient=taken, finish=taken.finish)
     training = meter.flops / batch.micro - (scoring if online else 0.0)
 
     samples = 1 if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
@@ -175,7 +178,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     encoders = encoder_bytes(model, ours)
     vae, decoding = encoders.vae, encoders.decoding
 
-    stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+    stage = int(zero.get("stage", 0))
     shares = trains_a_part(denoiser)
     return Cost(
         parameters=sum(weight.numel() for weight in denoiser.parameters()), trained=trained, forward=forward,

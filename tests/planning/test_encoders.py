@@ -107,6 +107,13 @@ def test_what_is_made_before_the_training_is_in_the_plan(settings: Settings) -> 
     assert images.reserved == flux.vae + 30 * 10**9
 
 
+@pytest.mark.parametrize(("path", "parameters"), [
+    ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 5_680_910_336), ("Qwen/Qwen-Image", 8_292_166_656)])
+def test_the_published_text_encoders(path: str, parameters: int) -> None:
+    """UMT5-XXL's encoder and Qwen2.5-VL-7B, with a few tables of positions."""
+    assert 4 * parameters <= text_bytes(published_model(path), 1)[0] < 4.0001 * parameters
+
+
 def test_clips_that_are_streamed_are_in_the_plan(settings: Settings, tmp_path: Path) -> None:
     """The VAE stays on the device, and encodes beside the training."""
     model = tiny_animatediff(tmp_path / "model")
