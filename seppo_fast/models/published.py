@@ -153,9 +153,10 @@ def _published(path: str, motion_adapter: str | None) -> Model | None:
     return FAMILIES[pipeline](directory)
 
 
-# Families that people ask for and that cannot be trained here, by what their ids on the hub contain.
-OTHERS = {"flux.2": "FLUX.2", "qwen-image": "Qwen-Image", "wan2.*a14b": "two-expert Wan", "pixart": "PixArt", "z-image": "Z-Image",
-          "hunyuan": "Hunyuan", "cogvideo": "CogVideoX", "ltx-video": "LTX-Video",
+# What people ask for and cannot be trained here, by what their ids on the hub contain (regular expressions).
+OTHERS = {"flux.2": "FLUX.2", "qwen-image-edit": "Qwen-Image-Edit", "qwen-image-layered": "Qwen-Image-Layered",
+          "wan2.*a14b": "Wan 2.2 A14B", "wan2.*(?:(?<!t)i2v|flf2v)": "Wan image-to-video", "wan2.*vace": "Wan VACE",
+          "pixart": "PixArt", "z-image": "Z-Image", "hunyuan": "Hunyuan", "cogvideo": "CogVideoX", "ltx-video": "LTX-Video",
           "sana": "Sana", "kandinsky": "Kandinsky", "stable-cascade": "Stable Cascade"}
 
 

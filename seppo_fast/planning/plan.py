@@ -45,9 +45,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     row_bytes = None if model is None else cache_bytes(model, config)
     rows = None if source is None else source.count
     streamed = _streams(source, ours.data, video)
-    embeds = model is not None and _embeds(ours.data, model, rows)
-    if cost is not None:
-        cost = replace(cost, embeds=embeds, streams=streamed)
+    if cost is not None and model is not None:
+        cost = with_data(cost, ours.data, model, source)
     method = METHODS[ours.method]
     updates = ours.updates
     kept = ours.sampler.samples_per_iteration
@@ -103,7 +102,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
                             + (f" and their winners ({cost.sample / 1e12:.3g} and {cost.improved / 1e12:.3g} TFLOP each)"
                                if cost.improved else ""))
         lines["memory a rank"], lines["of it"] = _memory(config, cost)
-        if embeds:
+        if cost.embeds:
             lines["host memory"] = f"{_gb(cost.encoders.text)} a rank for the text encoders, while they rest"
     for number, line in enumerate(advice(config, batch, cost), 1):
         lines[f"advice {number}"] = line
@@ -230,6 +229,12 @@ def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:
     existing = next(path for path in [root, *root.absolute().parents] if path.exists())
     size = "" if row_bytes is None or rows is None else f"about {_gb(row_bytes * rows)}, "
     return f"{size}in {root} ({_gb(disk_usage(existing).free)} free)"
+
+
+def with_data(cost: Cost, data: Data, model: Model, source: Source | None) -> Cost:
+    """The cost with what the demonstrations decide: whether prompts are embedded, and clips encoded, while it trains."""
+    return replace(cost, streams=_streams(source, data, model.video),
+                   embeds=_embeds(data, model, None if source is None else source.count))
 
 
 def _streams(source: Source | None, data: Data, video: bool) -> bool:
