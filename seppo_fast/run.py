@@ -96,6 +96,9 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     usable = "preference pairs" if METHODS[ours.method].needs_losers else "demonstrations"
     ranks.say(f"{len(cache)} {usable} are usable" + (f", of which {len(held)} are held out" if held else ""))
 
+    # Text encoders embed the prompts of grids and evaluations before the networks are there, beside which they might not fit.
+    grids = prepare_grids(model, config, cache, folder, ranks)
+    validation = prepare_validation(request, model, cache.shape, precision(config.deepspeed).dtype, ranks)
     policy, second = load_policies(model, config, cache.shape[1:], ranks)
     if started:
         start.put_into(policy, started)
@@ -129,8 +132,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     reporter = Reporter(folder.path, ours.updates, state.update, engine.monitor, ranks.rank)
     looks = None
     if reference is not None and ours.looks:
-        looks = Looks(ours, ranks, engine, reference, prepare_grids(model, config, cache, folder, ranks),
-                      prepare_validation(request, model, cache.shape, objective.dtype, ranks),
+        looks = Looks(ours, ranks, engine, reference, grids, validation,
                       open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None, reporter, signals, state)
     trainer = make_trainer(settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs,
                            reference=reference, improver=improver, looks=looks, reporter=reporter, signals=signals,

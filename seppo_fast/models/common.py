@@ -214,8 +214,9 @@ def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False, m
     tokenizer = encoder.replace("text_encoder", "tokenizer")
     if not directory.weights:  # a model whose shape alone is known
         return most
-    own = kind_of(directory.index[encoder][1]).config_class().vocab_size
-    loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", own)
+    kind = kind_of(directory.index[encoder][1]).config_class
+    embedded = kind.from_dict(directory.configs[encoder]).get_text_config().vocab_size  # with the class's number where none is given
+    loaded = load_tokenizer(directory, tokenizer)
     place = directory.path / tokenizer
     if not isinstance(loaded.model_max_length, int) or loaded.model_max_length < 3:
         raise UserError(f"{place}: its model_max_length is {loaded.model_max_length!r}, where the number of tokens of a prompt, 77,"

@@ -9,6 +9,7 @@ from seppo_fast.models.flux import Flux
 from seppo_fast.models.flux2_klein import Flux2Klein
 from seppo_fast.models.labels import KEYS, Labels
 from seppo_fast.models.pix2pix import PIPELINES
+from seppo_fast.models.qwen import QwenImage
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sd3 import StableDiffusion3
 from seppo_fast.models.sdxl import StableDiffusionXL
@@ -22,6 +23,7 @@ FAMILIES: dict[str, type[Model]] = {
     "FluxPipeline": Flux,
     "WanPipeline": Wan,
     "Flux2KleinPipeline": Flux2Klein,
+    "QwenImagePipeline": QwenImage,
 }
 # The same family, with an image as a condition besides the prompt.
 EDITING: dict[str, type[Model]] = {PIPELINES["sd"]: StableDiffusion, PIPELINES["sdxl"]: StableDiffusionXL}

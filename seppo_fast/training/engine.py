@@ -22,6 +22,7 @@ from seppo_fast.models.lora import trainable_weights
 from seppo_fast.models.pix2pix import sees_image
 from seppo_fast.models.quantize import is_quantized, lacking, without_quantized
 from seppo_fast.training.deepspeed_check import problems
+from seppo_fast.training.zero_linear import restore_linear
 
 FILES_OF_MONITORS = {"tensorboard", "csv_monitor"}
 PACKAGES_OF_MONITORS = {"tensorboard": ("tensorboard", "seppo-fast[monitor]"), "wandb": ("wandb", "seppo-fast[monitor]"),
@@ -131,6 +132,7 @@ def start_engine(policy: nn.Module, config: Config, batch: Batch) -> DeepSpeedEn
     weights = list(trainable_weights(policy).values())
     exact = {parameter: parameter.data for parameter in policy.parameters()
              if not parameter.requires_grad and parameter.dtype == torch.float32 and not is_quantized(parameter)}
+    restore_linear()
     with wandb_below(config.seppo.output_dir), without_quantized(policy):
         engine, *_ = deepspeed.initialize(model=policy, model_parameters=weights, config=engine_config(config, batch))
     if not engine.zero_optimization_partition_weights():
