@@ -7,8 +7,6 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-MILLISECONDS = 125  # a frame: AnimateDiff's 8 a second
-
 
 def picture(pixels: Tensor) -> Image.Image:
     """Pixels `(3, H, W)` in [0, 1] as a picture; values beyond are clipped."""
@@ -22,7 +20,7 @@ def png(pixels: Tensor) -> bytes:
     return file.getvalue()
 
 
-def save_clip(frames: Sequence[Image.Image], path: Path) -> None:
-    """A lossless animated WebP that loops."""
+def save_clip(frames: Sequence[Image.Image], rate: int, path: Path) -> None:
+    """A lossless animated WebP that loops, at `rate` frames a second as far as whole milliseconds can say it."""
     first, *others = frames
-    first.save(path, format="WEBP", save_all=True, append_images=others, duration=MILLISECONDS, loop=0, lossless=True)
+    first.save(path, format="WEBP", save_all=True, append_images=others, duration=round(1000 / rate), loop=0, lossless=True)

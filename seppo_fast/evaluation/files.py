@@ -17,15 +17,15 @@ from seppo_fast.data.rows import BadRow
 from seppo_fast.data.video.source import found_video, listing
 from seppo_fast.disk import NO_ROOM
 from seppo_fast.errors import UserError
-from seppo_fast.pictures import MILLISECONDS, picture, save_clip
+from seppo_fast.pictures import picture, save_clip
 
 IMPROVES = "improves"  # the key in a PNG that has the checksum of the file that it is an improvement of
 
 
-def keep(pixels: Tensor, path: Path, source: str | None = None) -> None:
+def keep(pixels: Tensor, path: Path, rate: int, source: str | None = None) -> None:
     """Write `(3, H, W)` in [0, 1] as a PNG, or `(F, 3, H, W)` as a lossless animated WebP; all of the file or nothing.
 
-    `source` is noted in a PNG: the checksum of the file that it is an improvement of.
+    `rate` is the frames a second. `source` is noted in a PNG: the checksum of the file that it is an improvement of.
     """
     temporary = path.with_name(f".{path.name}")
     try:
@@ -35,7 +35,7 @@ def keep(pixels: Tensor, path: Path, source: str | None = None) -> None:
                 notes.add_text(IMPROVES, source)
             picture(pixels).save(temporary, format="PNG", pnginfo=notes)
         else:
-            save_clip([picture(frame) for frame in pixels], temporary)
+            save_clip([picture(frame) for frame in pixels], rate, temporary)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -75,15 +75,16 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_video(path: Path, frames: int) -> Tensor:
-    """`(F, 3, H, W)` in [0, 1]. WebP stores equal frames as one that lasts longer."""
+    """`(F, 3, H, W)` in [0, 1]. WebP stores equal frames as one that lasts longer, and the time of one is the F-th part of all."""
     with _explained(path), Image.open(path) as image:
-        shown = [(torch.from_numpy(np.array(frame.convert("RGB"))), frame.info.get("duration", 0) // MILLISECONDS)
+        shown = [(torch.from_numpy(np.array(frame.convert("RGB"))), frame.info.get("duration", 0))
                  for frame in ImageSequence.Iterator(image)]
-    times = torch.tensor([frames] if len(shown) == 1 else [lasts for _, lasts in shown])
-    if int(times.sum()) != frames:
-        raise UserError(f"{path} has {int(times.sum())} frames where {frames} were drawn; remove it, and the same command draws it"
-                        " again")
-    return torch.stack([frame for frame, _ in shown]).repeat_interleave(times, dim=0).permute(0, 3, 1, 2).float() / 255
+    pictures, lasting = zip(*shown, strict=True)
+    each = sum(lasting) / frames
+    times = [frames] if len(shown) == 1 else [round(time / each) if each else 0 for time in lasting]
+    if [each * time for time in times] != [*lasting] and len(shown) > 1:
+        raise UserError(f"{path} does not have the {frames} frames that were drawn; remove it, and the same command draws it again")
+    return torch.stack(pictures).repeat_interleave(torch.tensor(times), dim=0).permute(0, 3, 1, 2).float() / 255
 
 
 @contextmanager

@@ -104,6 +104,7 @@ class Renderer:
     decode: Callable[[Tensor], Tensor]
     batch_size: int
     device: torch.device
+    rate: int  # frames a second
     see: Callable[[Path], Source] | None = None
 
 
@@ -149,7 +150,7 @@ def render(todo: Sequence[Slot], prompts: Sequence[Prompt], seed: int, out: Path
         for slot, latent in zip(some, latents, strict=True):
             pixels = renderer.decode(latent)[0].cpu()  # one by one: pixels are large
             if pixels.isfinite().all():
-                keep(pixels, out / slot.file, sources[slot].checksum if sources else None)
+                keep(pixels, out / slot.file, renderer.rate, sources[slot].checksum if sources else None)
             else:
                 problems[slot.file] = "the model's sample is not finite (NaN or Inf)"
             progress()
@@ -207,7 +208,7 @@ def open_renderer(candidate: Candidate, drawing: Drawing, ranks: Ranks, count: i
 
     sampler = Sampler(denoiser, denoise, table, empty, guidance, drawing.sampler, dtype, say=say)
     sampler.fit(shape, count)
-    return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device, see)
+    return Renderer(shape, embed, sampler.draw, partial(model.decode, vae), sampler.batch_size, ranks.device, model.frame_rate, see)
 
 
 def check_drawing(candidates: Sequence[Candidate], drawing: Drawing) -> None:

@@ -29,6 +29,7 @@ class Model(Protocol):
 
     name: ClassVar[str]
     video: ClassVar[bool]
+    frame_rate: int  # frames a second at which its videos are shown
     denoiser: ClassVar[str]  # the component that is trained: "unet" or "transformer"
     text_encoders: tuple[str, ...]
     components: ClassVar[Mapping[str, tuple[str, ...]]]  # each with the classes it may have (empty: whichever)

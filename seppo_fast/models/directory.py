@@ -22,6 +22,9 @@ from seppo_fast.sections import Quantized
 HERE = "."  # the component of a directory that holds only one
 NONE = "none"  # a component's class where the pipeline goes without it
 Components = Mapping[str, Collection[str]]  # each with the classes it may have (empty: whichever)
+# In the names of pipelines that draw not from a prompt alone.
+GIVEN = ("Image2Video", "ImageToVideo", "VideoToVideo", "VACE", "WanAnimate", "Img2Img", "Depth2Img", "Pix2Pix", "Inpaint", "Edit",
+         "Control", "Kontext", "Fill", "Upscale", "Layered", "Redux")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -81,8 +84,9 @@ def read_directory(path: Path, variant: str | None, families: Mapping[str, Compo
     index = read_index(path / "model_index.json")
     family = families.get(str(index.get("_class_name")))
     if family is None:
-        known = [name for name in families if "Pix2Pix" not in name]
-        raise UserError(f"{path / 'model_index.json'}: _class_name is {index.get('_class_name')!r}; "
+        name, known = str(index.get("_class_name")), [name for name in families if "Pix2Pix" not in name]
+        given = ", which is given a picture or a video that it changes or goes on from" * any(word in name for word in GIVEN)
+        raise UserError(f"{path / 'model_index.json'}: _class_name is {index.get('_class_name')!r}{given}; "
                         f"what can be trained is {', '.join(known[:-1])} and {known[-1]}.")
     configs, weights = {}, {}
     for component, allowed in family.items():

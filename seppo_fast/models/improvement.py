@@ -10,7 +10,7 @@ from torch import Tensor
 from seppo_fast.checksums import checksum, checksum_of
 from seppo_fast.config import OtherModel
 from seppo_fast.errors import UserError
-from seppo_fast.models import Model, StableDiffusionXL, open_improvement_model, open_model
+from seppo_fast.models import AnimateDiff, Model, StableDiffusionXL, open_improvement_model, open_model
 from seppo_fast.models.common import alphas_cumprod
 from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
 from seppo_fast.models.schedules import is_flow
@@ -44,8 +44,8 @@ def check_improvement_model(model: Model, policy: Model, device: torch.device | 
 
 def check_reference_model(model: Model, policy: Model, device: torch.device | str = "cpu") -> None:
     """`UserError` that names all in which the reference `model`, of which the network is used, does not fit the policy's model."""
-    if policy.video:
-        raise UserError(f"{model.directory.labels.path}: {policy.path} is a video model, of which only the motion modules are"
+    if isinstance(policy, AnimateDiff):
+        raise UserError(f"{model.directory.labels.path}: {policy.path} is an AnimateDiff, of which only the motion modules are"
                         " trained: policy and reference share all other weights, and no other model can be the reference")
     _refuse(model, policy, _differences(model, policy, device) + _architecture(model, policy),
             "The reference must be a model of the policy's architecture, with its VAE and text encoders")

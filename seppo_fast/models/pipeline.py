@@ -19,6 +19,7 @@ class Pipeline:
 
     components: ClassVar[Components]
     video = False
+    frame_rate = 8
     rescale_guidance = None
 
     def __init__(self, directory: Directory) -> None:

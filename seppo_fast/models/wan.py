@@ -48,6 +48,7 @@ class Wan(FlowTransformer):
         super().__init__(directory)
         self.multiple = math.lcm(SIDE, self.multiple)
         self.expand_timesteps = bool(directory.index.get("expand_timesteps"))
+        self.frame_rate = 24 if self.expand_timesteps else 16  # of TI2V-5B, and of Wan 2.1
         file = self.path / "transformer" / "config.json"
         if [*patches] != [1, self.patch, self.patch] or self.expand_timesteps and self.patch != 2:
             raise UserError(f"{file}: patch_size is {patches}, where one latent frame and a square are needed"

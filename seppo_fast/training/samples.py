@@ -53,7 +53,7 @@ class Grids:
         images = [self.model.decode(vae, latent).cpu() for latent in latents.split(1)]  # pixels take much memory
         vae.to("cpu")  # training needs the memory
         self.folder.mkdir(parents=True, exist_ok=True)
-        return save_sheet(torch.cat(images), self.settings.prompts, columns, self.folder / name(update))
+        return save_sheet(torch.cat(images), self.settings.prompts, columns, self.model.frame_rate, self.folder / name(update))
 
     def drawn(self, update: int) -> bool:
         """Whether there is a grid of this update."""
@@ -69,13 +69,13 @@ def name(update: int) -> str:
     return f"update_{update:08d}"
 
 
-def save_sheet(samples: Tensor, prompts: Sequence[str], columns: int, path: Path) -> Path:
+def save_sheet(samples: Tensor, prompts: Sequence[str], columns: int, rate: int, path: Path) -> Path:
     """`(N, 3, H, W)` as a PNG, `(N, F, 3, H, W)` as an animated WebP that loops; returns the file, `path` with its suffix."""
     moves = samples.dim() == 5
     path = path.with_suffix(MOVING if moves else STILL)
     with complete_or_not(path) as temporary:
         if moves:
-            save_clip([sheet(frame, prompts, columns) for frame in samples.unbind(1)], temporary)
+            save_clip([sheet(frame, prompts, columns) for frame in samples.unbind(1)], rate, temporary)
         else:
             sheet(samples, prompts, columns).save(temporary)
     return path

@@ -62,7 +62,8 @@ class Validation:
         batches = -(-len(todo) // reference.batch_size)
         more = ranks.largest(batches) - batches  # another rank has more batches, and all ranks must check equally often
         vae = self.model.load_vae(ranks.device)
-        renderer = Renderer(self.shape, self.embed, draw, partial(self.model.decode, vae), reference.batch_size, ranks.device)
+        renderer = Renderer(self.shape, self.embed, draw, partial(self.model.decode, vae), reference.batch_size, ranks.device,
+                            self.model.frame_rate)
         problems = render(todo, request.prompts, request.drawing.seed, request.out, renderer, lambda: None)
         for _ in range(more):
             check()

@@ -178,8 +178,9 @@ def test_more_positions_than_the_transformer_has(plain):
 CHANGES = {
     "two experts": ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875},
                     "two transformers .*A14B"),
-    "image to video": ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "WanImageToVideoPipeline"),
-    "VACE": ("model_index.json", {"_class_name": "WanVACEPipeline"}, "WanVACEPipeline"),
+    "image to video": ("model_index.json", {"_class_name": "WanImageToVideoPipeline"},
+                       "WanImageToVideoPipeline', which is given a picture or a video"),
+    "VACE": ("model_index.json", {"_class_name": "WanVACEPipeline"}, "WanVACEPipeline', which is given a picture"),
     "channels for an image": ("transformer/config.json", {"in_channels": 36}, "in_channels is 36"),
     "an image's embedding": ("transformer/config.json", {"image_dim": 1280}, "image_dim is 1280"),
     "keys of an image": ("transformer/config.json", {"added_kv_proj_dim": 24}, "added_kv_proj_dim is 24"),

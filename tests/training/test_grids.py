@@ -17,7 +17,7 @@ from seppo_fast.training.samples import CAPTION, FONT, Layout, save_sheet, short
 @pytest.mark.parametrize(("side", "scale"), [(8, 16), (16, 8), (64, 2), (65, 1), (128, 1), (512, 1), (200, 1)])
 def test_small_samples_are_enlarged_by_a_whole_number(side: int, scale: int, tmp_path: Path) -> None:
     samples = torch.rand(4, 3, side, side)
-    sheet = np.asarray(Image.open(save_sheet(samples, ["a cat", "a dog"], 2, tmp_path / "grid")))
+    sheet = np.asarray(Image.open(save_sheet(samples, ["a cat", "a dog"], 2, 8, tmp_path / "grid")))
     layout = Layout(side, side, 2)
     assert layout.scale == scale and sheet.shape[:2] == layout.size(4)[::-1]
     for index, sample in enumerate(samples):
@@ -30,7 +30,7 @@ def test_small_samples_are_enlarged_by_a_whole_number(side: int, scale: int, tmp
 
 
 def test_clips_move_below_their_prompts(tmp_path: Path) -> None:
-    file = save_sheet(torch.rand(2, 3, 3, 16, 24), ["a", "b"], 1, tmp_path / "grid")
+    file = save_sheet(torch.rand(2, 3, 3, 16, 24), ["a", "b"], 1, 16, tmp_path / "grid")
     with Image.open(file) as sheet:
         assert file.suffix == ".webp" and sheet.n_frames == 3 and sheet.size == Layout(16, 24, 1).size(2) == (120, 2 * 97 - 1)
 

@@ -64,7 +64,7 @@ def test_a_video_model_shares_its_image_layers_with_the_reference(settings, tmp_
     one, other = (tiny_animatediff(tmp_path / name, seed=seed) for name, seed in (("one", 0), ("other", 1)))
     raw = settings(**{"seppo.method": "ditto", "seppo.model.path": str(one), "seppo.data.video.frames": 4,
                       "seppo.reference_model": {"path": str(other)}})
-    with pytest.raises(UserError, match="seppo.reference_model.path: .* is a video model, of which only the motion modules"):
+    with pytest.raises(UserError, match="seppo.reference_model.path: .* is an AnimateDiff, of which only the motion modules"):
         dry_run(parse_config(raw), 1)
 
 
