@@ -107,8 +107,7 @@ def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def copy_beside(policy: Denoiser, shares: bool) -> Denoiser:
     """A copy of the policy; where it `shares`, of what is trained alone: frozen parameters are the same objects in both."""
-    shared = [*(weight for weight in policy.parameters() if not weight.requires_grad), *policy.buffers()] if shares else []
-    return copy.deepcopy(policy, {id(tensor): tensor for tensor in shared})
+    return copy.deepcopy(policy, {id(weight): weight for weight in policy.parameters() if shares and not weight.requires_grad})
 
 
 def share_frozen(reference: nn.Module, policy: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,15 @@ def test_weights_that_are_quantized_already(component: str, method: str, tmp_pat
     file.write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
     with pytest.raises(UserError, match=rf"{component}/config.json: quantization_config .*already \({method}\).*quantized twice"):
         open_model(str(tmp_path / "sd3"))
+
+
+def test_a_half_downloaded_model_gives_the_same_message(folder: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(folder, tmp_path / "sd3") / "transformer"
+    open_model(str(folder)).load_denoiser(torch.float32).save_pretrained(place, max_shard_size="50KB")
+    (place / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
+    max(place.glob("*-of-*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"index.json lists \d+ shards, of which 1 are missing.*fetch the model again"):
+        open_model(str(tmp_path / "sd3"), quantize_text="int8")
 
 
 @kinds
