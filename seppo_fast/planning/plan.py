@@ -191,7 +191,7 @@ def _memory(config: Config, cost: Cost) -> tuple[str, str]:
     if cost.improver:
         sampler += f", improvement model {_gb(cost.improver)} and its sampler {_gb(cost.improving)}"
         sampler += " while it samples" * cost.offloads_improver
-    offloads = " while it samples" if cost.offloads else ""
+    offloads = " while it samples" if cost.offloads else " of its blocks" if config.seppo.reference_offload == "blocks" else ""
     parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{offloads}, optimizer {_gb(cost.optimizer)}, gradients"
              f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}")
     return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts}; not kernels' workspaces, nor the allocator's slack"
