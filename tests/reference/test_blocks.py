@@ -13,7 +13,7 @@ import torch
 from diffusers.hooks import group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from networks import NETWORKS, WIDTH, denoise, given, made
-from torch import Tensor, nn
+from torch import nn
 
 from seppo_fast.config import Sampler as Settings
 from seppo_fast.meter import Meter
@@ -21,8 +21,6 @@ from seppo_fast.reference import Pool, Sampler, solver_table
 from seppo_fast.reference.blocks import bytes_on_device, offload_blocks, offloads_blocks
 from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.network import Reference
-from seppo_fast.training.noise import noise_process
-from seppo_fast.training.objective import Objective, Pairs
 
 SCHEDULE = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
 EMPTY = {"prompt_embeds": torch.zeros(1, 7, WIDTH)}
