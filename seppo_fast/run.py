@@ -26,6 +26,7 @@ from seppo_fast.models import Model, open_model
 from seppo_fast.models.engines import same_with_gradients
 from seppo_fast.models.improvement import improvement_model, network_checksum, reference_model
 from seppo_fast.models.lora import share_frozen, trains_a_part
+from seppo_fast.models.vae_memory import VaeMemory, with_vae_memory
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
@@ -162,6 +163,7 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
             model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
                                motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames,
                                image_condition=ours.method == "improvement")
+            with_vae_memory(model, VaeMemory(ours.model.vae_tiling, ours.model.vae_slicing))
             if ours.improvement.path is not None:
                 improvement = improvement_model(ours.improvement, model, ranks.device)
             if ours.reference_model.path is not None:

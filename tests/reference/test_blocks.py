@@ -21,6 +21,8 @@ from seppo_fast.reference import Pool, Sampler, solver_table
 from seppo_fast.reference.blocks import bytes_on_device, offload_blocks, offloads_blocks
 from seppo_fast.reference.guidance import classifier_free
 from seppo_fast.reference.network import Reference
+from seppo_fast.training.noise import noise_process
+from seppo_fast.training.objective import Objective, Pairs
 
 SCHEDULE = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
 EMPTY = {"prompt_embeds": torch.zeros(1, 7, WIDTH)}
@@ -123,3 +125,41 @@ def test_the_plan_counts_what_is_on_the_device(name: str, own_memory: torch.devi
             denoise(parts, latents, torch.tensor([500.0]), conditions)
         peaks.append(meter.peak)
     assert peaks[0] < peaks[1] and peaks[1] == pytest.approx(expected, rel=0.15)
+
+
+def test_casts_of_autocast_do_not_stay(own_memory: torch.device) -> None:
+    """Within a batch of samples, and where errors are computed: the casts of all blocks would be half the network."""
+    parts = made("wan", layers=6, heads=16)
+    expected = bytes_on_device(parts)
+    offload_blocks(parts, own_memory)
+    drawing = sampler(parts, autocast=torch.bfloat16)
+    objective = Objective(denoise, noise_process(SCHEDULE, None, 1.0), "none", torch.float32, torch.bfloat16)
+    latents, conditions = given(1)
+    pairs = Pairs(latents.expand(2, -1, -1, -1), latents.expand(2, -1, -1, -1), torch.tensor([500.0]), conditions)
+    for run in (lambda: drawing.draw(latents, conditions), lambda: objective.score(parts, pairs)):
+        run()  # the first call copies none ahead
+        with Meter() as meter:
+            run()
+        assert expected < meter.peak < 1.2 * expected + bytes_on_device(parts.blocks[0]), "one block's casts at most"
+
+
+@gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """The same bits after each swap, in less memory, and without the graph that is asked for."""
+    pool, sizes = pool_of(tmp_path, name, layers=6, heads=16), {}
+    networks = {"whole": made(name, layers=6, heads=16).to(CUDA), "parts": made(name, layers=6, heads=16)}
+    offload_blocks(networks["parts"], CUDA)
+    drawing = {key: sampler(network, CUDA, cuda_graph=key == "parts") for key, network in networks.items()}
+    drawn = {key: [] for key in networks}
+    for key, network in networks.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for index in (2, 0, 1, 0):
+            pool.load_into(index, network)
+            drawn[key].append(drawing[key].draw(*given(2, "cuda")).cpu())
+        sizes[key] = torch.cuda.max_memory_allocated() - before
+    assert all(map(torch.equal, *drawn.values())) and not torch.equal(drawn["parts"][0], drawn["parts"][1])
+    assert all(weight.device.type == "cpu" for weight in networks["parts"].parameters())
+    whole = sum(weight.nbytes for weight in networks["whole"].parameters())
+    assert sizes["parts"] < sizes["whole"] + bytes_on_device(networks["parts"]) * 1.1 < sizes["whole"] + whole
