@@ -29,7 +29,7 @@ def bytes_on_device(network: nn.Module) -> int:
     lists = [part for part in network.children() if isinstance(part, nn.ModuleList | nn.Sequential)]
     blocks = [_bytes(block) for part in lists for block in part]
     rest = _bytes(network) - sum(blocks)
-    return rest + max((sum(pair) for pair in zip(blocks, [*blocks[1:], 0], strict=True)), default=0)
+    return rest + max((sum(pair) for pair in zip(blocks, [*blocks[1:], 0], strict=False)), default=0)
 
 
 def _take_back(network: nn.Module, given: tuple[Any, ...], output: Any) -> None:

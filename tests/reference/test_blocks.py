@@ -140,7 +140,7 @@ def test_casts_of_autocast_do_not_stay(own_memory: torch.device) -> None:
         run()  # the first call copies none ahead
         with Meter() as meter:
             run()
-        assert expected < meter.peak < 1.2 * expected + bytes_on_device(parts.blocks[0]), "one block's casts at most"
+        assert expected < meter.peak < 1.25 * expected, "one block's casts at most"
 
 
 @gpu
