@@ -98,6 +98,9 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     usable = "preference pairs" if METHODS[ours.method].needs_losers else "demonstrations"
     ranks.say(f"{len(cache)} {usable} are usable" + (f", of which {len(held)} are held out" if held else ""))
 
+    # Text encoders embed the prompts of grids and evaluations before the networks are there, beside which they might not fit.
+    grids = prepare_grids(model, config, cache, folder, ranks)
+    validation = prepare_validation(request, model, cache.shape, precision(config.deepspeed).dtype, ranks)
     policy, second = load_policies(model, config, cache.shape[1:], ranks)
     if started:
         start.put_into(policy, started)
@@ -134,8 +137,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     reporter = Reporter(folder.path, ours.updates, state.update, engine.monitor, ranks.rank)
     looks = None
     if reference is not None and ours.looks:
-        looks = Looks(ours, ranks, engine, reference, prepare_grids(model, config, cache, folder, ranks),
-                      prepare_validation(request, model, cache.shape, objective.dtype, ranks),
+        looks = Looks(ours, ranks, engine, reference, grids, validation,
                       open_held_out(pairs, held, ours, objective, batch.micro, ranks) if held else None, reporter, signals, state)
     trainer = make_trainer(settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs,
                            reference=reference, improver=improver, looks=looks, reporter=reporter, signals=signals,
@@ -162,7 +164,7 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
         if turn:
             model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
                                motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames,
-                               image_condition=ours.method == "improvement")
+                               image_condition=ours.method == "improvement", quantize_text=ours.model.quantize_text)
             with_vae_memory(model, VaeMemory(ours.model.vae_tiling, ours.model.vae_slicing))
             if ours.improvement.path is not None:
                 improvement = improvement_model(ours.improvement, model, ranks.device)

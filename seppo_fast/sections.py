@@ -10,6 +10,7 @@ Name = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Quantized = Literal["int8", "nf4", "fp8"]
 HELD_OUT = ("heldout_winner_gain", "heldout_implicit_acc")  # what is measured on demonstrations that are held out
 
 
@@ -48,6 +49,11 @@ class Model(Section):
     would decide the signs where they are nearly equal. Compiled kernels with gradients differ from those without, so with
     `online` the reference runs with gradients, too. Errors computed at `rollout` differ by that rounding, except at an
     iteration's start, where all pairs are ties.
+
+    `quantize` and `quantize_text` store linear layers' weights in fewer bits, by torchao (`int8`: a scale for each row, `fp8`
+    likewise) or bitsandbytes (`nf4`: a scale for 64 weights). Policy and reference share the quantized base, and `final/` is a LoRA
+    for the model as it was. `int8` and `fp8` weights are turned into the precision of training when they are used, and kept so for
+    the backward: with `gradient_checkpointing` those of one block at a time.
     """
 
     path: Name
@@ -72,8 +78,20 @@ class Model(Section):
     """torch.compile of policy and reference, block by block."""
     start_from: Name | None = None
     """A checkpoint or past policy of another run, whose weights this run begins with."""
+    quantize: Quantized | None = None
+    """Bits of the frozen weights below a LoRA: `int8`, `nf4` (4 bits) or `fp8`; null keeps the precision of training."""
+    quantize_text: Quantized | None = None
+    """The same for the text encoders; null keeps them in fp32."""
     lora: Lora | None = None
     """Train a LoRA instead of all weights. Of an improvement model `final/` is the whole pipeline, with the LoRA merged into it."""
+
+    @model_validator(mode="after")
+    def only_what_is_frozen_is_quantized(self) -> "Model":
+        """Refuse to quantize weights that are trained."""
+        if self.quantize and self.lora is None:
+            raise ValueError(f"quantize={self.quantize!r} needs lora: quantized weights cannot be trained, only an adapter above"
+                             ' them; add lora, e.g. {"rank": 16}, or leave out quantize')
+        return self
 
 
 class Video(Section):

@@ -1,8 +1,13 @@
-"""A small network, a sampler that captures its step, and what it should draw: with a GPU."""
+"""A small network, a sampler that captures its step, and what it should draw: with a GPU; without one, what a graph forbids."""
+
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from seppo_fast.config import Sampler as Settings
 from seppo_fast.reference import Sampler, classifier_free, sample, solver_table
@@ -55,3 +60,20 @@ def expected(unet, noise, conditions, guidance=2.5, solver="ddim", autocast=None
 
 def close(got, want, tolerance=1e-3):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+class OnTheHost(TorchDispatchMode):
+    """The operations that read or make a tensor on the CPU; the device is "meta", which has no values to wait for.
+
+    Reading a value there is an error of PyTorch's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs, result))):
+            self.names.append(str(func))
+        return result

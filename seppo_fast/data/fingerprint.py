@@ -20,13 +20,14 @@ def made_of(source: Source, names: str, model: Any, data: config.Data, seed: int
             ) -> dict[str, Any]:
     """What rows are made of: demonstrations (`names` of `source.identity()`), the VAE's and text encoders' files, preprocessing."""
     files = {name_of(file, model.path): sha256(file) for file in model.fingerprint_files()}
+    quantized = model.directory.quantize_text
     drawn = streams or data.crop == "random" or data.flip or data.choose == "random"
     frames = {"frames": data.video.frames, "choice": data.video.choice, "stride": data.video.stride, "streams": streams}
     return {
         "format": FORMAT,
         "demonstrations": {"kind": source.kind, "columns": source.columns, "parts": len(source.parts),
                            "identity": names, **({"outside": True} if data.allow_outside else {})},
-        "model": {"name": model.name, "files": files},
+        "model": {"name": model.name, "files": files, **({"quantize_text": quantized} if quantized else {})},
         "preprocessing": {"resolution": data.resolution, "crop": data.crop, "flip": data.flip, "choose": data.choose,
                           "seed": seed if drawn else None, **({"video": frames} if model.video else {}),
                           **({"vae_tiling": True} if model.vae_memory.tiling else {})},

@@ -14,6 +14,7 @@ from seppo_fast.data.memory import give_back_memory
 from seppo_fast.errors import UserError
 from seppo_fast.models import Conditions
 from seppo_fast.models.engines import same_with_gradients
+from seppo_fast.models.quantize import is_quantized
 from seppo_fast.models.tokens import token_counter
 
 # Pick-a-Pic's 58,960 prompts are 7 GB of Stable Diffusion's embeddings and 19 GB of SDXL's, and 161 GB of those of SD3.5's T5.
@@ -40,7 +41,7 @@ class PromptEncoder:
     def _note(self, _: str, encoder: nn.Module) -> None:
         """Keep a text encoder, which is in host memory still."""
         self.encoders.append(encoder)
-        self.on_host += [(parameter, parameter.data) for parameter in encoder.parameters()]
+        self.on_host += [(parameter, parameter.data) for parameter in encoder.parameters() if not is_quantized(parameter)]
 
     def __call__(self, prompts: Sequence[int]) -> Conditions:
         """The conditions of some prompts, fp32, (B, ...) each. What is not held is embedded."""
@@ -65,7 +66,7 @@ class PromptEncoder:
         for parameter, host in self.on_host:  # nothing changes the weights, so the device's copy need not come back
             parameter.data = host
         for encoder in self.encoders:
-            encoder.to("cpu")  # its buffers
+            encoder.to("cpu")  # its buffers, and quantized weights, which are more than one tensor
         give_back_memory()
 
     @cached_property

@@ -1,5 +1,7 @@
 """Opening models. `contract.py` says what each offers the trainer; `families.py` lists them, one file per family."""
 
+from dataclasses import replace
+
 from seppo_fast import broken_xformers  # noqa: F401  before diffusers' models
 from seppo_fast.errors import UserError
 from seppo_fast.models.animatediff import AnimateDiff
@@ -12,25 +14,28 @@ from seppo_fast.models.pix2pix import with_image_condition
 from seppo_fast.models.sd import StableDiffusion
 from seppo_fast.models.sdxl import StableDiffusionXL
 from seppo_fast.models.trial import make_networks
+from seppo_fast.sections import Quantized
 
 __all__ = ["AnimateDiff", "Conditions", "Denoiser", "Labels", "Model", "StableDiffusion", "StableDiffusionXL", "alphas_cumprod",
            "is_hub_id", "open_improvement_model", "open_model"]
 
 
 def open_model(path: str, *, revision: str | None = None, variant: str | None = None, motion_adapter: str | None = None,
-               frames: int = 1, image_condition: bool = False, labels: Labels = KEYS) -> Model:
+               frames: int = 1, image_condition: bool = False, quantize_text: Quantized | None = None, labels: Labels = KEYS
+               ) -> Model:
     """The model in a diffusers pipeline directory or behind a hub id, checked as far as possible without loading weights.
 
     With a `motion_adapter` (a directory or hub id), Stable Diffusion becomes an AnimateDiff. A video model must have positions for
     `frames`. With an `image_condition`, Stable Diffusion and SDXL become InstructPix2Pix models that do not use the image yet; one
-    that is such a model already stays as it is. `labels` is what messages call these settings.
+    that is such a model already stays as it is. `quantize_text` is how its text encoders' weights are stored. `labels` is what
+    messages call these settings.
     """
     directory = open_directory(locate(str(path), revision, variant, labels=labels), variant, labels)
     family = directory.index["_class_name"]
     if not image_condition and family in EDITING:
         raise UserError(f"{labels.path}: {path} is a {family}: it changes a given image, and cannot draw from a prompt alone."
                         f" {labels.needs_image}")
-    model = _open(directory, path, variant, motion_adapter, frames, labels)
+    model = _open(replace(directory, quantize_text=quantize_text), path, variant, motion_adapter, frames, labels)
     make_networks(model)
     return add_image_condition(model) if image_condition else model
 

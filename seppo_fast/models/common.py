@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from seppo_fast.errors import UserError, few, reason
-from seppo_fast.models.contract import Vae
+from seppo_fast.models.contract import Adapt, Vae
 from seppo_fast.models.directory import Directory, kind_of
 from seppo_fast.models.finite import check_finite
 from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pix2pix import has_image_condition, widen
+from seppo_fast.models.quantize import quantize
 from seppo_fast.models.values import ADVICE, check_values
 
 TOKENS = 77  # of a prompt, in all published models
@@ -167,6 +168,16 @@ def load_component(directory: Directory, component: str, kind: type[nn.Module], 
     return module
 
 
+def load_text_encoder(directory: Directory, component: str, device: torch.device | str, dtype: torch.dtype, adapt: Adapt
+                      ) -> nn.Module:
+    """A text encoder for inference on `device`, quantized where the directory says so; `adapt` changes it before it moves."""
+    encoder = load_component(directory, component, kind_of(directory.index[component][1]), dtype)
+    if directory.quantize_text:
+        quantize(encoder, directory.quantize_text, device, dtype)
+    adapt(component, encoder)
+    return encoder.to(device).eval().requires_grad_(False)
+
+
 def load_unet(directory: Directory, dtype: torch.dtype) -> UNet2DConditionModel:
     """The UNet from disk; with new input channels where the directory was given an image condition that its file has not."""
     unet = load_component(directory, "unet", UNet2DConditionModel, dtype)
@@ -203,8 +214,9 @@ def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False, m
     tokenizer = encoder.replace("text_encoder", "tokenizer")
     if not directory.weights:  # a model whose shape alone is known
         return most
-    own = kind_of(directory.index[encoder][1]).config_class().vocab_size
-    loaded, embedded = load_tokenizer(directory, tokenizer), directory.configs[encoder].get("vocab_size", own)
+    kind = kind_of(directory.index[encoder][1]).config_class
+    embedded = kind.from_dict(directory.configs[encoder]).get_text_config().vocab_size  # with the class's number where none is given
+    loaded = load_tokenizer(directory, tokenizer)
     place = directory.path / tokenizer
     if not isinstance(loaded.model_max_length, int) or loaded.model_max_length < 3:
         raise UserError(f"{place}: its model_max_length is {loaded.model_max_length!r}, where the number of tokens of a prompt, 77,"

@@ -17,6 +17,7 @@ from seppo_fast.models.hub import download
 from seppo_fast.models.labels import KEYS, Labels
 from seppo_fast.models.values import check_values
 from seppo_fast.opening import expanded
+from seppo_fast.sections import Quantized
 
 HERE = "."  # the component of a directory that holds only one
 NONE = "none"  # a component's class where the pipeline goes without it
@@ -33,6 +34,7 @@ class Directory:
     configs: dict[str, dict[str, Any]]
     weights: dict[str, Weights]
     labels: Labels = KEYS
+    quantize_text: Quantized | None = None  # how its text encoders' weights are stored once they are loaded
 
     @property
     def denoiser(self) -> str:
@@ -100,6 +102,7 @@ def read_directory(path: Path, variant: str | None, families: Mapping[str, Compo
             check_tokenizer(folder)
         else:
             configs[component] = read_json(folder / "config.json")
+            check_not_quantized(folder / "config.json", configs[component])
             kind = kind_of(name)
             check_values(folder / "config.json", configs[component], getattr(kind, "config_class", kind))
             library = "transformers" if component.startswith("text") else "diffusers"
@@ -110,6 +113,16 @@ def read_directory(path: Path, variant: str | None, families: Mapping[str, Compo
         present = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
         raise UserError(f"{labels.variant} {variant!r}: {folder} has no such weights, but {', '.join(present)}.")
     return directory
+
+
+def check_not_quantized(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a component whose files hold quantized weights."""
+    settings = config.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise UserError(f"{file}: quantization_config says that these weights are quantized already{f' ({method})' * bool(method)}."
+                        " They can neither be trained nor quantized twice: take the model that is not quantized;"
+                        " seppo.model.quantize and seppo.model.quantize_text quantize it when it is loaded")
 
 
 def read_adapter(path: Path, variant: str | None, labels: Labels = KEYS) -> Directory:

@@ -23,7 +23,7 @@ STEMS = {
     "diffusers": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "transformers": ("model", "pytorch_model"),
 }
-SMALL = (".json", ".txt", ".model")  # configurations and vocabularies
+SMALL = (".json", ".txt", ".model", ".jinja")  # configurations, vocabularies, chat templates
 MOST_HEADER = 100_000_000  # the safetensors library's own limit
 SWITCHES = ("force_zeros_for_empty_prompt", "is_cosxl_edit")  # SDXL's in model_index.json
 REFETCH = "The download is probably incomplete: fetch the model again"

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -61,16 +62,15 @@ class FlowTransformer(Pipeline, ABC):
 
     def text_config(self, part: str) -> Any:
         """A text encoder's configuration, with its class's values for what the file leaves out."""
-        return kind_of(type(self).components[part][0]).config_class.from_dict(self.directory.configs[part])
+        with common.explained(self.directory, part):
+            return kind_of(type(self).components[part][0]).config_class.from_dict(self.directory.configs[part])
 
     def load_text(self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: Adapt = unchanged
                   ) -> Callable[[list[str]], Conditions]:
         """Prompts -> conditions on `device`, by the pipeline's own `encode_prompt`; `adapt` changes text encoders."""
         parts: dict[str, Any] = {}
         for part in self.text_encoders:
-            encoder = common.load_component(self.directory, part, kind_of(self.directory.index[part][1]), dtype)
-            adapt(part, encoder)
-            parts[part] = encoder.to(device).eval().requires_grad_(False)
+            parts[part] = common.load_text_encoder(self.directory, part, device, dtype, adapt)
             tokenizer = part.replace("text_encoder", "tokenizer")
             parts[tokenizer] = common.load_tokenizer(self.directory, tokenizer)
             # The pipeline fills prompts up to this length; a tokenizer saved without it claims 1e30.
@@ -85,14 +85,29 @@ class FlowTransformer(Pipeline, ABC):
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by a pipeline with text encoders alone."""
 
-    def shift_of(self, latents: Sequence[int]) -> float:
-        """The mu that the pipeline computes of the number of tokens, where the scheduler wants one."""
-        config = self.scheduler_config
+    def shift_of(self, latents: Sequence[int], steps: int | None = None) -> float:
+        """The mu that the pipeline computes for `steps` (None: its default), where the scheduler wants one."""
         tokens = math.prod(side // self.patch for side in latents[-2:])
-        mu = calculate_shift(tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
-                             config.get("base_shift", 0.5), config.get("max_shift", 1.15))
-        check_shift(dynamic_shift(config, mu), self.path / "scheduler" / "scheduler_config.json", f" for {tokens} tokens")
+        mu = self.mu(tokens, steps)
+        check_shift(dynamic_shift(self.scheduler_config, mu), self.path / "scheduler" / "scheduler_config.json",
+                    f" for {tokens} tokens")
         return mu
+
+    def mu(self, tokens: int, steps: int | None) -> float:
+        """The mu for so many tokens, whatever the steps, as FLUX.1's pipeline computes it."""
+        config = self.scheduler_config
+        return calculate_shift(tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+                               config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+
+    def set_timesteps(self, scheduler: Any, steps: int, latents: Sequence[int]) -> None:
+        """As most pipelines do: evenly from 1, with a shift by the number of tokens where the scheduler takes one."""
+        sigmas = {} if scheduler.config.get("use_flow_sigmas") else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+        mu = {"mu": self.shift_of(latents, steps)} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(**(sigmas or {"num_inference_steps": steps}), **mu)
+        scheduler.set_begin_index(0)
+
+    def check_side(self, side: int) -> None:
+        """Positions are rotations, for images of any size."""
 
     def time_shift(self, latents: Sequence[int]) -> float:
         """The k of s' = k s / (1 + (k - 1) s), by which times are shifted for latents of this shape."""

@@ -1,9 +1,7 @@
 """FLUX.1: a CLIP text encoder's pooled embedding, T5, a transformer on packed latents, the guidance scale as an input."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import FluxPipeline
 from diffusers.loaders import FluxLoraLoaderMixin
@@ -69,16 +67,6 @@ class Flux(FlowTransformer):
             img_ids=places(height, width, latents.device), return_dict=False)[0]
         return FluxPipeline._unpack_latents(output, *(side * self.vae_scale_factor for side in latents.shape[-2:]),
                                             self.vae_scale_factor)
-
-    def set_timesteps(self, scheduler: Any, steps: int, latents: Sequence[int]) -> None:
-        """As the pipeline does: evenly from 1, with a shift by the number of tokens where the scheduler takes one."""
-        sigmas = {} if scheduler.config.get("use_flow_sigmas") else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
-        mu = {"mu": self.shift_of(latents)} if scheduler.config.get("use_dynamic_shifting") else {}
-        scheduler.set_timesteps(**(sigmas or {"num_inference_steps": steps}), **mu)
-        scheduler.set_begin_index(0)
-
-    def check_side(self, side: int) -> None:
-        """Positions are rotations, for images of any size."""
 
 
 def places(height: int, width: int, device: torch.device) -> Tensor:

@@ -1,5 +1,7 @@
 """Whether an improvement or reference model goes with a policy: the same latents, prompts and noise levels."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,9 +69,15 @@ def _differences(model: Model, policy: Model, device: torch.device | str) -> lis
     VAE and text encoders are the same where their files are. Otherwise both are loaded, and what counts is whether they make
     the same of a picture and a prompt: a published model's files may be of another format or precision.
     """
-    problems = [f"{name} is {own!r} and not {other!r}" for name, own, other in _facts(model, policy) if own != other]
+    problems = [f"{name} is {_short(own)} and not {_short(other)}" for name, own, other in _facts(model, policy) if own != other]
     problems += _schedule(model, policy)
     return problems + (_encoders(model, policy, device) if model.name == policy.name else [])
+
+
+def _short(value: object) -> str:
+    """A value as text, without the end of one number a channel."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _architecture(model: Model, policy: Model) -> list[str]:
@@ -114,12 +122,20 @@ def _schedule(model: Model, policy: Model) -> list[str]:
 def _encoders(model: Model, policy: Model, device: torch.device | str) -> list[str]:
     """What is to be said where latents or embeddings differ."""
     problems = []
+    model, policy = map(unquantized, (model, policy))
     own, other = _files(model), _files(policy)
     if own["vae"] != other["vae"] and not _alike(*({"": _latents(each, device)} for each in (model, policy))):
         problems.append("its VAE makes other latents of a picture")
     if own["text"] != other["text"] and not _alike(*(each.load_text(device)([PROMPT]) for each in (model, policy))):
         problems.append("its text encoder or tokenizer makes other embeddings of a prompt")
     return problems
+
+
+def unquantized(model: Model) -> Model:
+    """The model with text encoders of full precision: what quantization changes is no difference between two models."""
+    plain = copy.copy(model)
+    plain.directory = replace(model.directory, quantize_text=None)
+    return plain
 
 
 def _files(model: Model) -> dict[str, dict[Path, str]]:

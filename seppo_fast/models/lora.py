@@ -1,5 +1,6 @@
 """LoRA on the denoiser through PEFT, and which weights are trained."""
 
+import copy
 import difflib
 import re
 from typing import Literal
@@ -49,7 +50,8 @@ def portion(denoiser: nn.Module, lora: Lora) -> Literal["temporal", "spatial", "
     if isinstance(denoiser, UNetMotionModel):
         return lora.layers or "temporal"
     if lora.layers is not None:
-        raise UserError(f"seppo.model.lora.layers: {lora.layers!r} is for video models, and this is an image model; leave it out")
+        raise UserError(f"seppo.model.lora.layers: {lora.layers!r} is for video models, and this is an image model, or one without"
+                        " motion modules; leave it out")
     return "all"
 
 
@@ -103,6 +105,12 @@ def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def copy_beside(policy: Denoiser, shares: bool) -> Denoiser:
+    """A copy of the policy; where it `shares`, of what is trained alone: frozen parameters are the same objects in both."""
+    shared = [*(weight for weight in policy.parameters() if not weight.requires_grad), *policy.buffers()] if shares else []
+    return copy.deepcopy(policy, {id(tensor): tensor for tensor in shared})
+
+
 def share_frozen(reference: nn.Module, policy: nn.Module) -> None:
     """Let the reference use the storage of the policy's frozen parameters and its tables: one base, two adapters.
 
@@ -111,8 +119,9 @@ def share_frozen(reference: nn.Module, policy: nn.Module) -> None:
     own = dict(reference.named_parameters())
     for name, parameter in policy.named_parameters():
         # ZeRO-3 leaves an empty placeholder where it has partitioned a parameter
-        shared = not parameter.requires_grad and own[name].shape == parameter.shape
-        own[name].data = parameter.data if shared else own[name].data.to(parameter.dtype)
+        if own[name] is not parameter:
+            shared = not parameter.requires_grad and own[name].shape == parameter.shape
+            own[name].data = parameter.data if shared else own[name].data.to(parameter.dtype)
     tables = dict(reference.named_buffers())  # half a gigabyte of positions in SD3.5 Medium
     for name, table in policy.named_buffers():
         tables[name].data = table.data

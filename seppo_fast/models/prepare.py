@@ -13,6 +13,7 @@ from seppo_fast.errors import UserError, warn_fallback
 from seppo_fast.models.attention import choose_attention
 from seppo_fast.models.contract import Denoiser
 from seppo_fast.models.layout import convolve_in_channels_last
+from seppo_fast.models.quantize import is_quantized
 from seppo_fast.models.trial import Given
 
 
@@ -45,7 +46,9 @@ def _compiles(denoiser: Denoiser, inputs: Callable[[torch.dtype], dict[str, Give
     try:
         for name, (given, named) in inputs(dtype).items():
             trial = copy.deepcopy(denoiser.get_submodule(name)).to(device, dtype)
-            trial.requires_grad_(True).compile()  # a frozen one would have no backward
+            for weight in trial.parameters():  # a frozen block would have no backward
+                weight.requires_grad_(not is_quantized(weight))
+            trial.compile()
             given, named = tree_map_only(Tensor, lambda value: torch.zeros_like(value, device=device), (given, named))
             sum(part.sum() for part in tree_leaves(trial(*given, **named)) if isinstance(part, Tensor)).backward()
     except Exception as error:  # whatever the compiler raises

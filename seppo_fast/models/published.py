@@ -10,7 +10,8 @@ from seppo_fast.models.directory import HERE, Directory
 from seppo_fast.models.families import FAMILIES
 from seppo_fast.models.schedules import FLOW
 
-Configs = dict[str, dict[str, Any]]  # by component
+Configs = dict[str, dict[str, Any]]  # by component; "model_index" has what the pipeline's own file says besides them
+INDEX = "model_index"
 
 SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "num_train_timesteps": 1000, "steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False}
@@ -73,6 +74,43 @@ FLUX_SCHNELL = FLUX_DEV | {
     "transformer": FLUX_DEV["transformer"] | {"guidance_embeds": False},
     "scheduler": FLUX_DEV["scheduler"] | {"shift": 1.0, "use_dynamic_shifting": False},
 }
+UMT5_XXL = T5_XXL | {"vocab_size": 256384}
+UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+         "num_train_timesteps": 1000}
+WAN_14B: Configs = {
+    "transformer": {
+        "patch_size": [1, 2, 2], "in_channels": 16, "out_channels": 16, "num_layers": 40, "attention_head_dim": 128,
+        "num_attention_heads": 40, "ffn_dim": 13824, "text_dim": 4096, "freq_dim": 256,
+    },
+    "vae": {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
+    "text_encoder": UMT5_XXL,
+    "scheduler": UNIPC | {"flow_shift": 3.0},
+}
+WAN_1_3B = WAN_14B | {"transformer": WAN_14B["transformer"] | {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}}
+WAN_TI2V = WAN_14B | {
+    "transformer": WAN_14B["transformer"] | {
+        "in_channels": 48, "out_channels": 48, "num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336},
+    "vae": WAN_14B["vae"] | {
+        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+        "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48},  # true ones not needed
+    "scheduler": UNIPC | {"flow_shift": 5.0},
+    INDEX: {"expand_timesteps": True},
+}
+QWEN_VL: dict[str, Any] = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "vocab_size": 152064, "tie_word_embeddings": False, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584},
+}
+QWEN_IMAGE: Configs = {
+    "transformer": {
+        "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128,
+        "num_attention_heads": 24, "joint_attention_dim": 3584, "axes_dims_rope": [16, 56, 56],
+    },
+    "vae": {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
+    "text_encoder": QWEN_VL,
+    "scheduler": {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": True, "base_shift": 0.5,
+                  "max_shift": 0.9, "base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+}
 PUBLISHED: dict[str, tuple[str, Configs]] = {  # each with its pipeline's class
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("StableDiffusionPipeline", SD15),
     "runwayml/stable-diffusion-v1-5": ("StableDiffusionPipeline", SD15),
@@ -82,6 +120,10 @@ PUBLISHED: dict[str, tuple[str, Configs]] = {  # each with its pipeline's class
     "stabilityai/stable-diffusion-3.5-large": ("StableDiffusion3Pipeline", SD35_LARGE),
     "black-forest-labs/FLUX.1-dev": ("FluxPipeline", FLUX_DEV),
     "black-forest-labs/FLUX.1-schnell": ("FluxPipeline", FLUX_SCHNELL),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("WanPipeline", WAN_1_3B),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("WanPipeline", WAN_14B),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("WanPipeline", WAN_TI2V),
+    "Qwen/Qwen-Image": ("QwenImagePipeline", QWEN_IMAGE),
 }
 
 
@@ -104,15 +146,17 @@ def _published(path: str, motion_adapter: str | None) -> Model | None:
     pipeline, configs = PUBLISHED.get(path, ("", {}))
     if not pipeline or motion_adapter is not None and (motion_adapter not in ADAPTERS or pipeline != "StableDiffusionPipeline"):
         return None
-    directory = Directory(Path(path), {"_class_name": pipeline}, configs, {})
+    kinds = {part: [None, allowed[0]] for part, allowed in FAMILIES[pipeline].components.items() if allowed}
+    directory = Directory(Path(path), kinds | configs.get(INDEX, {}) | {"_class_name": pipeline}, configs, {})
     if motion_adapter is not None:
         return AnimateDiff(directory, Directory(Path(motion_adapter), {}, {HERE: ADAPTERS[motion_adapter]}, {}))
     return FAMILIES[pipeline](directory)
 
 
-# Families that people ask for and that cannot be trained here, by what their ids on the hub contain.
-OTHERS = {"flux.2": "FLUX.2", "qwen-image": "Qwen-Image", "wan2": "Wan", "pixart": "PixArt", "z-image": "Z-Image",
-          "hunyuan": "Hunyuan", "cogvideo": "CogVideoX", "ltx-video": "LTX-Video",
+# What people ask for and cannot be trained here, by what their ids on the hub contain (regular expressions).
+OTHERS = {"flux.2": "FLUX.2", "qwen-image-edit": "Qwen-Image-Edit", "qwen-image-layered": "Qwen-Image-Layered",
+          "wan2.*a14b": "Wan 2.2 A14B", "wan2.*(?:(?<!t)i2v|flf2v)": "Wan image-to-video", "wan2.*vace": "Wan VACE",
+          "pixart": "PixArt", "z-image": "Z-Image", "hunyuan": "Hunyuan", "cogvideo": "CogVideoX", "ltx-video": "LTX-Video",
           "sana": "Sana", "kandinsky": "Kandinsky", "stable-cascade": "Stable Cascade"}
 
 

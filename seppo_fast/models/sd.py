@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from seppo_fast.models import common
 from seppo_fast.models.contract import Adapt, Conditions, unchanged
@@ -42,9 +41,7 @@ class StableDiffusion(UNetPipeline):
     ) -> Callable[[list[str]], Conditions]:
         """Prompts -> conditions on `device`, as `StableDiffusionPipeline.encode_prompt` makes them; `adapt` changes the encoder."""
         tokenizer = common.load_tokenizer(self.directory, "tokenizer")
-        encoder = common.load_component(self.directory, "text_encoder", CLIPTextModel, dtype)
-        adapt("text_encoder", encoder)
-        encoder = encoder.to(device).eval().requires_grad_(False)
+        encoder = common.load_text_encoder(self.directory, "text_encoder", device, dtype, adapt)
 
         @torch.no_grad()
         def embed(prompts: list[str]) -> Conditions:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import common
@@ -59,11 +58,7 @@ class StableDiffusionXL(UNetPipeline):
     ) -> Callable[[list[str]], Conditions]:
         """Prompts -> conditions on `device`, as `StableDiffusionXLPipeline.encode_prompt` makes them; `adapt` changes encoders."""
         tokenizers = [common.load_tokenizer(self.directory, name) for name in ("tokenizer", "tokenizer_2")]
-        encoders = []
-        for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-            encoder = common.load_component(self.directory, name, kind, dtype)
-            adapt(name, encoder)
-            encoders.append(encoder.to(device).eval().requires_grad_(False))
+        encoders = [common.load_text_encoder(self.directory, name, device, dtype, adapt) for name in self.text_encoders]
 
         @torch.no_grad()
         def embed(prompts: list[str]) -> Conditions:

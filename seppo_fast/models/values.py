@@ -28,9 +28,10 @@ def _lacking(name: str, value: Any, parameter: inspect.Parameter) -> str:
     alone, listed = _kinds(parameter.annotation)
     # published models have null for some switches that are off
     optional = NoneType in alone or parameter.default is None
-    if value is None and (optional and name not in NEEDED or bool in alone and not parameter.default):
+    needed = name in NEEDED and parameter.default is not None  # a language model's class has null itself
+    if value is None and (optional and not needed or bool in alone and not parameter.default):
         return ""
-    if name == "eos_token_id":  # declared for generation, where there may be several
+    if name == "eos_token_id" and needed:  # declared for generation, where there may be several
         listed = set()
     if value == [] and isinstance(parameter.default, list | tuple) and not parameter.default:  # SD3.5 Large's dual_attention_layers
         return ""

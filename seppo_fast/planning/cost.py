@@ -1,6 +1,5 @@
 """What a run costs before it runs: FLOPs and bytes, counted on the model's own graph without executing it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +12,15 @@ from seppo_fast.models import Model, add_image_condition
 from seppo_fast.models.layout import convolve_in_channels_last
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
 from seppo_fast.models.trial import blank_conditions, explained
+from seppo_fast.planning.encoders import EncoderBytes, encoder_bytes, weight_bytes
 from seppo_fast.planning.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.planning.network_memory import inference, micro_batch
+from seppo_fast.planning.quantized import as_quantized
 from seppo_fast.reference.blocks import bytes_on_device
 from seppo_fast.reference.guidance import double, guided
-from seppo_fast.training.engine import precision
+from seppo_fast.training.engine import precision, zero_stage
 from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
+from seppo_fast.training.zero_linear import linear_of
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,24 @@ class Cost:
     offloads_improver: bool  # which leave the device while the policy is trained
     grid: int  # the VAE and the decoding of one of a sample grid's samples; 0 where no grid is made
     evaluation: int  # the VAE and the drawing or decoding of an evaluation's samples; 0 where nothing is evaluated
+    encoders: EncoderBytes
     graph: bool  # a CUDA graph keeps the sampler's bytes from everything else
     offloads: bool  # reference and graph leave the device while the policy is trained
+    embeds: bool = False  # prompts are embedded while it trains, by text encoders that rest in host memory
+    streams: bool = False  # clips are encoded while it trains
 
     @property
     def standing(self) -> int:
         """Bytes that stay allocated from the first update to the last."""
         improver = 0 if self.offloads_improver else self.improver
-        return self.weights + self.optimizer + (0 if self.offloads else self.reference) + improver
+        vae = self.encoders.vae if self.streams else 0
+        return self.weights + self.optimizer + (0 if self.offloads else self.reference) + improver + vae
 
     @property
     def peaks(self) -> dict[str, int]:
-        """The most that each phase of an update needs."""
-        phases = {"micro-batch": self.gradients + self.bucket + self.activations, "optimizer": self.update}
+        """The most that each phase of a run needs."""
+        clips = self.encoders.encoding if self.streams else 0
+        phases = {"micro-batch": self.gradients + self.bucket + self.activations + clips, "optimizer": self.update}
         # a graph has its own memory, beside that of another graph and of scoring
         ahead = (sum if self.graph else max)((self.sampler, self.improving, self.score))
         if ahead:
@@ -70,7 +77,10 @@ class Cost:
         here = self.kept_gradients + (back if self.offloads else 0)
         looks = {"sample grid": self.grid, "evaluation": self.evaluation}
         phases |= {name: here + size for name, size in looks.items() if size}
-        return {name: self.standing + size for name, size in phases.items()}
+        if self.embeds:
+            phases["prompts"] = self.kept_gradients + self.encoders.text + self.encoders.embedding
+        alone = {"encoding": self.encoders.before_training}  # before any of the others is there
+        return {name: self.standing + size for name, size in phases.items()} | alone
 
     @property
     def memory(self) -> int:
@@ -86,7 +96,7 @@ class Cost:
     @property
     def reserved(self) -> int:
         """The bytes that the device must have: nothing else can use a captured graph's memory pool."""
-        return max(size + (self.kept_graphs if name != "sampling" else 0) for name, size in self.peaks.items())
+        return max(size + (self.kept_graphs if name not in ("sampling", "encoding") else 0) for name, size in self.peaks.items())
 
     @property
     def sampling(self) -> float:
@@ -110,6 +120,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     dtype, autocast = precision(config.deepspeed)
     with torch.device("meta"):
         denoiser = nn.Module.to(model.empty_denoiser(), dtype)
+        saved = as_quantized(denoiser, ours.model.quantize) if ours.model.quantize else 0
         choose_trained(denoiser, ours.model.lora, ours.seed)
     if ours.model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -118,7 +129,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     denoiser.train()
     trainable = list(trainable_weights(denoiser).values())
     trained = sum(weight.numel() for weight in trainable)
-    weights = network_bytes(denoiser)
+    weights = network_bytes(denoiser) - saved
     method = METHODS[ours.method]
     halves = 2 if method.references else 1
     generated, improves = method.draws, method.winners == "improvement"
@@ -138,7 +149,9 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     taken = TakenGradients(engine)
     micro = inputs(halves * batch.micro)
     online = bool(ours.flipper) and ours.reference_score == "online"
-    meter = micro_batch(denoiser, lambda: denoise(denoiser, *micro), reference=online, gradient=taken, finish=taken.finish)
+    zero = config.deepspeed.get("zero_optimization", {})
+    with linear_of(zero):
+        meter = micro_batch(denoiser, lambda: denoise(denoiser, *micro), reference=online, gradient=taken, finish=taken.finish)
     training = meter.flops / batch.micro - (scoring if online else 0.0)
 
     samples = 1 if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
@@ -165,9 +178,10 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
             improver = network_bytes(nn.Module.to(improvement.empty_denoiser(), dtype))
         improving = inference(lambda: denoise(denoiser, *inputs(tripled * samples))).peak
         improving = ((improving + weights) // 2 if autocast else improving) + known
-    vae, decoding = vae_bytes(model, latent_shape(model, ours.data)) if looks else (0, 0)
+    encoders = encoder_bytes(model, ours)
+    vae, decoding = encoders.vae, encoders.decoding
 
-    stage = int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+    stage = zero_stage(config.deepspeed)
     shares = trains_a_part(denoiser)
     return Cost(
         parameters=sum(weight.numel() for weight in denoiser.parameters()), trained=trained, forward=forward,
@@ -178,7 +192,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         reference=reference_bytes(ours, denoiser, shares and stage < 3),
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
         update=engine.update, score=score, sampler=sampler, kept_gradients=engine.sampling, graph=graph,
-        grid=vae + decoding if ours.samples.every else 0,
+        encoders=encoders, grid=vae + decoding if ours.samples.every else 0,
         evaluation=vae + max(decoding, 0 if graph else sampler) if ours.evaluation.draws else 0,
         offloads=ours.moves_reference and not shares,
     )
@@ -192,8 +206,7 @@ def samples_of_a_pair(ours: Seppo, batch: Batch) -> float:
 
 def network_bytes(network: nn.Module, shared: bool = False) -> int:
     """Bytes of a network's weights and tables; `shared`: of those that a second one does not share with it (`share_frozen`)."""
-    own = trainable_weights(network).values() if shared else (*network.parameters(), *network.buffers())
-    return sum(tensor.nbytes for tensor in own)
+    return sum(weight.nbytes for weight in trainable_weights(network).values()) if shared else weight_bytes(network)
 
 
 def reference_bytes(ours: Seppo, denoiser: nn.Module, shared: bool) -> int:
@@ -201,14 +214,6 @@ def reference_bytes(ours: Seppo, denoiser: nn.Module, shared: bool) -> int:
     if not (ours.flipper or ours.looks):
         return 0
     return bytes_on_device(denoiser) if ours.reference_offload == "blocks" else network_bytes(denoiser, shared)
-
-
-def vae_bytes(model: Model, shape: Sequence[int]) -> tuple[int, int]:
-    """Bytes of the VAE, and of decoding one sample with latents of `shape`: grids and evaluations decode one by one."""
-    with torch.device("meta"):
-        vae = model.empty_vae()
-    decoding = inference(lambda: model.decode(vae, torch.empty(1, *shape, device="meta"))).peak
-    return sum(weight.nbytes for weight in vae.parameters()), decoding
 
 
 def _inputs(model: Model, shape: list[int], samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -72,8 +72,9 @@ def _model(config: Config, missing: list[str]) -> Model | None:
               if name is not None and is_hub_id(name)}
     memory = VaeMemory(ours.vae_tiling, ours.vae_slicing)
     if not on_hub:
-        return with_vae_memory(open_model(ours.path, revision=ours.revision, variant=ours.variant,
-                                          motion_adapter=ours.motion_adapter, image_condition=with_image), memory)
+        model = open_model(ours.path, revision=ours.revision, variant=ours.variant, motion_adapter=ours.motion_adapter,
+                           image_condition=with_image, quantize_text=ours.quantize_text)
+        return with_vae_memory(model, memory)
     model = published_model(ours.path, ours.motion_adapter, with_image)
     missing += [f"seppo.model.{key} {name} is no directory here: it will be looked up on the hub, and "
                 + ("compute, memory and time are those of the model published under this name" if model else

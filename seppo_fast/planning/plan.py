@@ -1,5 +1,6 @@
 """The plan: what a run will do and what it costs, as text, before it starts."""
 
+from dataclasses import replace
 from itertools import islice
 from math import prod
 from shutil import disk_usage
@@ -15,8 +16,10 @@ from seppo_fast.data.order import split
 from seppo_fast.data.prompt_encoder import LARGEST_CACHE, keeps_prompts, prompt_bytes
 from seppo_fast.data.rows import Row, Source
 from seppo_fast.data.sizes import enlarged, size_of
+from seppo_fast.data.video.frames import is_fixed
 from seppo_fast.data.video.source import streams
 from seppo_fast.models import Model
+from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.tokens import cut_off, token_counter
 from seppo_fast.planning.cost import Cost
 from seppo_fast.planning.engine_bytes import adam_temporaries, uses_bf16_optimizer
@@ -24,8 +27,7 @@ from seppo_fast.training.beta import FIRST, PRODUCT
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 
 LOOKED_AT = 1000  # rows that the plan reads
-STREAMED = ("none: clips are decoded and encoded while it trains, with the VAE on the device beside what is counted"
-            " below")
+STREAMED = "none: clips are decoded and encoded while it trains, with the VAE on the device"
 
 
 def cache_bytes(model: Model, config: Config) -> int:
@@ -42,7 +44,9 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     video = clips if model is None else model.video
     row_bytes = None if model is None else cache_bytes(model, config)
     rows = None if source is None else source.count
-    streamed = source is not None and streams(source, ours.data, video)
+    streamed = _streams(source, ours.data, video)
+    if cost is not None and model is not None:
+        cost = with_data(cost, ours.data, model, source)
     method = METHODS[ours.method]
     updates = ours.updates
     kept = ours.sampler.samples_per_iteration
@@ -52,7 +56,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
                                  f" {ours.noise}" if ours.flipper else "")
                   + (f", SFT weight {ours.sft_weight:g}" if ours.sft_weight else "") + _tasks(ours),
         "model": f"{ours.model.path}{f' with {ours.model.motion_adapter}' * bool(ours.model.motion_adapter)}{_size(cost)}, "
-                 + _trained(ours.model, video) + (f", from the policy {ours.model.start_from}" if ours.model.start_from else ""),
+                 + _trained(ours.model, model) + (f", from the policy {ours.model.start_from}" if ours.model.start_from else ""),
         "data": f"{ours.data.source or 'not set'} at {ours.data.resolution} pixels"
                 + (f", {ours.data.video.frames} frames ({ours.data.video.choice})" if video else "")
                 + (f", {rows} demonstrations" if rows is not None else ""),
@@ -98,6 +102,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
                             + (f" and their winners ({cost.sample / 1e12:.3g} and {cost.improved / 1e12:.3g} TFLOP each)"
                                if cost.improved else ""))
         lines["memory a rank"], lines["of it"] = _memory(config, cost)
+        if cost.embeds:
+            lines["host memory"] = f"{_gb(cost.encoders.text)} a rank for the text encoders, while they rest"
     for number, line in enumerate(advice(config, batch, cost), 1):
         lines[f"advice {number}"] = line
     width = max(map(len, lines))
@@ -125,6 +131,9 @@ def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
             size = "" if cost is None else f" of {_gb(2 * cost.trained)}"
             lines.append("gradients are kept in bf16 beside their fp32 sums; bf16.immediate_grad_update true saves that"
                          f" copy{size}")
+    if config.seppo.model.quantize in ("int8", "fp8") and not config.seppo.model.gradient_checkpointing:
+        lines.append(f"{config.seppo.model.quantize} weights stay in {str(dtype).removeprefix('torch.')} from forward to backward,"
+                     " as large as without quantization; with seppo.model.gradient_checkpointing true those of one block at a time")
     if adam_temporaries(raw) and not offload:
         size = "" if cost is None else f" {_gb(adam_temporaries(raw) * cost.trained // (batch.world if stage else 1))}"
         lines.append(f"optimizer.params.fused true saves{size or ' memory'} at the optimizer's update, and many launches")
@@ -137,8 +146,9 @@ def _precision(config: Config) -> str:
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     whose = "policy and reference" if METHODS[config.seppo.method].references else "policy"
     runs = f", run under autocast in {name[autocast]}" if autocast else ""
+    text = f" (text in {config.seppo.model.quantize_text})" if config.seppo.model.quantize_text else ""
     pool = f", past policies kept in {name[pool_dtype(config)]}" if METHODS[config.seppo.method].references else ""
-    return f"{whose} in {name[dtype]}{runs}{pool}; VAE and text encoder in fp32, the cache in {config.seppo.data.cache_dtype}"
+    return f"{whose} in {name[dtype]}{runs}{pool}; VAE and text encoder in fp32{text}, the cache in {config.seppo.data.cache_dtype}"
 
 
 def _beta(ours: Seppo) -> str:
@@ -152,10 +162,12 @@ def _tasks(ours: Seppo) -> str:
     return ", tasks " + ", ".join(f"{name} {share:g}" for name, share in ours.improvement.tasks.model_dump().items())
 
 
-def _trained(model: ModelSettings, video: bool) -> str:
-    if model.lora is None:
-        return "the motion modules" if video else "all weights"
-    return f"LoRA rank {model.lora.rank}" + (f" on the {model.lora.layers or 'temporal'} layers" if video else "")
+def _trained(settings: ModelSettings, model: Model | None) -> str:
+    motion = settings.motion_adapter is not None or isinstance(model, AnimateDiff)
+    if settings.lora is None:
+        return "the motion modules" if motion else "all weights"
+    base = f" over weights in {settings.quantize}" if settings.quantize else ""
+    return f"LoRA rank {settings.lora.rank}" + (f" on the {settings.lora.layers or 'temporal'} layers" if motion else "") + base
 
 
 def _evaluation(asked: Evaluation) -> str:
@@ -192,8 +204,9 @@ def _memory(config: Config, cost: Cost) -> tuple[str, str]:
         sampler += f", improvement model {_gb(cost.improver)} and its sampler {_gb(cost.improving)}"
         sampler += " while it samples" * cost.offloads_improver
     offloads = " while it samples" if cost.offloads else " of its blocks" if config.seppo.reference_offload == "blocks" else ""
+    encoders = f", VAE {_gb(cost.encoders.vae)}, text encoders {_gb(cost.encoders.text)} while they encode"
     parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{offloads}, optimizer {_gb(cost.optimizer)}, gradients"
-             f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}")
+             f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}{encoders}")
     return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts}; not kernels' workspaces, nor the allocator's slack"
 
 
@@ -221,6 +234,26 @@ def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:
     existing = next(path for path in [root, *root.absolute().parents] if path.exists())
     size = "" if row_bytes is None or rows is None else f"about {_gb(row_bytes * rows)}, "
     return f"{size}in {root} ({_gb(disk_usage(existing).free)} free)"
+
+
+def with_data(cost: Cost, data: Data, model: Model, source: Source | None) -> Cost:
+    """The cost with what the demonstrations decide: whether prompts are embedded, and clips encoded, while it trains."""
+    return replace(cost, streams=_streams(source, data, model.video),
+                   embeds=_embeds(data, model, None if source is None else source.count))
+
+
+def _streams(source: Source | None, data: Data, video: bool) -> bool:
+    """Whether clips are encoded while it trains, as far as it is known without the demonstrations."""
+    if source is not None:
+        return streams(source, data, video)
+    drawn_anew = data.cache_latents == "auto" and not is_fixed(data.video, all_time_lapse=True)
+    return video and (data.cache_latents is False or drawn_anew)
+
+
+def _embeds(data: Data, model: Model, rows: int | None) -> bool:
+    """Whether prompts are embedded while it trains; not where that depends on how many there are, which is not known."""
+    known = 0 if rows is None else rows + 1
+    return not keeps_prompts(model, data, known)
 
 
 def of_prompts(data: Data, model: Model | None, rows: int | None) -> str:

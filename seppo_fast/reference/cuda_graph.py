@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from seppo_fast.capturing import no_capture
+from seppo_fast.models.quantize import parts
 
 WARM_UP = 3  # as PyTorch's notes on CUDA graphs say: libraries allocate and choose kernels in their first calls
 
@@ -107,7 +108,7 @@ def fingerprint(module: nn.Module) -> tuple:
     It holds the address of each parameter and buffer, and every other attribute of every submodule: the attention processor,
     train or eval mode, active adapters and their scale, hooks. No value on the device is read.
     """
-    tensors = [_place(tensor) for tensor in chain(module.parameters(), module.buffers())]
+    tensors = [_place(part) for tensor in chain(module.parameters(), module.buffers()) for part in parts(tensor)]
     attributes = [(type(part), *(_frozen(value) for name, value in vars(part).items() if name not in _COVERED))
                   for part in module.modules()]
     return (*tensors, *attributes)

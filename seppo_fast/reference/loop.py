@@ -62,7 +62,8 @@ def open_loop(denoise: Denoise, table: SolverTable, batch: tuple[int, ...], empt
     device, size = table.inputs.device, batch[0]
     conditions = {}
     for name, value in empty.items():
-        conditions[name] = value.to(device, dtype).expand(len(guidance) * size, *value.shape[1:]).contiguous()
+        # A copy, also of one row: prompts are written into it, and `empty` is the caller's.
+        conditions[name] = value.to(device, dtype).repeat(len(guidance) * size, *[1] * (value.ndim - 1))
     known = torch.empty(len(table.inputs) + 1, *batch, dtype=torch.float32, device=device)
     return Loop(denoise, table, guidance, dtype, known, conditions, torch.zeros(1, dtype=torch.long, device=device))
 

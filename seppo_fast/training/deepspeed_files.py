@@ -21,6 +21,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from seppo_fast.checksums import Hashing
 from seppo_fast.errors import UserError, reason
 from seppo_fast.failure import lost_contact
+from seppo_fast.models.quantize import without_quantized
 from seppo_fast.training.marker import Written, listed
 
 TAG = "deepspeed"
@@ -30,7 +31,7 @@ KEPT = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 
 def save(engine: DeepSpeedEngine, folder: Path) -> dict[str, Written]:
     """Have DeepSpeed write into `folder`; returns what this rank wrote, by name. Every rank must call."""
-    with _files(engine, folder) as files:
+    with _files(engine, folder) as files, without_quantized(engine.module):
         engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
     return files.written
 
@@ -42,7 +43,7 @@ def load(engine: DeepSpeedEngine, folder: Path) -> None:
         if file.relative_to(folder).as_posix() not in known:
             raise UserError(f"{file} was put there after the checkpoint was written: remove it")
     try:
-        with _files(engine, folder), _plain_name(folder) as path:
+        with _files(engine, folder), _plain_name(folder) as path, without_quantized(engine.module):
             loaded, _ = engine.load_checkpoint(path, tag=TAG, load_module_strict=False)
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, AssertionError, IndexError) as error:
         if lost_contact(error) or isinstance(error, torch.OutOfMemoryError):

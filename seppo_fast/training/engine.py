@@ -20,7 +20,9 @@ from seppo_fast.errors import UserError
 from seppo_fast.extras import need
 from seppo_fast.models.lora import trainable_weights
 from seppo_fast.models.pix2pix import sees_image
+from seppo_fast.models.quantize import is_quantized, lacking, without_quantized
 from seppo_fast.training.deepspeed_check import problems
+from seppo_fast.training.zero_linear import restore_linear
 
 FILES_OF_MONITORS = {"tensorboard", "csv_monitor"}
 PACKAGES_OF_MONITORS = {"tensorboard": ("tensorboard", "seppo-fast[monitor]"), "wandb": ("wandb", "seppo-fast[monitor]"),
@@ -44,6 +46,11 @@ def precision(deepspeed_config: Mapping[str, Any]) -> Precision:
     if autocast.get("enabled"):
         return Precision(torch.float32, getattr(torch, str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")))
     return Precision(torch.float32, None)
+
+
+def zero_stage(deepspeed_config: Mapping[str, Any]) -> int:
+    """DeepSpeed's ZeRO stage."""
+    return int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def pool_dtype(config: Config) -> torch.dtype:
@@ -85,6 +92,9 @@ def check_engine_config(config: Config, batch: Batch) -> None:
     found = problems(config.deepspeed)
     if found:
         raise UserError("DeepSpeed's part of the configuration has problems:\n  " + "\n  ".join(found))
+    if config.seppo.model.quantize and zero_stage(config.deepspeed) == 3:
+        raise UserError(f"seppo.model.quantize: {config.seppo.model.quantize!r} does not go with zero_optimization.stage 3, which"
+                        " would cut the quantized weights into pieces; take stage 1 or 2, which leave frozen weights whole")
     checked = engine_config(config, batch)
     del checked["train_batch_size"]  # a dry run has not joined the other ranks, and DeepSpeed would multiply by one
     try:
@@ -100,6 +110,10 @@ def unsupported(config: Config) -> str | None:
         return f"fp16.enabled: DeepSpeed cannot train in fp16 on this {accelerator.device_name()}; enable bf16, or neither"
     if dtype == torch.bfloat16 and not accelerator.is_bf16_supported():
         return f"bf16.enabled: this {accelerator.device_name()} cannot compute in bf16; enable fp16, or neither"
+    for key, kind, given in (("quantize", config.seppo.model.quantize, dtype),
+                             ("quantize_text", config.seppo.model.quantize_text, torch.float32)):
+        if kind and (why := lacking(kind, torch.device(accelerator.current_device_name()), given)):
+            return f"seppo.model.{key}: {why}"
     for section, (package, install) in PACKAGES_OF_MONITORS.items():
         if config.deepspeed.get(section, {}).get("enabled"):
             try:
@@ -117,12 +131,14 @@ def start_engine(policy: nn.Module, config: Config, batch: Batch) -> DeepSpeedEn
     """
     weights = list(trainable_weights(policy).values())
     exact = {parameter: parameter.data for parameter in policy.parameters()
-             if not parameter.requires_grad and parameter.dtype == torch.float32}
-    with wandb_below(config.seppo.output_dir):
+             if not parameter.requires_grad and parameter.dtype == torch.float32 and not is_quantized(parameter)}
+    restore_linear()
+    with wandb_below(config.seppo.output_dir), without_quantized(policy):
         engine, *_ = deepspeed.initialize(model=policy, model_parameters=weights, config=engine_config(config, batch))
     if not engine.zero_optimization_partition_weights():
         for parameter, data in exact.items():
-            parameter.data = data.to(parameter.device)
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such updates are skipped and counted; too many end the run with a message

@@ -10,8 +10,9 @@ from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.errors import UserError
 from seppo_fast.models import AnimateDiff, Model
-from seppo_fast.models.lora import choose_trained
+from seppo_fast.models.lora import choose_trained, copy_beside
 from seppo_fast.models.prepare import prepare_denoisers
+from seppo_fast.models.quantize import quantize
 from seppo_fast.models.trial import block_inputs, call_once
 from seppo_fast.ops import available_backends
 from seppo_fast.ranks import Ranks
@@ -20,7 +21,7 @@ from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable
-from seppo_fast.training.engine import policy_weights, pool_dtype, precision
+from seppo_fast.training.engine import policy_weights, pool_dtype, precision, zero_stage
 from seppo_fast.training.folder import RunFolder
 from seppo_fast.training.improving import half_of_memory, with_image
 from seppo_fast.training.objective import Objective
@@ -36,6 +37,9 @@ def check_network(model: Model, config: Config) -> None:
     if ours.reference_offload == "blocks" and isinstance(model, AnimateDiff):
         raise UserError(f"seppo.reference_offload: of {model.path} only the motion modules are trained, and the reference shares"
                         " the policy's other weights, which are on the device anyway; leave it out")
+    if dtype == torch.float16 and ours.model.quantize == "int8":
+        raise UserError('seppo.model.quantize: "int8" overflows in fp16, because products are summed before they are scaled; enable'
+                        ' bf16 in place of it, or take "nf4"')
     guided(model, ours.sampler.guidance_scale, ())
     if model.denoiser == "transformer":
         if ours.model.attention == "xformers":
@@ -47,16 +51,21 @@ def check_network(model: Model, config: Config) -> None:
 
 
 def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:
-    """The policy, for the engine, and outside it a reference of the same architecture and dtype (for grids and scores, too)."""
+    """The policy, for the engine, and outside it a reference like it (for grids and scores, too), which shares what is frozen.
+
+    Quantized weights are on the ranks' device already, all others in host memory.
+    """
     ours = config.seppo
     dtype = precision(config.deepspeed).dtype
     torch.manual_seed(ours.seed + ranks.rank)
-    policy = model.load_denoiser(dtype).train()
+    policy = model.load_denoiser(dtype)
+    if ours.model.quantize:
+        quantize(policy, ours.model.quantize, ranks.device, dtype)
+    choose_trained(policy.train(), ours.model.lora, ours.seed)
     reference = None
     if ours.flipper or ours.looks:
-        reference = model.load_denoiser(dtype).eval()
-    for denoiser in filter(None, (policy, reference)):
-        choose_trained(denoiser, ours.model.lora, ours.seed)
+        # ZeRO-3 leaves the policy's parameters empty where it has partitioned them
+        reference = copy_beside(policy, shares=zero_stage(config.deepspeed) < 3).eval()
     if ours.model.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     prepare_denoisers([*filter(None, (policy, reference))], ours.networks, latents, precision(config.deepspeed).autocast or dtype,

@@ -115,7 +115,7 @@ FILES = [
     "text_encoder_2/model-00002-of-00002.safetensors", "text_encoder_2/model.safetensors.index.fp16.json",
     "text_encoder_2/model.fp16-00001-of-00002.safetensors", "text_encoder_2/model.fp16-00002-of-00002.safetensors",
     "text_encoder_2/model.onnx", "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/nested/vocab.json",
-    "vae/config.json", "vae/diffusion_pytorch_model.bin", "vae_decoder/config.json",
+    "tokenizer/chat_template.jinja", "vae/config.json", "vae/diffusion_pytorch_model.bin", "vae_decoder/config.json",
 ]
 INDEX = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
          "vae": ["diffusers", "AutoencoderKL"], "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -132,7 +132,8 @@ def test_one_set_of_weights_each(variant, unet, text):
     assert needed(FILES, INDEX, variant) == sorted([
         "model_index.json", "unet/config.json", f"unet/{unet}", "text_encoder_2/config.json",
         f"text_encoder_2/{text[0]}", *(f"text_encoder_2/{text[1].format(part)}" for part in (1, 2)),
-        "tokenizer/vocab.json", "tokenizer/merges.txt", "vae/config.json", "vae/diffusion_pytorch_model.bin",
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/chat_template.jinja", "vae/config.json",
+        "vae/diffusion_pytorch_model.bin",
     ])
 
 

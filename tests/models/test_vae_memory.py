@@ -8,6 +8,7 @@ import pytest
 import torch
 from allocations import CLOSE, allocated
 from tiny import PIXELS, tiny_sd
+from tiny_qwen import tiny_qwen
 from tiny_wan import tiny_wan
 
 from seppo_fast.config import Data
@@ -16,10 +17,10 @@ from seppo_fast.data.sources import open_source
 from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
 from seppo_fast.models.vae_memory import PLAIN, VaeMemory, with_vae_memory
-from seppo_fast.planning.cost import vae_bytes
+from seppo_fast.planning.encoders import vae_bytes
 
 # The 2.2 one takes patches of pixels.
-FAMILIES = {"sd": tiny_sd, "wan 2.1": tiny_wan, "wan 2.2": partial(tiny_wan, expand_timesteps=True, vae=dict(
+FAMILIES = {"sd": tiny_sd, "qwen": tiny_qwen, "wan 2.1": tiny_wan, "wan 2.2": partial(tiny_wan, expand_timesteps=True, vae=dict(
     channels=6, patch_size=2, in_channels=12, out_channels=12, is_residual=True, decoder_base_dim=12, scale_factor_spatial=8))}
 TILING, SLICING = VaeMemory(tiling=True), VaeMemory(slicing=True)
 
@@ -39,8 +40,9 @@ def opened(folder, memory):
     model = with_vae_memory(open_model(str(folder), frames=5), memory)
     vae = model.load_vae("cpu")
     assert (vae.use_tiling, vae.use_slicing) == (memory.tiling, memory.slicing)
-    side = 2 * PIXELS if model.video else PIXELS
-    if model.video and memory.tiling:  # the published tiles, for less work
+    fixed = hasattr(vae, "tile_sample_min_height")
+    side = 2 * PIXELS if fixed else PIXELS
+    if fixed and memory.tiling:  # smaller than the published tiles, for less work
         vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
     return model, vae, side
 

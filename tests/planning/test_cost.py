@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from tiny import tiny_animatediff, tiny_sd
 from tiny import unet as tiny_unet
 from torch import nn
+from torch.nn import functional
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,8 +21,10 @@ from seppo_fast.configfile import batch_plan, load_config, parse_config
 from seppo_fast.models import open_model
 from seppo_fast.models.lora import add_lora
 from seppo_fast.models.published import published_model
-from seppo_fast.planning.cost import Cost, estimate, vae_bytes
+from seppo_fast.planning.cost import Cost, estimate
+from seppo_fast.planning.encoders import vae_bytes
 from seppo_fast.planning.network_memory import fused_attention, inference, micro_batch
+from seppo_fast.training import zero_linear
 from seppo_fast.training.engine import precision, start_engine
 
 pytestmark = pytest.mark.slow
@@ -150,6 +153,24 @@ def test_the_memory_of_a_run_is_what_the_cpu_allocates(engine: str, settings: Ca
             started.step()
 
     assert estimate(model, config, batch, 3).memory == pytest.approx(allocated(really), rel=CLOSE)
+
+
+def test_zero_3_keeps_the_inputs_of_frozen_layers_and_later_runs_do_not(small: Callable[..., Cost], settings: Callable[..., Any],
+                                                                         ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed replaces PyTorch's function for linear layers by one of its own, and leaves that to the process."""
+    lora = BF16 | {"seppo.model.lora": {"rank": 4}}
+    first, third = (lora | {"zero_optimization": {"stage": stage, "reduce_bucket_size": 1000}} for stage in (1, 3))
+    before = small(**first).activations
+    assert small(**third).activations > 1.1 * before
+    own = functional.linear
+    monkeypatch.setattr(functional, "linear", own)  # as it was, in the end
+    config = parse_config(settings(**BF16 | {"zero_optimization": {"stage": 3}}))
+    start_engine(nn.Linear(8, 8).bfloat16(), config, batch_plan(config.deepspeed, ranks.world))
+    assert functional.linear is not zero_linear.plain(), "if not, DeepSpeed has mended it, and zero_linear.py can go"
+    assert small(**first).activations == before
+    config = parse_config(settings(**BF16 | {"zero_optimization": {"stage": 1}}))
+    start_engine(nn.Linear(8, 8).bfloat16(), config, batch_plan(config.deepspeed, ranks.world))
+    assert functional.linear is zero_linear.plain()
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,8 @@ def test_a_folder_without_results_holds_no_run(settings: Settings, train: Any, t
 
 @pytest.mark.parametrize(("path", "words"), [
     ("PixArt-alpha/PixArt-Sigma", "by its name it is a PixArt model, and no StableDiffusion or StableDiffusionXL or"),
-    ("Qwen/Qwen-Image", "a Qwen-Image model"),
+    ("Qwen/Qwen-Image-Edit", "a Qwen-Image-Edit model"), ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "a Wan 2.2 A14B model"),
+    ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "a Wan image-to-video model"),
     ("someone/something", "what can be trained is a StableDiffusion or StableDiffusionXL or AnimateDiff or StableDiffusion3"),
 ])
 def test_families_that_are_not_known_are_said(path: str, words: str, settings: Settings) -> None:

@@ -28,7 +28,8 @@ def test_the_shipped_settings_need_no_advice() -> None:
     assert told(load_config("ds_a100.json"), 8) == ""
 
 
-DRY_RUN_ELSEWHERE = {"ds_a100", "ds_a100_video", "lora_folder"}  # in test_command.py, test_dry_run.py
+# in test_command.py, test_dry_run.py, test_transformer_cost.py
+DRY_RUN_ELSEWHERE = {"ds_a100", "ds_a100_video", "lora_folder", *(f"ds_a100_{name}" for name in ("sd35", "flux", "qwen", "wan"))}
 
 
 @pytest.mark.slow

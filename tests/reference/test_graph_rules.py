@@ -7,34 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from captures import OnTheHost
 from tiny import tiny_animatediff, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 from tiny_wan import tiny_wan
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from seppo_fast.models import open_model
 from seppo_fast.reference.guidance import guided
 
 MAKE: dict[str, Callable[[Path], Path]] = {"sd": tiny_sd, "sdxl": tiny_sdxl, "animatediff": tiny_animatediff, "sd3": tiny_sd3,
                                            "flux": tiny_flux, "wan": tiny_wan, "wan2.2": partial(tiny_wan, expand_timesteps=True)}
-
-
-class OnTheHost(TorchDispatchMode):
-    """The operations that read or make a tensor on the CPU; the device is "meta", which has no values to wait for.
-
-    Reading a value there is an error of PyTorch's.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs, result))):
-            self.names.append(str(func))
-        return result
 
 
 @torch.no_grad()

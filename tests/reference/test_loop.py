@@ -46,6 +46,14 @@ def test_equals_the_loop_of_a_diffusers_pipeline(unet, guidance):
     assert (got - noise).abs().max() > 0.1
 
 
+def test_one_sample_without_guidance_leaves_the_empty_prompt_as_it_was(unet):
+    noise, conditions, unconditional = given(1)
+    before = unconditional["prompt_embeds"].clone()
+    sample(denoiser(unet), solver_table(SCHEDULE, "ddim", 2), noise, conditions, unconditional, classifier_free(1.0, unconditional),
+           torch.float32)
+    assert torch.equal(unconditional["prompt_embeds"], before)
+
+
 @pytest.mark.parametrize("solver,calls", [("ddim", 4), ("pndm", 5), ("euler", 4)])
 @pytest.mark.parametrize("guidance,factor", [(1.0, 1), (7.5, 2), (0.0, 2)])
 def test_what_the_network_is_given(solver, calls, guidance, factor):
