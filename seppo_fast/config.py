@@ -82,6 +82,8 @@ class Seppo(Section):
     """How the sign of a pair's second half is decided; null is the method's own choice."""
     reference_score: Literal["online", "rollout"] = "online"
     """Compute the reference's errors in training (`online`), or where its sample is drawn (`rollout`)."""
+    reference_offload: Literal["none", "blocks"] = "none"
+    """`blocks`: the reference's weights stay in host memory, and each block is on the device for its own call alone."""
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = 2000.0
     """Strength of the preference; larger keeps the policy nearer to the reference. `auto` makes a typical logit about 1.39."""
     sft_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -112,6 +114,11 @@ class Seppo(Section):
     def scored_ahead(self) -> bool:
         """Whether training steps never use the reference: its errors are computed ahead for a whole iteration."""
         return self.reference_score == "rollout" and self.sampler.window == "iteration"
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether a reference with weights of its own leaves the device as a whole while the policy is trained."""
+        return self.scored_ahead and self.reference_offload == "none"
 
     @property
     def networks(self) -> Model:
@@ -224,6 +231,26 @@ class Seppo(Section):
                              " prompt; set data.hold_out, or measure it afterwards with the evaluate command")
         if self.method == "improvement" and self.samples.prompts:
             raise ValueError("samples.prompts does not go with method='improvement', whose grids show pairs of the data")
+        return self
+
+    @model_validator(mode="after")
+    def offloaded_blocks_are_plain(self) -> "Seppo":
+        """Refuse `reference_offload` without a reference of its own, and with what keeps its weights in one place."""
+        if self.reference_offload == "none":
+            return self
+        if self.model.lora is not None:
+            raise ValueError("reference_offload='blocks' does not go with model.lora: the reference shares the policy's weights,"
+                             " which are on the device anyway; leave it out")
+        if not self.flipper and not self.looks:
+            raise ValueError(f"reference_offload='blocks' does not go with method={self.method!r} without grids or evaluations:"
+                             " there is no reference; leave it out")
+        for key in ("model.compile", "sampler.compile"):
+            if getattr(self, key.split(".")[0]).compile != "none":
+                raise ValueError(f"reference_offload='blocks' does not go with {key}, whose kernels are made for weights that stay"
+                                 " on the device; set it to 'none'")
+        if self.sampler.fuse_projections:
+            raise ValueError("reference_offload='blocks' does not go with sampler.fuse_projections, whose copies of the weights"
+                             " are in no block; set it to false")
         return self
 
     @property

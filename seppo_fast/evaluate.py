@@ -53,6 +53,9 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_
     add("--batch-size", type=int, help="samples drawn at once; by default it is measured")
     add("--score-batch-size", type=int, default=16, help="samples scored at once; 16 by default")
     add("--compile", choices=("none", "regional", "full"), default="none", help="torch.compile of the network; none by default")
+    add("--vae-tiling", action="store_true", help="the VAE takes large pictures in overlapping tiles: less memory, slightly other"
+                                                  " pixels")
+    add("--vae-slicing", action="store_true", help="the VAE takes one image, or frame, at a time: less memory")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     for name, least in (("per_prompt", 1), ("limit", 1), ("steps", 1), ("frames", 1), ("batch_size", 1), ("score_batch_size", 1),

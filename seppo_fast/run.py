@@ -26,9 +26,11 @@ from seppo_fast.models import Model, open_model
 from seppo_fast.models.engines import same_with_gradients
 from seppo_fast.models.improvement import improvement_model, network_checksum, reference_model
 from seppo_fast.models.lora import share_frozen, trains_a_part
+from seppo_fast.models.vae_memory import VaeMemory, with_vae_memory
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
+from seppo_fast.reference.blocks import offload_blocks
 from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import Pool
@@ -107,7 +109,10 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     shares = trains_a_part(engine.module)
     if second is not None:
         share_frozen(second, engine.module)  # before it moves: its own base need not fit beside the policy's
-        second.to(ranks.device)
+        if ours.reference_offload == "blocks":
+            offload_blocks(second, ranks.device)
+        else:
+            second.to(ranks.device)
     objective = Objective(denoise, process, ours.flipper, *precision(config.deepspeed), compiled=ours.model.compile != "none",
                           sft_weight=ours.sft_weight)
     if objective.flipper:
@@ -119,7 +124,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     with same_with_gradients() if objective.compiled else nullcontext():
         if second is not None:
             sampler, size = open_sampler(model, config, batch, objective, second, table, pairs, ranks)
-            reference = Reference(sampler, size, pool, offloaded=ours.scored_ahead and not shares,
+            reference = Reference(sampler, size, pool, offloaded=ours.moves_reference and not shares,
                                   fixed=None if fixed is None else hold(fixed, config, folder, ranks))
         improver = None
         if improvement is not None:
@@ -160,6 +165,7 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
             model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
                                motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames,
                                image_condition=ours.method == "improvement", quantize_text=ours.model.quantize_text)
+            with_vae_memory(model, VaeMemory(ours.model.vae_tiling, ours.model.vae_slicing))
             if ours.improvement.path is not None:
                 improvement = improvement_model(ours.improvement, model, ranks.device)
             if ours.reference_model.path is not None:

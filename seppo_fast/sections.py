@@ -66,6 +66,10 @@ class Model(Section):
     """Which weight files are read, such as `fp16`."""
     gradient_checkpointing: bool = False
     """Keep fewer activations and compute them again: less memory, slower training."""
+    vae_tiling: bool = False
+    """The VAE takes pictures in overlapping tiles: less memory, and slightly other latents where one is larger than a tile."""
+    vae_slicing: bool = False
+    """The VAE takes one image, or frame, at a time: less memory."""
     channels_last: bool = False
     """Memory layout of the convolutions' inputs, for policy and reference."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"

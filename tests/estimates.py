@@ -43,6 +43,6 @@ def question(model: Any, config: Config, batch: Batch, evaluations: int) -> str:
     looks = (ours.samples.every > 0, ours.evaluation.every > 0, ours.evaluation.draws, len(ours.samples.prompts),
              ours.samples.per_prompt, ours.evaluation.batch_size)
     data = (ours.data.resolution, ours.data.video.frames, ours.data.encode_batch_size)
-    asked = (network, data, ours.method, bool(ours.flipper), ours.reference_score, sampler, looks, engine,
+    asked = (network, data, ours.method, bool(ours.flipper), ours.reference_score, ours.reference_offload, sampler, looks, engine,
              params.get("torch_adam"), params.get("fused"))
     return hashlib.sha256(repr((type(model), model.directory.configs, asked, batch, evaluations)).encode()).hexdigest()

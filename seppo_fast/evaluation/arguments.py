@@ -16,6 +16,7 @@ from seppo_fast.evaluation.scoring import kind_of, scores_of
 from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
 from seppo_fast.models.contract import HALF
+from seppo_fast.models.vae_memory import VaeMemory
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.solver import default_solver
 
@@ -24,7 +25,8 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
     """The request, checked as far as possible before anything is loaded; rank 0 downloads from the hub first."""
     for turn in (ranks.rank == 0, ranks.rank != 0):
         if turn:
-            candidates = open_candidates(arguments.models, arguments.variant, arguments.motion_adapter, arguments.frames)
+            candidates = open_candidates(arguments.models, arguments.variant, arguments.motion_adapter, arguments.frames,
+                                         VaeMemory(arguments.vae_tiling, arguments.vae_slicing))
         ranks.barrier()
     video = candidates[0].model.video
     scores = chosen(arguments.scores, video, "--scores", several=arguments.per_prompt > 1)

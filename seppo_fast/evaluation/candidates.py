@@ -14,6 +14,7 @@ from seppo_fast.evaluation.adapters import read_adapter
 from seppo_fast.models import Conditions, Denoiser, Labels, Model, open_improvement_model, open_model
 from seppo_fast.models.files import read_json
 from seppo_fast.models.trial import run_denoiser
+from seppo_fast.models.vae_memory import PLAIN, VaeMemory, with_vae_memory
 from seppo_fast.opening import expanded
 
 FLAGS = Labels(path="the model", variant="--variant", motion_adapter="--motion-adapter", frames="--frames",
@@ -68,7 +69,8 @@ class Candidate:
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: str | None, frames: int) -> list[Candidate]:
+def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: str | None, frames: int,
+                    vae_memory: VaeMemory = PLAIN) -> list[Candidate]:
     """The models of arguments `NAME=PATH`, checked without loading weights.
 
     A LoRA is put on the first model, or on its own in `PIPELINE+LORA`. `PATH@OTHER` improves the samples of OTHER, a model
@@ -83,6 +85,7 @@ def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: s
             raise UserError(f"--models {argument}: there are two models called {name!r}; give one another name")
         try:
             found.append(open_candidate(name, path, found, variant, motion_adapter, frames))
+            with_vae_memory(found[-1].model, vae_memory, "--vae-tiling", "--vae-slicing")
         except UserError as error:
             raise UserError(f"--models {argument}: {error}") from error
     kinds = {candidate.model.video for candidate in found}

@@ -98,7 +98,8 @@ def remember(request: Request) -> None:
                 and all(isinstance(value, int | float) for value in seconds.values())):
             raise ValueError
         drawing = settings_of(request)
-        unused = {name: drawing[name] for name in SCALES if name in drawing}  # by the samples that are there, unless it is noted
+        # What the samples that are there do not depend on, or an earlier version did not have, unless it is noted.
+        unused = {"vae_tiling": False} | {name: drawing[name] for name in SCALES if name in drawing}
         noted = drawing if before["drawing"] is None else unused | before["drawing"]
         if differing := sorted(name for name in drawing if noted.get(name) != drawing[name]):
             name = differing[0]
@@ -128,7 +129,8 @@ def settings_of(request: Request) -> dict[str, Any]:
     improvement = {name: getattr(drawing.improvement, key) for name, key in SCALES.items()} if request.improves else {}
     sampler = {name: getattr(drawing.sampler, name) for name in ("solver", "steps", "guidance_scale")}
     return {"seed": drawing.seed, "resolution": drawing.resolution, "frames": drawing.frames,
-            "dtype": str(drawing.dtype).removeprefix("torch."), **sampler, **improvement}
+            "dtype": str(drawing.dtype).removeprefix("torch."), **sampler, **improvement,
+            "vae_tiling": any(candidate.model.vae_memory.tiling for candidate in request.candidates)}
 
 
 def result_of(request: Request, scored: Scored, seconds: dict[str, float]) -> dict[str, Any]:

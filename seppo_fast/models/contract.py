@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seppo_fast.models.directory import Directory
 from seppo_fast.models.latents import LatentScale
+from seppo_fast.models.vae_memory import VaeMemory
 
 Conditions = dict[str, Tensor]
 Vae: TypeAlias = Any  # AutoencoderKL, or another family's
@@ -51,6 +52,7 @@ class Model(Protocol):
     guidance: bool  # the network is guided by a second call without the prompt
     # What the pipeline makes of (the guided output, the output with the prompt), (B, C, h, w) each; None: the guided output.
     rescale_guidance: Callable[[Tensor, Tensor], Tensor] | None
+    vae_memory: VaeMemory  # of the VAEs that it makes
     half: ClassVar[tuple[torch.dtype, ...]]  # the half precisions in which its networks keep finite
 
     def load_denoiser(self, dtype: torch.dtype) -> Denoiser:

@@ -12,6 +12,7 @@ from seppo_fast.models.contract import AT_ONCE, HALF, UNet, Vae
 from seppo_fast.models.directory import Components, Directory, kind_of
 from seppo_fast.models.latents import LatentScale
 from seppo_fast.models.pix2pix import has_image_condition
+from seppo_fast.models.vae_memory import PLAIN
 
 
 class Pipeline:
@@ -21,6 +22,7 @@ class Pipeline:
     video = False
     frame_rate = 8
     rescale_guidance = None
+    vae_memory = PLAIN
 
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
@@ -40,11 +42,11 @@ class Pipeline:
 
     def load_vae(self, device: torch.device | str) -> Vae:
         """The VAE in fp32, for inference."""
-        return common.load_vae(self.directory, self.vae_kind, device)
+        return self.vae_memory.set_up(common.load_vae(self.directory, self.vae_kind, device))
 
     def empty_vae(self) -> Vae:
         """The VAE without weights, made under the caller's device."""
-        return self.vae_kind.from_config(dict(self.directory.configs["vae"]))
+        return self.vae_memory.set_up(self.vae_kind.from_config(dict(self.directory.configs["vae"])))
 
     @property
     def vae_kind(self) -> Any:

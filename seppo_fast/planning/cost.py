@@ -16,6 +16,7 @@ from seppo_fast.planning.encoders import EncoderBytes, encoder_bytes, weight_byt
 from seppo_fast.planning.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.planning.network_memory import inference, micro_batch
 from seppo_fast.planning.quantized import as_quantized
+from seppo_fast.reference.blocks import bytes_on_device
 from seppo_fast.reference.guidance import double, guided
 from seppo_fast.training.engine import precision, zero_stage
 from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
@@ -158,7 +159,7 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         samples = min(samples, ours.samples.per_prompt * (len(ours.samples.prompts) or GRID_PROMPTS))
     looks = ours.samples.every > 0 or ours.evaluation.draws
     draws = generated or looks
-    graph = draws and ours.sampler.cuda_graph
+    graph = draws and ours.sampler.cuda_graph and (ours.reference_offload == "none" or improves)  # the improvement model's stays
     drawn = inputs(calls * samples)
     known = 4 * (evaluations + 1) * samples * one[0].numel()  # the sampling loop's outputs so far, in fp32
     sampler = inference(lambda: denoise(denoiser, *drawn)).peak if draws else 0
@@ -188,12 +189,12 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
         per_pair=samples_of_a_pair(ours, batch), training=training, scoring=scoring,
         improver=improver, improving=improving, offloads_improver=ours.improvement.offload,
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
-        reference=network_bytes(denoiser, shared=shares and stage < 3) if ours.flipper or ours.looks else 0,
+        reference=reference_bytes(ours, denoiser, shares and stage < 3),
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
         update=engine.update, score=score, sampler=sampler, kept_gradients=engine.sampling, graph=graph,
         encoders=encoders, grid=vae + decoding if ours.samples.every else 0,
         evaluation=vae + max(decoding, 0 if graph else sampler) if ours.evaluation.draws else 0,
-        offloads=ours.scored_ahead and not shares,
+        offloads=ours.moves_reference and not shares,
     )
 
 
@@ -206,6 +207,13 @@ def samples_of_a_pair(ours: Seppo, batch: Batch) -> float:
 def network_bytes(network: nn.Module, shared: bool = False) -> int:
     """Bytes of a network's weights and tables; `shared`: of those that a second one does not share with it (`share_frozen`)."""
     return sum(weight.nbytes for weight in trainable_weights(network).values()) if shared else weight_bytes(network)
+
+
+def reference_bytes(ours: Seppo, denoiser: nn.Module, shared: bool) -> int:
+    """Bytes of the reference on the device, a network as `denoiser`; 0 where there is none."""
+    if not (ours.flipper or ours.looks):
+        return 0
+    return bytes_on_device(denoiser) if ours.reference_offload == "blocks" else network_bytes(denoiser, shared)
 
 
 def _inputs(model: Model, shape: list[int], samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

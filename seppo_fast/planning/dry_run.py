@@ -14,6 +14,7 @@ from seppo_fast.models import Model, is_hub_id, open_model
 from seppo_fast.models.improvement import improvement_model, reference_model
 from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
 from seppo_fast.models.published import published_model, supported
+from seppo_fast.models.vae_memory import VaeMemory, with_vae_memory
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.planning.this_machine import own_rate
@@ -69,16 +70,18 @@ def _model(config: Config, missing: list[str]) -> Model | None:
     ours, with_image = config.seppo.model, config.seppo.method == "improvement"
     on_hub = {key: name for key, name in {"path": ours.path, "motion_adapter": ours.motion_adapter}.items()
               if name is not None and is_hub_id(name)}
+    memory = VaeMemory(ours.vae_tiling, ours.vae_slicing)
     if not on_hub:
-        return open_model(ours.path, revision=ours.revision, variant=ours.variant, motion_adapter=ours.motion_adapter,
-                          image_condition=with_image, quantize_text=ours.quantize_text)
+        model = open_model(ours.path, revision=ours.revision, variant=ours.variant, motion_adapter=ours.motion_adapter,
+                           image_condition=with_image, quantize_text=ours.quantize_text)
+        return with_vae_memory(model, memory)
     model = published_model(ours.path, ours.motion_adapter, with_image)
     missing += [f"seppo.model.{key} {name} is no directory here: it will be looked up on the hub, and "
                 + ("compute, memory and time are those of the model published under this name" if model else
                    "compute, memory and time cannot be estimated before") for key, name in on_hub.items()]
     if model is None and "path" in on_hub:
         missing.append(f"seppo.model.path {ours.path}: {supported(ours.path)}")
-    return model
+    return model and with_vae_memory(model, memory)
 
 
 def _others(config: Config, model: Model | None, missing: list[str]) -> None:

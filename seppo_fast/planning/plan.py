@@ -203,7 +203,7 @@ def _memory(config: Config, cost: Cost) -> tuple[str, str]:
     if cost.improver:
         sampler += f", improvement model {_gb(cost.improver)} and its sampler {_gb(cost.improving)}"
         sampler += " while it samples" * cost.offloads_improver
-    offloads = " while it samples" if cost.offloads else ""
+    offloads = " while it samples" if cost.offloads else " of its blocks" if config.seppo.reference_offload == "blocks" else ""
     encoders = f", VAE {_gb(cost.encoders.vae)}, text encoders {_gb(cost.encoders.text)} while they encode"
     parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{offloads}, optimizer {_gb(cost.optimizer)}, gradients"
              f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}{encoders}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from seppo_fast.reference.blocks import offloads_blocks
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 
@@ -16,8 +17,8 @@ class Reference:
     """A network of the policy's architecture, which holds past policy `index` and draws `batch_size` samples at once.
 
     `pool` stays empty where the method has no reference: then the network only shows the present policy. `offloaded`: it is in host
-    memory except within `on_device` and `holding`. `fixed` holds another model, which is the reference in place of the pool's
-    initial policy.
+    memory except within `on_device` and `holding`; a network that offloads its blocks always is. `fixed` holds another model, which
+    is the reference in place of the pool's initial policy.
     """
 
     sampler: Sampler
@@ -55,7 +56,8 @@ class Reference:
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """The network on the sampler's device, and offloaded afterwards."""
-        self.module.to(self.sampler.device)
+        if not offloads_blocks(self.module):
+            self.module.to(self.sampler.device)
         yield
         self.offload()
 

@@ -18,6 +18,7 @@ from seppo_fast.errors import warn_fallback
 from seppo_fast.models.engines import cudnn_attention
 from seppo_fast.reference import tuning
 from seppo_fast.reference.batching import even, free_memory, measured_size, padded, seconds
+from seppo_fast.reference.blocks import offloads_blocks
 from seppo_fast.reference.cuda_graph import capture, fingerprint, new_pool
 from seppo_fast.reference.guidance import Guidance
 from seppo_fast.reference.loop import Conditions, Denoise, Loop, open_loop, run
@@ -55,7 +56,11 @@ class Sampler:
         self.batch_size = None if settings.batch_size == "auto" else settings.batch_size
         self._plain: Denoise = partial(denoise, module)
         self._compile, self._fuse = settings.compile, settings.fuse_projections
+        self._moves = offloads_blocks(module)
         self._capture = settings.cuda_graph and self.device.type == "cuda"
+        if self._capture and self._moves:
+            self._capture = False
+            say("sampler: no CUDA graph, which would read where a block was before: seppo.reference_offload is \"blocks\"")
         self._ready: dict[Shape, Ready] = {}  # by the batch's shape
         self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
         self._pool: torch.cuda.MemPool | None = None  # the graphs' memory
@@ -175,9 +180,10 @@ class Sampler:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        # A capture must not read casts that autocast has cached: they would be those of the weights of that moment.
+        # A capture must not read casts that autocast has cached: they would be those of the weights of that moment. And the casts
+        # of blocks that come one after another would all stay on the device.
         autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None,
-                                  cache_enabled=not self._capture)
+                                  cache_enabled=not (self._capture or self._moves))
         with cudnn_attention(self._cudnn), autocast:
             yield
 

@@ -47,8 +47,9 @@ FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.eva
              "seppo.data.workers", "seppo.data.encode_batch_size", "seppo.data.max_skipped", "seppo.data.allow_outside",
              "seppo.data.video.folder", "seppo.sampler.batch_size", "seppo.sampler.window",
              "seppo.sampler.cuda_graph", "seppo.sampler.compile", "seppo.sampler.fuse_projections", "seppo.improvement.offload",
-             "seppo.model.gradient_checkpointing", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler",
-             "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "log_level")
+             "seppo.reference_offload", "seppo.model.gradient_checkpointing", "seppo.model.vae_slicing", "tensorboard", "wandb",
+             "csv_monitor", "comet", "comms_logger", "flops_profiler", "steps_per_print",
+             "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "log_level")
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import nn
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.errors import UserError
-from seppo_fast.models import Model
+from seppo_fast.models import AnimateDiff, Model
 from seppo_fast.models.lora import choose_trained, copy_beside
 from seppo_fast.models.prepare import prepare_denoisers
 from seppo_fast.models.quantize import quantize
@@ -34,6 +34,9 @@ def check_network(model: Model, config: Config) -> None:
     if dtype != torch.float32 and dtype not in model.half:
         raise UserError(f"fp16.enabled: {model.path} is a {model.directory.index.get('_class_name', model.name)}, whose networks"
                         " overflow in fp16: they are trained in bf16. Enable bf16 in place of it")
+    if ours.reference_offload == "blocks" and isinstance(model, AnimateDiff):
+        raise UserError(f"seppo.reference_offload: of {model.path} only the motion modules are trained, and the reference shares"
+                        " the policy's other weights, which are on the device anyway; leave it out")
     if dtype == torch.float16 and ours.model.quantize == "int8":
         raise UserError('seppo.model.quantize: "int8" overflows in fp16, because products are summed before they are scaled; enable'
                         ' bf16 in place of it, or take "nf4"')

@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 
 from seppo_fast.models import Conditions
 from seppo_fast.ops import per_sample_mse, seppo_loss
+from seppo_fast.reference.blocks import offloads_blocks
 from seppo_fast.training.noise import NoiseProcess
 
 Denoise = Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
@@ -97,12 +98,15 @@ class Objective:
                       pairs.noise if target is None else target)
 
     def _predict(self, module: nn.Module, noised: Noised) -> Tensor:
-        with self.precision(noised.latents.device):
+        with self.precision(noised.latents.device, keeps_casts=not offloads_blocks(module)):
             return self.denoise(module, noised.latents.to(self.dtype), noised.timesteps, noised.conditions)
 
-    def precision(self, device: torch.device) -> AbstractContextManager:
-        """The mode in which policy and reference both run: a rounding difference between them would decide the first signs."""
-        return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+    def precision(self, device: torch.device, keeps_casts: bool = True) -> AbstractContextManager:
+        """The mode in which policy and reference both run: a rounding difference between them would decide the first signs.
+
+        `keeps_casts`: until the end of the block, autocast keeps what it casts of weights, on the device.
+        """
+        return torch.autocast(device.type, self.autocast, cache_enabled=keeps_casts) if self.autocast else nullcontext()
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:
