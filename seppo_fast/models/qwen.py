@@ -75,7 +75,7 @@ class QwenImage(FlowTransformer):
             raise UserError(f"{file}: input_channels is {colours}, where 3 are needed: red, green and blue. The VAE of"
                             " Qwen-Image-Layered has 4; only models that draw from a prompt alone can be trained.")
         channels = config.get("z_dim", 16)
-        return channels, 2 ** len(halved), per_channel(self.directory, self.vae_kind, channels)
+        return channels, 2 ** len(halved), per_channel(self.directory, channels)
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by the pipeline's `encode_prompt`."""
