@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import common
-from seppo_fast.models.contract import Conditions, Vae
+from seppo_fast.models.contract import AT_ONCE, Conditions, Vae
 from seppo_fast.models.directory import Components, Directory
 from seppo_fast.models.flows import FlowTransformer, check_transformer, per_channel
 from seppo_fast.models.latents import LatentScale
@@ -75,7 +75,7 @@ class QwenImage(FlowTransformer):
             raise UserError(f"{file}: input_channels is {colours}, where 3 are needed: red, green and blue. The VAE of"
                             " Qwen-Image-Layered has 4; only models that draw from a prompt alone can be trained.")
         channels = config.get("z_dim", 16)
-        return channels, 2 ** len(halved), per_channel(self.directory, channels)
+        return channels, 2 ** len(halved), per_channel(self.directory, self.vae_kind, channels)
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by the pipeline's `encode_prompt`."""
@@ -85,7 +85,7 @@ class QwenImage(FlowTransformer):
         missing = self.tokens - embeds.shape[1]
         return {"prompt_embeds": F.pad(embeds, (0, 0, 0, missing)), "mask": F.pad(mask.to(embeds.dtype), (0, missing))}
 
-    def encode(self, vae: Vae, pixels: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+    def encode(self, vae: Vae, pixels: Tensor, at_once: int = AT_ONCE) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""
         mean, std = super().encode(vae, pixels.unsqueeze(2), at_once)
         return mean.squeeze(2), std.squeeze(2)
@@ -169,7 +169,7 @@ def check_tokens(directory: Directory) -> int:
 
 
 def _without_lengths(hidden: Tensor, mask: Tensor | None) -> tuple[int, None, Tensor | None]:
-    return hidden.shape[1], None, mask
+    return hidden.shape[1], None, None if mask is None else mask.to(torch.bool)
 
 
 # diffusers computes each prompt's length there, uses it nowhere, and copies a number from the host for it in every call: a CUDA
