@@ -119,7 +119,7 @@ class QwenImage(FlowTransformer):
         """
         takes = inspect.signature(scheduler.set_timesteps).parameters
         given = {"sigmas": np.linspace(1.0, 1 / steps, steps)} if "sigmas" in takes else {"num_inference_steps": steps}
-        mu = {"mu": self.shift_of(latents)} if scheduler.config.get("use_dynamic_shifting") else {}
+        mu = {"mu": self.shift_of(latents, steps)} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(**given, **mu)
         scheduler.set_begin_index(0)
 
