@@ -9,6 +9,7 @@ from tiny import LATENTS, WORDS
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+MEAN, STD = (-0.7571, 0.1075, 0.5517, -0.1745), (2.8184, 1.4541, 0.8, 1.7708)  # of the latents' channels
 TOKENS = 24  # of a prompt, behind the template's
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # Each is one token, as in the published tokenizer: the template's first part then has 34.
@@ -49,7 +50,7 @@ def text_encoder(tokens: Qwen2Tokenizer, width: int) -> Qwen2_5_VLForConditional
 def qwen_vae(**overrides: Any) -> AutoencoderKLQwenImage:
     """Two levels, so that 16x16 pixels become 8x8 latents."""
     settings = dict(base_dim=8, z_dim=LATENTS[0], dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
-                    latents_mean=[-0.7571, 0.1075, 0.5517, -0.1745], latents_std=[2.8184, 1.4541, 0.8, 1.7708])
+                    latents_mean=[*MEAN], latents_std=[*STD])
     return AutoencoderKLQwenImage(**settings | overrides)
 
 
