@@ -34,7 +34,7 @@ OTHERS = {
 
 
 class QwenImage(FlowTransformer):
-    """A Qwen-Image directory. Conditions: `prompt_embeds` (B, 512, D), zeros after the prompt's end, and `mask` (B, 512), 1 before it.
+    """A Qwen-Image directory. Conditions: `prompt_embeds` (B, 512, D), zeros behind the prompt, and `mask` (B, 512) of 0 and 1.
 
     The pipeline pads prompts to the longest of them; the mask makes any length the same.
     """
@@ -57,8 +57,8 @@ class QwenImage(FlowTransformer):
         channels, why = 4 * self.latent_channels, "the VAE, of which four latents are packed into one token,"
         text = self.text_config("text_encoder").get_text_config()
         check_transformer(directory, self._kind, {
-            "patch_size": (self.patch, "packing"), "in_channels": (channels, why), "out_channels": (self.latent_channels, "the VAE"),
-            "joint_attention_dim": (text.hidden_size, "text_encoder"),
+            "patch_size": (self.patch, "packing"), "in_channels": (channels, why),
+            "out_channels": (self.latent_channels, "the VAE"), "joint_attention_dim": (text.hidden_size, "text_encoder"),
         })
         self.tokens = check_tokens(directory)
         self.prompt_tokens = {"text_encoder": self.tokens}
@@ -69,8 +69,8 @@ class QwenImage(FlowTransformer):
         config, file = self.directory.configs["vae"], self.path / "vae" / "config.json"
         halved, levels = config.get("temperal_downsample", (False, True, True)), len(config.get("dim_mult", (1, 2, 4, 4)))
         if len(halved) != levels - 1:
-            raise UserError(f"{file}: temperal_downsample has {len(halved)} values, and dim_mult's {levels} levels need {levels - 1}:"
-                            f" QwenImagePipeline takes the size of images from the former. {ADVICE}.")
+            raise UserError(f"{file}: temperal_downsample has {len(halved)} values, and dim_mult's {levels} levels need"
+                            f" {levels - 1}: QwenImagePipeline takes the size of images from the former. {ADVICE}.")
         if (colours := config.get("input_channels", 3)) != 3:
             raise UserError(f"{file}: input_channels is {colours}, where 3 are needed: red, green and blue. The VAE of"
                             " Qwen-Image-Layered has 4; only models that draw from a prompt alone can be trained.")
@@ -79,6 +79,8 @@ class QwenImage(FlowTransformer):
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by the pipeline's `encode_prompt`."""
+        # without its head, whose scores of 152,064 words for each token nobody sees
+        pipeline.text_encoder = getattr(pipeline.text_encoder, "model", pipeline.text_encoder)
         embeds, mask = pipeline.encode_prompt(prompts, device=device, max_sequence_length=self.tokens)
         if mask is None:  # as the pipeline says that it is all ones
             mask = embeds.new_ones(embeds.shape[:2])
@@ -160,8 +162,8 @@ def check_tokens(directory: Directory) -> int:
     seen = common.check_vocabulary(directory, "text_encoder", most=TOKENS + dropped)
     found, place = len(common.load_tokenizer(directory, "tokenizer")(before)["input_ids"]), directory.path / "tokenizer"
     if found != dropped:
-        raise UserError(f"{place}: it makes {found} tokens of the words that QwenImagePipeline puts before a prompt, which are"
-                        f" {dropped} in Qwen-Image's, so that the prompt's own would be dropped or the words' kept. {ADVICE}s.")
+        raise UserError(f"{place}: it makes {found} tokens of the words that QwenImagePipeline puts before a prompt, which"
+                        f" are {dropped} in Qwen-Image's, so that the prompt's own would be dropped or the words' kept. {ADVICE}s.")
     if seen - dropped < 3:
         raise UserError(f"{place}: its model_max_length is {seen}, of which QwenImagePipeline's words before a prompt take {dropped}."
                         f" {ADVICE}s.")

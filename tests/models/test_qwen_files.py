@@ -57,9 +57,9 @@ CHANGES = {
     "its successor": ("model_index.json", {"_class_name": "QwenImageEditPlusPipeline"}, "'QwenImageEditPlusPipeline'"),
     "a layered pipeline": ("model_index.json", {"_class_name": "QwenImageLayeredPipeline"}, "'QwenImageLayeredPipeline'"),
     "a ControlNet": ("model_index.json", {"_class_name": "QwenImageControlNetPipeline"}, "'QwenImageControlNetPipeline'"),
-    "another transformer": ("model_index.json", {"transformer": ["diffusers", "FluxTransformer2DModel"]}, "where QwenImageTransformer"),
+    "another transformer": ("model_index.json", {"transformer": ["diffusers", "FluxTransformer2DModel"]}, "where QwenImageTrans"),
     "no tokenizer": ("model_index.json", {"tokenizer": [None, None]}, "tokenizer is .*, where Qwen2Tokenizer"),
-    "guidance as an input": ("transformer/config.json", {"guidance_embeds": True}, "guidance_embeds is set, as in a distilled model"),
+    "guidance as an input": ("transformer/config.json", {"guidance_embeds": True}, "guidance_embeds is set, as in a distilled"),
     "an edit transformer": ("transformer/config.json", {"zero_cond_t": True}, "zero_cond_t is set, as in a Qwen-Image-Edit model"),
     "a layered transformer": ("transformer/config.json", {"use_additional_t_cond": True}, "as in a Qwen-Image-Layered model"),
     "layers' places": ("transformer/config.json", {"use_layer3d_rope": True}, "as in a Qwen-Image-Layered model"),
@@ -71,7 +71,7 @@ CHANGES = {
     "a text": ("transformer/config.json", {"num_layers": "2"}, "num_layers is '2', where a whole number"),
     "a nested text": ("text_encoder/config.json", {"text_config": {"hidden_size": "32"}}, "hidden_size is '32', where a whole"),
     "no text encoder": ("text_encoder/config.json", {"text_config": "none"}, "cannot load .*text_encoder: .*'text_config'"),
-    "levels": ("vae/config.json", {"temperal_downsample": [False, True]}, "temperal_downsample has 2 values, and dim_mult's 2 levels"),
+    "levels": ("vae/config.json", {"temperal_downsample": [False, True]}, "temperal_downsample has 2 values, and dim_mult"),
     "alpha": ("vae/config.json", {"input_channels": 4}, "input_channels is 4, .* Qwen-Image-Layered"),
     "a mean": ("vae/config.json", {"latents_mean": [0.0] * 3}, "latents_mean and latents_std must be 4 numbers"),
     "no deviation": ("vae/config.json", {"latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std"),
@@ -99,9 +99,9 @@ def test_axes_of_another_head(own):
 
 
 @pytest.mark.parametrize(("tokens", "message"), [
-    (lambda: qwen_tokenizer(TEMPLATE[:-1]), "makes 43 tokens of the words that QwenImagePipeline puts before a prompt, which are 34"),
+    (lambda: qwen_tokenizer(TEMPLATE[:-1]), "makes 43 tokens of the words that QwenImagePipeline puts before a prompt, which"),
     (lambda: qwen_tokenizer(most=36), "model_max_length is 36, of which QwenImagePipeline's words before a prompt take 34"),
-    (lambda: qwen_tokenizer((*TEMPLATE, *map(chr, range(0x61, 0x61 + 26)), "another", "word")), "Tokenizer and text encoder come from"),
+    (lambda: qwen_tokenizer((*TEMPLATE, *map(chr, range(0x61, 0x61 + 26)), "another", "word")), "Tokenizer and text encoder"),
 ], ids=["words in pieces", "no room", "more words"])
 def test_tokenizers_of_other_models(tokens, message, own):
     shutil.rmtree(own / "tokenizer")

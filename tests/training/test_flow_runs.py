@@ -1,4 +1,4 @@
-"""Whole runs of Stable Diffusion 3, FLUX and Qwen-Image against a plain loop that shares none of the trainer's code; ranks and resuming.
+"""Whole runs of SD3, FLUX and Qwen-Image against a plain loop that shares none of the trainer's code; ranks and resuming.
 
 The loop draws with diffusers' own pipelines and has its own noising, times and loss (App. B.2), one pair at a time. It takes from
 the package only what *defines* the data: the cached latents, their order, how random numbers are addressed, an adapter's start.
@@ -88,8 +88,9 @@ def drawn(pipeline: DiffusionPipeline, noise: Tensor, prompt: dict[str, Tensor],
           ) -> Tensor:
     """The pipeline's own sample."""
     if isinstance(pipeline, QwenImagePipeline):
-        latents = pipeline(prompt_embeds=seen(prompt), negative_prompt_embeds=seen(empty), height=16, width=16, true_cfg_scale=scale,
-                           latents=pipeline._pack_latents(noise, 1, 4, 8, 8), num_inference_steps=steps, output_type="latent").images
+        latents = pipeline(prompt_embeds=seen(prompt), negative_prompt_embeds=seen(empty), true_cfg_scale=scale, height=16,
+                           width=16, latents=pipeline._pack_latents(noise, 1, 4, 8, 8), num_inference_steps=steps,
+                           output_type="latent").images
         return pipeline._unpack_latents(latents, 16, 16, 2)[:, :, 0]
     flux = isinstance(pipeline, FluxPipeline)
     negative = {} if flux else {"negative_prompt_embeds": empty["prompt_embeds"], "negative_pooled_prompt_embeds": empty["pooled"]}
