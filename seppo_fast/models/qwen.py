@@ -165,7 +165,7 @@ def check_tokens(directory: Directory) -> int:
         raise UserError(f"{place}: it makes {found} tokens of the words that QwenImagePipeline puts before a prompt, which"
                         f" are {dropped} in Qwen-Image's, so that the prompt's own would be dropped or the words' kept. {ADVICE}s.")
     if seen - dropped < 3:
-        raise UserError(f"{place}: its model_max_length is {seen}, of which QwenImagePipeline's words before a prompt take {dropped}."
+        raise UserError(f"{place}: its model_max_length is {seen}, of which the pipeline's words before a prompt take {dropped}."
                         f" {ADVICE}s.")
     return min(TOKENS, seen - dropped)
 

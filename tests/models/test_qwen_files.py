@@ -100,7 +100,7 @@ def test_axes_of_another_head(own):
 
 @pytest.mark.parametrize(("tokens", "message"), [
     (lambda: qwen_tokenizer(TEMPLATE[:-1]), "makes 43 tokens of the words that QwenImagePipeline puts before a prompt, which"),
-    (lambda: qwen_tokenizer(most=36), "model_max_length is 36, of which QwenImagePipeline's words before a prompt take 34"),
+    (lambda: qwen_tokenizer(most=36), "model_max_length is 36, of which the pipeline's words before a prompt take 34"),
     (lambda: qwen_tokenizer((*TEMPLATE, *map(chr, range(0x61, 0x61 + 26)), "another", "word")), "Tokenizer and text encoder"),
 ], ids=["words in pieces", "no room", "more words"])
 def test_tokenizers_of_other_models(tokens, message, own):
