@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,8 +63,21 @@ def close(got, want, tolerance=1e-3):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
+class FromNumbers(TorchFunctionMode):
+    """Notes the calls that make a tensor of Python's numbers: on a GPU each is a copy from the host, on "meta" nothing."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Tensor):
+            self.names.append(f"{func.__name__}({args[0]})")
+        return func(*args, **(kwargs or {}))
+
+
 class OnTheHost(TorchDispatchMode):
-    """The operations that read or make a tensor on the CPU; the device is "meta", which has no values to wait for.
+    """What reads or makes a tensor on the CPU, or makes one of numbers; the device is "meta", which has no values to wait for.
 
     Reading a value there is an error of PyTorch's.
     """
@@ -71,6 +85,15 @@ class OnTheHost(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self._numbers = FromNumbers(self.names)
+
+    def __enter__(self) -> "OnTheHost":
+        self._numbers.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._numbers.__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -9,7 +9,9 @@ from tiny import LATENTS, WORDS
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+MEAN, STD = (-0.7571, 0.1075, 0.5517, -0.1745), (2.8184, 1.4541, 0.8, 1.7708)  # of the latents' channels
 TOKENS = 24  # of a prompt, behind the template's
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # Each is one token, as in the published tokenizer: the template's first part then has 34.
 TEMPLATE = ("system", "user", "assistant", "Describe", *("Ġ" + word for word in (
     "the image by detailing color shape size texture quantity text spatial relationships of objects and background").split()))
@@ -25,10 +27,10 @@ def qwen_tokenizer(words: tuple[str, ...] = TEMPLATE, most: int = 34 + TOKENS) -
                 merges.append((prefix, letter))
                 tokens.append(prefix + letter)
             prefix += letter
-    tokens += ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens += ["<|endoftext|>", *SPECIAL]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return Qwen2Tokenizer(vocab=vocabulary, merges=merges, model_max_length=most, eos_token="<|im_end|>",
-                          additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+                          additional_special_tokens=[*SPECIAL])
 
 
 def text_encoder(tokens: Qwen2Tokenizer, width: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -40,13 +42,15 @@ def text_encoder(tokens: Qwen2Tokenizer, width: int) -> Qwen2_5_VLForConditional
                          bos_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id),
         vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=1, out_hidden_size=width,
                            fullatt_block_indexes=[0]),
-        **{f"{kind}_token_id": tokens.pad_token_id for kind in ("image", "video", "vision_start", "vision_end")}))
+        image_token_id=tokens.convert_tokens_to_ids("<|image_pad|>"), video_token_id=tokens.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokens.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokens.convert_tokens_to_ids("<|vision_end|>")))
 
 
 def qwen_vae(**overrides: Any) -> AutoencoderKLQwenImage:
     """Two levels, so that 16x16 pixels become 8x8 latents."""
     settings = dict(base_dim=8, z_dim=LATENTS[0], dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
-                    latents_mean=[-0.7571, 0.1075, 0.5517, -0.1745], latents_std=[2.8184, 1.4541, 0.8, 1.7708])
+                    latents_mean=[*MEAN], latents_std=[*STD])
     return AutoencoderKLQwenImage(**settings | overrides)
 
 

@@ -215,7 +215,7 @@ def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False, m
     if not directory.weights:  # a model whose shape alone is known
         return most
     kind = kind_of(directory.index[encoder][1]).config_class
-    embedded = kind.from_dict(directory.configs[encoder]).get_text_config().vocab_size  # with the class's number where none is given
+    embedded = kind.from_dict(directory.configs[encoder]).get_text_config().vocab_size  # the class's where none is given
     loaded = load_tokenizer(directory, tokenizer)
     place = directory.path / tokenizer
     if not isinstance(loaded.model_max_length, int) or loaded.model_max_length < 3:

@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import common
-from seppo_fast.models.contract import Conditions, Vae
+from seppo_fast.models.contract import AT_ONCE, Conditions, Vae
 from seppo_fast.models.directory import Components, Directory
 from seppo_fast.models.flows import FlowTransformer, check_transformer, per_channel
 from seppo_fast.models.latents import LatentScale
@@ -34,7 +34,7 @@ OTHERS = {
 
 
 class QwenImage(FlowTransformer):
-    """A Qwen-Image directory. Conditions: `prompt_embeds` (B, 512, D), zeros after the prompt's end, and `mask` (B, 512), 1 before it.
+    """A Qwen-Image directory. Conditions: `prompt_embeds` (B, 512, D), zeros behind the prompt, and `mask` (B, 512) of 0 and 1.
 
     The pipeline pads prompts to the longest of them; the mask makes any length the same.
     """
@@ -57,8 +57,8 @@ class QwenImage(FlowTransformer):
         channels, why = 4 * self.latent_channels, "the VAE, of which four latents are packed into one token,"
         text = self.text_config("text_encoder").get_text_config()
         check_transformer(directory, self._kind, {
-            "patch_size": (self.patch, "packing"), "in_channels": (channels, why), "out_channels": (self.latent_channels, "the VAE"),
-            "joint_attention_dim": (text.hidden_size, "text_encoder"),
+            "patch_size": (self.patch, "packing"), "in_channels": (channels, why),
+            "out_channels": (self.latent_channels, "the VAE"), "joint_attention_dim": (text.hidden_size, "text_encoder"),
         })
         self.tokens = check_tokens(directory)
         self.prompt_tokens = {"text_encoder": self.tokens}
@@ -69,8 +69,8 @@ class QwenImage(FlowTransformer):
         config, file = self.directory.configs["vae"], self.path / "vae" / "config.json"
         halved, levels = config.get("temperal_downsample", (False, True, True)), len(config.get("dim_mult", (1, 2, 4, 4)))
         if len(halved) != levels - 1:
-            raise UserError(f"{file}: temperal_downsample has {len(halved)} values, and dim_mult's {levels} levels need {levels - 1}:"
-                            f" QwenImagePipeline takes the size of images from the former. {ADVICE}.")
+            raise UserError(f"{file}: temperal_downsample has {len(halved)} values, and dim_mult's {levels} levels need"
+                            f" {levels - 1}: QwenImagePipeline takes the size of images from the former. {ADVICE}.")
         if (colours := config.get("input_channels", 3)) != 3:
             raise UserError(f"{file}: input_channels is {colours}, where 3 are needed: red, green and blue. The VAE of"
                             " Qwen-Image-Layered has 4; only models that draw from a prompt alone can be trained.")
@@ -79,13 +79,15 @@ class QwenImage(FlowTransformer):
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by the pipeline's `encode_prompt`."""
+        # without its head, whose scores of 152,064 words for each token nobody sees
+        pipeline.text_encoder = getattr(pipeline.text_encoder, "model", pipeline.text_encoder)
         embeds, mask = pipeline.encode_prompt(prompts, device=device, max_sequence_length=self.tokens)
         if mask is None:  # as the pipeline says that it is all ones
             mask = embeds.new_ones(embeds.shape[:2])
         missing = self.tokens - embeds.shape[1]
         return {"prompt_embeds": F.pad(embeds, (0, 0, 0, missing)), "mask": F.pad(mask.to(embeds.dtype), (0, missing))}
 
-    def encode(self, vae: Vae, pixels: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+    def encode(self, vae: Vae, pixels: Tensor, at_once: int = AT_ONCE) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""
         mean, std = super().encode(vae, pixels.unsqueeze(2), at_once)
         return mean.squeeze(2), std.squeeze(2)
@@ -119,7 +121,7 @@ class QwenImage(FlowTransformer):
         """
         takes = inspect.signature(scheduler.set_timesteps).parameters
         given = {"sigmas": np.linspace(1.0, 1 / steps, steps)} if "sigmas" in takes else {"num_inference_steps": steps}
-        mu = {"mu": self.shift_of(latents)} if scheduler.config.get("use_dynamic_shifting") else {}
+        mu = {"mu": self.shift_of(latents, steps)} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(**given, **mu)
         scheduler.set_begin_index(0)
 
@@ -160,16 +162,16 @@ def check_tokens(directory: Directory) -> int:
     seen = common.check_vocabulary(directory, "text_encoder", most=TOKENS + dropped)
     found, place = len(common.load_tokenizer(directory, "tokenizer")(before)["input_ids"]), directory.path / "tokenizer"
     if found != dropped:
-        raise UserError(f"{place}: it makes {found} tokens of the words that QwenImagePipeline puts before a prompt, which are"
-                        f" {dropped} in Qwen-Image's, so that the prompt's own would be dropped or the words' kept. {ADVICE}s.")
+        raise UserError(f"{place}: it makes {found} tokens of the words that QwenImagePipeline puts before a prompt, which"
+                        f" are {dropped} in Qwen-Image's, so that the prompt's own would be dropped or the words' kept. {ADVICE}s.")
     if seen - dropped < 3:
-        raise UserError(f"{place}: its model_max_length is {seen}, of which QwenImagePipeline's words before a prompt take {dropped}."
+        raise UserError(f"{place}: its model_max_length is {seen}, of which the pipeline's words before a prompt take {dropped}."
                         f" {ADVICE}s.")
     return min(TOKENS, seen - dropped)
 
 
 def _without_lengths(hidden: Tensor, mask: Tensor | None) -> tuple[int, None, Tensor | None]:
-    return hidden.shape[1], None, mask
+    return hidden.shape[1], None, None if mask is None else mask.to(torch.bool)
 
 
 # diffusers computes each prompt's length there, uses it nowhere, and copies a number from the host for it in every call: a CUDA

@@ -20,6 +20,7 @@ from evaluation.lora_files import (
     with_alphas,
 )
 from tiny import tiny_flux, tiny_sd, tiny_sd3
+from tiny_qwen import tiny_qwen
 from torch import Tensor
 
 from seppo_fast.config import Lora
@@ -44,6 +45,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return open_model(str(tiny_flux(tmp_path_factory.mktemp("kohya") / "flux")))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return open_model(str(tiny_qwen(tmp_path_factory.mktemp("adapters") / "qwen")))
 
 
 def clip_stem(name: str) -> str:
@@ -109,8 +115,17 @@ def test_names_of_other_trainers_for_flux(flux: Model, form: Form, tmp_path: Pat
     check(flux, form, True, ALPHA / RANK, tmp_path)
 
 
+@pytest.mark.parametrize(("form", "scale"), [(peft, 1.0), (with_alphas, ALPHA / RANK)])
+def test_forms_for_qwen_image(form: Form, scale: float, qwen: Model, tmp_path: Path) -> None:
+    """Of the transformer alone: diffusers puts no LoRA on its text encoder."""
+    made = {name: (0.3 * down, up) for name, (down, up) in layers(qwen, False).items()}
+    check_as_merged(qwen, candidate(qwen, form(made), tmp_path), made, scale, False, "prompt_embeds", 1e-3)
+
+
 @torch.no_grad()
-def test_our_own_file_and_its_alpha(model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
+def test_our_own_file_and_its_alpha(name: str, qwen: Model, flux: Model, tmp_path: Path) -> None:
+    model = {"qwen": qwen, "flux": flux}.get(name) or open_model(str(tiny_sd3(tmp_path / "sd3")))
     targets = ["attn.to_q"]
     made = {name: pair for name, pair in layers(model, text=False).items() if name.endswith("attn.to_q")}
     weights = {f"{name.removeprefix('transformer.')}.lora_{which}.{ADAPTER}.weight": value for name, pair in made.items()

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
 from PIL import Image
 from tiny import tiny_flux, tiny_sd3
+from tiny_qwen import TOKENS, tiny_qwen
 
 from seppo_fast.errors import UserError
 from seppo_fast.evaluate import parse_arguments
@@ -21,7 +22,7 @@ from seppo_fast.evaluation.prompts import Prompt, tell_truncated
 from seppo_fast.models import open_model
 
 PROMPT = "a red cat"
-PIPELINES = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline, "schnell": FluxPipeline}
+PIPELINES = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline, "schnell": FluxPipeline, "qwen": QwenImagePipeline}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("flows")
     (root / "prompts.txt").write_text(f"{PROMPT}\n")
     return {"sd3": tiny_sd3(root / "sd3"), "flux": tiny_flux(root / "flux"), "prompts": root / "prompts.txt",
-            "schnell": tiny_flux(root / "schnell", dynamic=False, guidance_embeds=False)}
+            "qwen": tiny_qwen(root / "qwen"), "schnell": tiny_flux(root / "schnell", dynamic=False, guidance_embeds=False)}
 
 
 @pytest.fixture
@@ -43,15 +44,17 @@ def arguments(folders: dict[str, Path]) -> Callable[..., list[str]]:
 def drawn_by_diffusers(name: str, folder: Path, noise: torch.Tensor, form: str, **given: Any) -> Any:
     pipeline = PIPELINES[name].from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    if name == "qwen":
+        given |= {"true_cfg_scale": given.pop("guidance_scale"), "negative_prompt": "", "max_sequence_length": TOKENS}
     if name != "sd3":
         noise = pipeline._pack_latents(noise, *noise.shape)
     made = pipeline(PROMPT, height=16, width=16, latents=noise, output_type=form, **given).images
     if name != "sd3" and form == "latent":
-        return pipeline._unpack_latents(made, 16, 16, pipeline.vae_scale_factor)
+        return pipeline._unpack_latents(made, 16, 16, pipeline.vae_scale_factor).reshape(noise.shape[0], 4, 8, 8)
     return made
 
 
-@pytest.mark.parametrize(("name", "scale"), [("sd3", 7.5), ("sd3", 1.0), ("flux", 7.5), ("schnell", 1.0)])
+@pytest.mark.parametrize(("name", "scale"), [("sd3", 7.5), ("sd3", 1.0), ("flux", 7.5), ("schnell", 1.0), ("qwen", 7.5), ("qwen", 1.0)])
 def test_samples_are_the_pipelines(name: str, scale: float, folders: Any, arguments: Any, ranks: Any, evaluated: Any,
                                    tmp_path: Path) -> None:
     """Its latents before, and its picture after rounding; the command chooses the solver, and the scale where it is 7.5."""

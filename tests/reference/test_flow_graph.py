@@ -13,10 +13,12 @@ from seppo_fast.reference import Sampler
 from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.solver import table_of
 from tests.tiny import tiny_flux, tiny_sd3
+from tests.tiny_qwen import tiny_qwen
 from tests.tiny_wan import tiny_wan
 
 MAKE: dict[str, Callable[[Path], Path]] = {"sd3": tiny_sd3, "flux": tiny_flux, "wan": tiny_wan,
-                                           "wan2.2": partial(tiny_wan, expand_timesteps=True)}
+                                           "wan2.2": partial(tiny_wan, expand_timesteps=True),
+                                           "qwen": partial(tiny_qwen, scheduler=dict(shift_terminal=None))}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from captures import OnTheHost
 from tiny import tiny_animatediff, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny_qwen import tiny_qwen
 from tiny_wan import tiny_wan
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from seppo_fast.models import open_model
 from seppo_fast.reference.guidance import guided
 
 MAKE: dict[str, Callable[[Path], Path]] = {"sd": tiny_sd, "sdxl": tiny_sdxl, "animatediff": tiny_animatediff, "sd3": tiny_sd3,
-                                           "flux": tiny_flux, "wan": tiny_wan, "wan2.2": partial(tiny_wan, expand_timesteps=True)}
+                                           "flux": tiny_flux, "wan": tiny_wan, "wan2.2": partial(tiny_wan, expand_timesteps=True),
+                                           "qwen": tiny_qwen}
 
 
 @torch.no_grad()
@@ -44,6 +46,14 @@ def test_what_is_made_on_the_host_is_seen(tmp_path: Path) -> None:
     """As the FLUX pipeline's own places of the tokens would be without a device."""
     def denoise(denoiser: Any, latents: Tensor, times: Tensor, conditions: Any) -> Tensor:
         return latents + torch.arange(8.0).to(latents.device)
+
+    assert seen("flux", tmp_path / "flux", denoise)
+
+
+def test_a_number_that_is_copied_is_seen(tmp_path: Path) -> None:
+    """As diffusers' own count of a prompt's tokens would do to Qwen-Image."""
+    def denoise(denoiser: Any, latents: Tensor, times: Tensor, conditions: Any) -> Tensor:
+        return latents + torch.as_tensor(8, device=latents.device)
 
     assert seen("flux", tmp_path / "flux", denoise)
 

@@ -1,4 +1,4 @@
-"""Whole runs of Stable Diffusion 3 and FLUX against a plain loop that shares none of the trainer's code; ranks and resuming.
+"""Whole runs of SD3, FLUX and Qwen-Image against a plain loop that shares none of the trainer's code; ranks and resuming.
 
 The loop draws with diffusers' own pipelines and has its own noising, times and loss (App. B.2), one pair at a time. It takes from
 the package only what *defines* the data: the cached latents, their order, how random numbers are addressed, an adapter's start.
@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
 from forked import Forks, Strike
 from outcomes import Weights, apart, rows, steady_rows
 from safetensors.torch import load_file
 from tiny import tiny_flux, tiny_sd3
+from tiny_qwen import MEAN, STD, tiny_qwen
 from torch import Tensor
 
 from seppo_fast.config import Lora
@@ -29,15 +30,21 @@ from seppo_fast.models.lora import add_lora, trainable_weights
 from seppo_fast.seeds import generator, normal
 
 LORA = {"rank": 2, "alpha": 4.0}
-CASES: dict[str, dict[str, Any]] = {"sd3": {}, "flux": {"seppo.model.lora": LORA, "seppo.sampler.guidance_scale": 3.5}}
-SCALES = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}  # of the VAEs: factor and shift
-SHIFTS = {"sd3": 3.0, "flux": math.exp(0.5 + (16 - 256) * (1.15 - 0.5) / (4096 - 256))}  # FLUX: mu of 4 x 4 tokens
+CASES: dict[str, dict[str, Any]] = {"sd3": {}, "flux": {"seppo.model.lora": LORA, "seppo.sampler.guidance_scale": 3.5},
+                                    "qwen": {"seppo.sampler.guidance_scale": 4.0}}
+PIPELINES = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline, "qwen": QwenImagePipeline}
+PER_CHANNEL = 1 / torch.tensor(STD).view(-1, 1, 1), torch.tensor(MEAN).view(-1, 1, 1)
+SCALES: dict[str, Any] = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159), "qwen": PER_CHANNEL}  # of the VAEs: factor and shift
+# FLUX and Qwen-Image: mu of 4 x 4 tokens
+SHIFTS = {"sd3": 3.0, "flux": math.exp(0.5 + (16 - 256) * (1.15 - 0.5) / (4096 - 256)),
+          "qwen": math.exp(0.5 + (16 - 256) * (0.9 - 0.5) / (8192 - 256))}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {"sd3": tiny_sd3(root / "sd3", num_layers=1), "flux": tiny_flux(root / "flux")}
+    return {"sd3": tiny_sd3(root / "sd3", num_layers=1), "flux": tiny_flux(root / "flux"),
+            "qwen": tiny_qwen(root / "qwen", num_layers=1)}
 
 
 @pytest.fixture
@@ -54,13 +61,23 @@ def policy_of(run: Path) -> Weights:
     return load_file(max((run / "checkpoints").iterdir()) / "policy.safetensors")
 
 
-def predict(network: torch.nn.Module, latents: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor, guidance: float) -> Tensor:
+def seen(prompt: dict[str, Tensor]) -> Tensor:
+    """The embeddings of one prompt, without what a mask hides."""
+    return prompt["prompt_embeds"][:, :int(prompt["mask"].sum())] if "mask" in prompt else prompt["prompt_embeds"]
+
+
+def predict(network: torch.nn.Module, latents: Tensor, sigma: Tensor, prompt: dict[str, Tensor], guidance: float) -> Tensor:
     """The velocity of latents (B, 4, 8, 8) under one prompt, by the transformers' published interfaces."""
-    size = len(latents)
-    given = dict(encoder_hidden_states=embeds.expand(size, -1, -1), pooled_projections=pooled.expand(size, -1), return_dict=False)
-    if "Flux" not in type(network).__name__:
+    size, embeds = len(latents), seen(prompt)
+    given: dict[str, Any] = dict(encoder_hidden_states=embeds.expand(size, -1, -1), return_dict=False)
+    if "Qwen" not in type(network).__name__:
+        given["pooled_projections"] = prompt["pooled"].expand(size, -1)
+    if "SD3" in type(network).__name__:
         return network(hidden_states=latents, timestep=(1000 * sigma).expand(size), **given)[0]
     tokens = latents.reshape(size, 4, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(size, 16, 16)
+    if "Qwen" in type(network).__name__:
+        output = network(hidden_states=tokens, timestep=sigma.expand(size), img_shapes=[[(1, 4, 4)]] * size, **given)[0]
+        return output.reshape(size, 4, 4, 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(size, 4, 8, 8)
     places = torch.tensor([[0.0, row, column] for row in range(4) for column in range(4)])
     output = network(hidden_states=tokens, timestep=sigma.expand(size), guidance=torch.full((size,), guidance), img_ids=places,
                      txt_ids=torch.zeros(embeds.shape[1], 3), **given)[0]
@@ -70,6 +87,11 @@ def predict(network: torch.nn.Module, latents: Tensor, sigma: Tensor, embeds: Te
 def drawn(pipeline: DiffusionPipeline, noise: Tensor, prompt: dict[str, Tensor], empty: dict[str, Tensor], steps: int, scale: float
           ) -> Tensor:
     """The pipeline's own sample."""
+    if isinstance(pipeline, QwenImagePipeline):
+        latents = pipeline(prompt_embeds=seen(prompt), negative_prompt_embeds=seen(empty), true_cfg_scale=scale, height=16,
+                           width=16, latents=pipeline._pack_latents(noise, 1, 4, 8, 8), num_inference_steps=steps,
+                           output_type="latent").images
+        return pipeline._unpack_latents(latents, 16, 16, 2)[:, :, 0]
     flux = isinstance(pipeline, FluxPipeline)
     negative = {} if flux else {"negative_prompt_embeds": empty["prompt_embeds"], "negative_pooled_prompt_embeds": empty["pooled"]}
     latents = pipeline(prompt_embeds=prompt["prompt_embeds"], pooled_prompt_embeds=prompt["pooled"], height=16, width=16,
@@ -90,7 +112,7 @@ def plain_loop(name: str, raw: dict[str, Any], cache: LatentCache) -> tuple[Weig
     """What is trained, before and after; by update the (pairs, 7) columns of `app_b2`, and the gradient norm."""
     ours, size = raw["seppo"], raw["train_batch_size"]
     seed, order, scale = ours["seed"], Order(len(cache), ours["seed"]), ours["sampler"]["guidance_scale"]
-    pipeline = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}[name].from_pretrained(ours["model"]["path"])
+    pipeline = PIPELINES[name].from_pretrained(ours["model"]["path"])
     pipeline.set_progress_bar_config(disable=True)
     policy = pipeline.transformer.train()
     if "lora" in ours["model"]:
@@ -113,7 +135,7 @@ def plain_loop(name: str, raw: dict[str, Any], cache: LatentCache) -> tuple[Weig
                 noise, latents = torch.cat([draw("noise"), draw("loser noise")]), torch.cat([winner, loser])
                 sigma = torch.randn((), generator=generator(seed, "timestep", slot)).sigmoid()
                 sigma = k * sigma / (1 + (k - 1) * sigma)
-                given = ((1 - sigma) * latents + sigma * noise, sigma, prompt["prompt_embeds"], prompt["pooled"], scale)
+                given = ((1 - sigma) * latents + sigma * noise, sigma, prompt, scale)
                 with torch.no_grad():
                     ref = predict(reference, *given)
                 table.append(app_b2(noise - latents, predict(policy, *given), ref, ours["beta"]))

@@ -11,6 +11,7 @@ from diffusers import SD3Transformer2DModel
 from outcomes import apart, rows
 from safetensors.torch import load_file
 from tiny import tiny_flux, tiny_sd3
+from tiny_qwen import tiny_qwen
 
 from seppo_fast.compiler import transformer_blocks
 from seppo_fast.config import Model
@@ -33,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {"sd3": tiny_sd3(root / "sd3"), "flux": tiny_flux(root / "flux"),
             "schnell": tiny_flux(root / "schnell", dynamic=False, guidance_embeds=False),
-            "patches": tiny_sd3(root / "patches", patch_size=8)}
+            "patches": tiny_sd3(root / "patches", patch_size=8), "qwen": tiny_qwen(root / "qwen")}
 
 
 @pytest.fixture
@@ -47,6 +48,9 @@ def of(settings: Any, models: dict[str, Path]) -> Any:
 REFUSED = [
     ("sd3", {"fp16.enabled": True}, "fp16.enabled: .*/sd3 is a StableDiffusion3Pipeline, whose networks overflow in fp16.* bf16"),
     ("flux", {"fp16.enabled": True}, "fp16.enabled: .*/flux is a FluxPipeline"),
+    ("qwen", {"fp16.enabled": True}, "fp16.enabled: .*/qwen is a QwenImagePipeline, whose networks overflow in fp16.* bf16"),
+    ("qwen", {"seppo.sampler.fuse_projections": True}, "seppo.sampler.fuse_projections: the projections of .* of .*/qwen"),
+    ("qwen", {"seppo.sampler.solver": "dpmsolver++"}, "seppo.sampler.solver: 'dpmsolver\\+\\+' does not know the shift_terminal"),
     ("schnell", {"seppo.sampler.guidance_scale": 3.5}, "seppo.sampler.guidance_scale: 3.5 has no effect on .*/schnell"),
     ("sd3", {"seppo.model.attention": "xformers"}, "seppo.model.attention: the transformer of .*/sd3 has no \"xformers\""),
     ("flux", {"seppo.sampler.fuse_projections": True}, "seppo.sampler.fuse_projections: the projections of .* of .*/flux"),
@@ -138,7 +142,7 @@ def policy_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(max((run / "checkpoints").iterdir()) / "policy.safetensors")
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
 def test_checkpointed_activations_change_nothing(name: str, of: Any, train: Any, tmp_path: Path) -> None:
     one, other = (train(of(name, **{"seppo.iterations": 1, "seppo.model.gradient_checkpointing": on,
                                     "seppo.output_dir": str(tmp_path / str(on)), "optimizer.params.eps": 1e-5}))
