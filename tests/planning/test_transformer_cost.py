@@ -126,6 +126,10 @@ def textbook(model: Model, latents: tuple[int, ...]) -> float:
     if model.name == "qwen-image":
         double = 2 * (picture + text) * (4 + 8) * width**2 + 2 * 12 * width**2 + joint  # as FLUX's
         return config.num_layers * double + 2 * text * config.joint_attention_dim * width
+    if model.name == "flux2_klein":  # a latent is a token; feed-forwards of 3 times the width with a gate; one modulation for all
+        tokens = prod(latents[2:]) + text
+        block = 2 * tokens * (4 + 9) * width**2 + 4 * tokens**2 * width
+        return (config.num_layers + config.num_single_layers) * block + 2 * text * config.joint_attention_dim * width
     if model.name == "flux":
         double = 2 * (picture + text) * (4 + 8) * width**2 + 2 * 12 * width**2 + joint  # of one sample: two modulations of 6
         single = 2 * (picture + text) * (3 + 4 + 5) * width**2 + 2 * 3 * width**2 + joint
@@ -138,7 +142,7 @@ def textbook(model: Model, latents: tuple[int, ...]) -> float:
 
 @pytest.mark.parametrize("path", [
     "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "Qwen/Qwen-Image"])
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "Qwen/Qwen-Image", "black-forest-labs/FLUX.2-klein-4B"])
 def test_flops_are_those_of_the_textbook(path: str) -> None:
     model = published_model(path)
     latents = torch.empty(1, *model.latent_shape(512, 17), device="meta", dtype=torch.bfloat16)
@@ -155,13 +159,13 @@ def test_the_published_transformers() -> None:
                  "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520, "stabilityai/stable-diffusion-3.5-large": 8_056_627_520,
                  "black-forest-labs/FLUX.1-schnell": 11_891_178_560, "Qwen/Qwen-Image": 20_430_401_088,
                  "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1_418_996_800, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14_288_491_584,
-                 "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 4_999_787_712}
+                 "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 4_999_787_712, "black-forest-labs/FLUX.2-klein-base-4B": 3_875_544_576}
     for path, parameters in published.items():
         model = published_model(path)
         with torch.device("meta"):
             transformer = model.empty_denoiser()
         assert sum(weight.numel() for weight in transformer.parameters()) == parameters, path
-        sizes = (48, 16, 32) if "5B" in path else (16, 8, 16)
+        sizes = (48, 16, 32) if "5B" in path else (128, 16, 16) if "klein" in path else (16, 8, 16)
         assert (model.latent_channels, model.vae_scale_factor, model.multiple) == sizes, path
     assert published_model("black-forest-labs/FLUX.1-dev", "guoyww/animatediff-motion-adapter-v1-5-2") is None
 
