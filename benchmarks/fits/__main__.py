@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from benchmarks.fits.search import CARDS, Batches, Way, best
+from benchmarks.fits import CARDS
+from benchmarks.fits.search import Batches, Way, best
 from benchmarks.result_files import Row, about, one_row_a_line
 from seppo_fast.configfile import Config, batch_plan, load_config
 from seppo_fast.data.fingerprint import latent_shape
