@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.fits.search import CARDS, SHARE
+from benchmarks.fits import CARDS, SHARE
 from benchmarks.result_files import Row
 
 

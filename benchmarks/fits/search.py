@@ -3,11 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from benchmarks.fits import SHARE
 from benchmarks.result_files import Row
 from seppo_fast.planning.cost import Cost
-
-CARDS = (24, 40, 80)  # GiB
-SHARE = 0.9  # of a card that the plan may take; the driver, kernels' workspaces and the allocator's slack need the rest
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,17 @@ QWEN_IMAGE: Configs = {
     "scheduler": {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": True, "base_shift": 0.5,
                   "max_shift": 0.9, "base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02},
 }
+KLEIN_4B: Configs = {
+    "transformer": {
+        "patch_size": 1, "in_channels": 128, "num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128,
+        "num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False,
+    },
+    "vae": VAE | {"latent_channels": 32},
+    "text_encoder": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+                     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True},
+    "scheduler": FLUX_DEV["scheduler"],
+    INDEX: {"is_distilled": True},
+}
 PUBLISHED: dict[str, tuple[str, Configs]] = {  # each with its pipeline's class
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("StableDiffusionPipeline", SD15),
     "runwayml/stable-diffusion-v1-5": ("StableDiffusionPipeline", SD15),
@@ -124,6 +135,8 @@ PUBLISHED: dict[str, tuple[str, Configs]] = {  # each with its pipeline's class
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("WanPipeline", WAN_14B),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("WanPipeline", WAN_TI2V),
     "Qwen/Qwen-Image": ("QwenImagePipeline", QWEN_IMAGE),
+    "black-forest-labs/FLUX.2-klein-4B": ("Flux2KleinPipeline", KLEIN_4B),
+    "black-forest-labs/FLUX.2-klein-base-4B": ("Flux2KleinPipeline", KLEIN_4B | {INDEX: {"is_distilled": False}}),
 }
 
 
@@ -154,7 +167,7 @@ def _published(path: str, motion_adapter: str | None) -> Model | None:
 
 
 # What people ask for and cannot be trained here, by what their ids on the hub contain (regular expressions).
-OTHERS = {"flux.2": "FLUX.2", "qwen-image-edit": "Qwen-Image-Edit", "qwen-image-layered": "Qwen-Image-Layered",
+OTHERS = {"flux.2-dev": "FLUX.2-dev", "qwen-image-edit": "Qwen-Image-Edit", "qwen-image-layered": "Qwen-Image-Layered",
           "wan2.*a14b": "Wan 2.2 A14B", "wan2.*(?:(?<!t)i2v|flf2v)": "Wan image-to-video", "wan2.*vace": "Wan VACE",
           "pixart": "PixArt", "z-image": "Z-Image", "hunyuan": "Hunyuan", "cogvideo": "CogVideoX", "ltx-video": "LTX-Video",
           "sana": "Sana", "kandinsky": "Kandinsky", "stable-cascade": "Stable Cascade"}

@@ -1,4 +1,4 @@
-"""The memory of what makes latents and embeddings and is not trained: the VAE and the text encoders, both in fp32."""
+"""The memory of what makes latents and embeddings and is not trained: the VAE and the text encoders, in fp32 if not quantized."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.models import Model
 from seppo_fast.models.common import empty_text_encoder
 from seppo_fast.planning.network_memory import inference
+from seppo_fast.planning.quantized import as_quantized
+from seppo_fast.sections import Quantized
 from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
 
 
@@ -36,8 +38,9 @@ def encoder_bytes(model: Model, settings: Seppo) -> EncoderBytes:
     grid = settings.samples.per_prompt * (len(settings.samples.prompts) or GRID_PROMPTS) if settings.samples.every else 0
     batch = settings.evaluation.batch_size if settings.evaluation.draws else 0
     vae, decoding = vae_bytes(model, latent_shape(model, settings.data))
-    text, embedding = text_bytes(model, 1)
-    looking = text_bytes(model, max(grid, batch))[1] if max(grid, batch) > 1 else embedding
+    kind = settings.model.quantize_text
+    text, embedding = text_bytes(model, 1, kind)
+    looking = text_bytes(model, max(grid, batch), kind)[1] if max(grid, batch) > 1 else embedding
     return EncoderBytes(vae, encoding_bytes(model, settings.data), decoding, text, embedding, looking)
 
 
@@ -56,13 +59,16 @@ def encoding_bytes(model: Model, data: Data) -> int:
     return pixels.nbytes + inference(lambda: model.encode(vae, pixels, data.encode_batch_size)).peak
 
 
-def text_bytes(model: Model, prompts: int) -> tuple[int, int]:
-    """Of all text encoders, and of embedding so many prompts of full length at once, by one encoder after the other."""
+def text_bytes(model: Model, prompts: int, kind: Quantized | None = None) -> tuple[int, int]:
+    """Of all text encoders, and of embedding so many prompts of full length at once, by one encoder after the other.
+
+    `kind` is how their weights are quantized.
+    """
     weights = peak = 0
     for part in model.text_encoders:
         with torch.device("meta"):
             encoder = empty_text_encoder(model.directory, part).eval()
-        weights += weight_bytes(encoder)
+        weights += weight_bytes(encoder) - (as_quantized(encoder, kind) if kind else 0)
         peak = max(peak, embedding_bytes(encoder, prompts, model.prompt_tokens[part]))
     return weights, peak
 
