@@ -54,7 +54,8 @@ def drawn_by_diffusers(name: str, folder: Path, noise: torch.Tensor, form: str, 
     return made
 
 
-@pytest.mark.parametrize(("name", "scale"), [("sd3", 7.5), ("sd3", 1.0), ("flux", 7.5), ("schnell", 1.0), ("qwen", 7.5), ("qwen", 1.0)])
+@pytest.mark.parametrize(("name", "scale"), [("sd3", 7.5), ("sd3", 1.0), ("flux", 7.5), ("schnell", 1.0), ("qwen", 7.5),
+                                             ("qwen", 1.0)])
 def test_samples_are_the_pipelines(name: str, scale: float, folders: Any, arguments: Any, ranks: Any, evaluated: Any,
                                    tmp_path: Path) -> None:
     """Its latents before, and its picture after rounding; the command chooses the solver, and the scale where it is 7.5."""
