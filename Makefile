@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart quickstart-flow quickstart-video quickstart-improvement test test-fast lint readme clean
+.PHONY: quickstart quickstart-flow quickstart-video quickstart-video-flow quickstart-improvement test test-fast lint readme clean
 
 quickstart: $(READY)
 	$(BIN)/python -m seppo_fast.quickstart --out runs/quickstart
@@ -17,6 +17,10 @@ quickstart-flow: $(READY)
 # The same for video: a tiny AnimateDiff and clips of moving digits.
 quickstart-video: $(READY)
 	$(BIN)/python -m seppo_fast.quickstart.video --out runs/quickstart_video
+
+# The same for a flow of clips: a tiny Wan.
+quickstart-video-flow: $(READY)
+	$(BIN)/python -m seppo_fast.quickstart.video --model flow --out runs/quickstart_video_flow
 
 # The second method: an improvement model from pairs, then iterative DPO with it.
 quickstart-improvement: $(READY)

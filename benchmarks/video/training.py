@@ -49,7 +49,7 @@ def cpu_case(work: Path) -> tuple[str, list[str]]:
     from seppo_fast.quickstart.video.demonstrations import write_demonstrations
     from seppo_fast.seeds import generator
 
-    make_base(work / "base", Recipe(clips=64, vae_steps=12, text_steps=12, unet_steps=2))
+    make_base(work / "base", Recipe(clips=64, vae_steps=12, text_steps=12, denoiser_steps=2))
     clips = write_demonstrations(work / "clips", random_clips(split_digits(0)[0], 64, generator(0, "clips")))
     return "quickstart_video.json", [f"seppo.model.path={work / 'base'}", f"seppo.data.source={clips}",
                                      f"scheduler.params.total_num_steps={WARM_UP + UPDATES}",

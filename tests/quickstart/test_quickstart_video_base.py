@@ -12,7 +12,7 @@ from seppo_fast.quickstart.video.clips import random_clips, spoiled
 from seppo_fast.quickstart.video.judge import draw
 from seppo_fast.seeds import generator
 
-RECIPE = Recipe(clips=16, vae_steps=2, vae_batch_size=4, text_steps=2, text_batch_size=4, unet_steps=2, unet_batch_size=2)
+RECIPE = Recipe(clips=16, vae_steps=2, vae_batch_size=4, text_steps=2, text_batch_size=4, denoiser_steps=2, denoiser_batch_size=2)
 
 
 @pytest.fixture(scope="module")

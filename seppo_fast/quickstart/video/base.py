@@ -1,12 +1,13 @@
 """The base model: a complete, tiny AnimateDiff pipeline directory, trained here on a crawl of clips with faults."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, UNetMotionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from seppo_fast.models.animatediff import motion_adapter
@@ -21,9 +22,10 @@ LATENTS = (8, 4, 4)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the base is made. `wrong_directions`, `bad_motion` and `degraded` are shares of the crawl, and the UNet's faults."""
+    """How the base is made. `wrong_directions`, `bad_motion` and `degraded` are shares of the crawl, and the base's faults."""
 
     seed: int = 0
+    frames: int = FRAMES
     clips: int = 1000
     wrong_directions: float = 0.15
     bad_motion: float = 0.1
@@ -32,12 +34,12 @@ class Recipe:
     vae_batch_size: int = 64
     text_steps: int = 200
     text_batch_size: int = 64
-    unet_steps: int = 480
-    unet_batch_size: int = 8
+    denoiser_steps: int = 480
+    denoiser_batch_size: int = 8
     vae_lr: float = 4e-3
     text_lr: float = 6e-3
     kl_weight: float = 1e-3
-    unet_lr: float = 3e-3
+    denoiser_lr: float = 3e-3
     caption_dropout: float = 0.1
 
 
@@ -49,9 +51,8 @@ def make_base(folder: Path, recipe: Recipe) -> bool:
 
 def train_base(recipe: Recipe) -> AnimateDiffPipeline:
     """Tokenizer, VAE, text encoder and the UNet with its motion modules, trained on the crawl; AnimateDiff's noise schedule."""
-    digits, _ = split_digits(recipe.seed)
-    clips = random_clips(digits, recipe.clips, generator(recipe.seed, "clips"))
-    crawl = spoiled(clips, recipe.wrong_directions, recipe.bad_motion, recipe.degraded, recipe.seed)
+    clips = clean_clips(recipe)
+    crawl = sloppy_crawl(clips, recipe)
     tokenizer = new_tokenizer()
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_schedule="linear", beta_start=0.00085, beta_end=0.012,
@@ -72,6 +73,17 @@ def train_base(recipe: Recipe) -> AnimateDiffPipeline:
         vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=scheduler,
         motion_adapter=motion_adapter(unet).eval(), feature_extractor=None, image_encoder=None,
     )
+
+
+def clean_clips(recipe: Recipe) -> Clips:
+    """The clips of the crawl before it is spoiled."""
+    digits, _ = split_digits(recipe.seed)
+    return random_clips(digits, recipe.clips, generator(recipe.seed, "clips"), recipe.frames)
+
+
+def sloppy_crawl(clips: Clips, recipe: Recipe) -> Clips:
+    """The clips with the recipe's faults."""
+    return spoiled(clips, recipe.wrong_directions, recipe.bad_motion, recipe.degraded, recipe.seed)
 
 
 def new_tokenizer() -> CLIPTokenizer:
@@ -153,19 +165,33 @@ def train_unet(
     Late timesteps are drawn more often. The frames together show the direction except in nearly pure noise, so only there the
     network needs the prompt for it.
     """
-    random = generator(recipe.seed, "unet")
-    batch, last = recipe.unet_batch_size, scheduler.config.num_train_timesteps - 1
+    last = scheduler.config.num_train_timesteps - 1
 
-    def loss() -> Tensor:
-        rows = torch.randint(len(latents), (batch,), generator=random)
-        timesteps = (last * torch.rand(batch, generator=random) ** (1 / 3)).round().long()
-        noise = torch.randn(latents[rows].shape, generator=random)
-        dropped = torch.rand(batch, generator=random) < recipe.caption_dropout
-        captions = torch.where(dropped, len(CAPTIONS), labels[rows])
-        noisy = scheduler.add_noise(latents[rows], noise, timesteps)
+    def times(random: torch.Generator) -> Tensor:
+        return (last * torch.rand(recipe.denoiser_batch_size, generator=random) ** (1 / 3)).round().long()
+
+    def loss(clean: Tensor, noise: Tensor, timesteps: Tensor, captions: Tensor) -> Tensor:
+        noisy = scheduler.add_noise(clean, noise, timesteps)
         return F.mse_loss(unet(noisy, timesteps, embeds[captions].repeat_interleave(FRAMES, dim=0)).sample, noise)
 
-    fit(list(unet.parameters()), loss, recipe.unet_steps, recipe.unet_lr, "UNet")
+    train_denoiser(unet, latents, labels, times, loss, recipe, "UNet")
+
+
+def train_denoiser(
+    denoiser: nn.Module, latents: Tensor, labels: Tensor, times: Callable[[torch.Generator], Tensor],
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], recipe: Recipe, name: str,
+) -> None:
+    """Train with `loss` of clean latents, noise, times and captions; caption 40 is the empty one, which some clips get."""
+    random, batch = generator(recipe.seed, name.lower()), recipe.denoiser_batch_size
+
+    def of_a_batch() -> Tensor:
+        rows = torch.randint(len(latents), (batch,), generator=random)
+        at = times(random)
+        noise = torch.randn(latents[rows].shape, generator=random)
+        dropped = torch.rand(batch, generator=random) < recipe.caption_dropout
+        return loss(latents[rows], noise, at, torch.where(dropped, len(CAPTIONS), labels[rows]))
+
+    fit(list(denoiser.parameters()), of_a_batch, recipe.denoiser_steps, recipe.denoiser_lr, name)
 
 
 def _coloured(grey: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from seppo_fast.quickstart.digits import RESOLUTION as DIGIT
 from seppo_fast.quickstart.digits import WORDS, Digits, degrade
 from seppo_fast.seeds import generator
 
-FRAMES = 16
+FRAMES = 16  # unless a model asks for another number
 RESOLUTION = 32
 TRAVEL = RESOLUTION - DIGIT  # pixels from the first frame to the last
 DIRECTIONS = ("left", "right", "up", "down")
@@ -19,7 +19,7 @@ CAPTIONS = tuple(f"{'an' if word == 'eight' else 'a'} {word} moving {direction}"
 
 @dataclass(frozen=True)
 class Clips:
-    """Grey clips `(N, 16, 1, 32, 32)` in [0, 1] and the caption of each, an index of CAPTIONS, `(N,)` long."""
+    """Grey clips `(N, F, 1, 32, 32)` in [0, 1] and the caption of each, an index of CAPTIONS, `(N,)` long."""
 
     pixels: Tensor
     labels: Tensor
@@ -28,20 +28,20 @@ class Clips:
         return len(self.labels)
 
 
-def clips_of(digits: Digits, directions: Tensor, across: Tensor) -> Clips:
+def clips_of(digits: Digits, directions: Tensor, across: Tensor, frames: int = FRAMES) -> Clips:
     """Clips of each digit crossing the canvas in its direction `(N,)`, `across` `(N,)` pixels from the left or upper edge."""
-    travelled = torch.linspace(0, TRAVEL, FRAMES).round().long()
+    travelled = torch.linspace(0, TRAVEL, frames).round().long()
     step = STEPS[directions]  # (N, 2)
     start = torch.where(step < 0, TRAVEL, torch.where(step > 0, 0, across[:, None]))
-    places = start[:, None] + step[:, None] * travelled[:, None]  # (N, 16, 2): left and upper edge
+    places = start[:, None] + step[:, None] * travelled[:, None]  # (N, F, 2): left and upper edge
     return Clips(_drawn(digits, places), digits.labels * len(DIRECTIONS) + directions)
 
 
-def random_clips(digits: Digits, count: int, random: torch.Generator) -> Clips:
+def random_clips(digits: Digits, count: int, random: torch.Generator, frames: int = FRAMES) -> Clips:
     """`count` clips with all digits and directions equally often, each along the middle of the canvas."""
     order = torch.cat([torch.randperm(len(digits), generator=random) for _ in range(-(-count // len(digits)))])[:count]
     directions = torch.arange(count)[torch.randperm(count, generator=random)] % len(DIRECTIONS)
-    return clips_of(Digits(digits.pixels[order], digits.labels[order]), directions, torch.full((count,), TRAVEL // 2))
+    return clips_of(Digits(digits.pixels[order], digits.labels[order]), directions, torch.full((count,), TRAVEL // 2), frames)
 
 
 def spoiled(clips: Clips, wrong_directions: float, bad_motion: float, degraded: float, seed: int) -> Clips:
@@ -60,20 +60,20 @@ def spoiled(clips: Clips, wrong_directions: float, bad_motion: float, degraded: 
 
 def spoil_motion(pixels: Tensor, random: torch.Generator) -> Tensor:
     """The clips with spoiled motion: half stand still at a random frame, half have their frames in a random order."""
-    count = len(pixels)
-    frozen = torch.randint(FRAMES, (count, 1), generator=random).expand(-1, FRAMES)
-    shuffled = torch.rand(count, FRAMES, generator=random).argsort(dim=1)
+    count, length = pixels.shape[:2]
+    frozen = torch.randint(length, (count, 1), generator=random).expand(-1, length)
+    shuffled = torch.rand(count, length, generator=random).argsort(dim=1)
     frames = torch.where(torch.rand(count, 1, generator=random) < 0.5, frozen, shuffled)
     return pixels[torch.arange(count)[:, None], frames]
 
 
 def _drawn(digits: Digits, places: Tensor) -> Tensor:
-    """The digits with their upper left corners at `places` (N, 16, 2), as (N, 16, 1, 32, 32)."""
-    count = len(digits)
-    canvas = torch.zeros(count, FRAMES, 1, RESOLUTION, RESOLUTION)
+    """The digits with their upper left corners at `places` (N, F, 2), as (N, F, 1, 32, 32)."""
+    count, length = places.shape[:2]
+    canvas = torch.zeros(count, length, 1, RESOLUTION, RESOLUTION)
     span = torch.arange(DIGIT)
     columns = places[..., 0, None, None] + span
     rows = places[..., 1, None, None] + span[:, None]
-    clip, frame = torch.arange(count)[:, None, None, None], torch.arange(FRAMES)[:, None, None]
-    canvas[clip, frame, 0, rows, columns] = digits.pixels[:, None, 0].expand(-1, FRAMES, -1, -1)
+    clip, frame = torch.arange(count)[:, None, None, None], torch.arange(length)[:, None, None]
+    canvas[clip, frame, 0, rows, columns] = digits.pixels[:, None, 0].expand(-1, length, -1, -1)
     return canvas

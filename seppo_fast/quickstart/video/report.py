@@ -53,8 +53,8 @@ def table(base: Scores, trained: Scores, judge: Judge, rows: Sequence[Mapping[st
 
 
 def loop(path: Path, base: Tensor, trained: Tensor, labels: Sequence[int], scale: int = 2) -> None:
-    """Both models' samples `(N, 16, 1, 32, 32)` as an animated WebP that loops: a row a direction, a column a digit."""
-    grids = [_grid(clips, labels) for clips in (base, trained)]  # (16, H, W)
+    """Both models' samples `(N, F, 1, 32, 32)` as an animated WebP that loops: a row a direction, a column a digit."""
+    grids = [_grid(clips, labels) for clips in (base, trained)]  # (F, H, W)
     frames, height, width = (grids[0].shape[0], grids[0].shape[1] * scale, grids[0].shape[2] * scale)
     left, top, gap = 48, 24, 16
     font = ImageFont.load_default(size=14)
@@ -111,7 +111,7 @@ def write_result(
 
 
 def _grid(clips: Tensor, labels: Sequence[int]) -> Tensor:
-    """The first sample of each caption, directions down and digits across, with thin lines between: `(16, H, W)`."""
+    """The first sample of each caption, directions down and digits across, with thin lines between: `(F, H, W)`."""
     first = {label: index for index, label in reversed(list(enumerate(labels)))}
     framed = torch.nn.functional.pad(clips[:, :, 0], (0, 1, 0, 1), value=0.5)
     blank = torch.zeros_like(framed[0])
