@@ -1,6 +1,6 @@
 """What families share: the VAE and the files of a pipeline's directory, and the UNets of DDPM-like schedules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ class Pipeline:
     components: ClassVar[Components]
     video = False
     frame_rate = 8
-    rescale_guidance = None
+    rescale_guidance: Callable[[Tensor, Tensor], Tensor] | None = None
     vae_memory = PLAIN
 
     def __init__(self, directory: Directory) -> None:
