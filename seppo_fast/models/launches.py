@@ -14,7 +14,7 @@ MOST = 65_535
 class Pieces(TorchFunctionMode):
     """Under this mode, PyTorch's attention of (rows, heads, tokens, channels) runs in launches of at most `most` rows.
 
-    Rows do not see one another, so each gets the same bits as in one launch. Masks are not supported: no model here has one.
+    Rows do not see one another, so each gets the same bits as in one launch. Masks are not supported: no UNet here has one.
     """
 
     def __init__(self, most: int) -> None:
