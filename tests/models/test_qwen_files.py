@@ -53,7 +53,7 @@ def test_the_published_form_of_the_text_encoder(folder, own):
 
 
 CHANGES = {
-    "an edit pipeline": ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, "'QwenImageEditPipeline', which is given a picture"),
+    "an edit pipeline": ("model_index.json", {"_class_name": "QwenImageEditPipeline"}, "EditPipeline', which is given a picture"),
     "its successor": ("model_index.json", {"_class_name": "QwenImageEditPlusPipeline"}, "'QwenImageEditPlusPipeline'"),
     "a layered pipeline": ("model_index.json", {"_class_name": "QwenImageLayeredPipeline"}, "'QwenImageLayeredPipeline'"),
     "a ControlNet": ("model_index.json", {"_class_name": "QwenImageControlNetPipeline"}, "'QwenImageControlNetPipeline'"),
