@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 
 from seppo_fast.errors import UserError
 from seppo_fast.models import common
-from seppo_fast.models.contract import Conditions, Vae
+from seppo_fast.models.contract import AT_ONCE, Conditions, Vae
 from seppo_fast.models.directory import Components, Directory
 from seppo_fast.models.flows import FlowTransformer, check_transformer, per_channel
 from seppo_fast.models.latents import LatentScale
@@ -85,7 +85,7 @@ class QwenImage(FlowTransformer):
         missing = self.tokens - embeds.shape[1]
         return {"prompt_embeds": F.pad(embeds, (0, 0, 0, missing)), "mask": F.pad(mask.to(embeds.dtype), (0, missing))}
 
-    def encode(self, vae: Vae, pixels: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+    def encode(self, vae: Vae, pixels: Tensor, at_once: int = AT_ONCE) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [-1, 1] -> posterior mean and standard deviation, (B, C, h, w) fp32, not scaled."""
         mean, std = super().encode(vae, pixels.unsqueeze(2), at_once)
         return mean.squeeze(2), std.squeeze(2)
