@@ -62,7 +62,7 @@ def denoise(network: nn.Module, latents: Tensor, timesteps: Tensor, conditions: 
         out = network(packed, prompt, prompt.mean(1), timesteps / 1000, image, image.new_zeros(prompt.shape[1], 3),
                       return_dict=False)[0]
     else:
-        mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=latents.device)
+        mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=latents.device)
         out = network(packed, prompt, mask, timesteps / 1000, [[(1, 4, 4)]] * size, return_dict=False)[0]
     return out.unflatten(1, (4, 4)).unflatten(-1, (4, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 

@@ -38,23 +38,23 @@ def configure(folder, **changes) -> Path:
 
 def opened(folder, memory):
     model = with_vae_memory(open_model(str(folder), frames=5), memory)
-    vae = model.load_vae("cpu")
-    assert (vae.use_tiling, vae.use_slicing) == (memory.tiling, memory.slicing)
-    fixed = hasattr(vae, "tile_sample_min_height")
+    network = model.load_vae("cpu")
+    assert (network.use_tiling, network.use_slicing) == (memory.tiling, memory.slicing)
+    fixed = hasattr(network, "tile_sample_min_height")
     side = 2 * PIXELS if fixed else PIXELS
     if fixed and memory.tiling:  # smaller than the published tiles, for less work
-        vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
-    return model, vae, side
+        network.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+    return model, network, side
 
 
 @torch.no_grad()
 def both(folder, memory, times):
     """Latents and pixels of two samples whose sides are `times` those of a tile."""
-    model, vae, side = opened(folder, memory)
+    model, network, side = opened(folder, memory)
     shape = (2, *[5] * model.video, 3, times * side, times * side)
-    mean, std = model.encode(vae, torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    mean, std = model.encode(network, torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     latents = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
-    return mean, std, model.decode(vae, latents)
+    return mean, std, model.decode(network, latents)
 
 
 def test_what_is_larger_than_a_tile_is_nearly_the_same_and_what_is_not_the_same(folder):
@@ -74,11 +74,11 @@ def test_slices_are_the_same(folder):
 def test_tiles_take_less_memory_and_the_plan_knows_it(tmp_path):
     folder = tiny_sd(tmp_path / "sd")
     configure(folder, sample_size=64)
-    shape, sizes = (4, 96, 96), {}
+    latents, sizes = torch.zeros(1, 4, 96, 96), {}
     for memory in (PLAIN, TILING):
-        model, vae, _ = opened(folder, memory)
-        decoding, kept = vae_bytes(model, shape)[1], []
-        sizes[memory] = allocated(lambda model=model, vae=vae, kept=kept: kept.append(model.decode(vae, torch.zeros(1, *shape))))
+        model, network, _ = opened(folder, memory)
+        decoding, kept = vae_bytes(model, latents.shape[1:])[1], []
+        sizes[memory] = allocated(lambda model=model, network=network, kept=kept: kept.append(model.decode(network, latents)))
         assert decoding == pytest.approx(sizes[memory], rel=CLOSE)
     assert sizes[TILING] < 0.5 * sizes[PLAIN]
 
