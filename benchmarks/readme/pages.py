@@ -22,6 +22,7 @@ PAGES = (README, BENCHMARKS, CONFIGS)
 RESULTS = ROOT / "benchmarks" / "results"
 TABLES = {"keys": keys, **{name: partial(table, RESULTS) for name, table in (
     ("quickstart", quickstart), ("fits", fits), ("headlines", headlines), ("quickstart_flow", flow), ("quickstart_video", video),
+    ("quickstart_video_flow", partial(video, name="quickstart_video_flow")),
     ("quickstart_improvement", quickstart_improvement), ("loss", loss), ("throughput", throughput), ("decoding", decoding),
     ("ablation", ablation), ("ablation_flow", ablation_flow), ("improvement", improvement))}}
 

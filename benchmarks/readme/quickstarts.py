@@ -54,25 +54,25 @@ def before_and_after(result: dict[str, Any], folder: str, command: str, rates: M
 SECONDS = 480  # the time limit of all quickstarts but the first
 
 
-def video(results: Path) -> str:
-    """Before and after, from the video quickstart's result.json, with its clips, or the sentence that it was not run."""
-    path = results / "quickstart_video" / "result.json"
+def video(results: Path, name: str = "quickstart_video") -> str:
+    """Before and after, from a video quickstart's result.json, with its clips, or the sentence that it was not run."""
+    path, command = results / name / "result.json", "make " + name.replace("_", "-")
     if not path.exists():
-        return "Not measured yet (`make quickstart-video`, then `make readme`)."
+        return f"Not measured yet (`{command}`, then `make readme`)."
     result = json.loads(path.read_text())
     base, after, clean, machine = result["base"], result["seppo"], result["judge"]["clean_clips"], result["machine"]
     measures = (("direction_accuracy", "direction accuracy", "{:.1%}"), ("moving", "moving", "{:.1%}"),
                 ("frechet_distance", "Frechet distance (less is better)", "{:.2f}"), ("ssim", "SSIM", "{:.3f}"),
                 ("psnr", "PSNR", "{:.2f} dB"))
     lines = [
-        "![clips of the base model and, from the same noise, after SePPO](results/quickstart_video/side_by_side.webp)",
+        f"![clips of the base model and, from the same noise, after SePPO](results/{name}/side_by_side.webp)",
         "",
         "| | base | SePPO | clean clips |",
         "|---|---|---|---|",
         *(f"| {label} | " + " | ".join(form.format(scores[key]) for scores in (base, after, clean)) + " |"
           for key, label, form in measures),
         "",
-        f"Measured by `make quickstart-video` with seed {result['settings']['seed']} on {machine['cpu']}, {machine['cores']} cores,"
+        f"Measured by `{command}` with seed {result['settings']['seed']} on {machine['cpu']}, {machine['cores']} cores,"
         f" {machine['threads']} thread{'s' * (machine['threads'] > 1)}: {result['seconds']['total']:.0f} s, with the training of"
         f" the base model, without the installation. Direction accuracy: share of {base['samples']} samples whose brightness moves"
         f" in the prompt's direction ({result['judge']['accuracy_on_held_out_clips']:.1%} for real clips). Frechet distance: to"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import NARROW, tiny_animatediff, tiny_pix2pix, tiny_sd3
+from tiny_wan import tiny_wan
 from torch import Tensor, nn
 
 import seppo_fast
@@ -45,6 +46,8 @@ def test_the_shipped_configurations_pass_their_dry_run(name: str, sd: Path, tmp_
         overrides.append(f"seppo.model.path={tiny_sd3(tmp_path / 'base')}")
     if name == "quickstart_video":
         overrides += [f"seppo.model.path={tiny_animatediff(tmp_path / 'base')}", "seppo.data.video.frames=8"]
+    if name == "quickstart_video_flow":
+        overrides.append(f"seppo.model.path={tiny_wan(tmp_path / 'base')}")
     printed = dry_run(load_config(f"{name}.json", overrides), 1)
     assert "memory a rank" in printed and printed.endswith("dry run: nothing was trained or written")
 

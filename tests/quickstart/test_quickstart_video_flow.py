@@ -1,4 +1,4 @@
-"""The video quickstart with a flow: its base, hardly trained, through plain diffusers and through the trainer; its configuration."""
+"""The video quickstart with a flow: its base, hardly trained, through plain diffusers and the trainer; its configuration."""
 
 from copy import deepcopy
 from dataclasses import replace
