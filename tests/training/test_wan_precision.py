@@ -1,5 +1,6 @@
 """Wan in bf16: what its pipeline keeps in fp32 stays so beside a LoRA; policy and reference compute alike; the ZeRO stages."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from outcomes import apart, column, rows
+from outcomes import Weights, column, rows
+from safetensors.torch import load_file
 from training.test_flow_runs import policy_of
 
 from seppo_fast.training.trainer import Trainer
@@ -57,12 +59,20 @@ def test_all_weights_in_bf16_are_the_references(of_wan: Any, wan: Path, train: C
     assert all(torch.equal(final[name], weight.float()) for name, weight in policy_of(run).items())
 
 
-@pytest.mark.parametrize("changes", [{}, BF16, BF16 | LORA], ids=["fp32", "bf16", "bf16 LoRA"])
-def test_zero_3_trains_what_zero_1_trains(changes: dict[str, Any], of_wan: Any, train_on_ranks: Any, tmp_path: Path) -> None:
+def between(one: Weights, other: Weights) -> float:
+    """The norm of the difference of two models' weights."""
+    return math.sqrt(sum((one[name].double() - other[name].double()).square().sum().item() for name in one))
+
+
+@pytest.mark.parametrize(("changes", "share"), [({}, 1e-4), (BF16, 0.1), (BF16 | LORA, 0.15)], ids=["fp32", "bf16", "bf16 LoRA"])
+def test_zero_3_trains_what_zero_1_trains(changes: dict[str, Any], share: float, of_wan: Any, train_on_ranks: Any, tmp_path: Path
+                                          ) -> None:
+    """Apart from rounding: ZeRO-3 adds a layer's bias after its product was rounded, and partitions all weights in half precision."""
     one, three = train_on_ranks([
         of_wan(**changes, **{"zero_optimization": {"stage": stage}, "seppo.output_dir": str(tmp_path / str(stage))})
         for stage in (1, 3)])
     for run in (one, three):
         assert rows(run)[0]["logit_p05"] == rows(run)[0]["logit_p95"] == 0
-    assert column(one, "loss") == pytest.approx(column(three, "loss"), rel=1e-4 if not changes else 1e-2)
-    assert apart(policy_of(one), policy_of(three)) < (2e-6 if not changes else 1e-2)
+    trained, start = policy_of(one), load_file(one / "pool" / "policy_00000.safetensors")
+    assert 0 < between(trained, policy_of(three)) < share * between(trained, start)
+    assert column(one, "loss") == pytest.approx(column(three, "loss"), rel=share)
