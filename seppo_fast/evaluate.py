@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "python -m seppo_
     add("--image-guidance-scale", type=float, metavar="S_I",
         help="of improvement models: how near they stay to the sample that they improve (s_I of Eq. 9); 3.0 by default, 1 is none")
     add("--resolution", type=int, help="pixels along a side; by default the model's own")
-    add("--frames", type=int, default=16, help="frames of a video, of Wan 4k + 1; 16 by default")
+    add("--frames", type=int, help="frames of a video; by default 16, or 17 where one of the models is a Wan, which makes 4k + 1")
     add("--motion-adapter", metavar="PATH", help="makes an AnimateDiff of Stable Diffusion 1.x")
     add("--variant", help='variant of the weight files, such as "fp16"')
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",

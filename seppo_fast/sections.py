@@ -22,7 +22,7 @@ class Section(BaseModel):
 class Lora(Section):
     """A PEFT LoRA on the denoiser, UNet or transformer. `targets` are module names or suffixes, as in PEFT's `target_modules`.
 
-    `layers` is for video models: adapters on the layers of the motion modules, on those of the image model, or on both.
+    `layers` is for AnimateDiff: adapters on the layers of the motion modules, on those of the image model, or on both.
     """
 
     rank: Positive = 16
@@ -34,7 +34,7 @@ class Lora(Section):
     targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
     """Names or endings of the modules that get an adapter."""
     layers: Literal["temporal", "spatial", "all"] | None = None
-    """Video models: adapters on the motion modules (`temporal`, the default there), on the image model (`spatial`), or both."""
+    """AnimateDiff: adapters on the motion modules (`temporal`, the default there), on the image model (`spatial`), or both."""
 
 
 class Model(Section):
@@ -103,7 +103,7 @@ class Video(Section):
     """
 
     frames: Positive = 16
-    """Frames of a clip."""
+    """Frames of a clip; of Wan 4k + 1."""
     choice: Literal["dynamic", "uniform", "window"] = "dynamic"
     """Which frames: evenly over the clip (`uniform`), a random `window`, or by the row (`dynamic`)."""
     stride: Positive = 4

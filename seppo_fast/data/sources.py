@@ -42,8 +42,8 @@ def open_source(data: config.Data, needs_loser: bool, seed: int, video: bool | N
         raise UserError(f"seppo.data.source={data.source!r} is neither a regular file nor a folder")
     clips = video_metadata(path, data) if data.format in ("auto", "imagefolder", "video") else None
     if clips and video is False:
-        raise UserError(f"seppo.data.source={data.source!r} has videos, and the model makes images: set seppo.model.path to an"
-                        " AnimateDiff directory, or seppo.model.motion_adapter, which makes a Stable Diffusion 1.x one")
+        raise UserError(f"seppo.data.source={data.source!r} has videos, and the model makes images: set seppo.model.path to a Wan"
+                        " or AnimateDiff directory, or seppo.model.motion_adapter, which makes a Stable Diffusion 1.x one")
     if clips:
         return open_videos(path, clips, data, use)
     if video or data.format == "video":

@@ -8,7 +8,7 @@ import torch
 
 from seppo_fast.config import Improvement, Sampler
 from seppo_fast.errors import UserError
-from seppo_fast.evaluation.candidates import Candidate, open_candidates
+from seppo_fast.evaluation.candidates import Candidate, frames_of, open_candidates
 from seppo_fast.evaluation.generate import Drawing, check_drawing
 from seppo_fast.evaluation.prompts import read_prompts
 from seppo_fast.evaluation.request import SCALES, Request
@@ -29,12 +29,13 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
                                          VaeMemory(arguments.vae_tiling, arguments.vae_slicing))
         ranks.barrier()
     video = candidates[0].model.video
+    frames = arguments.frames or frames_of(candidates) if video else None
     scores = chosen(arguments.scores, video, "--scores", several=arguments.per_prompt > 1)
     check_real(arguments.real, candidates[0].model, "--real")
     solver = arguments.solver or default_solver(candidate.model for candidate in candidates)
     sampler = Sampler(solver=solver, steps=arguments.steps, guidance_scale=arguments.guidance_scale,
                       batch_size=arguments.batch_size or "auto", compile=arguments.compile)
-    drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, arguments.frames if video else None,
+    drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, frames,
                       dtype_of(arguments.dtype, ranks.device, candidates), sampler, scales_of(arguments, candidates))
     check_drawing(candidates, drawing)
     prompts = read_prompts(arguments.prompts, arguments.limit, say)

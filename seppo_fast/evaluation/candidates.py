@@ -69,7 +69,7 @@ class Candidate:
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: str | None, frames: int,
+def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: str | None, frames: int | None,
                     vae_memory: VaeMemory = PLAIN) -> list[Candidate]:
     """The models of arguments `NAME=PATH`, checked without loading weights.
 
@@ -96,8 +96,8 @@ def open_candidates(given: Sequence[str], variant: str | None, motion_adapter: s
     return found
 
 
-def open_candidate(name: str, path: str, before: Sequence[Candidate], variant: str | None, motion_adapter: str | None, frames: int
-                   ) -> Candidate:
+def open_candidate(name: str, path: str, before: Sequence[Candidate], variant: str | None, motion_adapter: str | None,
+                   frames: int | None) -> Candidate:
     """The model of `NAME=PATH`, given those before it."""
     place, source = improved_by(path, before)
     pipeline, lora = parts_of(place)
@@ -112,13 +112,21 @@ def open_candidate(name: str, path: str, before: Sequence[Candidate], variant: s
     elif source is not None:
         model = open_improvement_model(pipeline, variant=variant, labels=FLAGS)
     else:
-        model = open_model(pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter), frames=frames,
-                           labels=FLAGS)
+        model = open_model(pipeline, variant=variant, motion_adapter=motion_adapter_for(pipeline, motion_adapter),
+                           frames=frames or 1, labels=FLAGS)
     if lora is not None:
         read_adapter(lora, model).check(model)  # an error in it should not wait until the first model is drawn
     else:
         run_denoiser(model)
     return Candidate(name, path, model, lora, source)
+
+
+def frames_of(candidates: Sequence[Candidate]) -> int:
+    """How many frames their videos have where nobody says it; `UserError` where one of them cannot make so many."""
+    frames = max(candidate.model.usual_frames for candidate in candidates)
+    for candidate in candidates:
+        candidate.model.check_frames(frames)
+    return frames
 
 
 def is_name(text: str) -> bool:

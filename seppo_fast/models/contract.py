@@ -43,6 +43,7 @@ class Model(Protocol):
     latent_channels: int
     vae_scale_factor: int  # pixels a latent, along a side
     latent_scale: LatentScale
+    usual_frames: ClassVar[int]  # of a video, where nobody says how many
     multiple: int  # pixels: what sides must be a multiple of
     sample_size: Any  # latents along a side that the model was made for, as its configuration says
     prompt_tokens: Mapping[str, int]  # of a prompt that a text encoder sees

@@ -29,7 +29,7 @@ def save_pipeline(
 ) -> None:
     """Write all of `folder` or nothing: `pytorch_lora_weights.safetensors`, or the pipeline; `card` is README.md.
 
-    `trained` are the weights that were trained: all of an image model's, a video model's motion modules, or an adapter's. Of a
+    `trained` are the weights that were trained: all of the denoiser's, an AnimateDiff's motion modules, or an adapter's. Of a
     model with an image condition it is always the pipeline: no LoRA file could bring its first convolution along.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}

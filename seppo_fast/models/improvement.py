@@ -149,10 +149,10 @@ def _files(model: Model) -> dict[str, dict[Path, str]]:
 
 
 def _latents(model: Model, device: torch.device | str) -> Tensor:
-    """The latents of one picture of noise."""
+    """The latents of one picture of noise, or a clip of one frame."""
     side = 8 * model.vae_scale_factor
     picture = 2 * torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) - 1
-    return model.encode(model.load_vae(device), picture)[0]
+    return model.encode(model.load_vae(device), picture[:, None] if model.video else picture)[0]
 
 
 def _alike(own: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -20,7 +20,7 @@ ADAPTER = "default"
 
 
 def choose_trained(denoiser: Denoiser, lora: Lora | None, seed: int) -> None:
-    """Make trainable only what is trained: an adapter, a video model's motion modules, or all of an image model.
+    """Make trainable only what is trained: an adapter, an AnimateDiff's motion modules, or all weights.
 
     Beside an adapter, the first convolution is trained in full where it is given an image: its new weights are zero.
     """
@@ -46,12 +46,12 @@ def trains_a_part(denoiser: nn.Module) -> bool:
 
 
 def portion(denoiser: nn.Module, lora: Lora) -> Literal["temporal", "spatial", "all"]:
-    """Which layers get adapters; by default, a video model's motion modules."""
+    """Which layers get adapters; by default, an AnimateDiff's motion modules."""
     if isinstance(denoiser, UNetMotionModel):
         return lora.layers or "temporal"
     if lora.layers is not None:
-        raise UserError(f"seppo.model.lora.layers: {lora.layers!r} is for video models, and this is an image model, or one without"
-                        " motion modules; leave it out")
+        raise UserError(f"seppo.model.lora.layers: {lora.layers!r} is for AnimateDiff, and this model has no motion modules; leave"
+                        " it out")
     return "all"
 
 

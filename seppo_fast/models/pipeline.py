@@ -20,7 +20,7 @@ class Pipeline:
 
     components: ClassVar[Components]
     video = False
-    frame_rate = 8
+    usual_frames, frame_rate = 16, 8
     rescale_guidance: Callable[[Tensor, Tensor], Tensor] | None = None
     vae_memory = PLAIN
 

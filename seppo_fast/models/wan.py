@@ -31,6 +31,7 @@ class Wan(FlowTransformer):
 
     name = "wan"
     video = True
+    usual_frames = 17
     components: Components = {
         "transformer": ("WanTransformer3DModel",), "vae": ("AutoencoderKLWan",), "text_encoder": ("UMT5EncoderModel",),
         "tokenizer": T5, "scheduler": (),

@@ -7,7 +7,7 @@ import seppo_fast
 from seppo_fast.config import Seppo
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.models import Model
-from seppo_fast.models.animatediff import SCHEDULER
+from seppo_fast.models.animatediff import SCHEDULER, AnimateDiff
 from seppo_fast.models.directory import NONE
 
 TAGS = {"sd": "stable-diffusion", "sdxl": "stable-diffusion", "sd3": "stable-diffusion-3"}  # the hub's, where not the family's name
@@ -110,4 +110,9 @@ def usage(ours: Seppo, opened: Model) -> str:
                  "pipeline.load_lora_weights(FOLDER)"]
     elif model.lora:
         lines[-1:] = [f"pipeline = DiffusionPipeline.from_pretrained({model.path!r}{absent})", "pipeline.load_lora_weights(FOLDER)"]
+    if opened.video and not isinstance(opened, AnimateDiff):
+        lines[0] += "\nfrom diffusers.utils import export_to_video"
+        lines += [f"frames = pipeline(PROMPT, num_frames={ours.data.video.frames}, height={ours.data.resolution},"
+                  f" width={ours.data.resolution}, guidance_scale={ours.sampler.guidance_scale}).frames[0]",
+                  f'export_to_video(frames, "video.mp4", fps={opened.frame_rate})']
     return "\n".join(["```python", *lines, "```"])

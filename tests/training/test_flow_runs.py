@@ -102,7 +102,7 @@ def drawn(pipeline: DiffusionPipeline, noise: Tensor, prompt: dict[str, Tensor],
 
 def app_b2(target: Tensor, policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     """Loss, errors, sign and logit of one pair (2, ...)."""
-    (m_w, m_l), (q_w, q_l) = (((each - target) ** 2).mean(dim=[1, 2, 3]) for each in (policy, reference))
+    (m_w, m_l), (q_w, q_l) = (((each - target) ** 2).flatten(1).mean(1) for each in (policy, reference))
     sign = 1.0 if m_w - q_w > 0 else -1.0
     logit = -0.5 * beta * ((m_w + sign * m_l) - (q_w + sign * q_l))
     return torch.stack([-F.logsigmoid(logit), m_w, m_l, q_w, q_l, torch.tensor(sign), logit])
