@@ -1,5 +1,6 @@
 """The plan's bytes of a base in 8 or 4 bits against what the CPU really takes."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,18 @@ from seppo_fast.planning.dry_run import dry_run
 from seppo_fast.planning.encoders import text_bytes
 from seppo_fast.planning.network_memory import micro_batch
 from seppo_fast.planning.quantized import as_quantized
+from seppo_fast.training.zero_linear import linear_of
 
 pytestmark = pytest.mark.slow
 
 kinds = pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
+
+
+@pytest.fixture(autouse=True)
+def plain_linear() -> Iterator[None]:
+    """Whatever ran in this process before."""
+    with linear_of({}):
+        yield
 
 
 def held(*networks: nn.Module) -> int:
