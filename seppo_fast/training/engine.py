@@ -22,7 +22,7 @@ from seppo_fast.models.lora import trainable_weights
 from seppo_fast.models.pix2pix import sees_image
 from seppo_fast.models.quantize import is_quantized, lacking, without_quantized
 from seppo_fast.training.deepspeed_check import problems
-from seppo_fast.training.zero_linear import restore_linear
+from seppo_fast.training.zero_linear import linear_of, restore_linear
 
 FILES_OF_MONITORS = {"tensorboard", "csv_monitor"}
 PACKAGES_OF_MONITORS = {"tensorboard": ("tensorboard", "seppo-fast[monitor]"), "wandb": ("wandb", "seppo-fast[monitor]"),
@@ -95,6 +95,10 @@ def check_engine_config(config: Config, batch: Batch) -> None:
     if config.seppo.model.quantize and zero_stage(config.deepspeed) == 3:
         raise UserError(f"seppo.model.quantize: {config.seppo.model.quantize!r} does not go with zero_optimization.stage 3, which"
                         " would cut the quantized weights into pieces; take stage 1 or 2, which leave frozen weights whole")
+    zero = config.deepspeed.get("zero_optimization", {})
+    if config.seppo.model.quantize_text in ("int8", "fp8") and zero.get("stage") == 3 and zero.get("memory_efficient_linear", True):
+        raise UserError("seppo.model.quantize_text: ZeRO-3 replaces PyTorch's linear layers by its own, which cannot read torchao's"
+                        ' weights; set zero_optimization.memory_efficient_linear to false, or take "nf4"')
     checked = engine_config(config, batch)
     del checked["train_batch_size"]  # a dry run has not joined the other ranks, and DeepSpeed would multiply by one
     try:
@@ -112,7 +116,9 @@ def unsupported(config: Config) -> str | None:
         return f"bf16.enabled: this {accelerator.device_name()} cannot compute in bf16; enable fp16, or neither"
     for key, kind, given in (("quantize", config.seppo.model.quantize, dtype),
                              ("quantize_text", config.seppo.model.quantize_text, torch.float32)):
-        if kind and (why := lacking(kind, torch.device(accelerator.current_device_name()), given)):
+        with linear_of({}):
+            why = lacking(kind, torch.device(accelerator.current_device_name()), given) if kind else None
+        if why:
             return f"seppo.model.{key}: {why}"
     for section, (package, install) in PACKAGES_OF_MONITORS.items():
         if config.deepspeed.get(section, {}).get("enabled"):

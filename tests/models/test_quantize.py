@@ -4,12 +4,14 @@ import copy
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from tiny import tiny_sd3
 from torch import nn
 
@@ -23,10 +25,18 @@ from seppo_fast.models.trial import blank_conditions
 from seppo_fast.reference.cuda_graph import fingerprint
 from seppo_fast.training.engine import check_engine_config, unsupported
 from seppo_fast.training.networks import check_network
+from seppo_fast.training.zero_linear import linear_of
 
 ERRORS = {"int8": 0.02, "fp8": 0.06, "nf4": 0.2}  # of a random network's output, relative; 0.004, 0.02, 0.1 were seen
 WIDE = {"attention_head_dim": 32, "caption_projection_dim": 64, "num_layers": 1}  # layers of 64, so that nf4's blocks are full
 kinds = pytest.mark.parametrize("kind", ERRORS)
+
+
+@pytest.fixture(autouse=True)
+def plain_linear() -> Iterator[None]:
+    """Whatever ran in this process before."""
+    with linear_of({}):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +155,22 @@ def test_partitioned_weights_are_not_quantized(settings: Settings) -> None:
     config = parse_config(settings(**{"seppo.model.quantize": "int8", "seppo.model.lora": {}, "zero_optimization": {"stage": 3}}))
     with pytest.raises(UserError, match="seppo.model.quantize: 'int8' does not go with zero_optimization.stage 3"):
         check_engine_config(config, batch_plan(config.deepspeed, 1))
+
+
+def test_zero_3_has_linear_layers_of_its_own(settings: Settings) -> None:
+    changes = {"seppo.model.quantize_text": "fp8", "zero_optimization": {"stage": 3}}
+    config = parse_config(settings(**changes))
+    with pytest.raises(UserError, match="seppo.model.quantize_text: ZeRO-3 .*memory_efficient_linear to false, or take"):
+        check_engine_config(config, batch_plan(config.deepspeed, 1))
+    changes["zero_optimization"]["memory_efficient_linear"] = False
+    check_engine_config(parse_config(settings(**changes)), batch_plan(config.deepspeed, 1))
+
+
+def test_an_earlier_run_with_zero_3_does_not_matter(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "linear", zero3_linear_wrap)  # DeepSpeed leaves it there
+        patch.setattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", torch._C._nn.linear, raising=False)
+        assert unsupported(parse_config(settings(**{"seppo.model.quantize": "int8", "seppo.model.lora": {}}))) is None
 
 
 def test_int8_sums_overflow_in_fp16(settings: Settings, sd: Path) -> None:

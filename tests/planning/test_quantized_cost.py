@@ -1,25 +1,37 @@
 """The plan's bytes of a base in 8 or 4 bits against what the CPU really takes."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from allocations import CLOSE, allocated
 from planning.test_transformer_cost import both, call, network, small
+from tiny import tiny_sd3
 from torch import nn
 
 from seppo_fast.config import Lora
 from seppo_fast.configfile import load_config
+from seppo_fast.models import open_model
 from seppo_fast.models.lora import add_lora, copy_beside, share_frozen
 from seppo_fast.models.quantize import parts, quantize
 from seppo_fast.planning.cost import network_bytes
 from seppo_fast.planning.dry_run import dry_run
+from seppo_fast.planning.encoders import text_bytes
 from seppo_fast.planning.network_memory import micro_batch
 from seppo_fast.planning.quantized import as_quantized
+from seppo_fast.training.zero_linear import linear_of
 
 pytestmark = pytest.mark.slow
 
 kinds = pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
+
+
+@pytest.fixture(autouse=True)
+def plain_linear() -> Iterator[None]:
+    """Whatever ran in this process before."""
+    with linear_of({}):
+        yield
 
 
 def held(*networks: nn.Module) -> int:
@@ -65,6 +77,15 @@ def test_activations_and_unpacked_weights_are_what_the_cpu_allocates(kind: str, 
             each.enable_gradient_checkpointing()
     estimated = micro_batch(planned, lambda: call(model, planned, "meta", dtype), reference=True, gradient=lambda weight: None)
     assert estimated.peak == pytest.approx(allocated(really), rel=CLOSE)
+
+
+@kinds
+def test_text_encoders_are_counted_as_they_are_stored(kind: str, tmp_path: Path) -> None:
+    """T5's `wo` stays in fp32; of embeddings and tables nothing changes."""
+    model, loaded = open_model(str(tiny_sd3(tmp_path / "sd3")), quantize_text=kind), []
+    model.load_text("cpu", adapt=lambda part, encoder: loaded.append(encoder))
+    assert text_bytes(model, 1, kind)[0] == pytest.approx(held(*loaded), rel=0.02)
+    assert text_bytes(model, 1, kind)[0] < 0.8 * text_bytes(model, 1)[0]
 
 
 def test_a_dry_run_counts_the_smaller_base(tmp_path: Path) -> None:
