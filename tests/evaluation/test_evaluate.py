@@ -137,6 +137,14 @@ def test_a_folder_of_other_samples_is_refused(run: Any, folders: dict[str, Path]
     run(tmp_path, models=("base",))
     with pytest.raises(UserError, match="holds samples with seed 0, and now it is 1"):
         run(tmp_path, "--seed", "1")
+    with pytest.raises(UserError, match="holds samples with vae_tiling False, and now it is True"):
+        run(tmp_path, "--vae-tiling")
+    noted = json.loads((tmp_path / "evaluation.json").read_text())
+    del noted["drawing"]["vae_tiling"]  # as an earlier version left it
+    (tmp_path / "evaluation.json").write_text(json.dumps(noted))
+    run(tmp_path, "--vae-slicing", models=("base",))
+    with pytest.raises(UserError, match="holds samples with vae_tiling False, and now it is True"):
+        run(tmp_path, "--vae-tiling")
     arguments = ["--models", f"base={folders['tuned']}", "--prompts", str(folders["prompts"]), "--out", str(tmp_path),
                  "--steps", "2"]
     with pytest.raises(UserError, match="samples of another model called 'base'"):
