@@ -38,7 +38,8 @@ class Lora(Section):
 
 
 class Model(Section):
-    """A diffusers pipeline directory, or its id on the hub: Stable Diffusion, SDXL, AnimateDiff, Stable Diffusion 3, FLUX.1.
+    """A diffusers pipeline directory, or its id on the hub: Stable Diffusion, SDXL, AnimateDiff, Stable Diffusion 3,
+    FLUX.1, FLUX.2 klein, Qwen-Image, Wan 2.1, Wan 2.2 TI2V-5B.
 
     `motion_adapter`, a MotionAdapter's directory or hub id, makes a Stable Diffusion 1.x an AnimateDiff.
 
