@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -16,30 +17,43 @@ from seppo_fast.reference import Sampler
 from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.solver import table_of
 
-# Hub id -> guidance scale. FLUX.1-dev has it as an input.
-NETWORKS = {"stabilityai/stable-diffusion-3.5-medium": 4.5, "black-forest-labs/FLUX.1-dev": 3.5}
-SIDE = 128  # latents, of 1024 pixels
+
+class Network(NamedTuple):
+    """How a model is drawn from; FLUX.1-dev has the guidance scale as an input."""
+
+    guidance: float
+    pixels: int = 1024
+    frames: int = 1
+
+
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+NETWORKS = {"stabilityai/stable-diffusion-3.5-medium": Network(4.5), "black-forest-labs/FLUX.1-dev": Network(3.5),
+            WAN: Network(5.0, 480, 49)}
 Point = tuple[str, int, int]  # network, batch, steps; the most important first
 POINTS: list[Point] = [("stabilityai/stable-diffusion-3.5-medium", 4, 20), ("black-forest-labs/FLUX.1-dev", 2, 20),
-                       ("stabilityai/stable-diffusion-3.5-medium", 16, 20), ("black-forest-labs/FLUX.1-dev", 1, 20)]
+                       (WAN, 1, 20), ("stabilityai/stable-diffusion-3.5-medium", 16, 20), ("black-forest-labs/FLUX.1-dev", 1, 20)]
 
 
 def measure(device: str, keep: Keep, seconds: float, points: Sequence[Point] = POINTS, models: Mapping[str, Model] | None = None,
-            side: int = SIDE) -> None:
-    """Store a row for each point, with images per second of both ways; no point is begun after `seconds`."""
-    until, result = time.perf_counter() + seconds, {"side": side, "rows": [], "not_reached": []}
+            drawn: Network | None = None) -> None:
+    """Store a row for each point, with images per second of both ways; no point is begun after `seconds`.
+
+    `models` are other models in place of the published ones, which are all `drawn` from in the same way.
+    """
+    until, result = time.perf_counter() + seconds, {"rows": [], "not_reached": []}
     for name, batch, steps in points:
         if time.perf_counter() > until:
             result["not_reached"].append(f"{name} batch {batch}, {steps} steps")
         else:
             model = models[name] if models else published_model(name)
-            result["rows"].append({"network": name, "batch": batch, "steps": steps}
-                                  | row_of(model, batch, steps, NETWORKS.get(name, 3.5), side, device))
+            network = drawn or NETWORKS[name]
+            result["rows"].append({"network": name, "batch": batch, "steps": steps, **network._asdict()}
+                                  | row_of(model, batch, steps, network, device))
         keep(result)
 
 
 @torch.no_grad()
-def row_of(model: Model, batch: int, steps: int, scale: float, side: int, device: str) -> Row:
+def row_of(model: Model, batch: int, steps: int, network: Network, device: str) -> Row:
     """Images per second captured and with plain steps, and how far their samples lie apart, in standard deviations."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -50,13 +64,13 @@ def row_of(model: Model, batch: int, steps: int, scale: float, side: int, device
             denoiser = model.empty_denoiser().eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    shape = model.latent_shape(side * model.vae_scale_factor, 1)
+    shape = model.latent_shape(network.pixels, network.frames)
     given = {name: torch.randn(batch, *size, device=device, dtype=dtype) for name, size in model.condition_shapes.items()}
     noise, said = torch.randn(batch, *shape, device=device), []
     empty = {name: value[:1] for name, value in given.items()}
-    denoise, guidance = guided(model, scale, empty)
+    denoise, guidance = guided(model, network.guidance, empty)
     table = table_of(model, "euler", steps, shape).to(device)
-    settings = Settings(solver="euler", steps=steps, guidance_scale=scale, batch_size=batch)
+    settings = Settings(solver="euler", steps=steps, guidance_scale=network.guidance, batch_size=batch)
     samplers = {name: Sampler(denoiser, denoise, table, empty, guidance, settings.model_copy(update={"cuda_graph": graph}), dtype,
                               say=said.append) for name, graph in (("captured", True), ("plain", False))}
     drawn = {name: sampler.draw(noise, given).float() for name, sampler in samplers.items()}
