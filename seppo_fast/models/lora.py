@@ -50,8 +50,8 @@ def portion(denoiser: nn.Module, lora: Lora) -> Literal["temporal", "spatial", "
     if isinstance(denoiser, UNetMotionModel):
         return lora.layers or "temporal"
     if lora.layers is not None:
-        raise UserError(f"seppo.model.lora.layers: {lora.layers!r} is for AnimateDiff, and this model has no motion modules; leave"
-                        " it out")
+        raise UserError(f"seppo.model.lora.layers: {lora.layers!r} is for video models, and this is an image model, or one without"
+                        " motion modules; leave it out")
     return "all"
 
 
