@@ -206,6 +206,12 @@ def load_tokenizer(directory: Directory, component: str) -> PreTrainedTokenizerB
         return kind.from_pretrained(directory.path / component, local_files_only=True)
 
 
+def text_config(directory: Directory, part: str, kind: Any) -> Any:
+    """The configuration of a text encoder, a `kind`, with its class's values for what the file leaves out."""
+    with explained(directory, part):
+        return kind.config_class.from_dict(directory.configs[part])
+
+
 def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False, most: int = TOKENS) -> int:
     """How many tokens of a prompt the encoder sees. Refuses a tokenizer of another model, which does not fit the encoder.
 
@@ -214,8 +220,8 @@ def check_vocabulary(directory: Directory, encoder: str, pooled: bool = False, m
     tokenizer = encoder.replace("text_encoder", "tokenizer")
     if not directory.weights:  # a model whose shape alone is known
         return most
-    kind = kind_of(directory.index[encoder][1]).config_class
-    embedded = kind.from_dict(directory.configs[encoder]).get_text_config().vocab_size  # the class's where none is given
+    own = text_config(directory, encoder, kind_of(directory.index[encoder][1]))
+    embedded = own.get_text_config().vocab_size  # the class's where none is given
     loaded = load_tokenizer(directory, tokenizer)
     place = directory.path / tokenizer
     if not isinstance(loaded.model_max_length, int) or loaded.model_max_length < 3:

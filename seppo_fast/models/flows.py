@@ -62,8 +62,7 @@ class FlowTransformer(Pipeline, ABC):
 
     def text_config(self, part: str) -> Any:
         """A text encoder's configuration, with its class's values for what the file leaves out."""
-        with common.explained(self.directory, part):
-            return kind_of(type(self).components[part][0]).config_class.from_dict(self.directory.configs[part])
+        return common.text_config(self.directory, part, kind_of(type(self).components[part][0]))
 
     def load_text(self, device: torch.device | str, dtype: torch.dtype = torch.float32, adapt: Adapt = unchanged
                   ) -> Callable[[list[str]], Conditions]:

@@ -122,8 +122,8 @@ def test_a_missing_damaged_or_cropped_sample_costs_only_its_improvement(run: Any
     assert not files(tmp_path, "better")
     for file in (first, second):
         file.unlink()
-    monkeypatch.setattr("seppo_fast.evaluation.generate.keep", lambda pixels, path, source=None: (
-        None if path == second else keep(pixels, path, source)))  # as if the model's sample were not finite
+    monkeypatch.setattr("seppo_fast.evaluation.generate.keep", lambda pixels, path, rate, source=None: (
+        None if path == second else keep(pixels, path, rate, source)))  # as if the model's sample were not finite
     result = run(tmp_path, "base", BETTER)
     assert problems(result, "better") == [f"there is no samples/base/{second.name} that it could improve"]
     assert list(files(tmp_path, "better")) == [first.name]

@@ -134,7 +134,7 @@ def test_named_pipes_in_a_model(own_sd, name):
 
 
 def test_sdxl_knows_what_decoding_a_grid_takes(sdxl_folder):
-    from seppo_fast.planning.cost import vae_bytes
+    from seppo_fast.planning.encoders import vae_bytes
 
     weights, decoding = vae_bytes(open_model(str(sdxl_folder)), (4, 8, 8))
     assert weights > 0 and decoding > 0

@@ -50,7 +50,8 @@ def test_parts_that_do_not_fit(name, part, changes, message, own):
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), [
-    ("flux", {"_class_name": "FluxFillPipeline"}, "_class_name is 'FluxFillPipeline'; what can be trained is .*FluxPipeline"),
+    ("flux", {"_class_name": "FluxFillPipeline"}, "_class_name is 'FluxFillPipeline', which is given .*; what can be"
+     " trained is .*FluxPipeline"),
     ("flux", {"_class_name": "FluxKontextPipeline"}, "_class_name is 'FluxKontextPipeline'"),
     ("sd3", {"_class_name": "StableDiffusion3Img2ImgPipeline"}, "_class_name is 'StableDiffusion3Img2ImgPipeline'"),
     ("flux", {"text_encoder_2": [None, None]}, "text_encoder_2 is .*, where T5EncoderModel is needed"),

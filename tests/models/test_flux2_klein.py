@@ -314,7 +314,7 @@ def change(folder: Path, name: str, value: Tensor | None) -> None:
 @pytest.mark.parametrize("kind", ["Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline", "Flux2Pipeline"])
 def test_its_other_pipelines_are_refused(kind: str, own: Path) -> None:
     edit(own / "model_index.json", _class_name=kind)
-    with pytest.raises(UserError, match=f"_class_name is '{kind}'; what can be trained is .*Flux2KleinPipeline"):
+    with pytest.raises(UserError, match=f"_class_name is '{kind}'.*; what can be trained is .*Flux2KleinPipeline"):
         open_model(str(own))
 
 
