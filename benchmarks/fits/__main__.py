@@ -21,6 +21,9 @@ from seppo_fast.planning.cost import Cost, estimate
 from seppo_fast.planning.plan import with_data
 from seppo_fast.reference.solver import table_of
 
+# Of the single blocks, too, whose projections have other names.
+KLEIN = ('["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",'
+         ' "attn.to_out"]')
 CASES: dict[str, tuple[str, list[str]]] = {  # the name in the table -> configuration, and what is changed in it
     "SD-1.5, all weights": ("ds_a100", []),
     "SDXL, all weights": ("ds_a100", ["seppo.model.path=stabilityai/stable-diffusion-xl-base-1.0", "seppo.data.resolution=1024"]),
@@ -32,7 +35,7 @@ CASES: dict[str, tuple[str, list[str]]] = {  # the name in the table -> configur
     "Wan 2.2 TI2V-5B": ("ds_a100_wan", ["seppo.model.path=Wan-AI/Wan2.2-TI2V-5B-Diffusers"]),
     "Qwen-Image": ("ds_a100_qwen", []),
     "FLUX.2-klein-base-4B": ("ds_a100_flux", ["seppo.model.path=black-forest-labs/FLUX.2-klein-base-4B",
-                                              "seppo.sampler.guidance_scale=4.0"]),
+                                              "seppo.sampler.guidance_scale=4.0", f"seppo.model.lora.targets={KLEIN}"]),
 }
 LORA = 'seppo.model.lora={"rank": 16, "alpha": 16.0}'
 CHECKPOINTING = "seppo.model.gradient_checkpointing=true"

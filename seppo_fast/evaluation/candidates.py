@@ -52,7 +52,9 @@ class Candidate:
         denoiser = self.model.load_denoiser(dtype)
         if self.lora is not None:
             read_adapter(self.lora, self.model).put_on(self.model.denoiser, denoiser)
-            denoiser.to(dtype)
+            for name, weight in denoiser.named_parameters():  # not the others: a pipeline may keep some of them in fp32
+                if ".lora_" in name:
+                    weight.data = weight.data.to(dtype)
         return denoiser.eval().requires_grad_(False)
 
     def load_text(self, device: torch.device) -> Callable[[list[str]], Conditions]:

@@ -82,7 +82,7 @@ def read_video(path: Path, frames: int) -> Tensor:
     pictures, lasting = zip(*shown, strict=True)
     each = sum(lasting) / frames
     times = [frames] if len(shown) == 1 else [round(time / each) if each else 0 for time in lasting]
-    if [each * time for time in times] != [*lasting] and len(shown) > 1:
+    if len(shown) > 1 and (not each or [each * time for time in times] != [*lasting]):
         raise UserError(f"{path} does not have the {frames} frames that were drawn; remove it, and the same command draws it again")
     return torch.stack(pictures).repeat_interleave(torch.tensor(times), dim=0).permute(0, 3, 1, 2).float() / 255
 

@@ -107,7 +107,10 @@ def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def copy_beside(policy: Denoiser, shares: bool) -> Denoiser:
     """A copy of the policy; where it `shares`, of what is trained alone: frozen parameters are the same objects in both."""
-    return copy.deepcopy(policy, {id(weight): weight for weight in policy.parameters() if shares and not weight.requires_grad})
+    shared = [weight for weight in policy.parameters() if shares and not weight.requires_grad]
+    # bitsandbytes' layers hold the scales of their weight once more
+    shared += [state for weight in shared if (state := getattr(weight, "quant_state", None)) is not None]
+    return copy.deepcopy(policy, {id(each): each for each in shared})
 
 
 def share_frozen(reference: nn.Module, policy: nn.Module) -> None:

@@ -21,7 +21,7 @@ VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "layers
 # Keys that are missing here have diffusers' defaults.
 SD15: Configs = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280]},
-    "vae": VAE | {"scaling_factor": 0.18215},
+    "vae": VAE | {"scaling_factor": 0.18215, "sample_size": 512},
     "text_encoder": {"hidden_size": 768},
     "scheduler": SCHEDULER,
 }
@@ -33,7 +33,7 @@ SDXL: Configs = {
         "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "addition_embed_type": "text_time",
         "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
     },
-    "vae": VAE | {"scaling_factor": 0.13025},
+    "vae": VAE | {"scaling_factor": 0.13025, "sample_size": 1024},
     "text_encoder": {"hidden_size": 768},
     "text_encoder_2": {"hidden_size": 1280, "projection_dim": 1280},
     "scheduler": SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
@@ -45,7 +45,7 @@ CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 3
           "projection_dim": 1280}
 T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
           "feed_forward_proj": "gated-gelu"}
-FLOW_VAE = VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+FLOW_VAE = VAE | {"latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False}
 SD3: Configs = {
     "transformer": {
         "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64,

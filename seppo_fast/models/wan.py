@@ -63,6 +63,8 @@ class Wan(FlowTransformer):
         if self.scheduler_config.get("use_dynamic_shifting"):
             raise UserError(f"{self.path / 'scheduler' / 'scheduler_config.json'}: use_dynamic_shifting is set, and WanPipeline"
                             " gives its scheduler no number of tokens; remove it.")
+        if directory.weights:  # not where a model is only planned
+            need("ftfy", "WanPipeline's cleaning of prompts", "seppo-fast[video]")
         self.tokens = common.check_vocabulary(directory, "text_encoder", most=TOKENS)
         self.prompt_tokens = {"text_encoder": self.tokens}
         self.condition_shapes = {"prompt_embeds": (self.tokens, text.d_model)}
@@ -112,7 +114,6 @@ class Wan(FlowTransformer):
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> Conditions:
         """The conditions of prompts, by the pipeline's `encode_prompt`."""
-        need("ftfy", "WanPipeline's cleaning of prompts", "seppo-fast[evaluation]")
         embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.tokens,
                                            device=device)
         return {"prompt_embeds": embeds}

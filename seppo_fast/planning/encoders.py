@@ -74,9 +74,11 @@ def text_bytes(model: Model, prompts: int, kind: Quantized | None = None) -> tup
 
 
 def embedding_bytes(encoder: nn.Module, prompts: int, tokens: int) -> int:
-    """Of a text encoder at work. Pipelines ask for all layers' outputs, or do without: this is the larger."""
+    """Of a text encoder at work, a language model without its head. Pipelines ask for all layers' outputs, or do without: this is
+    the larger."""
     ids = torch.zeros(prompts, tokens, dtype=torch.long, device="meta")
-    return inference(lambda: encoder(input_ids=ids, output_hidden_states=True)).peak
+    body = encoder.model if hasattr(encoder, "lm_head") else encoder
+    return inference(lambda: body(input_ids=ids, output_hidden_states=True)).peak
 
 
 def weight_bytes(network: nn.Module) -> int:

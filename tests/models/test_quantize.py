@@ -87,6 +87,8 @@ def test_policy_and_reference_hold_one_base(kind: str, model: Model) -> None:
     assert [*own] == [name for name, _ in policy.named_parameters()]
     for name, weight in policy.named_parameters():
         assert (own[name] is weight) == (not weight.requires_grad), name
+    for name, layer in policy.named_modules():  # bitsandbytes' layers
+        assert getattr(reference.get_submodule(name), "quant_state", None) is getattr(layer, "quant_state", None), name
     before = predict(model, reference)
     with torch.no_grad():
         for weight in trainable_weights(policy).values():
