@@ -177,3 +177,13 @@ def test_networks_of_published_models_need_no_files(name):
         vae = model.empty_vae()
     assert sum(weight.numel() for weight in vae.parameters()) > 5e7
     assert model.latent_shape(512, 17)[-2:] == (512 // model.vae_scale_factor,) * 2
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
+                                              ("stabilityai/stable-diffusion-xl-base-1.0", 1024),
+                                              ("stabilityai/stable-diffusion-3.5-medium", 1024),
+                                              ("black-forest-labs/FLUX.1-dev", 1024)])
+def test_published_vaes_take_pictures_in_tiles_of_their_own_size(name, pixels):
+    model = published_model(name)
+    with torch.device("meta"):
+        assert model.empty_vae().tile_sample_min_size == pixels

@@ -11,6 +11,7 @@ from tiny_wan import WAN_FRAMES, WAN_LATENTS, tiny_wan
 
 from seppo_fast.config import Lora, Sampler
 from seppo_fast.errors import UserError
+from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.models import open_model
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import add_lora, trainable_weights
@@ -153,6 +154,19 @@ def test_what_the_pipeline_keeps_in_fp32_is_so(plain):
     assert dtypes["condition_embedder.time_embedder.linear_1.weight"] == torch.float32 != dtypes["proj_out.weight"]
     assert {name: table.dtype for name, table in ours.named_buffers()} == {
         name: table.dtype for name, table in of_pipeline.named_buffers()}
+
+
+def test_a_lora_in_half_precision_leaves_what_is_kept_in_fp32(plain, tmp_path):
+    model, lora = open_model(str(plain), frames=5), Lora(rank=2)
+    denoiser = model.load_denoiser(torch.float32)
+    add_lora(denoiser, lora, seed=0)
+    save_pipeline(model, dict(trainable_weights(denoiser)), tmp_path / "final", lora, "")
+    file = tmp_path / "final" / "pytorch_lora_weights.safetensors"
+    tuned = Candidate("tuned", str(file), model, file, None).load_denoiser(torch.bfloat16)
+    found = {name.replace(".base_layer", ""): weight.dtype for name, weight in tuned.named_parameters()}
+    base = {name: weight.dtype for name, weight in model.load_denoiser(torch.bfloat16).named_parameters()}
+    assert {name: found[name] for name in base} == base and torch.float32 in base.values()
+    assert {dtype for name, dtype in found.items() if ".lora_" in name} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("frames", "advice"), [(16, "13 or 17"), (2, "1 or 5"), (84, "81 or 85"), (4, "1 or 5")])
