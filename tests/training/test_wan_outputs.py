@@ -76,7 +76,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seppo.data.video": {"choice": "uniform"}}, r"seppo.data.video.frames: 16, but .* set it to 13 or 17"),
     ({"seppo.data.resolution": 40}, "seppo.data.resolution=40 is no multiple of 16"),
     ({"seppo.model.motion_adapter": "/nowhere"}, "is a WanPipeline; motion adapters go with Stable Diffusion 1.x"),
-    ({"seppo.model.lora": {"layers": "temporal"}}, "'temporal' is for video models, and this is an image model, or one without motion modules"),
+    ({"seppo.model.lora": {"layers": "temporal"}}, "'temporal' is for video models, and this is an image model, or one without"),
 ]
 
 
