@@ -21,9 +21,8 @@ from seppo_fast.planning.cost import Cost, estimate
 from seppo_fast.planning.plan import with_data
 from seppo_fast.reference.solver import table_of
 
-# Of the single blocks, too, whose projections have other names.
-KLEIN = ('["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",'
-         ' "attn.to_out"]')
+# Of the single blocks, too, which have one projection for all.
+KLEIN = '["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj"]'
 CASES: dict[str, tuple[str, list[str]]] = {  # the name in the table -> configuration, and what is changed in it
     "SD-1.5, all weights": ("ds_a100", []),
     "SDXL, all weights": ("ds_a100", ["seppo.model.path=stabilityai/stable-diffusion-xl-base-1.0", "seppo.data.resolution=1024"]),

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from tiny_wan import WAN_FRAMES, WAN_LATENTS, tiny_wan
 
 from seppo_fast.config import Lora, Sampler
@@ -219,6 +219,17 @@ def test_refused_directories(case, plain, tmp_path):
     file = tmp_path / "wan" / name
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message):
+        open_model(str(tmp_path / "wan"), frames=5)
+
+
+def test_a_missing_shard_is_named(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "wan")
+    folder = tmp_path / "wan" / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    WanTransformer3DModel.from_pretrained(plain / "transformer").save_pretrained(folder, max_shard_size="20KB")
+    last = max(folder.glob("*-of-*"))
+    last.unlink()
+    with pytest.raises(UserError, match=f"shards, of which 1 are missing: {last.name}"):
         open_model(str(tmp_path / "wan"), frames=5)
 
 
