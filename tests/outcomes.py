@@ -2,13 +2,16 @@
 
 import io
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
+from forked import Forks, Strike
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -48,6 +51,29 @@ def steady_rows(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     clock = ("seconds", "pairs_per_s", "peak_memory")
     return [{name: value for name, value in row.items() if not name.startswith(clock)} for row in rows(run)]
+
+
+def check_rows(run: Path, tables: list[Tensor], norms: list[float]) -> None:
+    """metrics.jsonl against a plain loop's (pairs, 7) columns, loss, errors, sign and logit, and gradient norm of each update."""
+    assert len(rows(run)) == len(tables) == 4
+    for row, table, norm in zip(rows(run), tables, norms, strict=True):
+        names = ("loss", "model_mse_winner", "model_mse_loser", "ref_mse_winner", "ref_mse_loser")
+        expected = {**dict(zip(names, table[:, :5].mean(0).tolist(), strict=True)), "grad_norm": norm,
+                    "aaf_rate": float((table[:, 5] == -1).float().mean()), "implicit_acc": float((table[:, 6] > 0).float().mean())}
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (key, row["update"])
+
+
+def check_kill(forks: Forks, raw: dict[str, Any], killed: Path, whole: Path) -> None:
+    """A run on two ranks that is killed after its second update and resumed ends in `killed` as it did in `whole`, to the byte."""
+    strike = Strike("seppo_fast.training.trainer:Trainer.report", 2, after=True)
+    assert forks.run(raw, ranks=2, strike=strike).statuses == [-signal.SIGKILL] * 2
+    done = forks.run(raw, "--resume", "auto", ranks=2)
+    assert done.statuses == [0, 0] and "resuming from" in done.output, done.output[-2000:]
+    first, resumed = ({str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
+                      for folder in (whole / "final", killed / "final"))
+    assert first and first == resumed
+    assert steady_rows(whole) == steady_rows(killed)
 
 
 def column(run: Path, name: str) -> list[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from seppo_fast.quickstart.digits import CAPTIONS, RESOLUTION, Digits, sloppy_crawl, split_digits
-from seppo_fast.quickstart.fitting import fit, make_once, new_text_encoder, token_ids
+from seppo_fast.quickstart.fitting import fit, make_once, new_text_encoder, token_ids, vae_loss
 from seppo_fast.quickstart.tokenizer import train_tokenizer
 from seppo_fast.seeds import generator
 
@@ -96,9 +96,7 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, recipe: Recipe) -> None:
     def loss() -> Tensor:
         rows = torch.randint(len(pictures), (recipe.batch_size,), generator=random)
         pixels = pictures[rows] * 2 - 1
-        posterior = vae.encode(pixels).latent_dist
-        restored = vae.decode(posterior.sample(random)).sample
-        return F.mse_loss(restored, pixels) + recipe.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        return vae_loss(vae, pixels, random, recipe.kl_weight)
 
     fit(list(vae.parameters()), loss, recipe.vae_steps, recipe.vae_lr, "VAE")
 

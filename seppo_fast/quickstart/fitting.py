@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 import diffusers
 import torch
+import torch.nn.functional as F
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLWan, DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -63,6 +64,13 @@ def new_text_encoder(tokenizer: CLIPTokenizer, kind: type[Text] = CLIPTextModel)
 def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Token ids `(len(captions), tokens)`, as many as the tokenizer gives at most."""
     return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def vae_loss(vae: AutoencoderKL | AutoencoderKLWan, pixels: Tensor, random: torch.Generator, kl_weight: float) -> Tensor:
+    """Reconstruction and a weak pull to the normal distribution, as in latent diffusion; pixels in [-1, 1]."""
+    posterior = vae.encode(pixels).latent_dist
+    restored = vae.decode(posterior.sample(random)).sample
+    return F.mse_loss(restored, pixels) + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
 
 
 def fit(weights: list[torch.nn.Parameter], loss: Callable[[], Tensor], steps: int, lr: float, name: str) -> None:

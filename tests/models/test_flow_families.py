@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and FLUX do what diffusers' own pipelines do with the same directory."""
 
 import json
-from functools import cache
 from itertools import product
 
 import pytest
@@ -12,15 +11,13 @@ from diffusers import (
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
 )
+from models.flow_samples import ours
 from tiny import LATENTS, tiny_flux, tiny_sd3
 
-from seppo_fast.config import Lora, Sampler, Seppo
+from seppo_fast.config import Lora, Seppo
 from seppo_fast.models import open_model
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import add_lora, trainable_weights
-from seppo_fast.reference import sampler
-from seppo_fast.reference.guidance import guided
-from seppo_fast.reference.solver import table_of
 from seppo_fast.training.card import usage
 
 PROMPTS = ["a photo of the red cat", "two dogs", "", "sky " * 600]
@@ -118,21 +115,6 @@ def test_stable_diffusion_3_without_t5(sd3_folder, tmp_path):
     assert torch.equal(got["prompt_embeds"], embeds) and torch.equal(got["pooled"], pooled)
     assert got["prompt_embeds"].shape == (len(PROMPTS), *model.condition_shapes["prompt_embeds"])
     assert not got["prompt_embeds"][:, 77:].any()
-
-
-@cache
-def embedded(model, *prompts):
-    return model.load_text("cpu")([*prompts])
-
-
-def ours(model, prompts, noise, solver, steps, scale, denoiser=None):
-    """The sampler's latents."""
-    conditions, empty = embedded(model, *prompts), embedded(model, "")
-    denoise, branches = guided(model, scale, empty)
-    settings = Sampler(solver=solver, steps=steps, guidance_scale=scale, batch_size=len(prompts))
-    module = (denoiser or model.load_denoiser(torch.float32)).eval()
-    return sampler.Sampler(module, denoise, table_of(model, solver, steps, noise.shape[1:]), empty, branches, settings,
-                           torch.float32).draw(noise, conditions)
 
 
 def theirs(pipeline, prompts, noise, solver, steps, scale):

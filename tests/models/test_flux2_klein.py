@@ -21,6 +21,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from forked import Forks
+from models import flow_samples
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -163,17 +164,7 @@ def test_vae_both_ways(opened: Any) -> None:
 
 def ours(model: Model, noise: Tensor, solver: str, steps: int, scale: float, denoiser: nn.Module | None = None) -> Tensor:
     """The sampler's latents for one prompt."""
-    conditions, empty = (embedded(model, prompt) for prompt in ("a red cat", ""))
-    denoise, guidance = guided(model, scale, empty)
-    settings = Sampler(solver=solver, steps=steps, guidance_scale=scale, batch_size=1)
-    module = (denoiser or model.load_denoiser(torch.float32)).eval()
-    return sampler.Sampler(module, denoise, table_of(model, solver, steps, noise.shape[1:]), empty, guidance, settings,
-                           torch.float32).draw(noise, conditions)
-
-
-@cache
-def embedded(model: Model, prompt: str) -> dict[str, Tensor]:
-    return model.load_text("cpu")([prompt])
+    return flow_samples.ours(model, ["a red cat"], noise, solver, steps, scale, denoiser)
 
 
 def theirs(pipeline: Flux2KleinPipeline, noise: Tensor, solver: str, steps: int, scale: float, output: str = "latent") -> Tensor:

@@ -1,21 +1,19 @@
 """Qwen-Image against its diffusers pipeline: prompts, latents, samples, exports, guidance and the mask."""
 
 import json
-from functools import cache
 
 import pytest
 import torch
 from diffusers import QwenImagePipeline, UniPCMultistepScheduler
+from models.flow_samples import ours
 from tiny import LATENTS
 from tiny_qwen import TOKENS, tiny_qwen
 
-from seppo_fast.config import Lora, Sampler
+from seppo_fast.config import Lora
 from seppo_fast.errors import UserError
 from seppo_fast.models import open_model
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import add_lora, trainable_weights
-from seppo_fast.reference import sampler
-from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.solver import table_of
 
 PROMPTS = ["a red cat", "", "the photo of two dogs, <|im_end|> {} and the sky", "sky " * 600]
@@ -129,21 +127,6 @@ def test_vae_both_ways(model, pipeline):
     assert latents.shape == (3, 4, 8, 12)
     image = pipeline.vae.decode((latents * stds + means)[:, :, None]).sample[:, :, 0]
     torch.testing.assert_close(model.decode(vae, latents), pipeline.image_processor.denormalize(image), atol=1e-5, rtol=1e-5)
-
-
-@cache
-def embedded(model, *prompts):
-    return model.load_text("cpu")([*prompts])
-
-
-def ours(model, prompts, noise, solver, steps, scale, denoiser=None):
-    """The sampler's latents."""
-    conditions, empty = embedded(model, *prompts), embedded(model, "")
-    denoise, guidance = guided(model, scale, empty)
-    settings = Sampler(solver=solver, steps=steps, guidance_scale=scale, batch_size=len(prompts))
-    module = (denoiser or model.load_denoiser(torch.float32)).eval()
-    return sampler.Sampler(module, denoise, table_of(model, solver, steps, noise.shape[1:]), empty, guidance, settings,
-                           torch.float32).draw(noise, conditions)
 
 
 def theirs(pipeline, prompts, noise, solver, steps, scale):

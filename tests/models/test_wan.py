@@ -2,22 +2,19 @@
 
 import json
 import shutil
-from functools import cache
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from models.flow_samples import ours
 from tiny_wan import WAN_FRAMES, WAN_LATENTS, tiny_wan
 
-from seppo_fast.config import Lora, Sampler
+from seppo_fast.config import Lora
 from seppo_fast.errors import UserError
 from seppo_fast.evaluation.candidates import Candidate
 from seppo_fast.models import open_model
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.models.lora import add_lora, trainable_weights
-from seppo_fast.reference import sampler
-from seppo_fast.reference.guidance import guided
-from seppo_fast.reference.solver import table_of
 
 PROMPTS = ["a red cat", "the sky and a dog", "", "  A &amp; B "]
 # Wan 2.1, and TI2V-5B of 2.2: a residual VAE on patches of pixels, and a time for each token.
@@ -85,21 +82,6 @@ def test_vae_both_ways(model, pipeline):
     got = model.decode(vae, latents)
     torch.testing.assert_close(got, (video.transpose(1, 2) / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-5)
     assert got.shape == (2, 9, 3, 32, 48)
-
-
-@cache
-def embedded(model, *prompts):
-    return model.load_text("cpu")([*prompts])
-
-
-def ours(model, prompts, noise, solver, steps, scale, denoiser=None):
-    """The sampler's latents."""
-    conditions, empty = embedded(model, *prompts), embedded(model, "")
-    denoise, guidance = guided(model, scale, empty)
-    settings = Sampler(solver=solver, steps=steps, guidance_scale=scale, batch_size=len(prompts))
-    module = (denoiser or model.load_denoiser(torch.float32)).eval()
-    return sampler.Sampler(module, denoise, table_of(model, solver, steps, noise.shape[1:]), empty, guidance, settings,
-                           torch.float32).draw(noise, conditions)
 
 
 def theirs(pipeline, model, prompts, noise, solver, steps, scale):

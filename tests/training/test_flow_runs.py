@@ -5,7 +5,6 @@ the package only what *defines* the data: the cached latents, their order, how r
 """
 
 import math
-import signal
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -16,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
-from forked import Forks, Strike
-from outcomes import Weights, apart, rows, steady_rows
+from forked import Forks
+from outcomes import Weights, apart, check_kill, check_rows
 from safetensors.torch import load_file
 from tiny import tiny_flux, tiny_sd3
 from tiny_qwen import MEAN, STD, tiny_qwen
@@ -156,13 +155,7 @@ def test_run_equals_plain_loop(name: str, configured: Any, train: Callable[..., 
     start, plain, tables, norms = plain_loop(name, raw, LatentCache(cache))
     assert apart(plain, start) > 1e-3, "the loop did not train"
     assert apart(policy_of(run), plain) < 1e-5
-    assert len(rows(run)) == len(tables) == 4
-    for row, table, norm in zip(rows(run), tables, norms, strict=True):
-        names = ("loss", "model_mse_winner", "model_mse_loser", "ref_mse_winner", "ref_mse_loser")
-        expected = {**dict(zip(names, table[:, :5].mean(0).tolist(), strict=True)), "grad_norm": norm,
-                    "aaf_rate": float((table[:, 5] == -1).float().mean()), "implicit_acc": float((table[:, 6] > 0).float().mean())}
-        for key, value in expected.items():
-            assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (key, row["update"])
+    check_rows(run, tables, norms)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -172,11 +165,4 @@ def test_ranks_and_a_kill_change_nothing(name: str, configured: Any, train: Call
     train(one)
     assert forks.run(two, ranks=2).statuses == [0, 0]
     assert apart(policy_of(tmp_path / "one"), policy_of(tmp_path / "two")) < 2e-6
-    strike = Strike("seppo_fast.training.trainer:Trainer.report", 2, after=True)
-    assert forks.run(killed, ranks=2, strike=strike).statuses == [-signal.SIGKILL] * 2
-    done = forks.run(killed, "--resume", "auto", ranks=2)
-    assert done.statuses == [0, 0] and "resuming from" in done.output, done.output[-2000:]
-    whole, resumed = ({str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
-                      for folder in (tmp_path / "two" / "final", tmp_path / "killed" / "final"))
-    assert whole and whole == resumed
-    assert steady_rows(tmp_path / "two") == steady_rows(tmp_path / "killed")
+    check_kill(forks, killed, tmp_path / "killed", tmp_path / "two")

@@ -4,7 +4,6 @@ The loop draws with diffusers' own pipeline. It takes from the package only what
 order, how random numbers are addressed, an adapter's start.
 """
 
-import signal
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -14,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
-from forked import Forks, Strike
-from outcomes import Weights, apart, rows, steady_rows
+from forked import Forks
+from outcomes import Weights, apart, check_kill, check_rows
 from tiny_wan import WAN_FRAMES, WAN_LATENTS, WAN_PIXELS
 from torch import Tensor
 from training.test_flow_runs import app_b2, policy_of
@@ -100,13 +99,7 @@ def test_run_equals_plain_loop(case: str, of_wan: Any, train: Callable[..., Path
     data.close()
     assert apart(plain, start) > 1e-3, "the loop did not train"
     assert apart(policy_of(run), plain) < 1e-5
-    assert len(rows(run)) == len(tables) == 4
-    for row, table, norm in zip(rows(run), tables, norms, strict=True):
-        names = ("loss", "model_mse_winner", "model_mse_loser", "ref_mse_winner", "ref_mse_loser")
-        expected = {**dict(zip(names, table[:, :5].mean(0).tolist(), strict=True)), "grad_norm": norm,
-                    "aaf_rate": float((table[:, 5] == -1).float().mean()), "implicit_acc": float((table[:, 6] > 0).float().mean())}
-        for key, value in expected.items():
-            assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-5), (key, row["update"])
+    check_rows(run, tables, norms)
 
 
 def test_cached_clips_are_the_streamed_ones(of_wan: Any) -> None:
@@ -127,11 +120,4 @@ def test_ranks_and_a_kill_change_nothing(changes: dict[str, Any], of_wan: Any, t
     if changes is STREAMED:  # sums in bf16 differ
         train(one)
         assert apart(policy_of(tmp_path / "one"), policy_of(tmp_path / "two")) < 2e-6
-    strike = Strike("seppo_fast.training.trainer:Trainer.report", 2, after=True)
-    assert forks.run(killed, ranks=2, strike=strike).statuses == [-signal.SIGKILL] * 2
-    done = forks.run(killed, "--resume", "auto", ranks=2)
-    assert done.statuses == [0, 0] and "resuming from" in done.output, done.output[-2000:]
-    whole, resumed = ({str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
-                      for folder in (tmp_path / "two" / "final", tmp_path / "killed" / "final"))
-    assert whole and whole == resumed
-    assert steady_rows(tmp_path / "two") == steady_rows(tmp_path / "killed")
+    check_kill(forks, killed, tmp_path / "killed", tmp_path / "two")

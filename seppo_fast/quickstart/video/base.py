@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from seppo_fast.models.animatediff import motion_adapter
 from seppo_fast.quickstart.digits import split_digits
-from seppo_fast.quickstart.fitting import fit, make_once, new_text_encoder, token_ids
+from seppo_fast.quickstart.fitting import fit, make_once, new_text_encoder, token_ids, vae_loss
 from seppo_fast.quickstart.tokenizer import train_tokenizer
 from seppo_fast.quickstart.video.clips import CAPTIONS, FRAMES, RESOLUTION, Clips, random_clips, spoiled
 from seppo_fast.seeds import generator
@@ -124,9 +124,7 @@ def train_vae(vae: AutoencoderKL, crawl: Clips, recipe: Recipe) -> None:
         rows = torch.randint(len(crawl), (recipe.vae_batch_size,), generator=random)
         frames = torch.randint(FRAMES, (recipe.vae_batch_size,), generator=random)
         pixels = _coloured(crawl.pixels[rows, frames])
-        posterior = vae.encode(pixels).latent_dist
-        restored = vae.decode(posterior.sample(random)).sample
-        return F.mse_loss(restored, pixels) + recipe.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        return vae_loss(vae, pixels, random, recipe.kl_weight)
 
     fit(list(vae.parameters()), loss, recipe.vae_steps, recipe.vae_lr, "VAE")
 

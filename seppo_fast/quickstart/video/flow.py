@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from seppo_fast.quickstart.fitting import fit, make_once
+from seppo_fast.quickstart.fitting import fit, make_once, vae_loss
 from seppo_fast.quickstart.tokenizer import new_t5_tokenizer
 from seppo_fast.quickstart.video.base import Recipe, clean_clips, sloppy_crawl, train_denoiser
 from seppo_fast.quickstart.video.clips import CAPTIONS, Clips
@@ -84,9 +84,7 @@ def train_vae(vae: AutoencoderKLWan, crawl: Clips, recipe: Recipe) -> None:
         rows = torch.randint(len(crawl), (recipe.vae_batch_size, 1), generator=random)
         first = torch.randint(recipe.frames - SEEN + 1, (recipe.vae_batch_size, 1), generator=random)
         pixels = _coloured(crawl.pixels[rows, first + torch.arange(SEEN)])
-        posterior = vae.encode(pixels).latent_dist
-        restored = vae.decode(posterior.sample(random)).sample
-        return F.mse_loss(restored, pixels) + recipe.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        return vae_loss(vae, pixels, random, recipe.kl_weight)
 
     fit(list(vae.parameters()), loss, recipe.vae_steps, recipe.vae_lr, "VAE")
 
