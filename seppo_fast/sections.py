@@ -75,8 +75,8 @@ class Model(Section):
     """Memory layout of the convolutions' inputs, for policy and reference."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """Attention kernel of policy and reference; `auto` measures and takes the faster one."""
-    compile: Literal["none", "regional"] = "none"
-    """torch.compile of policy and reference, block by block."""
+    compile: Literal["none", "regional", "full"] = "none"
+    """torch.compile of policy and reference: block by block (`regional`), or each as one graph, in training alone (`full`)."""
     start_from: Name | None = None
     """A checkpoint or past policy of another run, whose weights this run begins with."""
     quantize: Quantized | None = None
@@ -89,6 +89,9 @@ class Model(Section):
     @model_validator(mode="after")
     def only_what_is_frozen_is_quantized(self) -> "Model":
         """Refuse to quantize weights that are trained."""
+        if self.quantize and self.compile == "full":
+            raise ValueError(f"compile='full' does not go with quantize={self.quantize!r}, whose layers it has not been tried with;"
+                             " use 'regional' or 'none'")
         if self.quantize and self.lora is None:
             raise ValueError(f"quantize={self.quantize!r} needs lora: quantized weights cannot be trained, only an adapter above"
                              ' them; add lora, e.g. {"rank": 16}, or leave out quantize')

@@ -62,12 +62,12 @@ def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks:
     if ours.model.quantize:
         quantize(policy, ours.model.quantize, ranks.device, dtype)
     choose_trained(policy.train(), ours.model.lora, ours.seed)
+    if ours.model.gradient_checkpointing:  # of the reference too, which runs with gradients where it is compiled
+        policy.enable_gradient_checkpointing()
     reference = None
     if ours.flipper or ours.looks:
         # ZeRO-3 leaves the policy's parameters empty where it has partitioned them
         reference = copy_beside(policy, shares=zero_stage(config.deepspeed) < 3).eval()
-    if ours.model.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
     prepare_denoisers([*filter(None, (policy, reference))], ours.networks, latents, precision(config.deepspeed).autocast or dtype,
                       ranks.device, ranks.say, ranks.largest,
                       inputs=partial(block_inputs, model.empty_denoiser, partial(call_once, model)))

@@ -82,6 +82,10 @@ class Objective:
         columns = [*stats.model_mse.chunk(2), *stats.ref_mse.chunk(2), stats.sign, stats.logits]
         return loss, torch.stack(columns, dim=1)
 
+    def prediction(self, module: nn.Module, pairs: Pairs) -> Tensor:
+        """What the network answers to the noised pairs, (2B, C, h, w)."""
+        return self._predict(module, self._noised(pairs))
+
     @torch.no_grad()
     def score(self, reference: nn.Module, pairs: Pairs) -> Tensor:
         """`(B, 2)` fp32: the reference's MSEs on winner and loser, as `__call__` would compute them."""

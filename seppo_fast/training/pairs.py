@@ -71,6 +71,14 @@ class PairSource:
         return Pairs(self._to_device(torch.cat(latents)), self._to_device(torch.cat(noise)), self._timesteps(slots),
                      self._embeddings(prompts), self._to_device(torch.stack(scores, dim=1).flatten()) if scores else None)
 
+    def blank(self, size: int) -> Pairs:
+        """Zeros and no prompts in the shapes of a micro-batch of `size`."""
+        zeros = self._to_device(torch.zeros(size, *self.cache.shape))
+        conditions = {name: torch.cat([value] * size) for name, value in self.unconditional.items()}
+        if self.settings.method == "improvement":
+            conditions[IMAGE] = zeros.to(self.dtype)
+        return Pairs(torch.cat([zeros] * (2 if self.settings.flipper else 1)), zeros, self._timesteps(range(size)), conditions)
+
     def _tasks(self, slots: Sequence[int], rows: CachedRows) -> Pairs:
         """One picture a slot, with what its task gives: image and prompt, the image alone, or nothing (Eq. 6, 7, 8)."""
         seed = self.settings.seed
