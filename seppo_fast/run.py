@@ -48,7 +48,7 @@ from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.networks import check_network, fill_pool, hold, load_policies, loss_backend, open_sampler
 from seppo_fast.training.noise import noise_process
 from seppo_fast.training.objective import Objective
-from seppo_fast.training.one_graph import compile_whole
+from seppo_fast.training.one_graph import with_whole_networks
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.past import check_past
 from seppo_fast.training.reporter import Reporter
@@ -131,7 +131,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         if improvement is not None:
             improver = open_improver(improvement, ours, objective, table, pairs, size, ranks)
         if ours.model.compile == "full":
-            compile_whole(engine.module, second, objective, pairs, batch.micro, ranks.say)
+            objective = with_whole_networks(objective, engine.module, second, pairs.blank(batch.micro), ranks.say)
     rollouts = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
         continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)

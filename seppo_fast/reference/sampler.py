@@ -184,8 +184,7 @@ class Sampler:
         # of blocks that come one after another would all stay on the device.
         autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None,
                                   cache_enabled=not (self._capture or self._moves))
-        # Nor is the network the one graph that training compiles it to: that is made for the shapes of micro-batches.
-        with cudnn_attention(self._cudnn), autocast, tuning.changed([(self.module, "_compiled_call_impl", None)]):
+        with cudnn_attention(self._cudnn), autocast:
             yield
 
 

@@ -1,9 +1,9 @@
 """One micro-batch: noise the pairs, predict with policy and reference, compare (Eq. 8; Algorithm 1, line 4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 from seppo_fast.models import Conditions
 from seppo_fast.ops import per_sample_mse, seppo_loss
 from seppo_fast.reference.blocks import offloads_blocks
+from seppo_fast.reference.tuning import Change, changed
 from seppo_fast.training.noise import NoiseProcess
 
 Denoise = Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
@@ -44,7 +45,8 @@ class Objective:
     `sft_weight`: how much of the winner's mean squared error is added to a pair's loss.
 
     `compiled`: compiled kernels with gradients differ from those without, so the reference runs with gradients, too. So do the
-    kernels of PyTorch's attention: call forward and backward within `same_with_gradients()`.
+    kernels of PyTorch's attention: call forward and backward within `same_with_gradients()`. `whole` has the compiled forward of
+    networks that are compiled as one graph, for this objective alone.
     """
 
     denoise: Denoise
@@ -54,6 +56,7 @@ class Objective:
     autocast: torch.dtype | None = None
     compiled: bool = False
     sft_weight: float = 0.0
+    whole: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, policy: nn.Module, reference: nn.Module | None, pairs: Pairs, upstream: float, beta: float
                  ) -> tuple[Tensor, Tensor]:
@@ -102,7 +105,9 @@ class Objective:
                       pairs.noise if target is None else target)
 
     def _predict(self, module: nn.Module, noised: Noised) -> Tensor:
-        with self.precision(noised.latents.device, keeps_casts=not offloads_blocks(module)):
+        network = getattr(module, "module", module)  # inside DeepSpeed's engine
+        forward: list[Change] = [(network, "forward", self.whole[network])] if network in self.whole else []
+        with self.precision(noised.latents.device, keeps_casts=not offloads_blocks(module)), changed(forward):
             return self.denoise(module, noised.latents.to(self.dtype), noised.timesteps, noised.conditions)
 
     def precision(self, device: torch.device, keeps_casts: bool = True) -> AbstractContextManager:
