@@ -29,6 +29,10 @@ def step(name: str, out: Path, keep: Keep, limit: float) -> None:
         samplers.measure("cuda", keep, limit - 100)  # the last point may compile
         if time.monotonic() - begun < limit - 40:
             (out / "sampler_profile.txt").write_text(samplers.profile("cuda") + "\n")
+    elif name == "micro_batch":
+        from benchmarks.throughput import micro_batch
+
+        micro_batch.measure("cuda", keep, limit - 120)  # the last one may compile
     elif name == "swap":
         from benchmarks.throughput import swap
 

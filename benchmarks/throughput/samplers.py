@@ -36,13 +36,15 @@ from seppo_fast.reference import Sampler, classifier_free, solver_table
 GUIDANCE = 7.5
 Draw = Callable[[], Tensor]
 # Settings of our sampler by name. At each point the best of them counts: it is what a user can have there.
-OURS = {"ours": {}, "ours_regional": {"compile": "regional"}, "ours_eager": {"cuda_graph": False}}
+OURS = {"ours": {}, "ours_regional": {"compile": "regional"}, "ours_full": {"compile": "full", "fuse_projections": True},
+        "ours_eager": {"cuda_graph": False}}
 DIFFUSERS, EAGER = "diffusers", "diffusers_eager"
 Point = tuple[str, int, int, tuple[str, ...]]  # network, batch, steps, ways
 # The most important come first, for a run that is cut short. Each compiled way compiles for about a minute for each batch.
 POINTS: dict[str, list[Point]] = {
     "cpu": [*(("quickstart", batch, 20, ("ours", EAGER)) for batch in (64, 32, 16, 8, 4, 2, 1)),
-            ("quickstart", 64, 50, ("ours", EAGER)), ("quickstart", 64, 20, ("ours", EAGER, "ours_regional", DIFFUSERS))],
+            ("quickstart", 64, 50, ("ours", EAGER)),
+            ("quickstart", 64, 20, ("ours", EAGER, "ours_regional", "ours_full", DIFFUSERS))],
     "cuda": [("sd15", 16, 20, ("ours", DIFFUSERS)), ("sd15", 64, 50, ("ours",)),
              ("sd15", 16, 50, ("ours", "ours_regional", EAGER, DIFFUSERS)),
              ("animatediff", 4, 25, ("ours", "ours_regional", EAGER)), *(("animatediff", batch, 25, ("ours",)) for batch in (1, 8)),

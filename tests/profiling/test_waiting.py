@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEvent
+from torch.autograd.profiler_util import EventList, FunctionEvent
+from torch.profiler import record_function
 
 from seppo_fast.configfile import batch_plan, parse_config
 from seppo_fast.profiling.profiled import new_profiler, profile, waiting
@@ -28,7 +29,8 @@ EVENTS = [
     event("cudaLaunchKernelExC", 12, 14), event("ncclDevKernel_AllReduce", 20, 40, gpu=True, stream=9),
     event("cudaMemcpyAsync", 50, 52), event("Memcpy HtoD (Pinned -> Device)", 60, 70, gpu=True),
     event("cudaStreamSynchronize", 80, 100),
-    event("policy forward", 200, 300, annotation=True), event("cuLaunchKernelEx", 201, 203), event("triton_poi_fused_0", 210, 290, gpu=True),
+    event("policy forward", 200, 300, annotation=True), event("cuLaunchKernelEx", 201, 203),
+    event("triton_poi_fused_0", 210, 290, gpu=True),
     event("optimizer step", 300, 320, annotation=True), event("cudaGraphLaunch", 301, 302), event("adam", 303, 319, gpu=True),
     event("Optimizer.step#AdamW.step", 300, 320, gpu=True, annotation=True),
 ]
@@ -62,7 +64,8 @@ def test_one_batch_and_one_micro_batch_stand_for_an_update(settings: Callable[..
     batch = batch_plan(config.deepspeed, 1)
     idle, table = waiting(found, batch, steps=3)
     assert idle == pytest.approx({"sampling": 0.1, "policy forward": 0.5, "backward": 0.75, "optimizer step": 0.0})
-    for line in ("sampling               10.0%         20 launches a step", "backward               75.0%        800 launches a micro-batch",
+    for line in ("sampling               10.0%         20 launches a step",
+                 "backward               75.0%        800 launches a micro-batch",
                  "optimizer step          0.0%         30 launches an update"):
         assert f"\n  {line}" in table
     notes = "\n".join(advice(found["seconds"], config, batch, True, idle=idle))
@@ -86,8 +89,6 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @gpu
 def test_a_real_profile_tells_waiting_from_work() -> None:
     """A large product keeps the GPU busy; many small ones do not."""
-    from torch.profiler import record_function
-
     large, small = torch.randn(8192, 8192, device="cuda"), torch.randn(8, 8, device="cuda")
     large @ large
     torch.cuda.synchronize()
@@ -106,10 +107,8 @@ def test_a_real_profile_tells_waiting_from_work() -> None:
     assert not {"work", "waiting"} & {each.name for each in operators(profiler, "cuda")}, "an annotation is no kernel"
 
 
-def test_an_annotation_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_annotation_is_no_kernel() -> None:
     """DeepSpeed and PyTorch's optimizers annotate, too; on a GPU each comes again over the kernels below it."""
-    from torch.autograd.profiler_util import EventList
-
     class Profile:
         @staticmethod
         def key_averages() -> Any:
