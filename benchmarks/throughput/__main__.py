@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -42,6 +42,14 @@ def measure(part: str, device: str, work: Path, keep: Keep, text: Text, seconds:
             {"loop": loop.measure, "ranks": ranks.measure, "training_memory": training_memory.measure}[part](case, keep)
 
 
+def others(earlier: Row, result: Row, parts: Sequence[str]) -> Row:
+    """The parts of an earlier result of the same machine and versions, each with the commit that it is of."""
+    if earlier.get("versions") != result["versions"] or earlier["machine"]["cpu"] != result["machine"]["cpu"]:
+        return {}
+    kept = {part: {"commit": earlier["commit"]} | earlier[part] for part in parts if part in earlier}
+    return kept | {key: earlier[key] for key in ("profiled",) if key in earlier}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,9 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     file = out / f"throughput_{name}.json"
     result = about(device, "diffusers", "deepspeed")
     earlier = json.loads(file.read_text()) if file.exists() else {}
-    if given.only:  # keep the other parts, if they are of the same commit and versions
-        same = all(earlier.get(key) == result[key] for key in ("commit", "versions"))
-        result |= {part: earlier[part] for part in (*PARTS[device], "profiled") if same and part in earlier}
+    if given.only:
+        result |= others(earlier, result, PARTS[device])
 
     def text(title: str, profile: str) -> None:
         about_it = f"{result['machine'].get('gpu', result['machine']['cpu'])}, torch {torch.__version__}, commit {result['commit']}"

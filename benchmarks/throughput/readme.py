@@ -38,7 +38,10 @@ def block(result: Row, device: str, file: str) -> str:
     profiles = [f"[{name}](results/{file.removesuffix('.json')}_{name}_profile.txt)"
                 for name in result.get("profiled", [])]
     files = f"figures: [JSON](results/{file})" + (f"; what takes the time: {', '.join(profiles)}" if profiles else "")
-    parts = [f"On {on}, torch {torch}, commit `{result['commit']}`{load}; {files}.", loop_table(result.get("loop", {})),
+    older = {name: part["commit"] for name, part in result.items()
+             if isinstance(part, dict) and part.get("commit", result["commit"]) != result["commit"]}
+    before = "".join(f"; {name} of commit `{commit}`" for name, commit in older.items() if name in PARTS or name == "ranks")
+    parts = [f"On {on}, torch {torch}, commit `{result['commit']}`{before}{load}; {files}.", loop_table(result.get("loop", {})),
              sampler_table(result.get("sampler", {})), ranks_line(result.get("ranks", {})),
              memory_table(result.get("training_memory", {})), swap_line(result.get("swap", {})),
              target_list(targets(result, device))]

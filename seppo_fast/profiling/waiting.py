@@ -23,12 +23,12 @@ def activity(events: Sequence[FunctionEvent], phases: Iterable[str]) -> dict[str
     A phase may come several times. It ends when the GPU has finished its work.
     """
     found = {}
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    launched = [event.time_range.start for event in on_host if event.name.startswith(LAUNCHES)]
+    # On the GPU an annotation comes again, over the kernels below it.
+    kernels = [_span(event) for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     for phase in phases:
-        windows = [_span(event) for event in events
-                   if event.name == phase and event.is_user_annotation and event.device_type == DeviceType.CPU]
-        kernels = [_span(event) for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-        launched = [_span(event)[0] for event in events
-                    if event.device_type == DeviceType.CPU and event.name.startswith(LAUNCHES)]
+        windows = [_span(event) for event in on_host if event.name == phase and event.is_user_annotation]
         if windows:
             found[phase] = Activity(sum(covered(kernels, *window) for window in windows) / 1e6,
                                     sum(start <= time < end for time in launched for start, end in windows))

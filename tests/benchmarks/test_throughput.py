@@ -13,6 +13,7 @@ import torch
 from benchmarks import jobs, networks
 from benchmarks.result_files import Row
 from benchmarks.throughput import loop, ranks, samplers, swap
+from benchmarks.throughput.__main__ import others
 from benchmarks.throughput.loop import Case
 from benchmarks.throughput.obvious_trainer import ObviousTrainer
 from benchmarks.throughput.readme import throughput
@@ -122,6 +123,18 @@ def cpu_result(**changes: float) -> Row:
                         "ratios": [{"network": "quickstart", "batch": 64, "steps": 20, "best": "ours", "images_per_s": 12.3,
                                     "of_matmul": 0.3, "over_diffusers": 1.1}]},
             "swap": {"rows": [{"network": "quickstart", "from": "disk", "bytes": 3_900_000, "seconds": 0.004, "gb_s": 1.0}]}}
+
+
+def test_parts_that_are_measured_alone_keep_the_others_with_their_commit(tmp_path: Path) -> None:
+    earlier, now = cpu_result(), {"machine": {"cpu": "Some CPU"}, "versions": {"torch": "2.99"}, "commit": "def"}
+    kept = others(earlier, now, ["loop", "sampler", "profile"])
+    assert kept == {"loop": {"commit": "abc"} | earlier["loop"], "sampler": {"commit": "abc"} | earlier["sampler"]}
+    assert others(now | kept, now | {"commit": "ghi"}, ["loop"])["loop"]["commit"] == "abc"
+    assert others(earlier, now | {"versions": {"torch": "3"}}, ["loop"]) == others({}, now, ["loop"]) == {}
+    assert others(earlier, now | {"machine": {"cpu": "Another"}}, ["loop"]) == {}
+    result = cpu_result() | {"commit": "def", "loop": kept["loop"]}
+    (tmp_path / "throughput_cpu.json").write_text(json.dumps(result))
+    assert ", commit `def`; loop of commit `abc`, load average" in throughput(tmp_path)
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
