@@ -1,7 +1,8 @@
 """Training and sampling speed: `python -m benchmarks.throughput --out benchmarks/results [--device cuda] [--only loop sampler]`.
 
 Writes throughput_<cpu or the GPU's name>.json after each part, and throughput_*_profile.txt, which show what takes the time.
-The models have random weights; speed does not depend on them. It takes under 8 minutes on 2 idle CPU cores.
+The models have random weights; speed does not depend on them. It takes about 12 minutes on 2 idle CPU cores,
+half of them for what is compiled.
 """
 
 import argparse
@@ -18,10 +19,11 @@ import diffusers
 import torch
 
 from benchmarks.result_files import Keep, Row, about, one_row_a_line
-from benchmarks.throughput import loop, profiles, ranks, samplers, swap, training_memory
+from benchmarks.throughput import loop, micro_batch, profiles, ranks, samplers, swap, training_memory
 from benchmarks.throughput.summary import rates, targets
 
-PARTS = {"cpu": ("loop", "ranks", "sampler", "swap", "profile"), "cuda": ("sampler", "loop", "training_memory", "swap", "profile")}
+PARTS = {"cpu": ("loop", "ranks", "sampler", "swap", "profile", "micro_batch"),
+         "cuda": ("sampler", "loop", "training_memory", "swap", "profile", "micro_batch")}
 Text = Callable[[str, str], None]  # name of a profile, text
 
 
@@ -30,6 +32,8 @@ def measure(part: str, device: str, work: Path, keep: Keep, text: Text, seconds:
     if part == "sampler":
         text("sampler", samplers.profile(device))
         samplers.measure(device, keep, seconds)
+    elif part == "micro_batch":
+        micro_batch.measure(device, keep, seconds)
     elif part == "swap":
         swap.measure("sd15" if device == "cuda" else "quickstart", device, work / "swap", keep)
     else:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import jobs, networks
 from benchmarks.result_files import Row
-from benchmarks.throughput import loop, ranks, samplers, swap
+from benchmarks.throughput import loop, micro_batch, ranks, samplers, swap
 from benchmarks.throughput.__main__ import others
 from benchmarks.throughput.loop import Case
 from benchmarks.throughput.obvious_trainer import ObviousTrainer
@@ -110,6 +110,17 @@ def test_swaps_bring_every_byte(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.safetensors"))) == 4
 
 
+@pytest.mark.slow
+def test_a_micro_batch_is_timed_and_its_calls_are_counted() -> None:
+    kept: list[Row] = []
+    micro_batch.measure("cpu", kept.append, seconds=100, repeats=0.01, ways=["none"])
+    row, = kept[-1]["rows"]
+    assert (row["network"], row["pairs"], row["compile"]) == ("quickstart", 1, "none")
+    assert 1e3 * row["first_s"] >= row["ms"] / 2 > 0 and row["calls"] > 2000
+    micro_batch.measure("cpu", kept.append, seconds=0)
+    assert len(kept) == 1, "none is begun when the time is over"
+
+
 def cpu_result(**changes: float) -> Row:
     """What `python -m benchmarks.throughput` writes on the CPU."""
     ratio = changes.get("ratio", 4.0)
@@ -173,6 +184,10 @@ def test_the_readme_block_has_the_measured_figures(tmp_path: Path) -> None:
         assert line in text.splitlines(), text
     assert "On Some CPU, 2 of 4 cores, torch 2.99, commit `abc`, load average 0.1 to 1.9;" in text
     assert text.count("not measured yet") == 1
-    suite = {"machine": {"gpu": "Some GPU", "torch": "2.99"}, "commit": "abc", "sampler": {"outcome": "stopped after 9 s"}}
+    rows = [{"network": "sd15", "pairs": 1, "compile": "full", "ms": 41.26, "calls": 900, "launches": 850, "idle": 0.114,
+             "first_s": 70}]
+    suite = {"machine": {"gpu": "Some GPU", "torch": "2.99"}, "commit": "abc", "sampler": {"outcome": "stopped after 9 s"},
+             "micro_batch": {"rows": rows}}
     (tmp_path / "gpu_suite_some.json").write_text(json.dumps(suite))
+    assert "| sd15, 1 | full | 41.3 | 900 | 11% of the time, 850 launches | 70.0 |" in throughput(tmp_path)
     assert "On Some GPU, torch 2.99" in throughput(tmp_path) and "training in less than 24 GB" in throughput(tmp_path)
