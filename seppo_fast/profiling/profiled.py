@@ -4,10 +4,10 @@ import copy
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from seppo_fast.config import METHODS
-from seppo_fast.configfile import Batch, Config, batch_plan, parse_config
+from seppo_fast.configfile import Config, batch_plan, parse_config
 from seppo_fast.errors import UserError
 from seppo_fast.planning.cost import samples_of_a_pair
 from seppo_fast.profiling.report import (
@@ -30,7 +30,7 @@ from seppo_fast.profiling.report import (
     operators,
     phase_table,
 )
-from seppo_fast.profiling.waiting import Activity, activity, idle_shares, waiting_table
+from seppo_fast.profiling.waiting import activity, waiting
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import even
 from seppo_fast.run import run
@@ -149,7 +149,8 @@ class ProfiledTrainer(Trainer):
             noise, conditions = self.pairs.initial_noise(slots), self.pairs.prompts(slots)
             with (self.reference.on_device(), self.improver.on_device() if self.improver else nullcontext(),
                   new_profiler() as profiler):
-                losers = self.clock.timed(self.reference.sampler.draw, "sampling")(noise, conditions)
+                draw = self.clock.timed(self.reference.sampler.draw, "sampling")
+                losers = draw(noise, conditions, later=partial(self.pairs.later_noise, slots))
                 if self.improver:
                     self.clock.timed(self.improver.improve, "sampling")(losers, conditions, noise)
             self.found["sampling"] = operators(profiler, self.ranks.device), len(slots)
@@ -252,22 +253,6 @@ def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: floa
         parts.append(table_of_idle)
     lines = advice(seconds, config, batch, ranks.device.type == "cuda", collectives, idle)
     return "\n\n".join([*parts, "\n".join(["what to turn on, by what was measured:", *(f"- {line}" for line in lines)])])
-
-
-def waiting(found: Mapping[str, Any], batch: Batch, steps: int) -> tuple[dict[str, float], str]:
-    """The idle share of each phase of this rank's updates, and a table of them.
-
-    `found` has the seconds of an update, and what the GPU did in one batch of samples and in one micro-batch.
-    """
-    done: dict[str, Activity] = found["activity"]
-    times = dict.fromkeys(done, float(batch.accumulation)) | {"optimizer step": 1.0}
-    launches, units = {name: each.launches for name, each in done.items()}, dict.fromkeys(done, "a micro-batch")
-    units["optimizer step"] = "an update"
-    if "sampling" in done:
-        times["sampling"] = batch.size / batch.world / found["sampling"][1]
-        launches["sampling"], units["sampling"] = launches["sampling"] / steps, "a step"
-    idle = idle_shares(found["seconds"], {name: each.busy * times[name] for name, each in done.items()})
-    return idle, waiting_table(idle, launches, units)
 
 
 def shortened(config: Config, folder: Path, updates: int) -> Config:

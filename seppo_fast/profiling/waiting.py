@@ -1,10 +1,12 @@
 """How long a GPU waits for the host: the time in which it runs something, of a phase's time."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
+
+from seppo_fast.configfile import Batch
 
 LAUNCHES = ("cudaLaunch", "cudaGraphLaunch", "cuLaunch")  # the profiler's names of a launch by the host begin so
 LARGE = 0.3  # an idle share that is worth a word
@@ -47,6 +49,22 @@ def covered(spans: Iterable[tuple[float, float]], start: float, end: float) -> f
 def idle_shares(seconds: Mapping[str, float], busy: Mapping[str, float]) -> dict[str, float]:
     """By phase, the share of its `seconds` without the profiler in which the GPU, `busy` for so many of them, had nothing to do."""
     return {phase: max(0.0, 1 - busy[phase] / seconds[phase]) for phase in busy if seconds.get(phase)}
+
+
+def waiting(found: Mapping[str, Any], batch: Batch, steps: int) -> tuple[dict[str, float], str]:
+    """The idle share of each phase of this rank's updates, and a table of them.
+
+    `found` has the seconds of an update, and what the GPU did in one batch of samples and in one micro-batch.
+    """
+    done: dict[str, Activity] = found["activity"]
+    times = dict.fromkeys(done, float(batch.accumulation)) | {"optimizer step": 1.0}
+    launches, units = {name: each.launches for name, each in done.items()}, dict.fromkeys(done, "a micro-batch")
+    units["optimizer step"] = "an update"
+    if "sampling" in done:
+        times["sampling"] = batch.size / batch.world / found["sampling"][1]
+        launches["sampling"], units["sampling"] = launches["sampling"] / steps, "a step"
+    idle = idle_shares(found["seconds"], {name: each.busy * times[name] for name, each in done.items()})
+    return idle, waiting_table(idle, launches, units)
 
 
 def waiting_table(idle: Mapping[str, float], launches: Mapping[str, float], units: Mapping[str, str]) -> str:

@@ -10,9 +10,9 @@ from torch.autograd.profiler_util import EventList, FunctionEvent
 from torch.profiler import record_function
 
 from seppo_fast.configfile import batch_plan, parse_config
-from seppo_fast.profiling.profiled import new_profiler, profile, waiting
+from seppo_fast.profiling.profiled import new_profiler, profile
 from seppo_fast.profiling.report import Operator, advice, operators
-from seppo_fast.profiling.waiting import Activity, activity, covered, idle_shares
+from seppo_fast.profiling.waiting import Activity, activity, covered, idle_shares, waiting
 from seppo_fast.signals import StopSignals
 
 
