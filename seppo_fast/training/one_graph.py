@@ -27,9 +27,9 @@ def with_whole_networks(objective: Objective, policy: nn.Module, reference: nn.M
     # Not the modules' calls: DeepSpeed has hooks there, which no graph can hold.
     whole = replace(objective, whole={network: torch.compile(network.forward, dynamic=False, fullgraph=True)
                                       for network in networks})
-    start = time.perf_counter()
+    start, devices = time.perf_counter(), [pairs.latents.device] if pairs.latents.is_cuda else []
     try:
-        with torch.random.fork_rng(), changed([(policy, "_forward_pre_hooks", {}), (policy, "_forward_hooks", {})]):
+        with torch.random.fork_rng(devices), changed([(policy, "_forward_pre_hooks", {}), (policy, "_forward_hooks", {})]):
             predicted = whole.prediction(policy, pairs)
             torch.autograd.grad(predicted.float().sum(), [*trainable_weights(policy).values()], allow_unused=True)
     except Exception as error:  # whatever the compiler raises
