@@ -19,7 +19,7 @@ from seppo_fast.signals import StopSignals
 def event(name: str, start: float, end: float, gpu: bool = False, stream: int = 7, annotation: bool = False) -> FunctionEvent:
     """An event as the profiler makes it; a host's thread, or a GPU's stream."""
     return FunctionEvent(id=1, name=name, thread=1, start_us=start, end_us=end, use_device="cuda", is_user_annotation=annotation,
-                         device_type=DeviceType.CUDA if gpu else DeviceType.CPU, device_resource_id=stream if gpu else 1)
+                         device_type=DeviceType.CUDA if gpu else DeviceType.CPU, device_resource_id=stream if gpu else 1, stack=[])
 
 
 # Two micro-batches' forward, 100 us each, and a step. On a GPU annotations come a second time, over the kernels below them.
@@ -115,11 +115,8 @@ def test_a_real_profile_tells_waiting_from_work() -> None:
 
 def test_an_annotation_is_no_kernel() -> None:
     """DeepSpeed and PyTorch's optimizers annotate, too; on a GPU each comes again over the kernels below it."""
-    class Profile:
-        @staticmethod
-        def key_averages() -> Any:
-            return EventList(EVENTS, use_device="cuda").key_averages()
-
-    found: list[Operator] = operators(Profile, "cuda")  # type: ignore[arg-type]
+    events = EventList(EVENTS, use_device="cuda")
+    events._build_tree()  # as a profile does it
+    found: list[Operator] = operators(events, "cuda")  # type: ignore[arg-type]  # what is asked of a profile is there
     assert {each.name for each in found} == {"ampere_sgemm_128x64", "ncclDevKernel_AllReduce", "triton_poi_fused_0", "adam",
                                              "Memcpy HtoD (Pinned -> Device)"}
