@@ -23,7 +23,6 @@ from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.tokens import cut_off, token_counter
 from seppo_fast.planning.cost import Cost
 from seppo_fast.planning.engine_bytes import adam_temporaries, uses_bf16_optimizer
-from seppo_fast.sections import EVERYWHERE
 from seppo_fast.training.beta import FIRST, PRODUCT
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 
@@ -82,8 +81,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         if (unused := (kept or 0) - ours.updates_per_iteration * batch.size) > 0:
             each = f"{kept} an iteration, of which {unused} are never used"
         lines["reference samples"] = f"{samples} in all, {each}, in batches of {size}; {_drawn(ours.sampler)}"
-        if ours.looks and ours.shown is not ours.sampler:
-            lines["grids, evaluations"] = f"the policy by itself; {_drawn(ours.shown)}"
+    if ours.shown is not ours.sampler:
+        lines["grids, evaluations"] = f"the policy by itself; {_drawn(ours.shown)}"
     if method.winners == "improvement":
         lines["winners"] = (f"as many, made of the reference samples by {ours.improvement.path}, guidance"
                             f" {ours.improvement.guidance_scale:g}, image guidance {ours.improvement.image_guidance_scale:g}"
@@ -155,9 +154,10 @@ def _precision(config: Config) -> str:
 
 def _drawn(settings: Sampler) -> str:
     """How samples are drawn."""
-    text = f"{settings.solver}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
-    low, high = settings.guidance_interval
-    if (low, high) != EVERYWHERE:
+    spaced = f", {settings.spacing} spacing" if settings.spacing else ""
+    text = f"{settings.solver}, {settings.steps} steps{spaced}, guidance {settings.guidance_scale:g}"
+    if "guidance_interval" in settings.limits:
+        low, high = settings.guidance_interval
         text += f" at noise levels from {low:g} to {high:g}"
     if settings.unconditional_every > 1:
         text += f", the branch without the prompt every {settings.unconditional_every} steps"
