@@ -179,11 +179,12 @@ def estimate(model: Model, config: Config, batch: Batch, adapter: Adapter | None
         return (size + weights) // 2 if autocast and size else size
 
     def drawing(settings: Sampler, table: SolverTable, branches: int, size: int) -> int:
-        """The most bytes while a batch is drawn: the network's, and in fp32 the loop's noises and outputs."""
+        """The most bytes while a batch is drawn: the network's, its prompts', and in fp32 the loop's noises and outputs."""
         batch = inputs(branches * size)
         kept = branches - 1 if settings.unconditional_every > 1 else 0
         peak = inference(lambda: denoise(denoiser, *batch)).peak
-        return cast(peak) + 4 * (table.inputs.shape[1] + kept) * size * one[0].numel()
+        prompts = sum(value.nbytes for value in batch[2].values())
+        return cast(peak) + prompts + 4 * (table.inputs.shape[1] + kept) * size * one[0].numel()
 
     with changed(adapted):
         sampler = drawing(ours.sampler, table, branches, samples) if draws else 0

@@ -42,6 +42,7 @@ def test_an_adapter_is_in_the_plan(small: Callable[..., Cost], lora: Path) -> No
     assert with_it.adapter == sum(value.nbytes for value in weights.values())
     assert with_it.standing - plain.standing == with_it.adapter
     assert with_it.forward == plain.forward and with_it.training == plain.training
+    assert plain.sample == 3 * plain.forward, "no guidance, one call a step"
     assert plain.sample < with_it.sample < 1.5 * plain.sample, "LoRA's own products are counted"
 
 
