@@ -67,9 +67,9 @@ class Objective:
         still equals the reference, whose predictions would be the same. Nothing waits for the device.
         """
         noised = self._noised(pairs)
-        ref_pred = sign = None
-        more = self.winner_excess(policy, reference, pairs) if reference is not None and pairs.more_noise is not None else None
+        ref_pred = more = sign = None
         if self.flipper and reference is not None and pairs.ref_mse is None:
+            more = None if pairs.more_noise is None else self.winner_excess(policy, reference, pairs)
             with torch.set_grad_enabled(self.compiled):  # before the policy, whose activations are then alone
                 ref_pred = self._predict(reference, noised).detach()
         model_pred = self._predict(policy, noised)
@@ -80,7 +80,7 @@ class Objective:
         ref_mse = pairs.ref_mse
         if reference is None:
             ref_pred, ref_mse = model_pred.detach(), None
-        if more is not None and ref_pred is not None:
+        if more is not None:
             sign = _sign_of_all(more, model_pred.detach(), ref_pred, noised.target, self.flipper)
         loss, stats = seppo_loss(model_pred, ref_pred, noised.target, beta, ref_mse=ref_mse, flipper=self.flipper, sign=sign,
                                  sft_weight=self.sft_weight, grad_scale=upstream, return_stats=True)
