@@ -1,7 +1,6 @@
 """What the watching trainer keeps, how well an error tells, and the text on it."""
 
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from outcomes import identical, steady_rows, weights
+from safetensors.torch import load_file
 
 from benchmarks.by_seed import Run
 from benchmarks.flipper.__main__ import main
@@ -21,8 +22,10 @@ from benchmarks.flipper.telling import telling, told, within
 from benchmarks.flipper.views import Measures, Views
 from benchmarks.flipper.watching import Watching, watched_updates
 from benchmarks.intervals import Interval
-from seppo_fast.configfile import load_config
+from seppo_fast.configfile import load_config, parse_config
 from seppo_fast.quickstart.digits import split_digits
+from seppo_fast.run import run
+from seppo_fast.signals import StopSignals
 
 ITERATIONS, UPDATES, PAIRS = 2, 4, 40
 
@@ -43,10 +46,10 @@ def result(tells: float, seeds: int = 3, sharper: float = 0.0) -> dict[str, Any]
     for seed in range(seeds):
         for place, method in enumerate((BASE, *METHODS)):
             score = 0.5 + 0.1 * seed + sharper * max(0, place - 1) + 0.003 * ((seed + place) % 2)
-            run: Run = {"seed": seed, "method": method, "commit": "abc", "seconds": 9.0, "cpu_seconds": 8.0,
+            row: Run = {"seed": seed, "method": method, "commit": "abc", "seconds": 9.0, "cpu_seconds": 8.0,
                         "points": [{"update": 8, **dict.fromkeys(ENDS, score)}]}
-            run |= {} if method == BASE else {"aaf_rate": [0.6, 0.7]}
-            runs.append(run | ({"told": told(views(tells, seed), ITERATIONS, UPDATES)} if method == WATCHED else {}))
+            row |= {} if method == BASE else {"aaf_rate": [0.6, 0.7]}
+            runs.append(row | ({"told": told(views(tells, seed), ITERATIONS, UPDATES)} if method == WATCHED else {}))
     return {"machine": {"cpu": "Some CPU"}, "versions": {"torch": "2.99"}, "seconds": {"processor": 120}, "runs": runs,
             "commits_of_runs": ["abc"],
             "settings": vars(Settings()) | {"iterations": ITERATIONS, "seeds": seeds, "side_by_side": 2}}
@@ -66,7 +69,7 @@ def test_an_error_that_tells_all_and_one_that_tells_nothing() -> None:
 
 
 def test_a_policy_that_gets_better_says_nothing_within_an_update() -> None:
-    """In the second update all errors are lower and the reference's samples are seldom better: over all pairs that looks like skill."""
+    """In the second update all errors are lower and the reference's samples seldom better, which looks like skill over all pairs."""
     random = np.random.default_rng(0)
     groups = np.repeat([0.0, 1.0], 2000)
     truth, score = random.random(4000) < np.where(groups == 0, 0.8, 0.2), random.normal(size=4000) - 3 * groups
@@ -136,6 +139,23 @@ def test_bad_input_is_one_message(argv: list[str], said: str, capsys: pytest.Cap
     assert main(["--out", str(tmp_path), "--work", str(tmp_path / "work"), *argv]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_watching_sees_the_pairs_and_changes_nothing(settings: Any, train: Any, ranks: Any, tmp_path: Path) -> None:
+    """In the third update the reference is the policy itself: no error differs, and both draw the same from the same noise."""
+    plain = train(settings(**{"seppo.reference": "latest"}))
+    raw = settings(**{"seppo.reference": "latest", "seppo.output_dir": str(tmp_path / "watched")})
+    make = partial(Watching, views=tmp_path / "views", watched=[1, 2], draws=5)
+    final = run(parse_config(raw), None, ranks, StopSignals(), make)
+    assert identical(weights(plain), weights(final.parent)) and steady_rows(plain) == steady_rows(final.parent)
+
+    one, same = (load_file(tmp_path / "views" / f"update_0000000{update}.safetensors") for update in (1, 2))
+    assert one["same"].shape == one["other"].shape == (5, 8) and one["own"].shape == one["reference"].shape
+    assert torch.equal(one["same"][0], one["other"][0]) and not torch.equal(one["same"][1], one["other"][1])
+    assert torch.equal(torch.where(one["same"][0] > 0, 1.0, -1.0), one["sign"]) and one["sign"].unique().numel() == 2
+    assert not torch.equal(one["own"], one["reference"]) and set(one["label"].tolist()) <= {1, 2, 3}
+    assert one["drawer"].tolist() == [0] * 8 and same["drawer"].tolist() == [1] * 8
+    assert not same["same"].any() and not same["other"].any() and torch.equal(same["own"], same["reference"])
 
 
 @pytest.mark.slow
