@@ -2,9 +2,10 @@
 
 The judge's view of a pair is by how much the reference's sample is better than the policy's own from the same noise and prompt.
 It is measured twice: by the log-probability of the prompt's digit, and by the distance to the nearest real held-out digit. The sign
-says "the reference's sample is better" where it is +1 (m_w > q_w): the loser is then learnt towards. The main figure is the area
-under the curve (AUC) of m_w - q_w over comparisons of pairs of one update, which have the same policy and reference. A policy that
-becomes better in all respects would raise the other figures without any sign telling about its own pair's loser.
+says "the reference's sample is better" where it is +1 (m_w > q_w): the loser is then learnt towards. The main figure is the sign's
+balanced accuracy over comparisons of pairs of one update, which have the same policy and reference; the area under the curve (AUC)
+is the same for m_w - q_w, of which the sign is one threshold. A policy that becomes better in all respects would raise the figures
+over all pairs without any sign telling about its own pair's loser.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +22,13 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """`values`: one for each seed, positive where the sentence holds, 0 where nothing differs. `main`: it decides the verdict on
-    the flipper."""
+    """`values`: one for each seed, positive where the sentence holds, 0 where nothing differs. `decides`: the measure by
+    which it decides the verdict on the flipper."""
 
     sentence: str
     values: Callable[[Result], list[float]]
     needs: tuple[str, ...] = (WATCHED,)
-    main: bool = False
+    decides: str | None = None
 
 
 def runs_of(result: Result, method: str) -> list[Mapping[str, Any]]:
@@ -64,11 +65,13 @@ def end(method: str, measure: str) -> Callable[[Result], list[float]]:
 
 
 TELLS = tuple(comparison for measure, label in MEASURES.items() for comparison in (
+    Comparison(f"the sign tells which sample is better, within an update ({label}): balanced accuracy above 50 %",
+               above_chance(measure, "signed", "all"), decides=label),
     Comparison(f"m_w - q_w tells which sample is better, within an update ({label}): AUC above 50 %",
-               above_chance(measure, "within", "all"), main=True),
+               above_chance(measure, "within", "all")),
     Comparison(f"m_w - q_w tells which sample is better, over all pairs ({label}): AUC above 50 %",
                above_chance(measure, "auc", "all")),
-    Comparison(f"the sign tells which sample is better ({label}): balanced accuracy above 50 %",
+    Comparison(f"the sign tells which sample is better, over all pairs ({label}): balanced accuracy above 50 %",
                above_chance(measure, "balanced", "all")),
     Comparison(f"s = +1 finds better samples ({label}): precision above the share of better ones",
                difference(measure, ("precision", "all"), ("base", "all"))),

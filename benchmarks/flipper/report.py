@@ -9,8 +9,8 @@ from benchmarks.flipper.runs import BASE, METHODS, WATCHED
 from benchmarks.intervals import Interval, interval, minus
 
 COLUMNS = {"base": "better", "said": "s = +1", "precision": "precision", "recall": "recall", "balanced": "balanced accuracy",
-           "auc": "AUC", "within": "AUC within an update"}
-FEW = ("base", "precision", "balanced", "within")  # of the tables by level and iteration
+           "auc": "AUC", "signed": "balanced accuracy within an update", "within": "AUC within an update"}
+FEW = ("base", "precision", "signed", "within")  # of the tables by level and iteration
 
 
 def verdict(found: Interval) -> str:
@@ -103,14 +103,13 @@ def compared(result: Result) -> str:
 
 def said(result: Result) -> str:
     """The verdict in plain words."""
-    main = [(comparison, each) for comparison, each in judged(result) if comparison.main]
-    if not main or main[0][1].half is None:
+    main = {comparison.decides: each for comparison, each in judged(result) if comparison.decides}
+    if not main or any(each.half is None for each in main.values()):
         return "One seed tells nothing about chance."
-    names = [label for label, (_, each) in zip(MEASURES.values(), main, strict=True) if verdict(each) == "above"]
-    worse = [label for label, (_, each) in zip(MEASURES.values(), main, strict=True) if verdict(each) == "below"]
-    most = max(each.high for _, each in main)
-    figures = ", ".join(f"AUC {share(Interval(0.5 + each.mean, each.half))} by the {label}"
-                        for label, (_, each) in zip(MEASURES.values(), main, strict=True))
+    names, worse = ([label for label, each in main.items() if verdict(each) == name] for name in ("above", "below"))
+    most = max(each.high for each in main.values())
+    figures = ", ".join(f"balanced accuracy {share(Interval(0.5 + each.mean, each.half))} by the {label}"
+                        for label, each in main.items())
     if names:
         return (f"**The sign is better than chance** by the {' and the '.join(names)} ({figures}; a coin has 50 %): within an"
                 " update the winner's error says something about which sample is better.")
@@ -119,7 +118,7 @@ def said(result: Result) -> str:
                 " update the reference's sample is more often the better one where the sign keeps it as the loser.")
     return ("**The sign is no better than chance**, as far as these seeds tell: within an update the winner's error does not say"
             f" whether the reference's sample is better than the policy's own ({figures}; a coin has 50 %). At most it says"
-            f" {100 * most:.1f} points of AUC.")
+            f" {100 * most:.1f} points.")
 
 
 def about(result: Result) -> str:
@@ -136,8 +135,8 @@ def about(result: Result) -> str:
         " reference's sample is better than the policy's own. By *digit*: the log-probability that the quickstart's judge gives the"
         " prompt's digit (calibrated on digits that it has not learnt from); by *distance*: to the nearest real held-out digit."
         " *Precision* and *recall*: of s = +1 (m_w > q_w: the loser is learnt towards) as a finding that the reference's sample is"
-        " better; with a sign that says nothing, precision is the share of better ones, balanced accuracy and AUC are 50 %. *AUC"
-        " within an update* compares only pairs with the same policy and reference."
+        " better; with a sign that says nothing, precision is the share of better ones, balanced accuracy and AUC are 50 %."
+        " *Within an update*: only pairs with the same policy and reference are compared. AUC is that of m_w - q_w."
         f" {result['seconds']['processor'] / 60:.0f} minutes of processor time on {machine['cpu']}, {settings['side_by_side']} runs"
         f" side by side; torch {result['versions']['torch']}, commit `{'`, `'.join(result['commits_of_runs'])}`."
     )

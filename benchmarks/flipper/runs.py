@@ -57,7 +57,7 @@ def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> R
              "aaf_rate": [iteration_mean(rows, "aaf_rate", k) for k in range(settings.iterations)]}
     if method == WATCHED:
         views = read_views(home / "views", updates, home / "base", seed)
-        found["told"] = told(views, settings.iterations, settings.updates)
+        found["told"] = told(views, settings.iterations, settings.updates, DRAWS, LEVELS)
     return found
 
 

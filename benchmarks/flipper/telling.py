@@ -1,29 +1,29 @@
 """How well the winner's error tells which sample is better: precision, recall and areas under the curve of one seed's pairs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import balanced_accuracy_score, precision_score, recall_score, roc_auc_score
 
-from benchmarks.flipper.runs import DRAWS, LEVELS
 from benchmarks.flipper.views import Array, Views
 
 TIMESTEPS = 1000
 
 
-def told(views: Views, iterations: int, updates: int) -> dict[str, Any]:
-    """For each measure what the mean error tells: of all pairs, by noise level, by iteration, and by draws of the noise."""
-    level = views.timestep * LEVELS // TIMESTEPS
+def told(views: Views, iterations: int, updates: int, draws: Sequence[int], levels: int) -> dict[str, Any]:
+    """For each measure what the mean error tells: of all pairs, by noise level, by iteration, and by `draws` of the noise."""
+    level = views.timestep * levels // TIMESTEPS
     iteration = views.update // updates
     found: dict[str, Any] = {"pairs": len(views.sign), "aaf_rate": float((views.sign == -1).mean()),
-                             "agreeing": {str(n): agreeing(views, n) for n in DRAWS}, "measures": {}}
+                             "agreeing": {str(n): agreeing(views, n) for n in draws}, "measures": {}}
     for name, better in views.better.items():
         found["measures"][name] = {
             "all": telling(views.same[0], better, views.update),
-            "levels": [telling(views.same[0], better, views.update, level == i) for i in range(LEVELS)],
+            "levels": [telling(views.same[0], better, views.update, level == i) for i in range(levels)],
             "iterations": [telling(views.same[0], better, views.update, iteration == k) for k in range(iterations)],
-            "same": {str(n): telling(views.same[:n].mean(0), better, views.update) for n in DRAWS},
-            "other": {str(n): telling(views.other[:n].mean(0), better, views.update) for n in DRAWS},
+            "same": {str(n): telling(views.same[:n].mean(0), better, views.update) for n in draws},
+            "other": {str(n): telling(views.other[:n].mean(0), better, views.update) for n in draws},
         }
     return found
 
@@ -36,18 +36,20 @@ def agreeing(views: Views, n: int) -> float:
 def telling(excess: Array, better: Array, update: Array, where: Array | None = None) -> dict[str, float | None]:
     """What s = +1, a positive excess, tells of "the reference's sample is better", over the pairs `where`.
 
-    A pair whose samples are equally good is left out. `within`: the area under the curve if only pairs of one update, which have
-    the same policy and reference, are compared. None: there are no pairs of both kinds.
+    A pair whose samples are equally good is left out. `auc`: the area under the curve of the excess; `balanced`, the balanced
+    accuracy, is that of the sign. `within`, `signed`: the same if only pairs of one update are compared, which have the same policy
+    and reference. None: there are no pairs of both kinds.
     """
     kept = (better != 0) & (where if where is not None else True)
     truth, score, groups = better[kept] > 0, excess[kept], update[kept]
     said = score > 0
     if not 0 < truth.sum() < len(truth):
-        return dict.fromkeys(("base", "said", "precision", "recall", "balanced", "auc", "within"))
+        return dict.fromkeys(("base", "said", "precision", "recall", "balanced", "auc", "signed", "within"))
     return {"base": float(truth.mean()), "said": float(said.mean()),
             "precision": float(precision_score(truth, said)) if said.any() else None,
             "recall": float(recall_score(truth, said)), "balanced": float(balanced_accuracy_score(truth, said)),
-            "auc": float(roc_auc_score(truth, score)), "within": within(truth, score, groups)}
+            "auc": float(roc_auc_score(truth, score)), "signed": within(truth, said.astype(np.float64), groups),
+            "within": within(truth, score, groups)}
 
 
 def within(truth: Array, score: Array, groups: Array) -> float | None:

@@ -80,7 +80,7 @@ class Objective:
         ref_mse = pairs.ref_mse
         if reference is None:
             ref_pred, ref_mse = model_pred.detach(), None
-        if more is not None:
+        if more is not None and ref_pred is not None:
             sign = _sign_of_all(more, model_pred.detach(), ref_pred, noised.target, self.flipper)
         loss, stats = seppo_loss(model_pred, ref_pred, noised.target, beta, ref_mse=ref_mse, flipper=self.flipper, sign=sign,
                                  sft_weight=self.sft_weight, grad_scale=upstream, return_stats=True)

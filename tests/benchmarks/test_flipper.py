@@ -49,7 +49,7 @@ def result(tells: float, seeds: int = 3, sharper: float = 0.0) -> dict[str, Any]
             row: Run = {"seed": seed, "method": method, "commit": "abc", "seconds": 9.0, "cpu_seconds": 8.0,
                         "points": [{"update": 8, **dict.fromkeys(ENDS, score)}]}
             row |= {} if method == BASE else {"aaf_rate": [0.6, 0.7]}
-            runs.append(row | ({"told": told(views(tells, seed), ITERATIONS, UPDATES)} if method == WATCHED else {}))
+            runs.append(row | ({"told": told(views(tells, seed), ITERATIONS, UPDATES, DRAWS, LEVELS)} if method == WATCHED else {}))
     return {"machine": {"cpu": "Some CPU"}, "versions": {"torch": "2.99"}, "seconds": {"processor": 120}, "runs": runs,
             "commits_of_runs": ["abc"],
             "settings": vars(Settings()) | {"iterations": ITERATIONS, "seeds": seeds, "side_by_side": 2}}
@@ -58,10 +58,10 @@ def result(tells: float, seeds: int = 3, sharper: float = 0.0) -> dict[str, Any]
 def test_an_error_that_tells_all_and_one_that_tells_nothing() -> None:
     better, groups = np.array([1.0, -1.0, 2.0, -2.0, 0.0]), np.zeros(5)
     right = telling(better, better, groups)
-    assert right == {"base": 0.5, "said": 0.5, "precision": 1.0, "recall": 1.0, "balanced": 1.0, "auc": 1.0, "within": 1.0}
+    assert right == {"base": 0.5, "said": 0.5} | dict.fromkeys(("precision", "recall", "balanced", "auc", "signed", "within"), 1.0)
     assert telling(-better, better, groups)["auc"] == 0.0
     half = telling(np.array([1.0, 1.0, -1.0, -1.0, 9.0]), better, groups)  # the last pair is a tie of the judge's
-    assert (half["precision"], half["recall"], half["balanced"], half["auc"]) == (0.5, 0.5, 0.5, 0.5)
+    assert (half["precision"], half["recall"], half["balanced"], half["auc"], half["signed"]) == (0.5,) * 5
     never = telling(-np.ones(5), better, groups)  # every sign is -1
     assert never["precision"] is None and never["recall"] == 0.0 and never["balanced"] == 0.5
     assert set(telling(better, np.ones(5), groups).values()) == {None}
@@ -69,17 +69,18 @@ def test_an_error_that_tells_all_and_one_that_tells_nothing() -> None:
 
 
 def test_a_policy_that_gets_better_says_nothing_within_an_update() -> None:
-    """In the second update all errors are lower and the reference's samples seldom better, which looks like skill over all pairs."""
+    """In the second update errors are lower and the reference's samples seldom better: over all pairs that looks like skill."""
     random = np.random.default_rng(0)
     groups = np.repeat([0.0, 1.0], 2000)
     truth, score = random.random(4000) < np.where(groups == 0, 0.8, 0.2), random.normal(size=4000) - 3 * groups
     found = telling(score, np.where(truth, 1.0, -1.0), groups)
     assert found["auc"] is not None and found["auc"] > 0.7 and found["within"] == pytest.approx(0.5, abs=0.03)
+    assert found["balanced"] is not None and found["balanced"] > 0.65 and found["signed"] == pytest.approx(0.5, abs=0.03)
     assert within(np.array([True, False]), np.array([1.0, 0.0]), np.array([0.0, 1.0])) is None
 
 
 def test_more_noises_tell_more_where_there_is_something_to_tell() -> None:
-    found = told(views(0.3), ITERATIONS, UPDATES)
+    found = told(views(0.3), ITERATIONS, UPDATES, DRAWS, LEVELS)
     assert found["pairs"] == 4 * PAIRS and found["agreeing"]["64"] == 1.0 > found["agreeing"]["1"] > 0.5
     of = found["measures"]["prompt"]
     assert [of["same"][n]["auc"] for n in ("1", "64")] == sorted(of["same"][n]["auc"] for n in ("1", "64"))
