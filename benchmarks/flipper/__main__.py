@@ -27,9 +27,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=0, help="0 by default; others are for trying settings out")
     given = checked(parser.parse_args(argv), METHODS, Settings())
     most = max(1, given.settings.updates // 2)
-    if given.settings.watched > most:
-        raise UserError(f"--set watched={given.settings.watched}: at most {most} of an iteration's {given.settings.updates} updates"
-                        " can be watched")
+    for key in ("watched", "averaged"):
+        if (wanted := getattr(given.settings, key)) > most:
+            raise UserError(f"--set {key}={wanted}: at most {most} of an iteration's {given.settings.updates} updates can be"
+                            " watched")
     return given
 
 

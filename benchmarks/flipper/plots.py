@@ -13,7 +13,7 @@ from matplotlib.axes import Axes  # noqa: E402
 
 from benchmarks.flipper.comparisons import MEASURES, Result, runs_of, told  # noqa: E402
 from benchmarks.flipper.report import levels  # noqa: E402
-from benchmarks.flipper.runs import WATCHED  # noqa: E402
+from benchmarks.flipper.runs import TIMES, WATCHED  # noqa: E402
 from benchmarks.intervals import interval  # noqa: E402
 
 COLOURS = {"prompt": "black", "distance": "tab:orange"}
@@ -32,8 +32,9 @@ def figures(folder: Path, result: Result) -> None:
         middles = [(i + 0.5) / len(places) for i in range(len(places))]
         line(axes[0], middles, [told(result, measure, "within", *place) for place in places], label, COLOURS[measure], "-")
         for where, style, words in (("same", "-", "at the pair's timestep"), ("other", "--", "and timesteps")):
-            at = [told(result, measure, "within", where, n) for n in counts]
-            line(axes[1], [float(n) for n in counts], at, f"{label}, noises {words}", COLOURS[measure], style)
+            there = [n for n in counts if where == "same" or int(n) <= TIMES]
+            at = [told(result, measure, "within", where, n) for n in there]
+            line(axes[1], [float(n) for n in there], at, f"{label}, noises {words}", COLOURS[measure], style)
     axes[0].set_xlabel("noise level (share of the timesteps)")
     axes[0].set_ylabel("AUC within an update")
     axes[1].set_xlabel("noises of the winner")

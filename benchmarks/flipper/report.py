@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.ablation.report import points, share
 from benchmarks.flipper.comparisons import COMPARISONS, ENDS, MEASURES, Comparison, Result, runs_of, told
-from benchmarks.flipper.runs import BASE, METHODS, WATCHED
+from benchmarks.flipper.runs import BASE, METHODS, TIMES, WATCHED
 from benchmarks.intervals import Interval, interval, minus
 
 COLUMNS = {"base": "better", "said": "s = +1", "precision": "precision", "recall": "recall", "balanced": "balanced accuracy",
@@ -64,7 +64,8 @@ def by_draws(result: Result) -> str:
         f"AUC within an update, {'digit' if measure == 'prompt' else 'distance'}, {where}"
         for measure in MEASURES for where in ("the pair's timestep", "as many timesteps")) + " |", "|---" * 6 + "|"]
     for n in agreeing[0]:
-        cells = [cell(result, measure, "within", where, n) for measure in MEASURES for where in ("same", "other")]
+        cells = [cell(result, measure, "within", where, n) if where == "same" or int(n) <= TIMES else ""
+                 for measure in MEASURES for where in ("same", "other")]
         lines.append(f"| {n} | {share(interval([each[n] for each in agreeing]))} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -125,12 +126,13 @@ def about(result: Result) -> str:
     """How it was measured."""
     settings, machine = result["settings"], result["machine"]
     seeds = f"{settings['seeds']} seeds" if settings["seeds"] > 1 else "one seed (so no intervals)"
-    pairs = [run["told"]["pairs"] for run in runs_of(result, WATCHED)]
+    pairs, averaged = ([run["told"][key] for run in runs_of(result, WATCHED)] for key in ("pairs", "averaged"))
     return (
         f"Means over {seeds}; ± and [ ] are 95 % t-intervals over the seeds. Data, base models and settings are the ablation's"
         f" (SePPO-w: {settings['iterations']} iterations of {settings['updates']} updates of {settings['batch_size']} pairs,"
         f" learning rate {settings['lr']:g}, beta {settings['beta']:g}, reference uniform). In the run with signs of one noise,"
-        f" {settings['watched']} updates of each iteration are watched, {pairs[0]} pairs a seed. For each pair the policy draws its"
+        f" {settings['watched']} updates of each iteration are watched, {pairs[0]} pairs a seed,"
+        f" {averaged[0]} of them under all the noises. For each pair the policy draws its"
         " own sample from the noise and prompt from which the reference drew the loser. *Better*: the share of pairs whose"
         " reference's sample is better than the policy's own. By *digit*: the log-probability that the quickstart's judge gives the"
         " prompt's digit (calibrated on digits that it has not learnt from); by *distance*: to the nearest real held-out digit."

@@ -19,15 +19,17 @@ from benchmarks.by_seed import Run, policy_file, report_run, train
 
 BASE, WATCHED = "base", "draws_1"
 DRAWS = (1, 2, 4, 16, 64)  # noises of a watched winner, over which the mean is taken
+TIMES = 16  # as many of them at most have timesteps of their own
 LEVELS = 5  # of the noise
 METHODS = {WATCHED: 1, "draws_4": 4, "draws_16": 16}  # noises of a sign
 
 
 @dataclass(frozen=True)
 class Settings(ablation.Settings):
-    """The ablation's, and how many updates of each iteration are watched."""
+    """The ablation's, and how many updates of each iteration are watched, and how many of these with all the noises."""
 
-    watched: int = 4
+    watched: int = 6
+    averaged: int = 1
 
 
 def overrides(work: Path, seed: int, method: str, settings: Settings) -> list[str]:
@@ -49,7 +51,9 @@ def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> R
     config = KINDS[settings.model].config
     updates = watched_updates(settings.iterations, settings.updates, settings.watched)
     if method == WATCHED:
-        train_watched(run, config, changes, updates)
+        averaged = watched_updates(settings.iterations, settings.updates, settings.averaged)
+        updates = sorted({*updates, *averaged})
+        train_watched(run, config, changes, updates, averaged)
     else:
         train(run, config, changes)
     rows, last = read_metrics(run / "metrics.jsonl"), policy_file(run, method, settings.iterations, settings.updates)
@@ -61,7 +65,7 @@ def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> R
     return found
 
 
-def train_watched(run: Path, config: str, changes: list[str], updates: list[int]) -> None:
+def train_watched(run: Path, config: str, changes: list[str], updates: list[int], averaged: list[int]) -> None:
     """As `by_seed.train`, with a trainer that looks at the pairs of these updates."""
     from benchmarks.flipper.watching import Watching
     from seppo_fast.command import carried_out
@@ -72,7 +76,8 @@ def train_watched(run: Path, config: str, changes: list[str], updates: list[int]
 
     if (run / "final").exists():
         return
-    make = partial(Watching, views=run.parent / "views", watched=updates, draws=DRAWS[-1])
+    make = partial(Watching, views=run.parent / "views", watched=updates, averaged=averaged,
+                   draws=(DRAWS[-1], TIMES))
 
     def work(signals: StopSignals) -> None:
         trained(load_config(config, changes), "auto", join(), signals, make)

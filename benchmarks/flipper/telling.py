@@ -14,23 +14,27 @@ TIMESTEPS = 1000
 def told(views: Views, iterations: int, updates: int, draws: Sequence[int], levels: int) -> dict[str, Any]:
     """For each measure what the mean error tells: of all pairs, by noise level, by iteration, and by `draws` of the noise."""
     level = views.timestep * levels // TIMESTEPS
+    several = ~np.isnan(views.same[-1])
     iteration = views.update // updates
-    found: dict[str, Any] = {"pairs": len(views.sign), "aaf_rate": float((views.sign == -1).mean()),
+    found: dict[str, Any] = {"pairs": len(views.sign), "averaged": int(several.sum()),
+                             "aaf_rate": float((views.sign == -1).mean()),
                              "agreeing": {str(n): agreeing(views, n) for n in draws}, "measures": {}}
     for name, better in views.better.items():
         found["measures"][name] = {
             "all": telling(views.same[0], better, views.update),
             "levels": [telling(views.same[0], better, views.update, level == i) for i in range(levels)],
             "iterations": [telling(views.same[0], better, views.update, iteration == k) for k in range(iterations)],
-            "same": {str(n): telling(views.same[:n].mean(0), better, views.update) for n in draws},
-            "other": {str(n): telling(views.other[:n].mean(0), better, views.update) for n in draws},
+            "same": {str(n): telling(views.same[:n].mean(0), better, views.update, several) for n in draws},
+            "other": {str(n): telling(views.other[:n].mean(0), better, views.update, several) for n in draws
+                      if n <= len(views.other)},
         }
     return found
 
 
 def agreeing(views: Views, n: int) -> float:
     """The share of pairs whose sign over n noises is that over all of them."""
-    return float(((views.same[:n].mean(0) > 0) == (views.same.mean(0) > 0)).mean())
+    same = views.same[:, ~np.isnan(views.same[-1])]
+    return float(((same[:n].mean(0) > 0) == (same.mean(0) > 0)).mean())
 
 
 def telling(excess: Array, better: Array, update: Array, where: Array | None = None) -> dict[str, float | None]:

@@ -23,7 +23,8 @@ LEAST = 1e-9  # of a probability, before its logarithm is taken
 
 @dataclass(frozen=True)
 class Views:
-    """Of N pairs. `better`: for each measure, the value of the reference's sample minus that of the policy's own."""
+    """Of N pairs. `better`: for each measure, the value of the reference's sample minus that of the policy's own. Draws that were
+    not made are NaN."""
 
     same: Array  # (draws, N) as in watching.py
     other: Array
@@ -57,7 +58,7 @@ class Measures:
 def read_views(folder: Path, updates: Sequence[int], base: Path, seed: int) -> Views:
     """The pairs of these updates, judged."""
     files = [load_file(folder / f"update_{update:08d}.safetensors") for update in updates]
-    joined = {name: torch.cat([file[name] for file in files], dim=1 if name in ("same", "other") else 0) for name in files[0]}
+    joined = {name: torch.cat([file[name] for file in files]) for name in files[0] if name not in ("same", "other")}
     model, measures = open_model(str(base)), Measures(seed)
     vae = model.load_vae(torch.device("cpu"))
     with torch.no_grad():
@@ -66,6 +67,11 @@ def read_views(folder: Path, updates: Sequence[int], base: Path, seed: int) -> V
     def numbers(name: str) -> Array:
         return joined[name].double().numpy()
 
-    return Views(numbers("same"), numbers("other"), numbers("sign"), numbers("timestep"),
+    def draws(name: str) -> Array:
+        most = max(len(file[name]) for file in files)
+        return np.concatenate([np.pad(file[name].double().numpy(), ((0, most - len(file[name])), (0, 0)), constant_values=np.nan)
+                               for file in files], axis=1)
+
+    return Views(draws("same"), draws("other"), numbers("sign"), numbers("timestep"),
                  np.repeat(np.array(updates, dtype=np.float64), [file["sign"].numel() for file in files]), numbers("drawer"),
                  {name: reference[name] - own[name] for name in reference})

@@ -14,7 +14,7 @@ from seppo_fast.training.engine import Step, policy_weights
 from seppo_fast.training.objective import Pairs
 from seppo_fast.training.trainer import Trainer
 
-AT_ONCE = 2  # draws of a pair's winner that the networks get together
+AT_ONCE = 4  # draws of a pair's winner that the networks get together
 
 
 def watched_updates(iterations: int, updates: int, wanted: int) -> list[int]:
@@ -28,15 +28,17 @@ class Watching(Trainer):
     """The trainer, whose run stays what it is. Before each of the updates `watched` it looks at their pairs, and writes
     VIEWS/update_00000001.safetensors with the tensors
 
-        same, other    (draws, B) the policy's error on the winner minus the reference's, under draws of the winner's noise: at the
-                       pair's timestep, and each at a timestep of its own; the first draw of both is the pair's own
+        same, other    (n, B) the policy's error on the winner minus the reference's, under n draws of the winner's noise: at the
+                       pair's timestep, and each at a timestep of its own; the first draw of both is the pair's own, and the only
+                       one but in the updates `averaged`
         reference, own (B, C, h, w) the latents of the pair's loser, and those that the policy draws from the same noise and prompt
         sign, timestep, label, drawer    (B,) the sign in training, the digit in the prompt, the past policy that drew the loser
     """
 
     views: Path = Path("views")
     watched: Sequence[int] = ()
-    draws: int = 64
+    averaged: Sequence[int] = ()
+    draws: tuple[int, int] = (64, 16)  # at the pair's timestep, at others
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:
         if update not in self.watched:
@@ -53,19 +55,21 @@ class Watching(Trainer):
         """What the flipper sees of an update's pairs, and the samples."""
         assert self.reference is not None and self.reference.index is not None
         slots, seed = self.slots(update), self.settings.seed
+        same, other = self.draws if update in self.averaged else (1, 1)
         numbers = [self.rollouts.number(slot) for slot in slots]
         self.pairs.hold([numbers])
         pairs = self.pairs.pairs(slots, self.rollouts)
         noises = torch.stack([pairs.noise[:len(slots)], *(normal(self.pairs.cache.shape, seed, f"noise {i}", slots)
-                                                          for i in range(1, self.draws))])
+                                                          for i in range(1, max(same, other)))])
         time = self.objective.process.time
         times = torch.stack([pairs.timesteps, *(torch.stack([time(generator(seed, f"timestep {i}", slot)) for slot in slots])
-                                                for i in range(1, self.draws))])
+                                                for i in range(1, other))])
         with self.reference.holding(policy_weights(self.engine)):
             own = self.reference.sampler.draw(self.pairs.initial_noise(numbers), self.pairs.prompts(numbers))
         captions = self.pairs.cache.prompts.captions([self.pairs.order.row(number) for number in numbers])
         return {
-            "same": self.excess(pairs, noises, pairs.timesteps.expand_as(times)), "other": self.excess(pairs, noises, times),
+            "same": self.excess(pairs, noises[:same], pairs.timesteps.expand(same, -1)),
+            "other": self.excess(pairs, noises[:other], times),
             "reference": pairs.latents[len(slots):].contiguous(), "own": own.contiguous(),
             "timestep": pairs.timesteps.contiguous(), "label": torch.tensor([CAPTIONS.index(caption) for caption in captions]),
             "drawer": torch.full((len(slots),), self.reference.index),

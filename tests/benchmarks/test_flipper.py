@@ -17,7 +17,7 @@ from benchmarks.flipper.comparisons import COMPARISONS, ENDS, MEASURES
 from benchmarks.flipper.plots import figures
 from benchmarks.flipper.readme import flipper
 from benchmarks.flipper.report import headline, judged, report, verdict
-from benchmarks.flipper.runs import BASE, DRAWS, LEVELS, METHODS, WATCHED, Settings, overrides
+from benchmarks.flipper.runs import BASE, DRAWS, LEVELS, METHODS, TIMES, WATCHED, Settings, overrides
 from benchmarks.flipper.telling import telling, told, within
 from benchmarks.flipper.views import Measures, Views
 from benchmarks.flipper.watching import Watching, watched_updates
@@ -35,7 +35,8 @@ def views(tells: float, seed: int = 0) -> Views:
     random = np.random.default_rng(seed)
     updates = np.repeat([1.0, 3.0, 5.0, 7.0], PAIRS)
     truth = random.normal(size=len(updates))
-    same, other = (tells * truth + random.normal(size=(DRAWS[-1], len(updates))) for _ in range(2))
+    same, other = (tells * truth + random.normal(size=(n, len(updates))) for n in (DRAWS[-1], TIMES))
+    same[1:, updates > 5], other[1:, updates > 5] = np.nan, np.nan  # of the last update there is one draw alone
     return Views(same, other, np.where(same[0] > 0, 1.0, -1.0), random.integers(0, 1000, len(updates)).astype(float), updates,
                  np.zeros_like(updates), {measure: truth for measure in MEASURES})
 
@@ -75,7 +76,7 @@ def test_a_policy_that_gets_better_says_nothing_within_an_update() -> None:
     truth, score = random.random(4000) < np.where(groups == 0, 0.8, 0.2), random.normal(size=4000) - 3 * groups
     found = telling(score, np.where(truth, 1.0, -1.0), groups)
     assert found["auc"] is not None and found["auc"] > 0.7 and found["within"] == pytest.approx(0.5, abs=0.03)
-    assert found["balanced"] is not None and found["balanced"] > 0.65 and found["signed"] == pytest.approx(0.5, abs=0.03)
+    assert found["balanced"] is not None and found["balanced"] > 0.6 and found["signed"] == pytest.approx(0.5, abs=0.03)
     assert within(np.array([True, False]), np.array([1.0, 0.0]), np.array([0.0, 1.0])) is None
 
 
@@ -84,7 +85,8 @@ def test_more_noises_tell_more_where_there_is_something_to_tell() -> None:
     assert found["pairs"] == 4 * PAIRS and found["agreeing"]["64"] == 1.0 > found["agreeing"]["1"] > 0.5
     of = found["measures"]["prompt"]
     assert [of["same"][n]["auc"] for n in ("1", "64")] == sorted(of["same"][n]["auc"] for n in ("1", "64"))
-    assert of["same"]["1"] == of["all"] and of["same"]["64"]["auc"] > 0.9
+    assert of["same"]["1"] != of["all"] and of["same"]["64"]["auc"] > 0.9 and list(of["other"]) == ["1", "2", "4", "16"]
+    assert found["averaged"] == 3 * PAIRS and of["other"]["16"]["auc"] > of["same"]["1"]["auc"]
     assert len(of["levels"]) == LEVELS and len(of["iterations"]) == ITERATIONS
 
 
@@ -146,12 +148,14 @@ def test_watching_sees_the_pairs_and_changes_nothing(settings: Any, train: Any, 
     """In the third update the reference is the policy itself: no error differs, and both draw the same from the same noise."""
     plain = train(settings(**{"seppo.reference": "latest"}))
     raw = settings(**{"seppo.reference": "latest", "seppo.output_dir": str(tmp_path / "watched")})
-    make = partial(Watching, views=tmp_path / "views", watched=[1, 2], draws=5)
+    make = partial(Watching, views=tmp_path / "views", watched=[1, 2, 3], averaged=[1, 2],
+                   draws=(5, 3))
     final = run(parse_config(raw), None, ranks, StopSignals(), make)
     assert identical(weights(plain), weights(final.parent)) and steady_rows(plain) == steady_rows(final.parent)
 
-    one, same = (load_file(tmp_path / "views" / f"update_0000000{update}.safetensors") for update in (1, 2))
-    assert one["same"].shape == one["other"].shape == (5, 8) and one["own"].shape == one["reference"].shape
+    one, same, last = (load_file(tmp_path / "views" / f"update_0000000{update}.safetensors") for update in (1, 2, 3))
+    assert one["same"].shape == (5, 8) and one["other"].shape == (3, 8) and last["same"].shape == last["other"].shape == (1, 8)
+    assert one["own"].shape == one["reference"].shape
     assert torch.equal(one["same"][0], one["other"][0]) and not torch.equal(one["same"][1], one["other"][1])
     assert torch.equal(torch.where(one["same"][0] > 0, 1.0, -1.0), one["sign"]) and one["sign"].unique().numel() == 2
     assert not torch.equal(one["own"], one["reference"]) and set(one["label"].tolist()) <= {1, 2, 3}
