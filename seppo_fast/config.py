@@ -82,6 +82,8 @@ class Seppo(Section):
     """Which past policy is the reference; null is the method's own choice."""
     flipper: Literal["aaf", "indicator", "none"] | None = None
     """How the sign of a pair's second half is decided; null is the method's own choice."""
+    aaf_draws: Positive = 1
+    """Noises of the winner, all at the pair's timestep, whose mean decides the sign; the first is the pair's own."""
     reference_score: Literal["online", "rollout"] = "online"
     """Compute the reference's errors in training (`online`), or where its sample is drawn (`rollout`)."""
     reference_offload: Literal["none", "blocks"] = "none"
@@ -192,6 +194,17 @@ class Seppo(Section):
         """Refuse `auto` where nothing is compared."""
         if self.beta == "auto" and self.flipper is None:
             raise ValueError(f"beta='auto' does not go with method={self.method!r}, which compares no pairs and has no beta")
+        return self
+
+    @model_validator(mode="after")
+    def draws_decide_a_sign(self) -> "Seppo":
+        """Refuse `aaf_draws` where the winner's errors decide no sign, or where the reference's are known under one noise only."""
+        if self.aaf_draws > 1 and not self.flips:
+            raise ValueError(f"aaf_draws={self.aaf_draws} does not go with flipper={self.flipper!r}, whose sign does not depend on"
+                             " the winner; set it to 1, or the flipper to 'aaf' or 'indicator'")
+        if self.aaf_draws > 1 and self.reference_score == "rollout":
+            raise ValueError(f"aaf_draws={self.aaf_draws} does not go with reference_score='rollout', which computes the"
+                             " reference's errors under one noise; set it to 1, or reference_score to 'online'")
         return self
 
     @model_validator(mode="after")

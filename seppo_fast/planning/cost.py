@@ -39,8 +39,8 @@ class Cost:
     sample: float  # FLOPs of one sample of a past policy
     improved: float  # FLOPs of one sample of the improvement model
     per_pair: float  # samples that are drawn for a pair: less than one where they are used again
-    training: float  # FLOPs of the policy's forward and backward on a pair
-    scoring: float  # FLOPs of the reference's forward on a pair
+    training: float  # FLOPs of the policy's forward and backward on a pair, and its forwards under further noises
+    scoring: float  # FLOPs of the reference's forwards on a pair
     weights: int
     reference: int
     optimizer: int
@@ -166,6 +166,7 @@ def estimate(model: Model, config: Config, batch: Batch, adapter: Adapter | None
     with linear_of(zero):
         meter = micro_batch(denoiser, lambda: denoise(denoiser, *micro), reference=online, gradient=taken, finish=taken.finish)
     training = meter.flops / batch.micro - (scoring if online else 0.0)
+    more = forward * (ours.aaf_draws - 1)  # the winner under further noises, by policy and reference
 
     samples = 1 if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
     if not generated and not ours.evaluation.draws:
@@ -214,7 +215,7 @@ def estimate(model: Model, config: Config, batch: Batch, adapter: Adapter | None
     return Cost(
         parameters=sum(weight.numel() for weight in denoiser.parameters()), trained=trained, forward=forward,
         sample=drawn * evaluated if generated else 0.0, improved=forward * tripled * steps if improves else 0.0,
-        per_pair=samples_of_a_pair(ours, batch), training=training, scoring=scoring,
+        per_pair=samples_of_a_pair(ours, batch), training=training + more, scoring=scoring + more,
         improver=improver, improving=improving, offloads_improver=ours.improvement.offload,
         adapter=0 if adapter is None else sum(value.numel() for value in adapter.tensors.values()) * dtype.itemsize,
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard

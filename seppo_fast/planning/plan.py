@@ -54,6 +54,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     lines = {
         "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {_beta(ours)}, noise"
                                  f" {ours.noise}" if ours.flipper else "")
+                  + (f", signs of {ours.aaf_draws} noises" if ours.aaf_draws > 1 else "")
                   + (f", SFT weight {ours.sft_weight:g}" if ours.sft_weight else "") + _tasks(ours),
         "model": f"{ours.model.path}{f' with {ours.model.motion_adapter}' * bool(ours.model.motion_adapter)}{_size(cost)}, "
                  + _trained(ours.model, model) + (f", from the policy {ours.model.start_from}" if ours.model.start_from else ""),
