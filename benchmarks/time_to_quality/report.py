@@ -152,7 +152,7 @@ def about(result: Result) -> str:
         " those in [ ] are of differences paired by seed, in percentage points, of Vendi in its own unit. There are"
         f" {settings['iterations']} iterations of {settings['updates']} updates of {settings['batch_size']} pairs, with learning"
         f" rate {settings['lr']:g} and beta {settings['beta']:g}; each row is the first one with one change. FLOPs: as the"
-        f" trainer's plan counts them, samples, training and scoring; all of the paper's are {paper / 1e12:.3g} TFLOP for {pairs} pairs."
+        f" trainer's plan counts them, samples, training and scoring; the paper's are {paper / 1e12:.3g} TFLOP for {pairs} pairs."
         f" Seconds: the trainer's wall clock from its first update to its last, {seconds:.0f} s of the paper's."
         " A run ends at the mean of its last two judged policies. FLOPs and seconds until a quality is reached are medians over the"
         " seeds, as shares of all that the paper's run spends; what is reached is where the same seed's run with the paper's losers"
