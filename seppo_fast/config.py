@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from seppo_fast.sections import (
+    EVERYWHERE,
     HELD_OUT,
     Checkpoint,
     Data,
@@ -132,6 +133,17 @@ class Seppo(Section):
         return bool(row.references) and row.losers != "latest" and self.sampler.samples_per_iteration is None
 
     @property
+    def shown(self) -> Sampler:
+        """How grids and evaluations draw: the policy alone, and as itself where `samples` says how."""
+        own = {key: value for key in ("solver", "steps", "guidance_scale") if (value := getattr(self.samples, key)) is not None}
+        if not own and self.sampler.adapter is None:
+            return self.sampler
+        spacing = None if "solver" in own else self.sampler.spacing
+        return Sampler(**{"solver": self.sampler.solver, "steps": self.sampler.steps,
+                          "guidance_scale": self.sampler.guidance_scale, **own}, spacing=spacing,
+                       batch_size=self.sampler.batch_size, cuda_graph=False)
+
+    @property
     def flips(self) -> bool:
         """Whether a flipper may change the sign of a pair's second half."""
         return self.flipper not in (None, "none")
@@ -206,6 +218,33 @@ class Seppo(Section):
         if self.reference_score == "rollout":
             raise ValueError("reference_score='rollout' does not go with sampler.samples_per_iteration: a sample is used more"
                              " than once, each time with another timestep and noise")
+        return self
+
+    @model_validator(mode="after")
+    def limits_are_of_one_guidance(self) -> "Seppo":
+        """Refuse limits of the guidance in the method that has another one."""
+        for key, given in (("guidance_interval", tuple(self.sampler.guidance_interval) != EVERYWHERE),
+                           ("unconditional_every", self.sampler.unconditional_every > 1)):
+            if given and self.method == "improvement":
+                raise ValueError(f"sampler.{key} does not go with method='improvement', whose guidance is by image and prompt;"
+                                 " leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def adapters_draw_rollouts(self) -> "Seppo":
+        """Refuse an adapter where something else than rollouts would be drawn as it needs it."""
+        row = METHODS[self.method]
+        if self.sampler.adapter is None:
+            return self
+        if not row.draws:
+            raise ValueError(f"sampler.adapter does not go with method={self.method!r}, which draws no rollouts; leave it out")
+        if row.winners == "improvement":
+            raise ValueError(f"sampler.adapter does not go with method={self.method!r}: the improvement model, which was not"
+                             " distilled, draws with the same solver and steps")
+        lacking = [name for name in ("solver", "steps", "guidance_scale") if getattr(self.samples, name) is None]
+        if self.looks and lacking:
+            raise ValueError(f"samples.{lacking[0]} is needed with sampler.adapter where there are grids or evaluations: they show"
+                             " the policy without the adapter, which needs another solver, more steps, and guidance")
         return self
 
     @model_validator(mode="after")

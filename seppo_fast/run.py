@@ -10,6 +10,7 @@ import torch
 from deepspeed.monitor.csv_monitor import csvMonitor
 from torch import Tensor
 
+from seppo_fast.checksums import checksum
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan, parse_config
 from seppo_fast.data import ClipStream, LatentCache
@@ -20,6 +21,7 @@ from seppo_fast.data.order import split
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.disk import complete_or_not
 from seppo_fast.errors import UserError
+from seppo_fast.evaluation.adapters import Adapter
 from seppo_fast.evaluation.request import Request
 from seppo_fast.machine import cores, too_many_threads
 from seppo_fast.models import Model, open_model
@@ -34,9 +36,11 @@ from seppo_fast.reference.blocks import offload_blocks
 from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import Pool
-from seppo_fast.reference.solver import table_of
+from seppo_fast.reference.solver import rollout_table
 from seppo_fast.signals import StopSignals
 from seppo_fast.training import checkpoint, csv_files, start
+from seppo_fast.training.adapter import KEY as ADAPTER
+from seppo_fast.training.adapter import read as read_adapter
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.engine import check_engine_config, pool_dtype, precision, start_engine, unsupported
 from seppo_fast.training.export import export
@@ -45,7 +49,7 @@ from seppo_fast.training.held_out import open_held_out
 from seppo_fast.training.improving import grids_of_pairs, open_improver
 from seppo_fast.training.looks import Looks
 from seppo_fast.training.metrics import keep_rows
-from seppo_fast.training.networks import check_network, fill_pool, hold, load_policies, loss_backend, open_sampler
+from seppo_fast.training.networks import check_network, fill_pool, hold, load_policies, loss_backend, open_sampler, open_shown
 from seppo_fast.training.noise import noise_process
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
@@ -77,14 +81,15 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     check_network(model, config)
     request = open_request(config, model, ranks)
     latents = latent_shape(model, ours.data)
-    table = table_of(model, ours.sampler.solver, ours.sampler.steps, latents)
+    table = rollout_table(model, ours.sampler, latents)
+    adapter = read_adapter(ours, model)
     process = noise_process(model.scheduler_config, ours.timesteps, model.time_shift(latents))
     denoise, _ = guided(model, ours.sampler.guidance_scale, ())
-    cost = estimate(model, config, batch, len(table.timesteps))
+    cost = estimate(model, config, batch, adapter)
     if ranks.rank == 0:
         print(plan(config, batch, cost, model, source), flush=True)
     folder = open_folder(config, resume, ranks)
-    state = starting_state(folder, config, [improvement, fixed], ranks)
+    state = starting_state(folder, config, [improvement, fixed], adapter, ranks)
     if folder.resume_from:
         check_past(config, folder.path, state, ranks)
     started: dict[str, Tensor] = {}
@@ -123,8 +128,9 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     # The sampler keeps to the attention that it is made under. What compiled blocks chose once is used again for what is scored.
     with same_with_gradients() if objective.compiled else nullcontext():
         if second is not None:
-            sampler, size = open_sampler(model, config, batch, objective, second, table, pairs, ranks)
-            reference = Reference(sampler, size, pool, offloaded=ours.moves_reference and not shares,
+            sampler, size = open_sampler(model, config, batch, objective, second, table, pairs, adapter, ranks)
+            shown = open_shown(model, config, objective, second, pairs, sampler, ranks)
+            reference = Reference(sampler, shown, size, pool, offloaded=ours.moves_reference and not shares,
                                   fixed=None if fixed is None else hold(fixed, config, folder, ranks))
         improver = None
         if improvement is not None:
@@ -176,9 +182,12 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
     return model, improvement, fixed, source
 
 
-def starting_state(folder: RunFolder, config: Config, others: Sequence[Model | None], ranks: Ranks) -> State:
+def starting_state(folder: RunFolder, config: Config, others: Sequence[Model | None], adapter: Adapter | None, ranks: Ranks
+                   ) -> State:
     """The state of the checkpoint, checked to be of this run and configuration; without a checkpoint, the one of update 0."""
     models = {other.directory.labels.path: network_checksum(other) for other in others if other is not None and ranks.rank == 0}
+    if adapter is not None and ranks.rank == 0:
+        models[ADAPTER] = checksum(adapter.file)
     fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict(), models=ranks.objects(models)[0])
     if folder.resume_from is None:
         return fresh

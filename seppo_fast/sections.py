@@ -1,6 +1,6 @@
 """The parts of the "seppo" section of the configuration: typed, frozen, with their defaults."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -167,19 +167,31 @@ class Data(Section):
     """A number or a share of demonstrations that are never trained on; evaluations measure the policy's errors on them."""
 
 
+EVERYWHERE = (0.0, 1.0)
+FEW_STEPS = ("lcm", "tcd")  # solvers for networks that were distilled to jump from any noise level to a sample
+
+
 class Sampler(Section):
     """How reference samples are drawn. `window`: they are drawn ahead for one optimizer update or for one iteration.
 
     `batch_size` "auto" is measured; `cuda_graph` has no effect on the CPU. `compile` and `fuse_projections` apply to the sampling
-    loop only.
+    loop only. With an `adapter`, `solver` and `steps` must be given, and `guidance_scale` is 1 by default.
     """
 
-    solver: Literal["ddim", "dpmsolver++", "pndm", "unipc", "euler"] = "ddim"
-    """Which solver draws the reference samples."""
+    solver: Literal["ddim", "dpmsolver++", "pndm", "unipc", "euler", "lcm", "tcd"] = "ddim"
+    """Which solver draws the reference samples; `lcm` and `tcd` are for distilled networks."""
     steps: Positive = 50
     """Denoising steps of a sample."""
+    spacing: Literal["leading", "trailing", "linspace"] | None = None
+    """How the steps' timesteps are spaced, for DDPM-like models; null is the model's own. Lightning, Hyper-SD: `trailing`."""
     guidance_scale: Annotated[float, Field(ge=0)] = 7.5
     """Strength of classifier-free guidance; 1 is none."""
+    guidance_interval: Annotated[list[Share], Field(min_length=2, max_length=2)] = list(EVERYWHERE)
+    """Guidance only at noise levels from low to high, as shares of the schedule; elsewhere one network call in place of two."""
+    unconditional_every: Positive = 1
+    """The network's output without the prompt is computed in every n-th guided step, and kept in between."""
+    adapter: Name | None = None
+    """A distillation LoRA's file (LCM, TCD, Hyper-SD, Lightning, turbo), on the drawing network alone and only while it draws."""
     batch_size: Positive | Literal["auto"] = 16
     """Samples that are drawn at once; `auto` is measured."""
     cuda_graph: bool = True
@@ -193,6 +205,39 @@ class Sampler(Section):
     samples_per_iteration: Positive | None = None
     """Samples that are drawn at an iteration's start, of all ranks, and then used in epochs; null draws one for each pair."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def adapters_have_a_schedule_of_their_own(cls, values: Any) -> Any:
+        """With an adapter, no guidance by default, and neither solver nor steps by default."""
+        if not isinstance(values, dict) or values.get("adapter") is None:
+            return values
+        if lacking := [key for key in ("solver", "steps") if values.get(key) is None]:
+            raise ValueError(f"sampler.{lacking[0]} is needed with sampler.adapter: as its author gives them, e.g. \"lcm\" and"
+                             " 4 steps for an LCM LoRA, \"tcd\" for TCD, \"euler\" with spacing \"trailing\" for Lightning")
+        return {"guidance_scale": 1.0} | values
+
+    @model_validator(mode="after")
+    def guidance_is_there_to_be_limited(self) -> "Sampler":
+        """Refuse an empty interval, and limits of a guidance that there is not."""
+        low, high = self.guidance_interval
+        if low >= high:
+            raise ValueError(f"sampler.guidance_interval [{low:g}, {high:g}] is empty: the first number must be below the second")
+        limited = (low, high) != EVERYWHERE
+        for key, given in (("guidance_interval", limited), ("unconditional_every", self.unconditional_every > 1)):
+            if given and self.guidance_scale == 1:
+                raise ValueError(f"sampler.{key} does not go with guidance_scale 1, which is no guidance; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def adapter_fits(self) -> "Sampler":
+        """Refuse a solver for distilled networks without an adapter, and an adapter on projections that are fused."""
+        if self.adapter is None and self.solver in FEW_STEPS:
+            raise ValueError(f"sampler.solver={self.solver!r} is for networks that were distilled to few steps: set an adapter,"
+                             " or another solver")
+        if self.adapter is not None and self.fuse_projections:
+            raise ValueError("sampler.adapter does not go with sampler.fuse_projections, which replaces the projections that the"
+                             " adapter sits beside; set it to false")
+        return self
 
 class Timesteps(Section):
     """The law of a flow's times in training: sigma, 0 for a sample and 1 for noise. DDPM-like models have whole timesteps."""
@@ -289,7 +334,11 @@ class Pool(Section):
 
 
 class Samples(Section):
-    """Grids of the policy's samples, from fixed prompts and seeds, every `every` updates (0: never)."""
+    """Grids of the policy's samples, from fixed prompts and seeds, every `every` updates (0: never).
+
+    `solver`, `steps` and `guidance_scale` hold for grids and for the samples of `evaluation`; null draws them as rollouts are
+    drawn. An adapter of the sampler never shows: it is no part of the policy.
+    """
 
     every: NotNegative = 0
     """Updates between two grids of samples; 0 draws none."""
@@ -299,6 +348,12 @@ class Samples(Section):
     """Samples of each prompt."""
     seed: Seed = 0
     """Seed of the grids' noise."""
+    solver: Literal["ddim", "dpmsolver++", "pndm", "unipc", "euler"] | None = None
+    """The solver of grids and evaluations; null is the sampler's."""
+    steps: Positive | None = None
+    """Their denoising steps; null: as many as the sampler's."""
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    """Their guidance; null is the sampler's, and only in its interval."""
 
 
 class Evaluation(Section):

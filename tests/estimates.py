@@ -21,28 +21,28 @@ def remember(folder: Path) -> None:
     estimate = run.estimate
 
     @functools.wraps(estimate)
-    def remembered(model: Any, config: Config, batch: Batch, evaluations: int) -> Cost:
-        file = folder / question(model, config, batch, evaluations)
+    def remembered(model: Any, config: Config, batch: Batch, adapter: Any = None) -> Cost:
+        file = folder / question(model, config, batch, adapter)
         if not file.exists():
             part = file.with_suffix(f".{os.getpid()}")
-            part.write_bytes(pickle.dumps(estimate(model, config, batch, evaluations)))
+            part.write_bytes(pickle.dumps(estimate(model, config, batch, adapter)))
             part.rename(file)
         return pickle.loads(file.read_bytes())
 
     run.estimate = remembered
 
 
-def question(model: Any, config: Config, batch: Batch, evaluations: int) -> str:
+def question(model: Any, config: Config, batch: Batch, adapter: Any = None) -> str:
     """All that an estimate depends on, as one word: neither folders nor seeds, rates or what decides a sample's content."""
     ours, engine = config.seppo, dict(config.deepspeed)
     for key in ("scheduler", "gradient_clipping", "csv_monitor", "steps_per_print"):
         engine.pop(key, None)
     params = engine.pop("optimizer", {}).get("params", {})
     network = ours.model.model_copy(update={"path": "", "motion_adapter": None})
-    sampler = (ours.sampler.batch_size, ours.sampler.guidance_scale == 1, ours.sampler.cuda_graph, ours.sampler.window)
+    sampler = ours.sampler.model_copy(update={"guidance_scale": min(ours.sampler.guidance_scale, 2.0)})
     looks = (ours.samples.every > 0, ours.evaluation.every > 0, ours.evaluation.draws, len(ours.samples.prompts),
              ours.samples.per_prompt, ours.evaluation.batch_size)
     data = (ours.data.resolution, ours.data.video.frames, ours.data.encode_batch_size)
     asked = (network, data, ours.method, bool(ours.flipper), ours.reference_score, ours.reference_offload, sampler, looks, engine,
              params.get("torch_adam"), params.get("fused"))
-    return hashlib.sha256(repr((type(model), model.directory.configs, asked, batch, evaluations)).encode()).hexdigest()
+    return hashlib.sha256(repr((type(model), model.directory.configs, asked, batch, adapter and adapter.file)).encode()).hexdigest()

@@ -14,12 +14,10 @@ from benchmarks.fits import CARDS
 from benchmarks.fits.search import Batches, Way, best
 from benchmarks.result_files import Row, about, one_row_a_line
 from seppo_fast.configfile import Config, batch_plan, load_config
-from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.models import Model
 from seppo_fast.models.published import published_model
 from seppo_fast.planning.cost import Cost, estimate
 from seppo_fast.planning.plan import with_data
-from seppo_fast.reference.solver import table_of
 
 # Of the single blocks, too, which have one projection for all.
 KLEIN = '["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj"]'
@@ -70,8 +68,7 @@ def case(name: str, changes: Sequence[str]) -> Row:
     def cost(way: Way, batches: Batches) -> Cost:
         config = load_config(f"{name}.json", [*changes, *way.changes, *batches.changes])
         ours, model = config.seppo, model_of(config)
-        table = table_of(model, ours.sampler.solver, ours.sampler.steps, latent_shape(model, ours.data))
-        return with_data(estimate(model, config, batch_plan(config.deepspeed, 1), len(table.timesteps)), ours.data, model, None)
+        return with_data(estimate(model, config, batch_plan(config.deepspeed, 1)), ours.data, model, None)
 
     config = load_config(f"{name}.json", list(changes))
     ours, found = config.seppo, ways(name, changes)

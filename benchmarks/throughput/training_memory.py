@@ -24,7 +24,7 @@ def measure(case: Case, keep: Keep) -> None:
         one = replace(case, batch=2, micro=1, steps=2, warm_up=1, updates=(1, 0), ours=(*SETTINGS, *more))
         run, log = fresh(case.work / f"memory_{name}"), case.work / f"memory_{name}.log"
         config = load_config(one.config, overrides(one, run))
-        planned = estimate(open_model(str(one.base)), config, batch_plan(config.deepspeed, 1), one.steps).memory / 1e9
+        planned = estimate(open_model(str(one.base)), config, batch_plan(config.deepspeed, 1)).memory / 1e9
         finish(start_training(one.config, overrides(one, run), log), log)
         peak = max(json.loads(line)["peak_memory_gb"] for line in (run / "metrics.jsonl").read_text().splitlines())
         rows.append({"way": name, "settings": list(one.ours), "measured_gb": peak, "planned_gb": round(planned, 3),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import latent_shape
+from seppo_fast.evaluation.adapters import Adapter
 from seppo_fast.models import Model, add_image_condition
 from seppo_fast.models.layout import convolve_in_channels_last
 from seppo_fast.models.lora import choose_trained, trainable_weights, trains_a_part
@@ -16,8 +17,13 @@ from seppo_fast.planning.encoders import EncoderBytes, encoder_bytes, weight_byt
 from seppo_fast.planning.engine_bytes import TakenGradients, engine_bytes
 from seppo_fast.planning.network_memory import inference, micro_batch
 from seppo_fast.planning.quantized import as_quantized
+from seppo_fast.reference.adapter import beside
 from seppo_fast.reference.blocks import bytes_on_device
+from seppo_fast.reference.calls import calls_of, evaluations
 from seppo_fast.reference.guidance import double, guided
+from seppo_fast.reference.solver import rollout_table
+from seppo_fast.reference.tuning import changed
+from seppo_fast.training.adapter import adapted_network
 from seppo_fast.training.engine import precision, zero_stage
 from seppo_fast.training.samples import PROMPTS as GRID_PROMPTS
 from seppo_fast.training.zero_linear import linear_of
@@ -45,6 +51,7 @@ class Cost:
     score: int  # of scoring the sampler's batch when it is sampled
     sampler: int  # of the sampler's batch at its peak; of one sample where the batch size is "auto"
     kept_gradients: int  # of the gradients' bytes, those that stay while the reference samples
+    adapter: int  # the weights of the sampler's adapter
     improver: int  # the improvement model's weights
     improving: int  # of the improvement model's sampler at its peak
     offloads_improver: bool  # which leave the device while the policy is trained
@@ -61,7 +68,7 @@ class Cost:
         """Bytes that stay allocated from the first update to the last."""
         improver = 0 if self.offloads_improver else self.improver
         vae = self.encoders.vae if self.streams else 0
-        return self.weights + self.optimizer + (0 if self.offloads else self.reference) + improver + vae
+        return self.weights + self.optimizer + self.adapter + (0 if self.offloads else self.reference) + improver + vae
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -114,8 +121,8 @@ class Cost:
         return self.sampling / self.pair
 
 
-def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Cost:
-    """Cost of `config` with `model`; `evaluations` of the network make a reference sample (before guidance doubles them)."""
+def estimate(model: Model, config: Config, batch: Batch, adapter: Adapter | None = None) -> Cost:
+    """Cost of `config` with `model`, and with this adapter of the sampler."""
     ours = config.seppo
     dtype, autocast = precision(config.deepspeed)
     with torch.device("meta"):
@@ -135,14 +142,20 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     generated, improves = method.draws, method.winners == "improvement"
     denoise, guidance = guided(model, ours.sampler.guidance_scale, ())
     tripled = len(double(ours.improvement.guidance_scale, ours.improvement.image_guidance_scale, ()))
-    calls = tripled if model.image_condition else len(guidance)
+    branches = tripled if model.image_condition else len(guidance)
+    table = rollout_table(model, ours.sampler, latent_shape(model, ours.data))
+    steps = len(table.timesteps)
+    evaluated = evaluations(calls_of(table.levels, len(guidance), ours.sampler), guidance)
 
     def inputs(samples: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return _inputs(model, latent_shape(model, ours.data), samples, dtype)
 
     one = inputs(1)
     with explained(model.directory, model.denoiser):
-        forward = float(inference(lambda: denoise(denoiser, *one)).flops)
+        forward = drawn = float(inference(lambda: denoise(denoiser, *one)).flops)
+        adapted = [] if adapter is None else beside(denoiser, adapted_network(adapter, model), "meta", dtype)
+        with changed(adapted):
+            drawn = float(inference(lambda: denoise(denoiser, *one)).flops) if adapted else forward
     scoring = forward * halves if ours.flipper else 0.0
 
     engine = engine_bytes(config, batch, trained, max(weight.numel() for weight in trainable))
@@ -160,9 +173,11 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     looks = ours.samples.every > 0 or ours.evaluation.draws
     draws = generated or looks
     graph = draws and ours.sampler.cuda_graph and (ours.reference_offload == "none" or improves)  # the improvement model's stays
-    drawn = inputs(calls * samples)
-    known = 4 * (evaluations + 1) * samples * one[0].numel()  # the sampling loop's outputs so far, in fp32
-    sampler = inference(lambda: denoise(denoiser, *drawn)).peak if draws else 0
+    batch_drawn = inputs(branches * samples)
+    kept = len(guidance) - 1 if ours.sampler.unconditional_every > 1 else 0
+    known = 4 * (table.inputs.shape[1] + kept) * samples * one[0].numel()  # noises and the loop's outputs so far, in fp32
+    with changed(adapted):
+        sampler = inference(lambda: denoise(denoiser, *batch_drawn)).peak if draws else 0
     scored = inputs(halves * samples)
     ahead = bool(ours.flipper) and not online
     score = inference(lambda: denoise(denoiser, *scored)).peak if ahead else 0
@@ -185,9 +200,10 @@ def estimate(model: Model, config: Config, batch: Batch, evaluations: int) -> Co
     shares = trains_a_part(denoiser)
     return Cost(
         parameters=sum(weight.numel() for weight in denoiser.parameters()), trained=trained, forward=forward,
-        sample=forward * calls * evaluations if generated else 0.0, improved=forward * tripled * evaluations if improves else 0.0,
+        sample=drawn * evaluated if generated else 0.0, improved=forward * tripled * steps if improves else 0.0,
         per_pair=samples_of_a_pair(ours, batch), training=training, scoring=scoring,
         improver=improver, improving=improving, offloads_improver=ours.improvement.offload,
+        adapter=0 if adapter is None else sum(value.numel() for value in adapter.tensors.values()) * dtype.itemsize,
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
         reference=reference_bytes(ours, denoiser, shares and stage < 3),
         optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,

@@ -19,8 +19,8 @@ from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.planning.this_machine import own_rate
 from seppo_fast.planning.time_plan import load_rates, time_plan
-from seppo_fast.reference.solver import table_of
 from seppo_fast.training import start
+from seppo_fast.training.adapter import read as read_adapter
 from seppo_fast.training.engine import check_engine_config, precision, unsupported
 from seppo_fast.training.folder import results_in
 from seppo_fast.training.networks import check_network
@@ -52,9 +52,8 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     cost, times = None, []
     if model is not None:
         latents = latent_shape(model, ours.data)
-        table = table_of(model, ours.sampler.solver, ours.sampler.steps, latents)
         noise_process(model.scheduler_config, ours.timesteps, model.time_shift(latents))
-        cost = estimate(model, config, batch, len(table.timesteps))
+        cost = estimate(model, config, batch, read_adapter(ours, model))
         here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         known_rates += own_rate(known_rates, here, precision(config.deepspeed).dtype)
         times = [time_plan(config, batch, cost, model, known_rates, here, held)]

@@ -8,7 +8,7 @@ from shutil import disk_usage
 import torch
 
 from seppo_fast import __version__
-from seppo_fast.config import METHODS, Data, Evaluation, Seppo
+from seppo_fast.config import METHODS, Data, Evaluation, Sampler, Seppo
 from seppo_fast.config import Model as ModelSettings
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import cache_root, latent_shape
@@ -23,6 +23,7 @@ from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.tokens import cut_off, token_counter
 from seppo_fast.planning.cost import Cost
 from seppo_fast.planning.engine_bytes import adam_temporaries, uses_bf16_optimizer
+from seppo_fast.sections import EVERYWHERE
 from seppo_fast.training.beta import FIRST, PRODUCT
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 
@@ -80,8 +81,9 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         each = f"{kept} an iteration, used {updates * batch.size / samples:.3g} times" if kept else f"{batch.size} an update"
         if (unused := (kept or 0) - ours.updates_per_iteration * batch.size) > 0:
             each = f"{kept} an iteration, of which {unused} are never used"
-        lines["reference samples"] = (f"{samples} in all, {each}, in batches of {size}; {ours.sampler.solver},"
-                                      f" {ours.sampler.steps} steps, guidance {ours.sampler.guidance_scale:g}")
+        lines["reference samples"] = f"{samples} in all, {each}, in batches of {size}; {_drawn(ours.sampler)}"
+        if ours.looks and ours.shown is not ours.sampler:
+            lines["grids, evaluations"] = f"the policy by itself; {_drawn(ours.shown)}"
     if method.winners == "improvement":
         lines["winners"] = (f"as many, made of the reference samples by {ours.improvement.path}, guidance"
                             f" {ours.improvement.guidance_scale:g}, image guidance {ours.improvement.image_guidance_scale:g}"
@@ -149,6 +151,17 @@ def _precision(config: Config) -> str:
     text = f" (text in {config.seppo.model.quantize_text})" if config.seppo.model.quantize_text else ""
     pool = f", past policies kept in {name[pool_dtype(config)]}" if METHODS[config.seppo.method].references else ""
     return f"{whose} in {name[dtype]}{runs}{pool}; VAE and text encoder in fp32{text}, the cache in {config.seppo.data.cache_dtype}"
+
+
+def _drawn(settings: Sampler) -> str:
+    """How samples are drawn."""
+    text = f"{settings.solver}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
+    low, high = settings.guidance_interval
+    if (low, high) != EVERYWHERE:
+        text += f" at noise levels from {low:g} to {high:g}"
+    if settings.unconditional_every > 1:
+        text += f", the branch without the prompt every {settings.unconditional_every} steps"
+    return text + (f", with the adapter {settings.adapter}" if settings.adapter else "")
 
 
 def _beta(ours: Seppo) -> str:

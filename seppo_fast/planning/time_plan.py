@@ -9,14 +9,16 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, ValidationError
 
-from seppo_fast.config import METHODS
+from seppo_fast.config import METHODS, Sampler
 from seppo_fast.configfile import Batch, Config, explain_all
 from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.errors import UserError
 from seppo_fast.models.schedules import is_flow
 from seppo_fast.opening import read_text
 from seppo_fast.planning.cost import Cost, Model
-from seppo_fast.reference.solver import table_of
+from seppo_fast.reference.calls import calls_of, evaluations
+from seppo_fast.reference.guidance import guided
+from seppo_fast.reference.solver import rollout_table
 from seppo_fast.strict import parse_json
 from seppo_fast.training.held_out import DRAWS
 
@@ -153,6 +155,12 @@ def duration(hours: float) -> str:
     return f"{hours / size:.3g} {unit}" if unit else "less than a second" if hours else "0 seconds"
 
 
+def calls_with(settings: Sampler, model: Model, latents: Sequence[int]) -> int:
+    """How often the network is evaluated for one sample that is drawn so."""
+    _, guidance = guided(model, settings.guidance_scale, ())
+    return evaluations(calls_of(rollout_table(model, settings, latents).levels, len(guidance), settings), guidance)
+
+
 def _is(rate: Rate, here: str) -> bool:
     return here.startswith(rate.device)
 
@@ -163,15 +171,16 @@ def _changes(config: Config, cost: Cost, model: Model, work: Work, rate: Rate) -
     rows = {"as configured": work}
     if METHODS[ours.method].draws:
         latents = latent_shape(model, ours.data)
-        calls = len(table_of(model, ours.sampler.solver, ours.sampler.steps, latents).timesteps)
+        calls = calls_with(ours.sampler, model, latents)
         better = "unipc" if is_flow(model.scheduler_config) else "pndm"
         for solver, steps in [(ours.sampler.solver, steps) for steps in STEPS] + [(better, STEPS[0])]:
             if steps > model.num_train_timesteps:
                 continue
-            other = len(table_of(model, solver, steps, latents).timesteps)
+            if (solver, steps) == (ours.sampler.solver, ours.sampler.steps) or ours.sampler.adapter is not None:
+                continue
+            other = calls_with(ours.sampler.model_copy(update={"solver": solver, "steps": steps}), model, latents)
             saved = cost.sampling * (1 - other / calls)
-            if (solver, steps) != (ours.sampler.solver, ours.sampler.steps):
-                rows[f"{solver}, {steps} steps ({other} evaluations)"] = replace(work, sampling=work.sampling - saved)
+            rows[f"{solver}, {steps} steps ({other} evaluations)"] = replace(work, sampling=work.sampling - saved)
         for size in BATCHES:
             if size != work.sampler_batch:
                 rows[f"{size} sampled at a time"] = replace(work, sampler_batch=size)

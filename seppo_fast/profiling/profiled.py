@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class ProfiledTrainer(Trainer):
             noise, conditions = self.pairs.initial_noise(slots), self.pairs.prompts(slots)
             with (self.reference.on_device(), self.improver.on_device() if self.improver else nullcontext(),
                   new_profiler() as profiler):
-                losers = self.reference.sampler.draw(noise, conditions)
+                losers = self.reference.sampler.draw(noise, conditions, later=partial(self.pairs.later_noise, slots))
                 if self.improver:
                     self.improver.improve(losers, conditions, noise)
             self.found["sampling"] = operators(profiler, self.ranks.device), len(slots)

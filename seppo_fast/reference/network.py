@@ -16,12 +16,14 @@ from seppo_fast.reference.sampler import Sampler
 class Reference:
     """A network of the policy's architecture, which holds past policy `index` and draws `batch_size` samples at once.
 
+    `sampler` draws rollouts, and `shown` the samples of grids and evaluations: the same one, unless these are drawn otherwise.
     `pool` stays empty where the method has no reference: then the network only shows the present policy. `offloaded`: it is in host
     memory except within `on_device` and `holding`; a network that offloads its blocks always is. `fixed` holds another model, which
     is the reference in place of the pool's initial policy.
     """
 
     sampler: Sampler
+    shown: Sampler
     batch_size: int
     pool: Pool
     offloaded: bool

@@ -1,13 +1,13 @@
 """Drawing samples with the network in a module, in batches of one shape, captured and compiled where that is asked for.
 
 The host launches a batch's steps one after the other and waits for none between the first and the last. On a GPU the step is
-captured once a shape and replayed. The weights in the module may change in place at any time; whatever else changes about the
-module makes a new capture.
+captured once a shape and kind of call, and replayed. The weights in the module may change in place at any time; whatever else
+changes about the module makes a new capture.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from seppo_fast.models.engines import cudnn_attention
 from seppo_fast.reference import tuning
 from seppo_fast.reference.batching import even, free_memory, measured_size, padded, seconds
 from seppo_fast.reference.blocks import offloads_blocks
+from seppo_fast.reference.calls import Call, calls_of
 from seppo_fast.reference.cuda_graph import capture, fingerprint, new_pool
 from seppo_fast.reference.guidance import Guidance
 from seppo_fast.reference.loop import Conditions, Denoise, Loop, open_loop, run
@@ -29,13 +30,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Ready:
-    """A loop whose step was compiled or captured for the loop's storage."""
+    """A loop whose step was compiled or captured for the loop's storage: a graph for each kind of call."""
 
     loop: Loop
-    graph: torch.cuda.CUDAGraph | None = None
+    graphs: Mapping[Call, torch.cuda.CUDAGraph] = field(default_factory=dict)
 
-    def step(self) -> None:
-        self.graph.replay() if self.graph else self.loop.step()
+    def step(self, call: Call) -> None:
+        self.graphs[call].replay() if self.graphs else self.loop.step(call)
 
 
 class Sampler:
@@ -44,14 +45,16 @@ class Sampler:
     `table` is on the module's device; `empty`, of batch 1, holds the conditions for no prompt (and no image), which branches
     of the `guidance` may have; `dtype` is what the network is given. The loop runs under `autocast`, or none, whatever the
     caller's, and with cuDNN's attention where this was allowed when the sampler was made. `batch_size` is None until an "auto"
-    is measured, by `fit` or the first draw.
+    is measured, by `fit` or the first draw. `adapted`: changes of the network that hold while it draws (`adapter.py`).
     """
 
     def __init__(self, module: nn.Module, denoise: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor], table: SolverTable,
                  empty: Conditions, guidance: Guidance, settings: config.Sampler, dtype: torch.dtype,
-                 autocast: torch.dtype | None = None, say: Callable[[str], None] = print) -> None:
+                 autocast: torch.dtype | None = None, say: Callable[[str], None] = print,
+                 adapted: Sequence[tuning.Change] = ()) -> None:
         self.module, self.table, self.empty, self.guidance, self.say = module, table, empty, guidance, say
-        self.dtype, self.autocast = dtype, autocast
+        self.dtype, self.autocast, self.adapted = dtype, autocast, adapted
+        self.calls = calls_of(table.levels, len(guidance), settings)
         self.device = table.inputs.device
         self.batch_size = None if settings.batch_size == "auto" else settings.batch_size
         self._plain: Denoise = partial(denoise, module)
@@ -67,15 +70,18 @@ class Sampler:
         self._tune()
 
     @torch.no_grad()
-    def draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None] = lambda: None) -> Tensor:
+    def draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None] = lambda: None,
+             later: Callable[[int], Tensor] | None = None) -> Tensor:
         """`(N, C, h, w)` fp32 scaled latents from `noise` (N, C, h, w) under `conditions` (N, ...), for any N.
 
-        `before_step` runs on the host before each step of each batch; it may raise to give up.
+        `before_step` runs on the host before each step of each batch; it may raise to give up. `later(i)`, (N, C, h, w), is the
+        i-th noise, from 0, that the solver adds on its way; those of `lcm` and `tcd` do.
         """
         size = even(len(noise), self.fit(noise.shape[1:], len(noise)))
+        others = [] if later is None else [later(i) for i in range(self.table.noises)]
         parts = [slice(start, start + size) for start in range(0, len(noise), size)]
-        return torch.cat([self._draw(noise[part], {name: value[part] for name, value in conditions.items()}, before_step)
-                          for part in parts])
+        return torch.cat([self._draw(noise[part], {name: value[part] for name, value in conditions.items()}, before_step,
+                                     [other[part] for other in others]) for part in parts])
 
     @torch.no_grad()
     def fit(self, shape: Sequence[int], wanted: int, agree: Callable[[int], int] = lambda size: size,
@@ -107,7 +113,7 @@ class Sampler:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None]) -> Tensor:
+    def _draw(self, noise: Tensor, conditions: Conditions, before_step: Callable[[], None], later: Sequence[Tensor]) -> Tensor:
         """One batch; padded to a shape that is ready, where its own would have to be compiled or captured first."""
         self._check_module()
         self._refresh()
@@ -116,7 +122,8 @@ class Sampler:
         ready = self._ready.get(shape) or self._prepare(shape)
         full = {name: padded(value, shape[0]) for name, value in conditions.items()}
         with self._network():
-            return run(ready.loop, ready.step, padded(noise, shape[0]), full, before_step)[:len(noise)]
+            others = [padded(other, shape[0]) for other in later]
+            return run(ready.loop, ready.step, padded(noise, shape[0]), full, before_step, others)[:len(noise)]
 
     def _check_module(self) -> None:
         """A graph goes on reading the storage and running the kernels that it was captured with: drop all once these changed."""
@@ -131,6 +138,7 @@ class Sampler:
         self._forget()
         self._denoise = tuning.compiled(self._plain) if self._compile == "full" else self._plain
         self._changes, self._refresh = tuning.fused_projections(self.module) if self._fuse else ([], lambda: None)
+        self._changes += self.adapted
         if self._compile == "regional":
             self._changes += tuning.compiled_blocks(self.module)
         self._fingerprint = fingerprint(self.module)
@@ -147,7 +155,8 @@ class Sampler:
             loop, cache = self._open(shape, self._denoise), tuning.Cache()
             try:
                 with self._network():
-                    cost.append(f"compile {seconds(lambda: first_step(loop), self.device):.1f} s ({cache})")
+                    spent = sum(seconds(partial(first_step, loop, call), self.device) for call in dict.fromkeys(loop.calls))
+                    cost.append(f"compile {spent:.1f} s ({cache})")
             except Exception as error:  # whatever the compiler raises; a fault of the model's own comes back without it
                 warn_fallback("seppo.sampler.compile", error)
                 self._compile = "none"
@@ -156,9 +165,13 @@ class Sampler:
         if self._capture:
             try:
                 self._pool = self._pool or new_pool(self.device)
-                with self._network():
-                    graph, spent = capture(lambda: first_step(ready.loop), ready.loop.step, self.device, self._pool)
-                ready = Ready(ready.loop, graph)
+                graphs, spent = {}, 0.0
+                for call in dict.fromkeys(self.calls):
+                    with self._network():
+                        graphs[call], each = capture(partial(first_step, ready.loop, call), partial(ready.loop.step, call),
+                                                     self.device, self._pool)
+                    spent += each
+                ready = Ready(ready.loop, graphs)
                 cost.append(f"capture {spent:.1f} s")
             except Exception as error:
                 warn_fallback("seppo.sampler.cuda_graph", error)
@@ -170,7 +183,7 @@ class Sampler:
         return ready
 
     def _open(self, shape: Shape, denoise: Denoise) -> Loop:
-        return open_loop(denoise, self.table, shape, self.empty, self.guidance, self.dtype)
+        return open_loop(denoise, self.table, shape, self.empty, self.guidance, self.dtype, self.calls)
 
     @contextmanager
     def _network(self) -> Iterator[None]:
@@ -188,7 +201,7 @@ class Sampler:
             yield
 
 
-def first_step(loop: Loop) -> None:
+def first_step(loop: Loop, call: Call = "all") -> None:
     """A step for its own sake, of zero noise and no prompt."""
     loop.start(torch.zeros_like(loop.known[0]), {})
-    loop.step()
+    loop.step(call)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class HeldOut:
             first = {row_of(slot): slot for slot in reversed(slots)}
             samples: dict[int, Tensor] = {}
             for some in self._in_step(list(first.values()), reference.batch_size, check):
-                latents = reference.sampler.draw(self.pairs.initial_noise(some), self.pairs.prompts(some))
+                latents = reference.sampler.draw(self.pairs.initial_noise(some), self.pairs.prompts(some),
+                                                 later=partial(self.pairs.later_noise, some))
                 samples |= {row_of(slot): sample for slot, sample in zip(some, latents.cpu(), strict=True)}
             for slot in slots:
                 rollouts[slot]["loser"] = samples[row_of(slot)]

@@ -17,6 +17,7 @@ from seppo_fast.reference.guidance import Guidance, double
 from seppo_fast.reference.improver import Improver
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable
+from seppo_fast.sections import EVERYWHERE
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.samples import PROMPTS, Grids
@@ -46,7 +47,8 @@ def open_improver(model: Model, settings: Seppo, objective: Objective, table: So
     prepare_denoisers([denoiser], settings.networks, pairs.cache.shape[1:], objective.autocast or objective.dtype, ranks.device,
                       say, ranks.largest, inputs=partial(block_inputs, model.empty_denoiser, partial(call_once, model)))
     empty, guidance = with_image(pairs, settings.improvement)
-    sampler = Sampler(denoiser.to(ranks.device), model.denoise, table.to(ranks.device), empty, guidance, settings.sampler,
+    everywhere = settings.sampler.model_copy(update={"guidance_interval": list(EVERYWHERE), "unconditional_every": 1})
+    sampler = Sampler(denoiser.to(ranks.device), model.denoise, table.to(ranks.device), empty, guidance, everywhere,
                       objective.dtype, objective.autocast, say)
     sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=half_of_memory)
     improver = Improver(sampler, model.latent_scale, settings.improvement.offload)

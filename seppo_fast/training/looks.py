@@ -44,7 +44,7 @@ class Looks:
         with self.policy_in_reference(here=self.grids is not None):
             if self.grids is not None:
                 with suppress(Stop):  # it draws alone: all ranks stop together, at the next check
-                    draw = partial(self.reference.sampler.draw, before_step=self.signals.check_alone)
+                    draw = partial(self.reference.shown.draw, before_step=self.signals.check_alone)
                     self.reporter.grid(update, self.grids.write(update, draw))
 
     def draw_missing_grid(self) -> None:

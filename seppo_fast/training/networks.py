@@ -9,6 +9,7 @@ from torch import nn
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.errors import UserError
+from seppo_fast.evaluation.adapters import Adapter
 from seppo_fast.models import AnimateDiff, Model
 from seppo_fast.models.lora import choose_trained, copy_beside
 from seppo_fast.models.prepare import prepare_denoisers
@@ -16,11 +17,14 @@ from seppo_fast.models.quantize import quantize
 from seppo_fast.models.trial import block_inputs, call_once
 from seppo_fast.ops import available_backends
 from seppo_fast.ranks import Ranks
+from seppo_fast.reference.adapter import beside
 from seppo_fast.reference.batching import free_memory
 from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
-from seppo_fast.reference.solver import SolverTable
+from seppo_fast.reference.solver import SolverTable, rollout_table
+from seppo_fast.sections import EVERYWHERE
+from seppo_fast.training.adapter import adapted_network
 from seppo_fast.training.engine import policy_weights, pool_dtype, precision, zero_stage
 from seppo_fast.training.folder import RunFolder
 from seppo_fast.training.improving import half_of_memory, with_image
@@ -40,7 +44,12 @@ def check_network(model: Model, config: Config) -> None:
     if dtype == torch.float16 and ours.model.quantize == "int8":
         raise UserError('seppo.model.quantize: "int8" overflows in fp16, because products are summed before they are scaled; enable'
                         ' bf16 in place of it, or take "nf4"')
-    guided(model, ours.sampler.guidance_scale, ())
+    _, guidance = guided(model, ours.sampler.guidance_scale, ())
+    for key, given in (("guidance_interval", ours.sampler.guidance_interval != list(EVERYWHERE)),
+                       ("unconditional_every", ours.sampler.unconditional_every > 1)):
+        if given and len(guidance) == 1:
+            raise UserError(f"seppo.sampler.{key}: {model.path} is guided by an input of its network, not by a second call without"
+                            " the prompt that could be left out; leave the key out")
     if model.denoiser == "transformer":
         if ours.model.attention == "xformers":
             raise UserError(f"seppo.model.attention: the transformer of {model.path} has no \"xformers\" attention here, but"
@@ -75,18 +84,31 @@ def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks:
 
 
 def open_sampler(model: Model, config: Config, batch: Batch, objective: Objective, reference: nn.Module, table: SolverTable,
-                 pairs: PairSource, ranks: Ranks) -> tuple[Sampler, int]:
-    """What draws from `reference`, and its batch size: the smallest of all ranks', since each step asks all of them for signals."""
+                 pairs: PairSource, adapter: Adapter | None, ranks: Ranks) -> tuple[Sampler, int]:
+    """What draws rollouts from `reference`, and its batch size: the smallest of all ranks', as each step asks all for signals."""
     ours, empty = config.seppo, pairs.unconditional
     _, guidance = guided(model, ours.sampler.guidance_scale, empty)
     if ours.method == "improvement":
         empty, guidance = with_image(pairs, ours.improvement)
+    adapted = [] if adapter is None else beside(reference, adapted_network(adapter, model), ranks.device, objective.dtype)
     sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, guidance, ours.sampler, objective.dtype,
-                      objective.autocast, ranks.say)
+                      objective.autocast, ranks.say, adapted)
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration
     wanted = (ours.sampler.samples_per_iteration or updates * batch.size) // batch.world
     free = half_of_memory if METHODS[ours.method].winners == "improvement" else free_memory
     return sampler, sampler.fit(pairs.cache.shape, wanted, agree=lambda size: -ranks.largest(-size), free=free)
+
+
+def open_shown(model: Model, config: Config, objective: Objective, reference: nn.Module, pairs: PairSource, sampler: Sampler,
+               ranks: Ranks) -> Sampler:
+    """What draws grids and evaluations from `reference`: the sampler of rollouts, unless these are to be drawn otherwise."""
+    ours, empty = config.seppo, pairs.unconditional
+    if ours.shown is ours.sampler:
+        return sampler
+    table = rollout_table(model, ours.shown, pairs.cache.shape).to(ranks.device)
+    _, guidance = guided(model, ours.shown.guidance_scale, empty, "seppo.samples.guidance_scale")
+    settings = ours.shown.model_copy(update={"batch_size": sampler.batch_size})
+    return Sampler(reference, objective.denoise, table, empty, guidance, settings, objective.dtype, objective.autocast, ranks.say)
 
 
 def hold(fixed: Model, config: Config, folder: RunFolder, ranks: Ranks) -> Pool:

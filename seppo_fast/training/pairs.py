@@ -114,6 +114,10 @@ class PairSource:
         """`(B, C, h, w)` from which these samples start."""
         return self._to_device(normal(self.cache.shape, self.settings.seed, purpose, numbers))
 
+    def later_noise(self, numbers: Sequence[int], index: int) -> Tensor:
+        """`(B, C, h, w)`, the noise that a solver adds on its way to these samples, of this index."""
+        return self.initial_noise(numbers, f"later noise {index}")
+
     def _latents(self, mean: Tensor, std: Tensor, purpose: str, slots: Sequence[int]) -> Tensor:
         if self.settings.data.posterior == "sample":
             mean = mean + std * normal(self.cache.shape, self.settings.seed, purpose, slots)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,7 +123,8 @@ class Trainer:
         drawn: dict[str, Tensor] = {}
         if METHODS[self.settings.method].draws:
             prompts = self.pairs.prompts(numbers)
-            losers = reference.sampler.draw(self.pairs.initial_noise(numbers), prompts, self.check_signals)
+            losers = reference.sampler.draw(self.pairs.initial_noise(numbers), prompts, self.check_signals,
+                                            partial(self.pairs.later_noise, numbers))
             drawn["loser"] = losers.cpu()
             if self.improver is not None:
                 noise = self.pairs.initial_noise(numbers, "improvement noise")

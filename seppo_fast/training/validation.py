@@ -56,7 +56,7 @@ class Validation:
 
         def draw(noise: Tensor, conditions: Conditions) -> Tensor:
             check()
-            return reference.sampler.draw(noise, conditions)
+            return reference.shown.draw(noise, conditions)
 
         todo = share_of(policy, request.prompts, request.drawing, ranks)
         batches = -(-len(todo) // reference.batch_size)

@@ -152,7 +152,7 @@ def test_the_memory_of_a_run_is_what_the_cpu_allocates(engine: str, settings: Ca
             started.backward(mse_loss(prediction.float(), target.float()))
             started.step()
 
-    assert estimate(model, config, batch, 3).memory == pytest.approx(allocated(really), rel=CLOSE)
+    assert estimate(model, config, batch).memory == pytest.approx(allocated(really), rel=CLOSE)
 
 
 def test_zero_3_keeps_the_inputs_of_frozen_layers_and_later_runs_do_not(small: Callable[..., Cost], settings: Callable[..., Any],
@@ -177,7 +177,7 @@ def test_zero_3_keeps_the_inputs_of_frozen_layers_and_later_runs_do_not(small: C
 def planned() -> Callable[..., Cost]:
     def plan(world: int, *overrides: str) -> Cost:
         config = load_config("ds_a100.json", ["train_micro_batch_size_per_gpu=1", *overrides])
-        return estimate(published_model(config.seppo.model.path), config, batch_plan(config.deepspeed, world), 50)
+        return estimate(published_model(config.seppo.model.path), config, batch_plan(config.deepspeed, world))
 
     return plan
 
@@ -208,7 +208,7 @@ def test_a_reference_that_rests_is_there_for_sampling_alone(planned: Callable[..
 
 
 def test_an_improvement_model_that_rests_takes_its_graph_along() -> None:
-    stays, rests = (estimate(published_model(config.seppo.model.path), config, batch_plan(config.deepspeed, 8), 50) for config in (
+    stays, rests = (estimate(published_model(config.seppo.model.path), config, batch_plan(config.deepspeed, 8)) for config in (
         load_config("ds_a100_iterative_dpo.json", [f"seppo.improvement.offload={offload}", "seppo.sampler.batch_size=1"])
         for offload in ("false", "true")))
     assert stays.peaks["sampling"] == rests.peaks["sampling"] > stays.standing + stays.sampler + stays.improving
@@ -231,7 +231,7 @@ def test_the_published_shapes() -> None:
 def small(settings: Callable[..., dict[str, Any]], sd: Path) -> Callable[..., Cost]:
     def plan(**changes: Any) -> Cost:
         config = parse_config(settings(**changes))
-        return estimate(open_model(str(sd)), config, batch_plan(config.deepspeed, 1), 3)
+        return estimate(open_model(str(sd)), config, batch_plan(config.deepspeed, 1))
 
     return plan
 
@@ -260,5 +260,5 @@ def test_grids_and_evaluations_are_in_the_plan(small: Callable[..., Cost]) -> No
 
 def test_the_recipe_for_24_gb() -> None:
     config = load_config("ds_24gb.json")
-    cost = estimate(published_model(config.seppo.model.path), config, batch_plan(config.deepspeed, 1), config.seppo.sampler.steps)
+    cost = estimate(published_model(config.seppo.model.path), config, batch_plan(config.deepspeed, 1))
     assert cost.memory < cost.reserved < 16e9, "of 25.8e9, for the driver, workspaces and the allocator need some"

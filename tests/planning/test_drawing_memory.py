@@ -42,4 +42,4 @@ def test_drawing_with_guidance_is_what_the_cpu_allocates(make: Callable[..., Pat
     noise = torch.zeros(16, *shape)
     real = allocated(lambda: drawer.draw(noise, conditions))
     assert len(guidance) == 2
-    assert estimate(model, config, batch_plan(config.deepspeed, 1), 4).sampler == pytest.approx(real, rel=CLOSE)
+    assert estimate(model, config, batch_plan(config.deepspeed, 1)).sampler == pytest.approx(real, rel=CLOSE)

@@ -85,7 +85,7 @@ def test_text_encoders_that_rest_are_in_the_plan(settings: Settings) -> None:
         said[cached] = dry_run(parse_config(settings(**{"seppo.data.cache_prompts": cached})), 1)
     assert said[True].count("prompts ") < said[False].count("prompts ") and "host memory " not in said[True] + said["auto"]
     assert re.search(r"\n  host memory +0\.\d+ MB a rank for the text encoders, while they rest\n", said[False])
-    cost = estimate(open_model(settings()["seppo"]["model"]["path"]), *planned(parse_config(settings())), 3)
+    cost = estimate(open_model(settings()["seppo"]["model"]["path"]), *planned(parse_config(settings())))
     embeds = replace(cost, embeds=True)
     assert embeds.peaks["prompts"] == cost.standing + cost.kept_gradients + cost.encoders.text + cost.encoders.embedding
     assert {name: size for name, size in embeds.peaks.items() if name != "prompts"} == cost.peaks
@@ -101,7 +101,7 @@ def test_what_is_made_before_the_training_is_in_the_plan(settings: Settings) -> 
     flux = encoder_bytes(published_model(config.seppo.model.path), config.seppo)
     assert 19.5e9 < flux.text < 19.6e9 and flux.embedding < flux.looking < 2e9, "four prompts for a grid at once"
     small = parse_config(settings())
-    cost = replace(estimate(open_model(small.seppo.model.path), *planned(small), 3), encoders=flux)
+    cost = replace(estimate(open_model(small.seppo.model.path), *planned(small)), encoders=flux)
     assert cost.peaks["encoding"] == cost.reserved == flux.text + flux.looking > cost.kept_graphs > 0
     images = replace(cost, encoders=replace(flux, encoding=30 * 10**9))
     assert images.reserved == flux.vae + 30 * 10**9
@@ -121,7 +121,7 @@ def test_clips_that_are_streamed_are_in_the_plan(settings: Settings, tmp_path: P
     changes = {"seppo.model.path": str(model), "seppo.data.source": None, "seppo.data.video": {"frames": 4, "choice": "window"}}
     config = parse_config(settings(**changes))
     assert "none: clips are decoded and encoded while it trains" in dry_run(config, 1)
-    cost = estimate(open_model(str(model)), *planned(config), 3)
+    cost = estimate(open_model(str(model)), *planned(config))
     more = {name: replace(cost, streams=True).peaks[name] - size for name, size in cost.peaks.items()}
     assert more.pop("encoding") == 0 and more.pop("micro-batch") == cost.encoders.vae + cost.encoders.encoding
     assert set(more.values()) == {cost.encoders.vae}

@@ -22,7 +22,7 @@ BATCH = batch_plan(CONFIG.deepspeed, 8)
 
 @pytest.fixture(scope="module")
 def cost() -> Cost:
-    return estimate(published_model(CONFIG.seppo.model.path), CONFIG, BATCH, 50)
+    return estimate(published_model(CONFIG.seppo.model.path), CONFIG, BATCH)
 
 
 def test_the_papers_run(cost: Cost) -> None:

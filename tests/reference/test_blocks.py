@@ -67,7 +67,7 @@ def test_samples_are_those_of_the_whole_network_after_each_swap(name: str, tmp_p
     whole, parts, pool = made(name), made(name), pool_of(tmp_path, name)
     offload_blocks(parts, CPU)
     assert offloads_blocks(parts) and not offloads_blocks(whole)
-    references = [Reference(sampler(network), 2, pool, offloaded=False) for network in (whole, parts)]
+    references = [Reference(one, one, 2, pool, offloaded=False) for one in map(sampler, (whole, parts))]
     drawn = []
     for index in (2, 0, 1, 0):
         for reference in references:
@@ -89,7 +89,7 @@ def test_a_device_of_its_own_reads_what_the_pool_writes(name: str, own_memory: t
         pool.load_into(index, parts)
         assert torch.equal(first.draw(*given()), second.draw(*given()))
         assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), parts.parameters(), strict=True))
-    reference = Reference(second, 2, pool, offloaded=False)
+    reference = Reference(second, second, 2, pool, offloaded=False)
     with reference.holding(dict(made(name, 7).named_parameters())):
         assert torch.equal(reference.sampler.draw(*given()), sampler(made(name, 7)).draw(*given()))
 

@@ -204,7 +204,7 @@ def test_the_plan_counts_it(settings: Any) -> None:
     assert "pickscore" not in said
     config = load_config("ds_a100.json", ["seppo.data.hold_out=100", "seppo.evaluation.every=30"])
     batch = batch_plan(config.deepspeed, 8)
-    cost = estimate(published_model(config.seppo.model.path), config, batch, 50)
+    cost = estimate(published_model(config.seppo.model.path), config, batch)
     with_it, without = work_of(config, batch, cost, 100), work_of(config, batch, cost)
     assert with_it.pairs * (with_it.sampling - without.sampling) == pytest.approx(100 * cost.sampling)
     assert with_it.pairs * (with_it.training - without.training) == pytest.approx(8 * 100 * DRAWS * 2 * cost.forward)

@@ -44,7 +44,7 @@ def test_what_comes_next_is_read_from_where_it_is_taken(tmp_path):
     own, fixed = (Pool(tmp_path / name, torch.float32, 10**6) for name in ("pool", "fixed"))
     for pool in (own, fixed):
         Pool(pool.folder, torch.float32, 0).add(0, {"weight": torch.ones(2)}, write=True)
-    Reference(None, 1, own, offloaded=False, fixed=fixed).prefetch(0)
+    Reference(None, None, 1, own, offloaded=False, fixed=fixed).prefetch(0)
     assert own._coming is None and fixed._coming[1].result()["weight"].tolist() == [1, 1]
 
 
