@@ -76,15 +76,13 @@ def spent_by(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
 def planned(config: str, changes: Sequence[str]) -> "Cost":
     """What the trainer's own plan counts."""
     from seppo_fast.configfile import batch_plan, load_config
-    from seppo_fast.data.fingerprint import latent_shape
     from seppo_fast.models import open_model
     from seppo_fast.planning.cost import estimate
-    from seppo_fast.reference.solver import table_of
+    from seppo_fast.training import adapter
 
     given = load_config(config, changes)
-    ours, model = given.seppo, open_model(given.seppo.model.path)
-    table = table_of(model, ours.sampler.solver, ours.sampler.steps, latent_shape(model, ours.data))
-    return estimate(model, given, batch_plan(given.deepspeed, 1), len(table.timesteps))
+    model = open_model(given.seppo.model.path)
+    return estimate(model, given, batch_plan(given.deepspeed, 1), adapter.read(given.seppo, model))
 
 
 def judged(base: Path, weights: Sequence[Path | None], seed: int, settings: Settings) -> list[dict[str, float]]:
