@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.ablation.runs import RECIPE, check_bases, link_base
 from benchmarks.by_seed import checked, made, open_work, parser_of, result_file, result_of
-from benchmarks.time_to_quality.ways import BASE, DISTILLED, OBVIOUS, PAPER, TASKS, Settings, judged_iterations
+from benchmarks.time_to_quality.ways import ADAPTER, BASE, DISTILLED, OBVIOUS, PAPER, TASKS, Settings, judged_iterations
 from seppo_fast.errors import UserError
 from seppo_fast.quickstart.steps import explained
 
@@ -69,12 +69,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def take_bases(work: Path, other: Path, seeds: Sequence[int], settings: Settings) -> None:
-    """Link the bases that another folder of runs has."""
-    check_bases(other, settings, RECIPE)
+    """Link the bases that another folder of runs has, and their adapters, if they were distilled there."""
+    check_bases(other, settings, (*RECIPE, "guidance_scale"))
     for seed in seeds:
         there, here = result_file(other, seed, BASE), work / f"seed_{seed}"
-        if there.exists() and not (here / "base").exists():
-            link_base(here, there.parent)
+        if not there.exists() or (here / "base").exists():
+            continue
+        link_base(here, there.parent)
+        made_there = result_file(other, seed, DISTILLED)
+        if made_there.exists():
+            (here / ADAPTER).symlink_to((there.parent / ADAPTER).resolve())
+            result_file(work, seed, DISTILLED).write_text(made_there.read_text())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.ablation import runs as ablation
 from benchmarks.by_seed import Run, policy_file, report_run, train
 from benchmarks.time_to_quality.ways import (
-    ADAPTER_FILE,
+    ADAPTER,
     BASE,
     DISTILLED,
     OBVIOUS,
@@ -45,8 +45,7 @@ def make_adapter(home: Path, seed: int, settings: Settings) -> Run:
     """The seed's few-step adapter, and what it took."""
     from benchmarks.time_to_quality.distil import distil
 
-    file = home / ADAPTER_FILE
-    took = distil(home / "base", file.parent, seed, guidance=settings.guidance_scale)
+    took = distil(home / "base", home / ADAPTER, seed, guidance=settings.guidance_scale)
     return {"points": [{"flops": took["flops"], "seconds": took["seconds"]}]}
 
 

@@ -8,18 +8,17 @@ from benchmarks.ablation import runs as ablation
 from benchmarks.by_seed import assignments
 
 BASE, DISTILLED, PAPER, OBVIOUS, SFT = "base", "distilled", "paper", "obvious", "sft"
-ADAPTER_FILE = "adapter/pytorch_lora_weights.safetensors"  # in a seed's folder
+ADAPTER = "adapter"  # the folder of a seed's LoRA file
 
 
 @dataclass(frozen=True)
 class Settings(ablation.Settings):
-    """The ablation's, with the paper's 50 steps, and fewer pairs, so that they are paid for. `judged_every`: iterations between
-    two policies that are judged; `obvious_updates`: of the obvious trainer, for its speed; `distil_steps`: of the adapter's
-    optimizer."""
+    """The ablation's, with the paper's 50 steps, and fewer pairs for that. `judged_every`: iterations between two policies that are
+    judged; `obvious_updates`: of the obvious trainer, for its speed."""
 
     task: str = "digits"
     updates: int = 8
-    batch_size: int = 24
+    batch_size: int = 20
     sampler_steps: int = 50
     judge_samples: int = 200
     judged_every: int = 2
@@ -62,6 +61,7 @@ UNET_WAYS = {
                 {"solver": "dpmsolver++", "steps": 10, "guidance_interval": "[0.2, 0.8]"}, reuse=2),
     SFT: Way("SFT"),
 }
+OF_DITTO = (PAPER, "ddim_10", "dpmsolver_10", "unipc_10", "interval", "every_2", "reuse_4", "adapter", "one_step", "best", SFT)
 FLOW_WAYS = {
     PAPER: Way("Euler, 50 steps, guided"),
     "euler_20": Way("Euler, 20 steps", {"steps": 20}),
@@ -96,7 +96,8 @@ class Task:
 TASKS = {
     "digits": Task("digits, UNet", Settings(), UNET_WAYS, obvious=True),
     # Without AAF nothing cancels the losers' pushes: on seeds 10 to 12 the poorest losers end far below good ones.
-    "ditto": Task("digits, UNet, DITTO", Settings(task="ditto", lr=1e-4), UNET_WAYS, method="ditto"),
+    "ditto": Task("digits, UNet, DITTO", Settings(task="ditto", lr=1e-4), {way: UNET_WAYS[way] for way in OF_DITTO},
+                  method="ditto"),
     "flow": Task("digits, flow", Settings(task="flow", model="flow", denoiser_steps=1200, beta=65.0), FLOW_WAYS),
 }
 
@@ -109,7 +110,7 @@ def overrides(work: Path, seed: int, name: str, settings: Settings) -> list[str]
     if way.reuse > 1:
         sampler["samples_per_iteration"] = settings.batch_size * settings.updates // way.reuse
     if way.adapter:
-        sampler["adapter"] = home / ADAPTER_FILE
+        sampler["adapter"] = home / ADAPTER / "pytorch_lora_weights.safetensors"
     changes = {f"seppo.sampler.{key}": value for key, value in sampler.items()} | {"seppo.output_dir": home / name}
     if name != SFT:
         changes["seppo.method"] = task.method

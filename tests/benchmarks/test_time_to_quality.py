@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from tiny import tiny_sd
 
-from benchmarks.by_seed import Run, changed
+from benchmarks.by_seed import Run, changed, open_work, result_file, unfinished
 from benchmarks.intervals import Interval
-from benchmarks.time_to_quality.__main__ import arguments, main
+from benchmarks.time_to_quality.__main__ import arguments, main, take_bases
 from benchmarks.time_to_quality.comparisons import COMPARED, COSTS, NOTHING, OPEN, verdict
 from benchmarks.time_to_quality.curves import at, at_equal_flops, curve, shares_until, until
 from benchmarks.time_to_quality.diversity import Diversity
@@ -21,6 +22,7 @@ from benchmarks.time_to_quality.report import end_table, judged, report, time_ta
 from benchmarks.time_to_quality.runs import planned, spent_by
 from benchmarks.time_to_quality.ways import BASE, DISTILLED, OBVIOUS, PAPER, SFT, TASKS, Settings, judged_iterations, overrides
 from seppo_fast.configfile import load_config
+from seppo_fast.errors import UserError
 from seppo_fast.quickstart.digits import Digits
 from seppo_fast.quickstart.models import KINDS
 
@@ -146,6 +148,21 @@ def test_the_last_policy_is_judged(tmp_path: Path) -> None:
     assert main([*work, "--set", "judged_every=8"]) == 2 and main([*work, "--task", "flow", "--methods", "every_2"]) == 2
     assert arguments([*work, "--task", "flow", "--methods", "sft"]).methods == [PAPER, SFT]
     assert changed(TASKS["flow"].settings, ["beta=5"]).task == "flow"
+
+
+def test_bases_and_their_adapters_are_taken_where_they_fit(tmp_path: Path) -> None:
+    earlier, now, settings = tmp_path / "earlier", tmp_path / "now", Settings()
+    for work in (earlier, now):
+        open_work(work, settings)
+    for seed, names in ((0, (BASE, DISTILLED)), (1, (BASE,)), (2, ())):
+        (earlier / f"seed_{seed}").mkdir()
+        for name in names:
+            result_file(earlier, seed, name).write_text("{}")
+    take_bases(now, earlier, range(3), settings)
+    assert unfinished(now, range(2), [BASE, DISTILLED]) == [(0, BASE), (1, BASE), (1, DISTILLED)]  # bases are judged anew
+    assert (now / "seed_0" / "adapter").is_symlink() and not (now / "seed_2").exists()
+    with pytest.raises(UserError, match="guidance_scale 2.0 there, 5.0 now"):
+        take_bases(now, earlier, [0], replace(settings, guidance_scale=5.0))
 
 
 def test_many_different_pictures_are_more_diverse_than_copies() -> None:
