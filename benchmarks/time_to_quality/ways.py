@@ -95,8 +95,8 @@ class Task:
 
 TASKS = {
     "digits": Task("digits, UNet", Settings(), UNET_WAYS, obvious=True),
-    # Without AAF nothing cancels the losers' pushes: on seeds 10 to 12 the poorest losers end far below good ones.
-    "ditto": Task("digits, UNet, DITTO", Settings(task="ditto", lr=1e-4), {way: UNET_WAYS[way] for way in OF_DITTO},
+    # Without AAF nothing cancels the losers' pushes: on seeds 10 to 12 the poorest losers end below good ones.
+    "ditto": Task("digits, UNet, DITTO", Settings(task="ditto", lr=1e-4, beta=2000.0), {way: UNET_WAYS[way] for way in OF_DITTO},
                   method="ditto"),
     "flow": Task("digits, flow", Settings(task="flow", model="flow", denoiser_steps=1200, beta=65.0), FLOW_WAYS),
 }
