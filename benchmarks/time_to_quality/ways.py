@@ -35,7 +35,7 @@ class Way:
     adapter: bool = False
 
 
-ONE_STEP = Way("one unguided step", {"steps": 1, "guidance_scale": 1, "spacing": "trailing"})
+ONE_STEP = Way("one unguided step", {"steps": 1, "guidance_scale": 1})
 INTERVAL = [0.2, 0.8]
 
 
