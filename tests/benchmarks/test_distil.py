@@ -1,0 +1,49 @@
+"""A few-step adapter made of a tiny base: the same to the bit each time, and one that diffusers reads."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from tiny import LATENTS, PIXELS, tiny_sd, tiny_sd3
+
+from benchmarks.time_to_quality import distil as distillation
+from benchmarks.time_to_quality.distil import FLOW, UNET, distil
+from seppo_fast.checksums import checksum
+from seppo_fast.quickstart.digits import CAPTIONS
+
+LORA = "pytorch_lora_weights.safetensors"
+SMALL = {"UNET": replace(UNET, steps=12, batch_size=8, latents=16, teacher_steps=2),
+         "FLOW": replace(FLOW, steps=12, batch_size=4, teacher_steps=2)}
+MAKE: dict[str, Callable[[Path], Path]] = {"UNET": tiny_sd, "FLOW": tiny_sd3}
+
+
+@pytest.fixture(params=MAKE)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(distillation, request.param, SMALL[request.param])
+    return request.param
+
+
+def draw(base: Path, adapter: Path | None, steps: int, guidance: float, lcm: bool) -> torch.Tensor:
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        pipeline.load_lora_weights(adapter)
+    if lcm:
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline(list(CAPTIONS), height=PIXELS, width=PIXELS, num_inference_steps=steps, guidance_scale=guidance,
+                    latents=torch.randn(10, *LATENTS, generator=torch.Generator().manual_seed(3)), output_type="latent",
+                    generator=torch.Generator().manual_seed(4)).images
+
+
+def test_an_adapter_is_made_again_to_the_bit_and_diffusers_reads_it(kind: str, tmp_path: Path) -> None:
+    base = MAKE[kind](tmp_path / "base")
+    took = [distil(base, tmp_path / name, seed=1, steps=2, guidance=3.0) for name in ("first", "again")]
+    assert checksum(tmp_path / "first" / LORA) == checksum(tmp_path / "again" / LORA)
+    assert took[0]["flops"] == took[1]["flops"] > 0 and took[0]["seconds"] > 0
+    longer = distil(base, tmp_path / "longer", seed=1, steps=4, guidance=3.0)
+    assert took[0]["flops"] < longer["flops"] <= 2 * took[0]["flops"]
+    plain, adapted = (draw(base, adapter, 4, 1.0, kind == "UNET") for adapter in (None, tmp_path / "first"))
+    assert 1e-3 < (plain - adapted).abs().max() < 10
