@@ -15,8 +15,7 @@ from seppo_fast.checksums import checksum
 from seppo_fast.quickstart.digits import CAPTIONS
 
 LORA = "pytorch_lora_weights.safetensors"
-SMALL = {"UNET": replace(UNET, steps=12, batch_size=8, latents=16, teacher_steps=2),
-         "FLOW": replace(FLOW, steps=12, batch_size=4, teacher_steps=2)}
+SMALL = {"UNET": replace(UNET, batch_size=2, latents=4, teacher_steps=2), "FLOW": replace(FLOW, batch_size=1, teacher_steps=1)}
 MAKE: dict[str, Callable[[Path], Path]] = {"UNET": tiny_sd, "FLOW": tiny_sd3}
 
 
@@ -26,15 +25,15 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-def draw(base: Path, adapter: Path | None, steps: int, guidance: float, lcm: bool) -> torch.Tensor:
+def draw(base: Path, adapter: Path | None, lcm: bool) -> torch.Tensor:
     pipeline = DiffusionPipeline.from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
         pipeline.load_lora_weights(adapter)
     if lcm:
         pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-    return pipeline(list(CAPTIONS), height=PIXELS, width=PIXELS, num_inference_steps=steps, guidance_scale=guidance,
-                    latents=torch.randn(10, *LATENTS, generator=torch.Generator().manual_seed(3)), output_type="latent",
+    return pipeline(CAPTIONS[0], height=PIXELS, width=PIXELS, num_inference_steps=2, guidance_scale=1.0, output_type="latent",
+                    latents=torch.randn(1, *LATENTS, generator=torch.Generator().manual_seed(3)),
                     generator=torch.Generator().manual_seed(4)).images
 
 
@@ -43,7 +42,5 @@ def test_an_adapter_is_made_again_to_the_bit_and_diffusers_reads_it(kind: str, t
     took = [distil(base, tmp_path / name, seed=1, steps=2, guidance=3.0) for name in ("first", "again")]
     assert checksum(tmp_path / "first" / LORA) == checksum(tmp_path / "again" / LORA)
     assert took[0]["flops"] == took[1]["flops"] > 0 and took[0]["seconds"] > 0
-    longer = distil(base, tmp_path / "longer", seed=1, steps=4, guidance=3.0)
-    assert took[0]["flops"] < longer["flops"] <= 2 * took[0]["flops"]
-    plain, adapted = (draw(base, adapter, 4, 1.0, kind == "UNET") for adapter in (None, tmp_path / "first"))
+    plain, adapted = (draw(base, adapter, kind == "UNET") for adapter in (None, tmp_path / "first"))
     assert 1e-3 < (plain - adapted).abs().max() < 10
