@@ -37,6 +37,7 @@ from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.solver import rollout_table
+from seppo_fast.sections import DRAWN
 from seppo_fast.signals import StopSignals
 from seppo_fast.training import checkpoint, csv_files, start
 from seppo_fast.training.adapter import KEY as ADAPTER
@@ -206,7 +207,8 @@ def starting_state(folder: RunFolder, config: Config, others: Sequence[Model | N
 def measured(config: Config) -> dict[str, Any]:
     """What must be equal for values of two evaluations to be comparable."""
     section = config.seppo.evaluation
-    return section.model_dump(exclude={"every", "patience", "keep_best", "batch_size", "watch"}) | {"watch": section.watched}
+    asked = section.model_dump(exclude={"every", "patience", "keep_best", "batch_size", "watch"}) | {"watch": section.watched}
+    return asked | (config.seppo.shown.model_dump(include=DRAWN) if section.draws else {})
 
 
 def begin(folder: RunFolder, state: State, cache: LatentCache | ClipStream, ranks: Ranks) -> None:

@@ -8,7 +8,7 @@ The method "base" makes the seed's base model and its data; the others train fro
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # the command and the README need no network
     from seppo_fast.quickstart.judge import Scores
 
 BASE = "base"
-OF_BASES = ("model", "vae_steps", "text_steps", "denoiser_steps", "guidance_scale", "judge_samples", "judge_steps")
+RECIPE = ("model", "vae_steps", "text_steps", "denoiser_steps")  # what decides a seed's base
+OF_BASES = (*RECIPE, "guidance_scale", "judge_samples", "judge_steps")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Method:
 
 METHODS = {
     "sft": Method("SFT", ("seppo.method=sft",), curve=True),
-    "no_aaf": Method("without AAF", ("seppo.flipper=none",)),
+    "no_aaf": Method("without AAF (reference uniform)", ("seppo.flipper=none",)),
     "indicator": Method("indicator instead of sign", ("seppo.flipper=indicator",)),
     "initial": Method("reference = initial", ("seppo.reference=initial",), curve=True),
     "latest": Method("reference = latest", ("seppo.reference=latest",), curve=True),
@@ -96,33 +97,48 @@ def recipe_of(seed: int, settings: Settings) -> "Recipe":
 
 
 def take_bases(work: Path, other: Path, seeds: int, settings: Settings) -> None:
-    """Link the bases that another folder of runs has: a base depends on its recipe and its judge alone."""
+    """Link the bases that another folder of runs has, and take their scores: a base depends on its recipe and its judge alone."""
+    check_bases(other, settings, OF_BASES)
+    for seed in range(seeds):
+        here, finished = result_file(work, seed, BASE), result_file(other, seed, BASE)
+        if finished.exists() and not here.exists():
+            link_base(here.parent, finished.parent)
+            here.write_text(finished.read_text())
+
+
+def check_bases(other: Path, settings: Settings, keys: Sequence[str]) -> None:
+    """Refuse another folder of runs whose bases were made with other values of these settings."""
     try:
         there = json.loads((other / "settings.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--bases {other}: {error}; give the --work of an earlier command") from error
-    differing = [f"{key} {there.get(key)} there, {getattr(settings, key)} now" for key in OF_BASES
+    differing = [f"{key} {there.get(key)} there, {getattr(settings, key)} now" for key in keys
                  if there.get(key) != getattr(settings, key)]
     if differing:
         raise UserError(f"--bases {other}: its bases were made or judged otherwise ({'; '.join(differing)})")
-    for seed in range(seeds):
-        here, finished = result_file(work, seed, BASE), result_file(other, seed, BASE)
-        if finished.exists() and not here.exists():
-            here.parent.mkdir(exist_ok=True)
-            for name in ("base", "pairs.parquet"):
-                (here.parent / name).symlink_to((finished.parent / name).resolve())
-            here.write_text(finished.read_text())
+
+
+def link_base(home: Path, there: Path) -> None:
+    """Link a seed's base and data into another seed's folder."""
+    home.mkdir(exist_ok=True)
+    for name in ("base", "pairs.parquet"):
+        (home / name).symlink_to((there / name).resolve())
 
 
 def make_base(home: Path, seed: int, settings: Settings) -> Run:
     """The seed's base and data, and the base's scores."""
+    make_data(home, seed, settings)
+    return {"points": judge(home / "base", {0: None}, seed, settings)}
+
+
+def make_data(home: Path, seed: int, settings: Settings) -> None:
+    """The seed's base and the pairs."""
     from seppo_fast.quickstart.digits import split_digits
     from seppo_fast.quickstart.models import KINDS
 
     recipe = recipe_of(seed, settings)
     KINDS[settings.model].make_base(home / "base", recipe)
     write_pairs(home / "pairs.parquet", split_digits(seed)[0], recipe)
-    return {"points": judge(home / "base", {0: None}, seed, settings)}
 
 
 def write_pairs(path: Path, digits: "Digits", recipe: "Recipe") -> None:

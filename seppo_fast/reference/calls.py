@@ -30,6 +30,11 @@ def calls_of(levels: Sequence[float], branches: int, settings: Sampler) -> tuple
     return tuple(calls)
 
 
+def size_with(branches: int, size: int, before: int) -> int:
+    """The batch size with so many branches whose batches have no more rows than `size` samples of `before` branches."""
+    return min(size, max(1, size * before // branches))
+
+
 def evaluations(calls: Sequence[Call], guidance: Guidance) -> int:
     """How often the network is evaluated for one sample."""
     return sum(len(guidance) if call == "all" else 1 for call in calls)
