@@ -26,11 +26,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bases", type=Path, metavar="WORK", help="another --work, whose base models and data are used")
     parser.add_argument("--first-seed", type=int, default=0, help="0 by default; others are for trying settings out")
     given = checked(parser.parse_args(argv), METHODS, Settings())
-    most = max(1, given.settings.updates // 2)
-    for key in ("watched", "averaged"):
-        if (wanted := getattr(given.settings, key)) > most:
-            raise UserError(f"--set {key}={wanted}: at most {most} of an iteration's {given.settings.updates} updates can be"
-                            " watched")
+    settings = given.settings
+    if settings.watched > settings.updates // 2:
+        raise UserError(f"--set watched={settings.watched}: at most {settings.updates // 2} of an iteration's {settings.updates}"
+                        " updates can be watched")
+    if settings.averaged > settings.watched:
+        raise UserError(f"--set averaged={settings.averaged}: only {settings.watched} updates of an iteration are watched")
     return given
 
 

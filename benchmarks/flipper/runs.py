@@ -43,7 +43,7 @@ def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> R
     trainer stops early."""
     from benchmarks.flipper.telling import told
     from benchmarks.flipper.views import read_views
-    from benchmarks.flipper.watching import watched_updates
+    from benchmarks.flipper.watching import evenly, watched_updates
     from seppo_fast.quickstart.models import KINDS
     from seppo_fast.quickstart.report import iteration_mean, read_metrics
 
@@ -51,9 +51,7 @@ def train_and_judge(home: Path, seed: int, method: str, settings: Settings) -> R
     config = KINDS[settings.model].config
     updates = watched_updates(settings.iterations, settings.updates, settings.watched)
     if method == WATCHED:
-        averaged = watched_updates(settings.iterations, settings.updates, settings.averaged)
-        updates = sorted({*updates, *averaged})
-        train_watched(run, config, changes, updates, averaged)
+        train_watched(run, config, changes, updates, evenly(updates, settings.watched, settings.averaged))
     else:
         train(run, config, changes)
     rows, last = read_metrics(run / "metrics.jsonl"), policy_file(run, method, settings.iterations, settings.updates)

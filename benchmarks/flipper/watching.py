@@ -18,9 +18,15 @@ AT_ONCE = 4  # draws of a pair's winner that the networks get together
 
 
 def watched_updates(iterations: int, updates: int, wanted: int) -> list[int]:
-    """`wanted` updates of each iteration, evenly spaced; not its first, in which the policy may be the reference."""
-    within = [(2 * i + 1) * updates // (2 * wanted) for i in range(wanted)]
-    return [k * updates + u for k in range(iterations) for u in within if u > 0]
+    """`wanted` updates of each iteration, at most half of them, evenly spaced; not its first, in which the policy may be the
+    reference."""
+    return evenly(range(iterations * updates), updates, wanted)
+
+
+def evenly(numbers: Sequence[int], each: int, wanted: int) -> list[int]:
+    """`wanted` of each `each` numbers, evenly spaced."""
+    within = [(2 * i + 1) * each // (2 * wanted) for i in range(wanted)]
+    return [numbers[first + place] for first in range(0, len(numbers), each) for place in within]
 
 
 @dataclass

@@ -20,7 +20,7 @@ from benchmarks.flipper.report import headline, judged, report, verdict
 from benchmarks.flipper.runs import BASE, DRAWS, LEVELS, METHODS, TIMES, WATCHED, Settings, overrides
 from benchmarks.flipper.telling import telling, told, within
 from benchmarks.flipper.views import Measures, Views
-from benchmarks.flipper.watching import Watching, watched_updates
+from benchmarks.flipper.watching import Watching, evenly, watched_updates
 from benchmarks.intervals import Interval
 from seppo_fast.configfile import load_config, parse_config
 from seppo_fast.quickstart.digits import split_digits
@@ -133,9 +133,13 @@ def test_the_watched_updates_are_spread_and_not_the_first() -> None:
     for wanted in range(1, 7):
         found = watched_updates(3, 12, wanted)
         assert len({*found}) == 3 * wanted and not any(update % 12 == 0 for update in found)
+        for few in range(1, wanted + 1):
+            some = evenly(found, wanted, few)
+            assert {*some} <= {*found} and [update // 12 for update in some] == [k for k in range(3) for _ in range(few)]
 
 
 @pytest.mark.parametrize(("argv", "said"), [(["--set", "watched=7"], "--set watched=7: at most 6 of an iteration's 12 updates"),
+                                            (["--set", "averaged=7"], "--set averaged=7: only 6 updates of an iteration"),
                                             (["--methods", "draws_2"], "--methods draws_2: not known"),
                                             (["--bases", "nowhere"], "--bases nowhere")])
 def test_bad_input_is_one_message(argv: list[str], said: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
