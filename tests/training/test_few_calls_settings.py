@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 from training.adapter_files import write_lora
 
-from seppo_fast.configfile import load_config, parse_config
+from seppo_fast.configfile import parse_config
 from seppo_fast.errors import UserError
 from seppo_fast.planning.dry_run import dry_run
 
@@ -179,11 +179,11 @@ def test_the_plan_prints_each_key(settings: Settings, lora: Path) -> None:
     assert "  grids, evaluations" in said and "the policy by itself; ddim, 3 steps, guidance 2\n" in said
 
 
-def test_other_settings_in_the_time_plan_need_not_work() -> None:
+def test_other_settings_in_the_time_plan_need_not_work(settings: Settings) -> None:
     """A narrow interval has no step of the fewer ones that the plan compares with; the run itself is in order."""
-    narrow = load_config("ds_a100.json", ["seppo.sampler.guidance_interval=[0.49,0.5]", "seppo.sampler.steps=200"])
-    said = dry_run(narrow, 8)
-    assert "as configured" in said and "ddim, 25 steps" not in said
+    wide, narrow = (dry_run(parse_config(settings(**{INTERVAL: interval, "seppo.sampler.steps": 200})), 1)
+                    for interval in ([0.4, 0.6], [0.49, 0.5]))
+    assert "as configured" in narrow and "ddim, 50 steps" in wide and "ddim, 50 steps" not in narrow
 
 
 def test_limits_hold_for_grids_unless_they_have_a_guidance_of_their_own(settings: Settings) -> None:
