@@ -1,6 +1,8 @@
 """The benchmark of cheap rollouts, really run on a tiny model, and the table of hours that the plan gives for them."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from tiny import tiny_sd
 from benchmarks.fits.hours import ways
 from benchmarks.fits.readme import hours
 from benchmarks.networks import lcm_lora
-from benchmarks.readme.pages import RESULTS
+from benchmarks.readme.pages import CONFIGS, RESULTS
 from benchmarks.throughput import rollouts
 from seppo_fast.config import Sampler
 from seppo_fast.configfile import given_config, load_config
@@ -36,6 +38,13 @@ def test_the_ways_are_the_presets() -> None:
     for way in ways():
         sampler = given_config(f"{way.configuration}.json", {f"seppo.sampler.{key}": value for key, value in way.changes.items()})
         assert sampler.seppo.sampler.model_dump().items() >= dict(way.changes).items(), way
+
+
+def test_the_pages_command_with_an_adapter_is_right() -> None:
+    (text,) = re.findall(r"^deepspeed .*ds_a100_fast.*$", CONFIGS.read_text().replace("\\\n", ""), re.MULTILINE)
+    command = shlex.split(text)
+    sampler = load_config("ds_a100_fast.json", command[command.index("--set") + 1:]).seppo.sampler
+    assert (sampler.solver, sampler.steps, sampler.guidance_scale, sampler.samples_per_iteration) == ("lcm", 4, 1, 30720)
 
 
 def test_the_adapter_is_as_large_as_the_lcm_lora() -> None:
