@@ -21,10 +21,11 @@ TRAINING = {"micro_batch": 400}
 THROUGHPUT = {"tests_sampler": 50, "sampler": 160, "loop": 180, "training_memory": 120, "swap": 30}
 VIDEO = {"video": 170}
 FLOWS = {"flows": 170}
+ROLLOUTS = {"rollouts": 240}
 MACHINE = 20
-STEPS = LOSS | THROUGHPUT | TRAINING | VIDEO | FLOWS
+STEPS = LOSS | THROUGHPUT | TRAINING | VIDEO | FLOWS | ROLLOUTS
 GROUPS = {"loss": list(LOSS), "throughput": list(THROUGHPUT), "training": list(TRAINING), "video": list(VIDEO),
-          "flows": list(FLOWS)}
+          "flows": list(FLOWS), "rollouts": list(ROLLOUTS)}
 CHECKS = ("tests_native", "tests_triton", "tests_sampler", "memcheck", "racecheck")
 
 
@@ -62,7 +63,7 @@ def run_step(name: str, out: Path, limit: float) -> None:
         keep(checks.sanitize(name, out) if have("compute-sanitizer") else {"ok": None, "output": "there is no compute-sanitizer"})
     elif name == "machine":
         keep(machine())
-    elif name in THROUGHPUT | TRAINING | VIDEO | FLOWS:
+    elif name in THROUGHPUT | TRAINING | VIDEO | FLOWS | ROLLOUTS:
         from benchmarks.gpu_suite import training_steps
 
         training_steps.step(name, out, keep, limit)

@@ -9,7 +9,7 @@ from benchmarks.result_files import Keep
 # What a step needs beyond the steps of the loss. Where it is missing, the step is skipped and says so.
 TRAINING = ("diffusers", "pydantic", "deepspeed", "transformers", "datasets", "peft")
 SAMPLING = ("diffusers", "pydantic", "peft", "transformers")
-NEEDED = {"video": (*TRAINING, "av"), **dict.fromkeys(("sampler", "swap", "flows"), SAMPLING)}
+NEEDED = {"video": (*TRAINING, "av"), **dict.fromkeys(("sampler", "swap", "flows", "rollouts"), SAMPLING)}
 
 
 def step(name: str, out: Path, keep: Keep, limit: float) -> None:
@@ -41,6 +41,10 @@ def step(name: str, out: Path, keep: Keep, limit: float) -> None:
         from benchmarks.throughput import flows
 
         flows.measure("cuda", keep, limit - 60)  # the last point may be FLUX.1, whose weights are made first
+    elif name == "rollouts":
+        from benchmarks.throughput import rollouts
+
+        rollouts.measure("cuda", keep, limit - 60)
     elif name == "video":
         from benchmarks.video import training
 
