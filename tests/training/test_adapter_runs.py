@@ -54,11 +54,12 @@ def wanted(sd: Path, lora: Path) -> torch.Tensor:
     return drawn_by_diffusers(sd, LCMScheduler, 2, prompts_of(8), 3, lora)
 
 
+ROUNDED = 0.2  # of what the adapter changes, on average
 WAYS: dict[str, tuple[dict[str, Any], float]] = {
     "all weights": ({}, 2e-3), "lora": ({"seppo.model.lora": {"rank": 2}}, 2e-3),
     "blocks in host memory": ({"seppo.reference_offload": "blocks"}, 2e-3),
-    "zero 3": ({"zero_optimization": {"stage": 3}}, 2e-3), "bf16": ({"bf16": {"enabled": True}}, 0.2),
-    "autocast": ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 0.2),
+    "zero 3": ({"zero_optimization": {"stage": 3}}, 2e-3), "bf16": ({"bf16": {"enabled": True}}, ROUNDED),
+    "autocast": ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, ROUNDED),
     "batches of 3": ({"seppo.sampler.batch_size": 3}, 2e-3),
 }
 
@@ -68,7 +69,7 @@ def test_losers_are_those_of_plain_diffusers(way: str, few: Settings, train: Tra
     changes, tolerance = WAYS[way]
     losers = stored(train(few(**changes)))
     without = drawn_by_diffusers(sd, LCMScheduler, 2, prompts_of(8), 3)
-    assert (losers - wanted).abs().max() < tolerance < 0.5 < (without - wanted).abs().max()
+    assert (losers - wanted).abs().mean() < tolerance * (without - wanted).abs().mean()
 
 
 def test_losers_of_a_trailing_euler(few: Settings, train: Train, sd: Path, lora: Path) -> None:
