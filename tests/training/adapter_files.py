@@ -44,7 +44,7 @@ def drawn_by_diffusers(pipeline: Path, scheduler: Any, steps: int, prompts: list
     loaded = DiffusionPipeline.from_pretrained(pipeline)
     if lora is not None:
         loaded.load_lora_weights(lora.parent, weight_name=lora.name)
-    scheduler = scheduler.from_config(loaded.scheduler.config)
+    scheduler = scheduler.from_config(loaded.scheduler.config, clip_sample=False)
     given, empty = (loaded.encode_prompt(texts, "cpu", 1, False)[0] for texts in (prompts, [""] * len(prompts)))
     slots, found = range(len(prompts)), []
     for slot in slots:
