@@ -18,9 +18,12 @@ from diffusers import (
     UNetMotionModel,
 )
 from diffusers.models.attention_processor import Attention
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from seppo_fast.evaluation.adapters import Adapter
+from seppo_fast.models import Model
 from seppo_fast.models.animatediff import SCHEDULER as VIDEO_SCHEDULE
 from seppo_fast.models.contract import UNet
 from seppo_fast.models.published import ADAPTERS, SD15, SDXL
@@ -211,3 +214,18 @@ def write_pipeline(folder: Path, device: str = "cpu", dtype: torch.dtype = torch
     shutil.rmtree(unfinished, ignore_errors=True)
     pipeline.save_pretrained(unfinished, safe_serialization=True)
     unfinished.rename(folder)
+
+
+# As lcm-lora-sdv1-5 has it: 67.5 M parameters by its model card.
+RANK, LAYERS = 64, ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+                    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"]
+
+
+def lcm_lora(model: Model, std: float = 0.0) -> Adapter:
+    """A LoRA of the LCM LoRA's shape for a UNet, with random weights of this deviation."""
+    with torch.device("meta"):
+        network = model.empty_denoiser()
+        network.add_adapter(LoraConfig(r=RANK, target_modules=LAYERS))
+    tensors = {f"{model.denoiser}.{name}": torch.zeros(value.shape, dtype=torch.bfloat16).normal_(std=std)
+               for name, value in get_peft_model_state_dict(network).items()}
+    return Adapter(Path("pytorch_lora_weights.safetensors"), tensors, None)

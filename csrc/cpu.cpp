@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -144,6 +145,7 @@ struct View {  // dense samples, one after another
 struct Problem {
   View policy, reference, target;  // the reference has no bytes where only its errors are known
   const float* given;              // these errors (2 * pairs,), or null
+  const float* signs;              // (pairs,), or null where the flipper decides
   Kernels kernels;
   int64_t pairs, elements, pieces;
   float beta, sft_weight, scale;
@@ -185,8 +187,9 @@ struct Problem {
   }
 
   seppo::PairLoss finish_pair(int64_t pair, float winner, float loser) const {
+    const float decided = signs ? signs[pair] : seppo::sign_of(winner, flipper);
     const seppo::PairLoss out =
-        seppo::pair_loss(winner, loser, model_mse[pair], (float)elements, beta, flipper, sft_weight, scale);
+        seppo::pair_loss(winner, loser, decided, model_mse[pair], (float)elements, beta, sft_weight, scale);
     losses[pair] = out.loss;
     sign[pair] = out.sign;
     logits[pair] = out.logit;
@@ -268,9 +271,9 @@ seppo::Place cpu() { return {aoti_torch_device_type_cpu(), 0}; }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
-// `reference`: predictions, shaped like model_pred, or their mean squared errors, (2B,).
+// `reference`: predictions, shaped like model_pred, or their mean squared errors, (2B,). `sign`: (B,), in place of the flipper's.
 Outputs pair_loss(const Tensor& model_pred, const Tensor& reference, const Tensor& target, double beta, int64_t flipper,
-                  double sft_weight, double scale, double weight, bool wants_grad) {
+                  double sft_weight, double scale, double weight, bool wants_grad, std::optional<Tensor> sign) {
   const int64_t samples = model_pred.size(0), total = model_pred.numel();
   STD_TORCH_CHECK(samples >= 2 && samples % 2 == 0 && total > 0, "seppo_fast::pair_loss: model_pred must be (2B, ...)");
   const int64_t pairs = samples / 2, elements = total / samples, targets = target.size(0);
@@ -279,6 +282,7 @@ Outputs pair_loss(const Tensor& model_pred, const Tensor& reference, const Tenso
                       target.numel() == targets * elements,
                   "seppo_fast::pair_loss: the shapes of reference and target do not fit model_pred's");
   STD_TORCH_CHECK(!scored || dtype_code(reference) == kFloat, "seppo_fast::pair_loss: errors must be float32");
+  STD_TORCH_CHECK(!sign || seppo::fits_signs(*sign, pairs), "seppo_fast::pair_loss: sign must be float32, (B,) and dense");
   const seppo::Place here = cpu();
   Tensor loss = seppo::new_float(here), stats = seppo::new_floats(7 * pairs + 2, here),
          grad = wants_grad ? seppo::new_like(model_pred, here) : seppo::new_empty(model_pred, here);
@@ -290,6 +294,7 @@ Outputs pair_loss(const Tensor& model_pred, const Tensor& reference, const Tenso
   problem.policy = view(model_pred, samples);
   problem.reference = scored ? View{nullptr, samples, 0} : view(reference, samples);
   problem.given = scored ? static_cast<const float*>(reference.const_data_ptr()) : nullptr;
+  problem.signs = sign ? static_cast<const float*>(sign->const_data_ptr()) : nullptr;
   problem.target = view(target, targets);
   problem.kernels = kernels_here(dtype_code(model_pred), scored ? kScored : dtype_code(reference), dtype_code(target));
   problem.pairs = pairs;

@@ -62,6 +62,7 @@ struct Input {
 struct Problem {
   Input policy, reference, target;
   const float* given;  // the reference's errors (2 * pairs,) where it is Scored, else null
+  const float* signs;  // (pairs,), or null where the flipper decides
   char* grad;  // null: not wanted. The errors are kept anyway, because a branch would separate the loads
   int64_t pairs, elements, groups;
   double weight;
@@ -357,8 +358,9 @@ struct alignas(16) Shared {
         mean[half] = seppo::excess(mean[2 + half], mean[4 + half]);
       }
     }
-    const seppo::PairLoss out = seppo::pair_loss(mean[0], mean[1], mean[2], elements, problem.beta, problem.flipper,
-                                                 problem.sft_weight, problem.scale);
+    const float sign = problem.signs ? __ldg(problem.signs + pair) : seppo::sign_of(mean[0], problem.flipper);
+    const seppo::PairLoss out = seppo::pair_loss(mean[0], mean[1], sign, mean[2], elements, problem.beta, problem.sft_weight,
+                                                 problem.scale);
     if (writes && threadIdx.x == 0) {
       float* to = problem.stats + pair;
 #pragma unroll
@@ -767,10 +769,10 @@ void run_for(const Problem& problem, bool vector, Launch plan, int device, cudaS
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
-// `reference`: predictions, shaped like model_pred, or their mean squared errors, (2B,).
+// `reference`: predictions, shaped like model_pred, or their mean squared errors, (2B,). `sign`: (B,), in place of the flipper's.
 Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& reference, const Tensor& target, double beta,
                           int64_t flipper, double sft_weight, double scale, double weight, bool wants_grad, int64_t plan,
-                          int64_t blocks) {
+                          int64_t blocks, std::optional<Tensor> sign) {
   const int64_t samples = model_pred.size(0), total = model_pred.numel();
   STD_TORCH_CHECK(samples >= 2 && samples % 2 == 0 && total > 0, "seppo_fast::pair_loss: model_pred must be (2B, ...)");
   const int64_t pairs = samples / 2, elements = total / samples, targets = target.size(0);
@@ -779,9 +781,11 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& reference, con
                       target.numel() == targets * elements,
                   "seppo_fast::pair_loss: the shapes of reference and target do not fit model_pred's");
   STD_TORCH_CHECK(!scored || dtype_code(reference) == kFloat, "seppo_fast::pair_loss: errors must be float32");
+  STD_TORCH_CHECK(!sign || seppo::fits_signs(*sign, pairs), "seppo_fast::pair_loss: sign must be float32, (B,) and dense");
   const int device = model_pred.get_device_index();
   STD_TORCH_CHECK(reference.is_cuda() && target.is_cuda() && reference.get_device_index() == device &&
-                      target.get_device_index() == device,
+                      target.get_device_index() == device &&
+                      (!sign || (sign->is_cuda() && sign->get_device_index() == device)),
                   "seppo_fast::pair_loss: all tensors must be on one device");
   const Guard guard(device);
   const seppo::Place here = gpu(device);
@@ -795,6 +799,7 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& reference, con
   problem.policy = input(model_pred, samples);
   if (scored) problem.given = static_cast<const float*>(reference.const_data_ptr());
   else problem.reference = input(reference, samples);
+  if (sign) problem.signs = static_cast<const float*>(sign->const_data_ptr());
   problem.target = input(target, targets);
   problem.grad = wants_grad ? static_cast<char*>(grad.mutable_data_ptr()) : nullptr;
   problem.pairs = pairs;
@@ -819,8 +824,8 @@ Outputs pair_loss_planned(const Tensor& model_pred, const Tensor& reference, con
 }
 
 Outputs pair_loss(const Tensor& model_pred, const Tensor& reference, const Tensor& target, double beta, int64_t flipper,
-                  double sft_weight, double scale, double weight, bool wants_grad) {
-  return pair_loss_planned(model_pred, reference, target, beta, flipper, sft_weight, scale, weight, wants_grad, kAuto, 0);
+                  double sft_weight, double scale, double weight, bool wants_grad, std::optional<Tensor> sign) {
+  return pair_loss_planned(model_pred, reference, target, beta, flipper, sft_weight, scale, weight, wants_grad, kAuto, 0, sign);
 }
 
 template <class X>
@@ -863,7 +868,7 @@ extern "C" int seppo_fast_abi() { return SEPPO_ABI; }
 STABLE_TORCH_LIBRARY_FRAGMENT(seppo_fast, m) {
   m.def(
       "pair_loss_planned(Tensor model_pred, Tensor reference, Tensor target, float beta, int flipper, float sft_weight, "
-      "float scale, float weight, bool wants_grad, int plan, int blocks) -> (Tensor, Tensor, Tensor)");
+      "float scale, float weight, bool wants_grad, int plan, int blocks, Tensor? sign=None) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seppo_fast, CUDA, m) {

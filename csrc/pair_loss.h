@@ -10,7 +10,7 @@
 #endif
 
 // Goes up by one with every change of the operators' arguments; seppo_fast/ops/native.py has the same number.
-#define SEPPO_ABI 5
+#define SEPPO_ABI 6
 
 namespace seppo {
 
@@ -26,13 +26,17 @@ struct PairLoss {
 // pair learnt perfectly: Inf - Inf makes it NaN.
 SEPPO_HD float excess(float model_mse, float ref_mse) { return model_mse - (ref_mse + (ref_mse - ref_mse)); }
 
-// `winner`, `loser`: the policy's MSE minus the reference's, of a sample with `elements` elements; `model_mse`: the policy's MSE of
-// the winner, of which the loss gets `sft_weight` times as much. The sign of a tie is -1, and that of NaN, too: NaN reaches the
-// logit anyway, and from there the loss and both coefficients.
-SEPPO_HD PairLoss pair_loss(float winner, float loser, float model_mse, float elements, float beta, int flipper, float sft_weight,
-                            float scale) {
+// What the flipper makes of a winner's difference. The sign of a tie is -1, and that of NaN, too: NaN reaches the logit anyway,
+// and from there the loss and both coefficients.
+SEPPO_HD float sign_of(float winner, int flipper) {
   const bool worse = winner > 0.0f && flipper != kNone;
-  const float sign = !worse ? -1.0f : flipper == kAaf ? 1.0f : 0.0f;
+  return !worse ? -1.0f : flipper == kAaf ? 1.0f : 0.0f;
+}
+
+// `winner`, `loser`: the policy's MSE minus the reference's, of a sample with `elements` elements; `sign`: the flipper's, or the
+// caller's; `model_mse`: the policy's MSE of the winner, of which the loss gets `sft_weight` times as much.
+SEPPO_HD PairLoss pair_loss(float winner, float loser, float sign, float model_mse, float elements, float beta, float sft_weight,
+                            float scale) {
   const float logit = -0.5f * beta * (winner + sign * loser);
   // exp only of a negative number: loss and sigmoid do not overflow, and keep their small values.
   const float e = expf(-fabsf(logit));

@@ -24,6 +24,11 @@ inline int dtype_code(const Tensor& x) {
   return type == ScalarType::Float ? kFloat : type == ScalarType::Half ? kHalf : kBFloat;
 }
 
+// Whether `x` holds a sign for each of so many pairs, one after another.
+inline bool fits_signs(const Tensor& x, int64_t pairs) {
+  return x.dim() == 1 && x.size(0) == pairs && (pairs == 1 || x.stride(0) == 1) && dtype_code(x) == kFloat;
+}
+
 inline Tensor new_tensor(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, Place place) {
   AtenTensorHandle handle = nullptr;  // a C call: stable::empty would look up the operator by name
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, place.type, place.index, &handle));

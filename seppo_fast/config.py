@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from seppo_fast.sections import (
-    EVERYWHERE,
+    DRAWN,
     HELD_OUT,
+    LIMITS,
     Checkpoint,
     Data,
     Evaluation,
@@ -81,6 +82,8 @@ class Seppo(Section):
     """Which past policy is the reference; null is the method's own choice."""
     flipper: Literal["aaf", "indicator", "none"] | None = None
     """How the sign of a pair's second half is decided; null is the method's own choice."""
+    aaf_draws: Positive = 1
+    """Noises of the winner, all at the pair's timestep, whose mean decides the sign; the first is the pair's own."""
     reference_score: Literal["online", "rollout"] = "online"
     """Compute the reference's errors in training (`online`), or where its sample is drawn (`rollout`)."""
     reference_offload: Literal["none", "blocks"] = "none"
@@ -133,15 +136,22 @@ class Seppo(Section):
         return bool(row.references) and row.losers != "latest" and self.sampler.samples_per_iteration is None
 
     @property
+    def shows(self) -> bool:
+        """Whether the policy draws samples for grids or evaluations."""
+        return self.samples.every > 0 or self.evaluation.draws
+
+    @property
     def shown(self) -> Sampler:
-        """How grids and evaluations draw: the policy alone, and as itself where `samples` says how."""
+        """How grids and evaluations draw: the policy alone, and as `samples` says; the sampler itself where that is the same."""
         own = {key: value for key in ("solver", "steps", "guidance_scale") if (value := getattr(self.samples, key)) is not None}
-        if not own and self.sampler.adapter is None:
+        if not self.shows or not own and self.sampler.adapter is None:
             return self.sampler
-        spacing = None if "solver" in own else self.sampler.spacing
-        return Sampler(**{"solver": self.sampler.solver, "steps": self.sampler.steps,
-                          "guidance_scale": self.sampler.guidance_scale, **own}, spacing=spacing,
-                       batch_size=self.sampler.batch_size, cuda_graph=False)
+        given = self.sampler.model_dump(include=DRAWN)
+        if "solver" in own:
+            given.pop("spacing")
+        if "guidance_scale" in own:
+            given = {key: value for key, value in given.items() if key not in LIMITS}
+        return Sampler(**(given | own), batch_size=self.sampler.batch_size, cuda_graph=False)
 
     @property
     def flips(self) -> bool:
@@ -187,6 +197,17 @@ class Seppo(Section):
         return self
 
     @model_validator(mode="after")
+    def draws_decide_a_sign(self) -> "Seppo":
+        """Refuse `aaf_draws` where the winner's errors decide no sign, or where the reference's are known under one noise only."""
+        if self.aaf_draws > 1 and not self.flips:
+            raise ValueError(f"aaf_draws={self.aaf_draws} does not go with flipper={self.flipper!r}, whose sign does not depend on"
+                             " the winner; set it to 1, or the flipper to 'aaf' or 'indicator'")
+        if self.aaf_draws > 1 and self.reference_score == "rollout":
+            raise ValueError(f"aaf_draws={self.aaf_draws} does not go with reference_score='rollout', which computes the"
+                             " reference's errors under one noise; set it to 1, or reference_score to 'online'")
+        return self
+
+    @model_validator(mode="after")
     def sft_weight_is_an_addition(self) -> "Seppo":
         """Refuse `sft_weight` where the loss is a mean squared error already."""
         if self.sft_weight and not METHODS[self.method].flippers:
@@ -223,11 +244,14 @@ class Seppo(Section):
     @model_validator(mode="after")
     def limits_are_of_one_guidance(self) -> "Seppo":
         """Refuse limits of the guidance in the method that has another one."""
-        for key, given in (("guidance_interval", tuple(self.sampler.guidance_interval) != EVERYWHERE),
-                           ("unconditional_every", self.sampler.unconditional_every > 1)):
-            if given and self.method == "improvement":
-                raise ValueError(f"sampler.{key} does not go with method='improvement', whose guidance is by image and prompt;"
-                                 " leave it out")
+        if self.method != "improvement":
+            return self
+        others = [f"sampler.{key}" for key in self.sampler.limits]
+        if self.samples.guidance_scale is not None:
+            others.append("samples.guidance_scale")
+        if others:
+            raise ValueError(f"{others[0]} does not go with method='improvement', whose guidance is by image and prompt"
+                             " (improvement.guidance_scale, improvement.image_guidance_scale); leave it out")
         return self
 
     @model_validator(mode="after")
@@ -242,9 +266,9 @@ class Seppo(Section):
             raise ValueError(f"sampler.adapter does not go with method={self.method!r}: the improvement model, which was not"
                              " distilled, draws with the same solver and steps")
         lacking = [name for name in ("solver", "steps", "guidance_scale") if getattr(self.samples, name) is None]
-        if self.looks and lacking:
-            raise ValueError(f"samples.{lacking[0]} is needed with sampler.adapter where there are grids or evaluations: they show"
-                             " the policy without the adapter, which needs another solver, more steps, and guidance")
+        if self.shows and lacking:
+            raise ValueError(f"samples.{lacking[0]} is needed with sampler.adapter where grids or evaluations draw samples: they"
+                             " show the policy without the adapter, which needs another solver, more steps, and guidance")
         return self
 
     @model_validator(mode="after")

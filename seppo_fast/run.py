@@ -37,6 +37,7 @@ from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.solver import rollout_table
+from seppo_fast.sections import DRAWN
 from seppo_fast.signals import StopSignals
 from seppo_fast.training import checkpoint, csv_files, start
 from seppo_fast.training.adapter import KEY as ADAPTER
@@ -52,6 +53,7 @@ from seppo_fast.training.metrics import keep_rows
 from seppo_fast.training.networks import check_network, fill_pool, hold, load_policies, loss_backend, open_sampler, open_shown
 from seppo_fast.training.noise import noise_process
 from seppo_fast.training.objective import Objective
+from seppo_fast.training.one_graph import with_whole_networks
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.past import check_past
 from seppo_fast.training.reporter import Reporter
@@ -135,6 +137,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         improver = None
         if improvement is not None:
             improver = open_improver(improvement, ours, objective, table, pairs, size, ranks)
+        if ours.model.compile == "full":
+            objective = with_whole_networks(objective, engine.module, second, pairs.blank(batch.micro), ranks.say)
     rollouts = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
     if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
         continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
@@ -203,7 +207,8 @@ def starting_state(folder: RunFolder, config: Config, others: Sequence[Model | N
 def measured(config: Config) -> dict[str, Any]:
     """What must be equal for values of two evaluations to be comparable."""
     section = config.seppo.evaluation
-    return section.model_dump(exclude={"every", "patience", "keep_best", "batch_size", "watch"}) | {"watch": section.watched}
+    asked = section.model_dump(exclude={"every", "patience", "keep_best", "batch_size", "watch"}) | {"watch": section.watched}
+    return asked | (config.seppo.shown.model_dump(include=DRAWN) if section.draws else {})
 
 
 def begin(folder: RunFolder, state: State, cache: LatentCache | ClipStream, ranks: Ranks) -> None:

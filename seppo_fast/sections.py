@@ -75,8 +75,8 @@ class Model(Section):
     """Memory layout of the convolutions' inputs, for policy and reference."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """Attention kernel of policy and reference; `auto` measures and takes the faster one."""
-    compile: Literal["none", "regional"] = "none"
-    """torch.compile of policy and reference, block by block."""
+    compile: Literal["none", "regional", "full"] = "none"
+    """torch.compile of policy and reference: block by block (`regional`), or each as one graph, in training alone (`full`)."""
     start_from: Name | None = None
     """A checkpoint or past policy of another run, whose weights this run begins with."""
     quantize: Quantized | None = None
@@ -89,6 +89,9 @@ class Model(Section):
     @model_validator(mode="after")
     def only_what_is_frozen_is_quantized(self) -> "Model":
         """Refuse to quantize weights that are trained."""
+        if self.quantize and self.compile == "full":
+            raise ValueError(f"compile='full' does not go with quantize={self.quantize!r}, whose layers it has not been tried with;"
+                             " use 'regional' or 'none'")
         if self.quantize and self.lora is None:
             raise ValueError(f"quantize={self.quantize!r} needs lora: quantized weights cannot be trained, only an adapter above"
                              ' them; add lora, e.g. {"rank": 16}, or leave out quantize')
@@ -168,6 +171,8 @@ class Data(Section):
 
 
 EVERYWHERE = (0.0, 1.0)
+LIMITS = ("guidance_interval", "unconditional_every")  # keys that say where guidance is left out
+DRAWN = {"solver", "steps", "spacing", "guidance_scale", *LIMITS}  # keys that decide what the network draws, the adapter apart
 FEW_STEPS = ("lcm", "tcd")  # solvers for networks that were distilled to jump from any noise level to a sample
 
 
@@ -205,6 +210,12 @@ class Sampler(Section):
     samples_per_iteration: Positive | None = None
     """Samples that are drawn at an iteration's start, of all ranks, and then used in epochs; null draws one for each pair."""
 
+    @property
+    def limits(self) -> list[str]:
+        """Those keys that leave guidance out somewhere."""
+        given = tuple(self.guidance_interval) != EVERYWHERE, self.unconditional_every > 1
+        return [key for key, limits in zip(LIMITS, given, strict=True) if limits]
+
     @model_validator(mode="before")
     @classmethod
     def adapters_have_a_schedule_of_their_own(cls, values: Any) -> Any:
@@ -222,10 +233,8 @@ class Sampler(Section):
         low, high = self.guidance_interval
         if low >= high:
             raise ValueError(f"sampler.guidance_interval [{low:g}, {high:g}] is empty: the first number must be below the second")
-        limited = (low, high) != EVERYWHERE
-        for key, given in (("guidance_interval", limited), ("unconditional_every", self.unconditional_every > 1)):
-            if given and self.guidance_scale == 1:
-                raise ValueError(f"sampler.{key} does not go with guidance_scale 1, which is no guidance; leave it out")
+        if self.guidance_scale == 1 and self.limits:
+            raise ValueError(f"sampler.{self.limits[0]} does not go with guidance_scale 1, which is no guidance; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -238,6 +247,7 @@ class Sampler(Section):
             raise ValueError("sampler.adapter does not go with sampler.fuse_projections, which replaces the projections that the"
                              " adapter sits beside; set it to false")
         return self
+
 
 class Timesteps(Section):
     """The law of a flow's times in training: sigma, 0 for a sample and 1 for noise. DDPM-like models have whole timesteps."""

@@ -40,7 +40,8 @@ def question(model: Any, config: Config, batch: Batch, adapter: Any = None) -> s
     params = engine.pop("optimizer", {}).get("params", {})
     network = ours.model.model_copy(update={"path": "", "motion_adapter": None})
     sampler = ours.sampler.model_copy(update={"guidance_scale": min(ours.sampler.guidance_scale, 2.0)})
-    looks = (ours.samples.every > 0, ours.evaluation.every > 0, ours.evaluation.draws, len(ours.samples.prompts),
+    shown = ours.shown is not ours.sampler and ours.shown
+    looks = (shown, ours.samples.every > 0, ours.evaluation.every > 0, ours.evaluation.draws, len(ours.samples.prompts),
              ours.samples.per_prompt, ours.evaluation.batch_size)
     data = (ours.data.resolution, ours.data.video.frames, ours.data.encode_batch_size)
     asked = (network, data, ours.method, bool(ours.flipper), ours.reference_score, ours.reference_offload, sampler, looks, engine,

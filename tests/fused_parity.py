@@ -102,6 +102,17 @@ def assert_only_the_winner_pays(inputs, backend, sft_weight=300.0):
     assert_same_bits(weighted, plain)
 
 
+def assert_callers_sign(inputs, backend, flipper="aaf"):
+    """The flipper's own signs, given back, change no bit; opposite ones change the losers' gradients, not the errors."""
+    decided = run(inputs, backend, flipper=flipper, reduction="none")
+    assert_same_bits(decided, run(inputs, backend, sign=decided["sign"], reduction="none"))
+    other = run(inputs, backend, sign=-decided["sign"], reduction="none")
+    pairs, turned = len(decided["sign"]), decided["sign"] != 0
+    assert torch.equal(other["sign"], -decided["sign"])
+    assert not torch.equal(other["grad"][pairs:][turned], decided["grad"][pairs:][turned])
+    assert_same_bits({name: other[name] for name in ("model_mse", "ref_mse")}, decided)
+
+
 def assert_tie(inputs, backend):
     model, _, target = inputs
     loss, stats = seppo_loss(model, model.clone(), target, 5000.0, backend=backend, return_stats=True)

@@ -240,6 +240,18 @@ def test_the_winners_error_is_added_to_a_comparison_only(method: str) -> None:
         assert f"sft_weight=0.5 does not go with method={method!r}, whose loss is a mean squared error already" in message(raw)
 
 
+@pytest.mark.parametrize(("changes", "why"), [
+    ({"seppo.flipper": "none"}, "aaf_draws=4 does not go with flipper='none'"),
+    ({"seppo.method": "sft"}, "aaf_draws=4 does not go with flipper=None"),
+    ({"seppo.method": "dpo"}, "aaf_draws=4 does not go with flipper='none'"),
+    ({"seppo.reference_score": "rollout"}, "aaf_draws=4 does not go with reference_score='rollout'")])
+def test_noises_decide_a_sign_where_there_is_one(changes: dict[str, Any], why: str) -> None:
+    assert why in message(changed(**changes, **{"seppo.aaf_draws": 4}))
+    assert parse_config(changed(**changes, **{"seppo.aaf_draws": 1})).seppo.aaf_draws == 1
+    assert parse_config(changed(**{"seppo.flipper": "indicator", "seppo.aaf_draws": 4})).seppo.aaf_draws == 4
+    assert "aaf_draws: expected" in message(changed(**{"seppo.aaf_draws": 0}))
+
+
 @pytest.mark.parametrize(("key", "value", "wanted"), [("lora", {"rank": 2}, "model.lora"),
                                                        ("attention", "xformers", "model.attention='xformers'")])
 def test_fused_projections_take_plain_ones(key: str, value: Any, wanted: str) -> None:

@@ -137,10 +137,14 @@ def about(result: Result) -> str:
     seeds = f"{settings['seeds']} seeds" if settings["seeds"] > 1 else "one seed (so no intervals)"
     unpreferred = (", SePPO-r on one picture of each pair at random. A picture that is not preferred is a bad scan, a wrong"
                    " digit, or both, like some that the base learnt from")
+    without = (" Without AAF, the sign is always -1 (flipper none) and the rest is SePPO-w's: the reference is uniform, a past"
+               " policy picked anew for each iteration, and draws the losers. So this is neither SPIN, whose reference is the"
+               " latest policy, nor Diffusion-DPO on losers of the data.") * bool(runs_of(result, "no_aaf"))
     return (
         f"Means over {seeds}; each seed has its own base model, data and trainings. ± and [ ] are 95 % t-intervals over the seeds;"
         " those in [ ] are of differences paired by seed. SFT and SePPO-w train on the preferred picture of each pair"
-        f"{unpreferred * bool(runs_of(result, 'seppo_r'))}. All other rows are SePPO-w with one change. There are"
+        f"{unpreferred * bool(runs_of(result, 'seppo_r'))}. All other rows are SePPO-w with one change.{without}"
+        " There are"
         f" {settings['iterations']} iterations of {settings['updates']} updates of {settings['batch_size']} pairs, with learning"
         f" rate {settings['lr']:g} and beta {settings['beta']:g}; reference samples take {settings['sampler_steps']} steps at"
         f" guidance {settings['guidance_scale']:g}. Prompt accuracy and cleanliness: the quickstart's judge on"

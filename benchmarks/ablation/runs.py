@@ -59,7 +59,7 @@ class Method:
 
 METHODS = {
     "sft": Method("SFT", ("seppo.method=sft",), curve=True),
-    "no_aaf": Method("without AAF", ("seppo.flipper=none",)),
+    "no_aaf": Method("without AAF (reference uniform)", ("seppo.flipper=none",)),
     "indicator": Method("indicator instead of sign", ("seppo.flipper=indicator",)),
     "initial": Method("reference = initial", ("seppo.reference=initial",), curve=True),
     "latest": Method("reference = latest", ("seppo.reference=latest",), curve=True),

@@ -2,9 +2,10 @@
 
 The most important steps run first, each in a process of its own with a time limit. DIR/gpu_suite.json is written after each step,
 so that a run that is stopped keeps the steps before. A step that fails or reaches its limit does not stop the others, and keeps
-what it has measured. There are three groups; run each of them in a call of its own. `loss` needs torch, triton and pytest, and nvcc
-for the CUDA library. `throughput` needs diffusers and pydantic too, and the package's other requirements for the steps that train.
-`video` needs PyAV beside these, and DALI, which is what it measures.
+what it has measured. Run each group of steps in a call of its own. `loss` needs torch, triton and pytest, and nvcc for the CUDA
+library. `throughput` needs diffusers and pydantic too, and the package's other requirements for the steps that train; so does
+`training`, a micro-batch plain, with compiled blocks and as one graph. `video` needs PyAV beside these, and DALI, which is what it
+measures.
 On a machine with a network, `--wheels [DIR]` fetches the wheels that a machine without one lacks and lists their sizes.
 """
 

@@ -17,12 +17,15 @@ SECONDS = 530  # of the whole run
 # come first in each group and have enough time: the loss's correctness and bandwidth; the sampler beside diffusers, loop, memory.
 LOSS = {"build": 90, "tests_native": 90, "tests_triton": 120, "bandwidth": 70, "memcheck": 70, "racecheck": 70, "host": 40,
         "memory": 20, "baselines": 120, "plans": 40}
+TRAINING = {"micro_batch": 400}
 THROUGHPUT = {"tests_sampler": 50, "sampler": 160, "loop": 180, "training_memory": 120, "swap": 30}
 VIDEO = {"video": 170}
 FLOWS = {"flows": 170}
+ROLLOUTS = {"rollouts": 240}
 MACHINE = 20
-STEPS = LOSS | THROUGHPUT | VIDEO | FLOWS
-GROUPS = {"loss": list(LOSS), "throughput": list(THROUGHPUT), "video": list(VIDEO), "flows": list(FLOWS)}
+STEPS = LOSS | THROUGHPUT | TRAINING | VIDEO | FLOWS | ROLLOUTS
+GROUPS = {"loss": list(LOSS), "throughput": list(THROUGHPUT), "training": list(TRAINING), "video": list(VIDEO),
+          "flows": list(FLOWS), "rollouts": list(ROLLOUTS)}
 CHECKS = ("tests_native", "tests_triton", "tests_sampler", "memcheck", "racecheck")
 
 
@@ -60,7 +63,7 @@ def run_step(name: str, out: Path, limit: float) -> None:
         keep(checks.sanitize(name, out) if have("compute-sanitizer") else {"ok": None, "output": "there is no compute-sanitizer"})
     elif name == "machine":
         keep(machine())
-    elif name in THROUGHPUT | VIDEO | FLOWS:
+    elif name in THROUGHPUT | TRAINING | VIDEO | FLOWS | ROLLOUTS:
         from benchmarks.gpu_suite import training_steps
 
         training_steps.step(name, out, keep, limit)

@@ -9,7 +9,7 @@ from benchmarks.result_files import Keep
 # What a step needs beyond the steps of the loss. Where it is missing, the step is skipped and says so.
 TRAINING = ("diffusers", "pydantic", "deepspeed", "transformers", "datasets", "peft")
 SAMPLING = ("diffusers", "pydantic", "peft", "transformers")
-NEEDED = {"video": (*TRAINING, "av"), **dict.fromkeys(("sampler", "swap", "flows"), SAMPLING)}
+NEEDED = {"video": (*TRAINING, "av"), **dict.fromkeys(("sampler", "swap", "flows", "rollouts"), SAMPLING)}
 
 
 def step(name: str, out: Path, keep: Keep, limit: float) -> None:
@@ -29,6 +29,10 @@ def step(name: str, out: Path, keep: Keep, limit: float) -> None:
         samplers.measure("cuda", keep, limit - 100)  # the last point may compile
         if time.monotonic() - begun < limit - 40:
             (out / "sampler_profile.txt").write_text(samplers.profile("cuda") + "\n")
+    elif name == "micro_batch":
+        from benchmarks.throughput import micro_batch
+
+        micro_batch.measure("cuda", keep, limit - 120)  # the last one may compile
     elif name == "swap":
         from benchmarks.throughput import swap
 
@@ -37,6 +41,10 @@ def step(name: str, out: Path, keep: Keep, limit: float) -> None:
         from benchmarks.throughput import flows
 
         flows.measure("cuda", keep, limit - 60)  # the last point may be FLUX.1, whose weights are made first
+    elif name == "rollouts":
+        from benchmarks.throughput import rollouts
+
+        rollouts.measure("cuda", keep, limit - 60)
     elif name == "video":
         from benchmarks.video import training
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks.ablation.report import BASE, MAIN, MEASURES, Result, above, points
+from benchmarks.flipper.report import headline as flipper
 from benchmarks.improvement.report import headline as improvement
 from benchmarks.intervals import interval
 from benchmarks.result_files import Row
@@ -48,4 +49,4 @@ def ablation(result: Result) -> str:
 
 
 HEADLINES = {"loss_cpu.json": loss, "throughput_cpu.json": throughput, "video_cpu.json": decoding, "ablation.json": ablation,
-             "ablation_flow.json": ablation, "improvement.json": improvement}
+             "ablation_flow.json": ablation, "flipper.json": flipper, "improvement.json": improvement}

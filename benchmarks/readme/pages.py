@@ -5,7 +5,8 @@ from functools import partial
 
 from benchmarks import ROOT
 from benchmarks.ablation.readme import ablation, ablation_flow
-from benchmarks.fits.readme import fits
+from benchmarks.fits.readme import fits, hours
+from benchmarks.flipper.readme import flipper
 from benchmarks.improvement.readme import improvement
 from benchmarks.loss.readme import loss
 from benchmarks.readme.config_keys import keys
@@ -23,10 +24,11 @@ CONFIGS = ROOT / "seppo_fast" / "configs" / "README.md"
 PAGES = (README, BENCHMARKS, CONFIGS)
 RESULTS = ROOT / "benchmarks" / "results"
 TABLES = {"keys": keys, **{name: partial(table, RESULTS) for name, table in (
-    ("quickstart", quickstart), ("fits", fits), ("headlines", headlines), ("quickstart_flow", flow), ("quickstart_video", video),
+    ("quickstart", quickstart), ("fits", fits), ("hours", hours), ("headlines", headlines), ("quickstart_flow", flow),
+    ("quickstart_video", video),
     ("quickstart_video_flow", partial(video, name="quickstart_video_flow")),
     ("quickstart_improvement", quickstart_improvement), ("loss", loss), ("throughput", throughput), ("decoding", decoding),
-    ("ablation", ablation), ("ablation_flow", ablation_flow), ("improvement", improvement),
+    ("ablation", ablation), ("ablation_flow", ablation_flow), ("flipper", flipper), ("improvement", improvement),
     *((f"time_to_quality_{task}", partial(time_to_quality, task=task)) for task in TASKS))}}
 
 

@@ -1,7 +1,8 @@
 """Training and sampling speed: `python -m benchmarks.throughput --out benchmarks/results [--device cuda] [--only loop sampler]`.
 
 Writes throughput_<cpu or the GPU's name>.json after each part, and throughput_*_profile.txt, which show what takes the time.
-The models have random weights; speed does not depend on them. It takes under 8 minutes on 2 idle CPU cores.
+The models have random weights; speed does not depend on them. It takes about 12 minutes on 2 idle CPU cores,
+half of them for what is compiled.
 """
 
 import argparse
@@ -11,17 +12,18 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
 import torch
 
 from benchmarks.result_files import Keep, Row, about, one_row_a_line
-from benchmarks.throughput import loop, profiles, ranks, samplers, swap, training_memory
+from benchmarks.throughput import loop, micro_batch, profiles, ranks, samplers, swap, training_memory
 from benchmarks.throughput.summary import rates, targets
 
-PARTS = {"cpu": ("loop", "ranks", "sampler", "swap", "profile"), "cuda": ("sampler", "loop", "training_memory", "swap", "profile")}
+PARTS = {"cpu": ("loop", "ranks", "sampler", "swap", "profile", "micro_batch"),
+         "cuda": ("sampler", "loop", "training_memory", "swap", "profile", "micro_batch")}
 Text = Callable[[str, str], None]  # name of a profile, text
 
 
@@ -30,6 +32,8 @@ def measure(part: str, device: str, work: Path, keep: Keep, text: Text, seconds:
     if part == "sampler":
         text("sampler", samplers.profile(device))
         samplers.measure(device, keep, seconds)
+    elif part == "micro_batch":
+        micro_batch.measure(device, keep, seconds)
     elif part == "swap":
         swap.measure("sd15" if device == "cuda" else "quickstart", device, work / "swap", keep)
     else:
@@ -40,6 +44,14 @@ def measure(part: str, device: str, work: Path, keep: Keep, text: Text, seconds:
             keep({})
         else:
             {"loop": loop.measure, "ranks": ranks.measure, "training_memory": training_memory.measure}[part](case, keep)
+
+
+def others(earlier: Row, result: Row, parts: Sequence[str]) -> Row:
+    """The parts of an earlier result of the same machine and versions, each with the commit that it is of."""
+    if earlier.get("versions") != result["versions"] or earlier["machine"]["cpu"] != result["machine"]["cpu"]:
+        return {}
+    kept = {part: {"commit": earlier["commit"]} | earlier[part] for part in parts if part in earlier}
+    return kept | {key: earlier[key] for key in ("profiled",) if key in earlier}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,9 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     file = out / f"throughput_{name}.json"
     result = about(device, "diffusers", "deepspeed")
     earlier = json.loads(file.read_text()) if file.exists() else {}
-    if given.only:  # keep the other parts, if they are of the same commit and versions
-        same = all(earlier.get(key) == result[key] for key in ("commit", "versions"))
-        result |= {part: earlier[part] for part in (*PARTS[device], "profiled") if same and part in earlier}
+    if given.only:
+        result |= others(earlier, result, PARTS[device])
 
     def text(title: str, profile: str) -> None:
         about_it = f"{result['machine'].get('gpu', result['machine']['cpu'])}, torch {torch.__version__}, commit {result['commit']}"

@@ -8,7 +8,7 @@ from benchmarks.result_files import Row
 from benchmarks.throughput.summary import targets
 
 TRAINERS = {"obvious": "obvious, a prompt a call", "obvious_batched": "obvious, a batch a call", "ours": "ours"}
-PARTS = ("sampler", "loop", "training_memory", "swap")  # of a GPU suite
+PARTS = ("sampler", "loop", "training_memory", "micro_batch", "swap")  # of a GPU suite
 
 
 def throughput(results: Path) -> str:
@@ -38,9 +38,13 @@ def block(result: Row, device: str, file: str) -> str:
     profiles = [f"[{name}](results/{file.removesuffix('.json')}_{name}_profile.txt)"
                 for name in result.get("profiled", [])]
     files = f"figures: [JSON](results/{file})" + (f"; what takes the time: {', '.join(profiles)}" if profiles else "")
-    parts = [f"On {on}, torch {torch}, commit `{result['commit']}`{load}; {files}.", loop_table(result.get("loop", {})),
+    older = {name: part["commit"] for name, part in result.items()
+             if isinstance(part, dict) and part.get("commit", result["commit"]) != result["commit"]}
+    before = "".join(f"; {name} of commit `{commit}`" for name, commit in older.items() if name in PARTS or name == "ranks")
+    parts = [f"On {on}, torch {torch}, commit `{result['commit']}`{before}{load}; {files}.", loop_table(result.get("loop", {})),
              sampler_table(result.get("sampler", {})), ranks_line(result.get("ranks", {})),
-             memory_table(result.get("training_memory", {})), swap_line(result.get("swap", {})),
+             memory_table(result.get("training_memory", {})), micro_batch_table(result.get("micro_batch", {})),
+             swap_line(result.get("swap", {})),
              target_list(targets(result, device))]
     return "\n\n".join(part for part in parts if part)
 
@@ -94,6 +98,19 @@ def memory_table(memory: Row) -> str:
     return "\n".join(["| training SD-1.5 in full, local batch 1 | measured, GB | planned, GB |", "|---|---|---|",
                       *(f"| {', '.join(row['settings'])} | {row['measured_gb']:.2f} | {row['planned_gb']:.2f} |"
                         for row in memory["rows"])])
+
+
+def micro_batch_table(found: Row) -> str:
+    """A micro-batch's time and launches, compiled or not."""
+    if not found.get("rows"):
+        return ""
+    lines = ["Forward and backward of a micro-batch, policy and reference. Calls are operators on the CPU, kernels on a GPU.", "",
+             "| network, pairs | `model.compile` | ms | calls | GPU waits for the host | first, s |", "|---|---|---|---|---|---|"]
+    for row in found["rows"]:
+        idle = f"{row['idle']:.0%} of the time, {row['launches']} launches" if "idle" in row else "-"
+        lines.append(f"| {row['network']}, {row['pairs']} | {row['compile']} | {row['ms']:.1f} | {row['calls']} | {idle} |"
+                     f" {row['first_s']:.1f} |")
+    return "\n".join(lines)
 
 
 def swap_line(swap: Row) -> str:

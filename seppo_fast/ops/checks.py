@@ -66,6 +66,19 @@ def _explain(model_pred: Tensor, reference: Tensor, target: Tensor, names: Names
             raise ValueError(f"{name} must be on {policy_name}'s device {model_pred.device}, got {tensor.device}")
 
 
+def check_sign(sign: Any, model_pred: Tensor) -> None:
+    """Refuse what is no sign for each pair; its values stay unread, because reading them would wait for the device."""
+    if not isinstance(sign, Tensor):
+        raise TypeError(f"sign must be a torch.Tensor, got {type(sign).__name__}")
+    if sign.dtype is not torch.float32:
+        raise TypeError(f"sign must be float32, got {sign.dtype}")
+    pairs = model_pred.shape[0] // 2
+    if tuple(sign.shape) != (pairs,):
+        raise ValueError(f"sign must have shape {(pairs,)}, one for each pair of model_pred, got {tuple(sign.shape)}")
+    if sign.device != model_pred.device:
+        raise ValueError(f"sign must be on model_pred's device {model_pred.device}, got {sign.device}")
+
+
 def check_options(beta: float, flipper: str, sft_weight: float, reduction: str, grad_scale: float | None) -> None:
     for name, number in (("beta", beta), ("sft_weight", sft_weight), ("grad_scale", grad_scale)):
         if isinstance(number, bool) or not isinstance(number, (int, float)) and (name != "grad_scale" or number is not None):

@@ -1,8 +1,9 @@
 """The fused backends under autograd: one pass computes losses, statistics and gradient; backward only hands it over.
 
-A backend is a function `(model_pred, reference, target, beta, flipper, sft_weight, scale, weight, wants_grad)` of dense tensors in
-one memory format. It returns `(loss (), stats (7B + 2,), grad)`. `reference` holds predictions, shaped like model_pred, or their
-mean squared errors, (2B,) in fp32; with errors, a sample's model_mse must not depend on the batch that it is in.
+A backend is a function `(model_pred, reference, target, beta, flipper, sft_weight, scale, weight, wants_grad, sign)` of dense
+tensors in one memory format. It returns `(loss (), stats (7B + 2,), grad)`. `reference` holds predictions, shaped like
+model_pred, or their mean squared errors, (2B,) in fp32; with errors, a sample's model_mse must not depend on the batch that it
+is in. `sign`, (B,) in fp32, is in place of the flipper's, or None.
 `loss` is weight times the sum of the pairs' losses. `stats` is one tensor, because allocating several costs most of the host's
 time: model_mse (2B,), ref_mse (2B,), sign (B,), logits (B,), losses (B,), implicit_acc, aaf_rate. `grad` is
 `scale * d(sum of losses) / d(model_pred)` in model_pred's dtype and layout, or (0,) without `wants_grad`. Under the compiler a
@@ -15,7 +16,7 @@ from torch import Tensor
 FLIPPER_CODES = {"aaf": 0, "indicator": 1, "none": 2}  # those of csrc/pair_loss.h
 
 _PAIR_LOSS = ("(Tensor model_pred, Tensor reference, Tensor target, float beta, int flipper, float sft_weight, float scale,"
-              " float weight, bool wants_grad) -> (Tensor, Tensor, Tensor)")
+              " float weight, bool wants_grad, Tensor? sign=None) -> (Tensor, Tensor, Tensor)")
 _LIBRARY = torch.library.Library("seppo_fast", "FRAGMENT")
 for _schema in (f"pair_loss{_PAIR_LOSS}", f"pair_loss_triton{_PAIR_LOSS}",
                 "rescale(Tensor grad, Tensor upstream, float factor) -> Tensor",
@@ -29,7 +30,7 @@ _rescale_in_place = torch.ops.seppo_fast.rescale_.default
 
 @torch.library.register_fake("seppo_fast::pair_loss_triton", lib=_LIBRARY)
 @torch.library.register_fake("seppo_fast::pair_loss", lib=_LIBRARY)
-def _(model_pred, reference, target, beta, flipper, sft_weight, scale, weight, wants_grad):
+def _(model_pred, reference, target, beta, flipper, sft_weight, scale, weight, wants_grad, sign=None):
     stats = model_pred.new_empty((7 * (model_pred.shape[0] // 2) + 2,), dtype=torch.float32)
     return stats.new_empty(()), stats, torch.empty_like(model_pred) if wants_grad else model_pred.new_empty((0,))
 
@@ -53,13 +54,15 @@ _LIBRARY.impl("pair_loss_triton", _launch_triton, "CompositeExplicitAutograd")
 
 
 def fused_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float, flipper: str, sft_weight: float,
-               reduction: str, backend: str, grad_scale: float | None) -> tuple[Tensor, Tensor]:
+               reduction: str, backend: str, grad_scale: float | None, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The reduced loss and the statistics (7B + 2,), from checked inputs."""
     wants_grad = model_pred.requires_grad and torch.is_grad_enabled()
     if reference.requires_grad:
         reference = reference.detach()
     if target.requires_grad:
         target = target.detach()
+    if sign is not None:
+        sign = sign.detach().contiguous()
     pairs = model_pred.shape[0] // 2
     weight = 1.0 / pairs if reduction == "mean" else 1.0
     scale = weight if grad_scale is None else weight * grad_scale
@@ -74,7 +77,7 @@ def fused_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: floa
     compiling = torch.compiler.is_compiling()
     compute = _pair_loss if backend == "native" else _pair_loss_triton if compiling else _launch_triton
     loss, stats, grad = compute(policy, reference, target, beta, FLIPPER_CODES[flipper], sft_weight, scale, weight,
-                                wants_grad)
+                                wants_grad, sign)
     if reduction == "none":
         loss = stats.narrow(0, 6 * pairs, pairs).clone()  # a view could not be changed in place
     if wants_grad:

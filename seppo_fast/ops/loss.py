@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seppo_fast.ops import native
-from seppo_fast.ops.checks import ERRORS, PREDICTIONS, check_options, check_tensors
+from seppo_fast.ops.checks import ERRORS, PREDICTIONS, check_options, check_sign, check_tensors
 from seppo_fast.ops.fused import fused_loss
 from seppo_fast.ops.reference import mean_squared_errors, pair_losses
 
@@ -20,7 +20,7 @@ class SeppoStats(NamedTuple):
 
     model_mse: Tensor  # (2B,) the policy's MSE, winners first
     ref_mse: Tensor  # (2B,) the reference's
-    sign: Tensor  # (B,) the flipper: -1 keeps the loser a loser
+    sign: Tensor  # (B,) the flipper's, or the caller's: -1 keeps the loser a loser
     logits: Tensor  # (B,) argument of the log-sigmoid
     implicit_acc: Tensor  # () share of logits > 0
     aaf_rate: Tensor  # () share of signs == -1
@@ -58,19 +58,21 @@ def _find_out(backend: str, device: torch.device) -> str | None:
 
 @overload
 def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = ..., target: Tensor = ..., beta: float = ..., *,
-               ref_mse: Tensor | None = ..., flipper: str = ..., sft_weight: float = ..., reduction: str = ...,
-               backend: str = ..., grad_scale: float | None = ..., return_stats: Literal[False] = ...) -> Tensor: ...
+               ref_mse: Tensor | None = ..., flipper: str = ..., sign: Tensor | None = ..., sft_weight: float = ...,
+               reduction: str = ..., backend: str = ..., grad_scale: float | None = ...,
+               return_stats: Literal[False] = ...) -> Tensor: ...
 
 
 @overload
 def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = ..., target: Tensor = ..., beta: float = ..., *,
-               ref_mse: Tensor | None = ..., flipper: str = ..., sft_weight: float = ..., reduction: str = ...,
-               backend: str = ..., grad_scale: float | None = ..., return_stats: Literal[True]) -> tuple[Tensor, SeppoStats]: ...
+               ref_mse: Tensor | None = ..., flipper: str = ..., sign: Tensor | None = ..., sft_weight: float = ...,
+               reduction: str = ..., backend: str = ..., grad_scale: float | None = ...,
+               return_stats: Literal[True]) -> tuple[Tensor, SeppoStats]: ...
 
 
 def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tensor | None = None, beta: float = 2000.0, *,
-               ref_mse: Tensor | None = None, flipper: str = "aaf", sft_weight: float = 0.0, reduction: str = "mean",
-               backend: str = "auto", grad_scale: float | None = None, return_stats: bool = False
+               ref_mse: Tensor | None = None, flipper: str = "aaf", sign: Tensor | None = None, sft_weight: float = 0.0,
+               reduction: str = "mean", backend: str = "auto", grad_scale: float | None = None, return_stats: bool = False
                ) -> Tensor | tuple[Tensor, SeppoStats]:
     """The SePPO loss (Eq. 8 in the convention of App. B.2) of B pairs: `-logsigmoid(z)`, reduced.
 
@@ -99,6 +101,8 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
             nearer to a tie than that may get either sign. Equal predictions tie only if both errors were added in the same
             order, which `per_sample_mse` does.
         beta: how strongly the loss holds the policy to the reference; 2000 in the paper.
+        sign: `(B,)` fp32 of +1, -1 or 0, in place of the flipper's decision, which then has no effect: for a sign
+            that more than this winner's error decides. Other values are not refused: nothing here reads them on the host.
         sft_weight: `sft_weight * m_w` is added to each pair's loss before the reduction: a guard against both errors rising
             together, which the logit does not see. The statistics do not contain it.
         reduction: `"mean"` or `"sum"` over pairs, or `"none"` for `(B,)`.
@@ -118,6 +122,8 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
     reference, names = (ref_pred, PREDICTIONS) if ref_mse is None else (ref_mse, ERRORS)
     wide = check_tensors(model_pred, reference, target, names)
     assert reference is not None and target is not None  # else check_tensors had raised
+    if sign is not None:
+        check_sign(sign, model_pred)
     if torch.compiler.is_compiling():  # once, and Dynamo warns of caches
         check_options(beta, flipper, sft_weight, reduction, grad_scale)
     else:
@@ -131,9 +137,10 @@ def seppo_loss(model_pred: Tensor, ref_pred: Tensor | None = None, target: Tenso
     if wide:
         backend = "reference"
     if backend != "reference":
-        loss, stats = fused_loss(model_pred, reference, target, beta, flipper, sft_weight, reduction, backend, grad_scale)
+        loss, stats = fused_loss(model_pred, reference, target, beta, flipper, sft_weight, reduction, backend, grad_scale,
+                                 sign)
         return (loss, _unpacked(stats, model_pred.shape[0])) if return_stats else loss
-    losses, sign, logits = pair_losses(model_pred, reference, target, beta, flipper, sft_weight)
+    losses, sign, logits = pair_losses(model_pred, reference, target, beta, flipper, sft_weight, sign)
     if grad_scale is not None:  # before the reduction, so that a pair that is not finite stays alone
         losses = _FixedUpstream.apply(losses, grad_scale / len(losses) if reduction == "mean" else grad_scale)
     loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses

@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu": FOLDER / "_cpu.so", "cuda": FOLDER / "_cuda.so"}
 OLDEST_TORCH = (2, 10)
 OLDEST_GPU = (8, 0)
-ABI = 5  # SEPPO_ABI of csrc/pair_loss.h: the version of the operators' arguments, which nothing else checks
+ABI = 6  # SEPPO_ABI of csrc/pair_loss.h: the version of the operators' arguments, which nothing else checks
 
 
 def why_not(device: torch.device) -> str | None:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def pair_losses(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float,
-                flipper: str, sft_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+                flipper: str, sft_weight: float, sign: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, sign and logit of each pair, `(B,)` each, from predictions `(2B, ...)` and a target of all or half of that.
 
     `reference`: predictions like model_pred, or their mean squared errors `(2B,)`. `sft_weight`: how much of the winner's MSE
-    is added to the loss. fp32, or fp64 when an input is fp64;
+    is added to the loss. `sign`: `(B,)`, in place of the flipper's. fp32, or fp64 when an input is fp64;
     differentiable in `model_pred` alone.
     """
     policy, reference, target = _widened(model_pred, reference.detach(), target.detach())
@@ -24,11 +24,9 @@ def pair_losses(model_pred: Tensor, reference: Tensor, target: Tensor, beta: flo
         # An infinite reference error would give a loss of 0, as of a pair learnt perfectly: Inf - Inf makes it NaN.
         difference = _mean_square(policy - target) - (reference + (reference - reference))
     else:
-        # The policy's squared error minus the reference's, as a product. Subtracting the two MSEs would cancel nearly all
-        # their digits where the sign is decided, and would not be exactly zero for equal predictions.
-        difference = ((policy - reference) * (policy + reference - 2 * target)).mean(list(range(2, policy.dim())))
+        difference = excess(policy, reference, target).mean(list(range(2, policy.dim())))
     winner, loser = difference
-    sign = _sign(winner.detach(), flipper)
+    sign = sign_of(winner.detach(), flipper) if sign is None else sign.detach().to(winner.dtype)
     logits = -0.5 * beta * (winner + sign * loser)
     losses = -F.logsigmoid(logits)
     if sft_weight:
@@ -42,6 +40,15 @@ def mean_squared_errors(model_pred: Tensor, reference: Tensor, target: Tensor) -
     policy, reference, target = _widened(model_pred, reference, target)
     ref_mse = reference if reference.dim() == 2 else _mean_square(reference - target)
     return _mean_square(policy - target).flatten(), ref_mse.flatten()
+
+
+def excess(policy: Tensor, reference: Tensor, target: Tensor) -> Tensor:
+    """The policy's squared error minus the reference's, of each element, as a product.
+
+    Subtracting the two MSEs would cancel nearly all their digits where the sign is decided, and would not be exactly zero for
+    equal predictions.
+    """
+    return (policy - reference) * (policy + reference - 2 * target)
 
 
 def _mean_square(errors: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ def _widened(policy: Tensor, reference: Tensor, target: Tensor) -> tuple[Tensor,
             target.to(wide).unflatten(0, (halves, pairs)))
 
 
-def _sign(winner: Tensor, flipper: str) -> Tensor:
+def sign_of(winner: Tensor, flipper: str) -> Tensor:
     """`(B,)` the factor of the loser's difference: -1 pushes the policy away from it, +1 towards it, 0 neither."""
     worse = (winner > 0).to(winner.dtype)
     if flipper == "aaf":

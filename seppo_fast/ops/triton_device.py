@@ -90,10 +90,14 @@ def _excess(model_mse, ref_mse):
 
 
 @triton.jit
-def _pair_loss(winner, loser, model_mse, steepness, strength, sft_weight, sft_strength, FLIPPER: tl.constexpr, SFT: tl.constexpr):
+def _pair_loss(signs, pair, winner, loser, model_mse, steepness, strength, sft_weight, sft_strength, FLIPPER: tl.constexpr,
+               SFT: tl.constexpr):
     """Loss, sign, logit and the gradient's two coefficients from the differences and, for SFT, the winner's error; `pair_loss` of
-    pair_loss.h."""
-    sign = tl.where(winner > 0, 1.0 if FLIPPER == 0 else 0.0 if FLIPPER == 1 else -1.0, -1.0)
+    pair_loss.h. `signs` is None where the flipper decides."""
+    if signs is None:
+        sign = tl.where(winner > 0, 1.0 if FLIPPER == 0 else 0.0 if FLIPPER == 1 else -1.0, -1.0)
+    else:
+        sign = tl.load(signs + pair)
     logit = steepness * (winner + sign * loser)
     e = tl.exp(-tl.abs(logit))
     u = 1.0 + e
@@ -159,7 +163,7 @@ def _total(counter, pairs, weight, loss, stats):
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def pair_kernel(policy, reference, target, grad, loss, stats, counters, pairs, elements, steepness, strength, sft_weight,
+def pair_kernel(policy, reference, target, signs, grad, loss, stats, counters, pairs, elements, steepness, strength, sft_weight,
                 sft_strength, inverse, weight, FLIPPER: tl.constexpr, SFT: tl.constexpr, SCORED: tl.constexpr, SHARED: tl.constexpr,
                 WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
     """One program for each pair."""
@@ -177,7 +181,8 @@ def pair_kernel(policy, reference, target, grad, loss, stats, counters, pairs, e
     else:
         d_w, d_l, m_w, m_l, q_w, q_l = tl.reduce((d_w, d_l, m_w, m_l, q_w, q_l), 0, _add)
         m_w, m_l, q_w, q_l = m_w * inverse, m_l * inverse, q_w * inverse, q_l * inverse
-    own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, m_w, steepness, strength, sft_weight, sft_strength, FLIPPER, SFT)
+    own, sign, logit, c_w, c_l = _pair_loss(signs, pair, d_w, d_l, m_w, steepness, strength, sft_weight, sft_strength, FLIPPER,
+                                            SFT)
     if WANTS_GRAD:
         _put_gradient(grad + winner, e_w, c_w, elements, WHOLE, BLOCK, CHUNKS)
         _put_gradient(grad + loser, e_l, c_l, elements, WHOLE, BLOCK, CHUNKS)
@@ -240,8 +245,8 @@ def _means(reference, sums, pair, pairs, parts, inverse, SCORED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pairs", "parts"])
-def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters, pairs, elements, parts, steepness, strength,
-                 sft_weight, sft_strength, inverse, weight, PHASE: tl.constexpr, FLIPPER: tl.constexpr, SFT: tl.constexpr,
+def parts_kernel(policy, reference, target, signs, grad, loss, stats, partial, counters, pairs, elements, parts, steepness,
+                 strength, sft_weight, sft_strength, inverse, weight, PHASE: tl.constexpr, FLIPPER: tl.constexpr, SFT: tl.constexpr,
                  SCORED: tl.constexpr, SHARED: tl.constexpr, WANTS_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
                  WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
     """Programs share the parts of all pairs. `partial` is (pairs, parts, 8): six sums (the policy's two, if the reference is
@@ -279,7 +284,8 @@ def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters
         if PHASE == TOGETHER:
             _meet(counters + 1 + pair, part == 0, parts)
             d_w, d_l, mse = _differences(reference, sums, pair, pairs, parts, inverse, SFT, SCORED)
-            own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, mse, steepness, strength, sft_weight, sft_strength, FLIPPER, SFT)
+            own, sign, logit, c_w, c_l = _pair_loss(signs, pair, d_w, d_l, mse, steepness, strength, sft_weight, sft_strength,
+                                                    FLIPPER, SFT)
         if PHASE == GRADIENT:
             c_w = tl.load(sums + 6)
             c_l = tl.load(sums + 7)
@@ -297,13 +303,14 @@ def parts_kernel(policy, reference, target, grad, loss, stats, partial, counters
 
 
 @triton.jit(do_not_specialize=["pairs", "parts"])
-def results_kernel(reference, loss, stats, partial, counters, pairs, parts, steepness, strength, sft_weight, sft_strength,
+def results_kernel(reference, signs, loss, stats, partial, counters, pairs, parts, steepness, strength, sft_weight, sft_strength,
                    inverse, weight, FLIPPER: tl.constexpr, SFT: tl.constexpr, SCORED: tl.constexpr):
     """One program for each pair, between parts_kernel's sums and its gradient."""
     pair = tl.program_id(0).to(tl.int64)
     sums = partial + pair * parts * 8
     d_w, d_l, mse = _differences(reference, sums, pair, pairs, parts, inverse, SFT, SCORED)
-    own, sign, logit, c_w, c_l = _pair_loss(d_w, d_l, mse, steepness, strength, sft_weight, sft_strength, FLIPPER, SFT)
+    own, sign, logit, c_w, c_l = _pair_loss(signs, pair, d_w, d_l, mse, steepness, strength, sft_weight, sft_strength, FLIPPER,
+                                            SFT)
     tl.store(sums + 6, c_w)
     tl.store(sums + 7, c_l)
     m_w, m_l, q_w, q_l = _means(reference, sums, pair, pairs, parts, inverse, SCORED)

@@ -66,12 +66,13 @@ def _room(device: torch.device) -> int:
 
 
 def pair_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float, flipper: int, sft_weight: float, scale: float,
-              weight: float, wants_grad: bool, together: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+              weight: float, wants_grad: bool, sign: Tensor | None = None, together: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """loss (), stats (7B + 2,) and the gradient. `reference`: predictions, shaped like model_pred, or their mean squared errors
-    (2B,). `together=False` is for tests: it takes the three launches of pairs that are too large for the chip."""
+    (2B,). `sign`: (B,) fp32, in place of the flipper's. `together=False` is for tests: it takes the three launches of pairs that
+    are too large for the chip."""
     if model_pred.is_cuda and model_pred.device.index != torch.cuda.current_device():
         with torch.cuda.device(model_pred.device):
-            return pair_loss(model_pred, reference, target, beta, flipper, sft_weight, scale, weight, wants_grad, together)
+            return pair_loss(model_pred, reference, target, beta, flipper, sft_weight, scale, weight, wants_grad, sign, together)
     samples = model_pred.shape[0]
     pairs, elements = samples // 2, model_pred.numel() // samples
     loss = model_pred.new_empty((), dtype=torch.float32)
@@ -79,7 +80,7 @@ def pair_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float
     grad = torch.empty_like(model_pred) if wants_grad else model_pred.new_empty(0)
     parts, how = plan(elements, model_pred.element_size())
     scored = reference.dim() == 1
-    tensors = (model_pred, reference, target, grad, loss, stats)
+    tensors = (model_pred, reference, target, sign, grad, loss, stats)
     numbers = (-0.5 * beta / (1 if scored else elements), scale * beta / elements, sft_weight,
                2 * scale * sft_weight / elements, 1 / elements, weight)
     variant = dict(FLIPPER=flipper, SFT=sft_weight > 0, SCORED=scored)
@@ -96,7 +97,7 @@ def pair_loss(model_pred: Tensor, reference: Tensor, target: Tensor, beta: float
                                          maxnreg=65536 // (RESIDENT * PART_WARPS * 32), **options)
         return loss, stats, grad
     parts_kernel[(work,)](*arguments, PHASE=SUMS.value, **options)
-    results_kernel[(pairs,)](reference, loss, stats, partial, counters, pairs, parts, *numbers, **variant,
+    results_kernel[(pairs,)](reference, sign, loss, stats, partial, counters, pairs, parts, *numbers, **variant,
                              num_warps=PART_WARPS, **EXACT)
     if wants_grad:
         parts_kernel[(work,)](*arguments, PHASE=GRADIENT.value, **options)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from seppo_fast.config import METHODS, Seppo
+from seppo_fast.config import METHODS, Sampler, Seppo
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.evaluation.adapters import Adapter
@@ -19,9 +19,9 @@ from seppo_fast.planning.network_memory import inference, micro_batch
 from seppo_fast.planning.quantized import as_quantized
 from seppo_fast.reference.adapter import beside
 from seppo_fast.reference.blocks import bytes_on_device
-from seppo_fast.reference.calls import calls_of, evaluations
+from seppo_fast.reference.calls import calls_of, evaluations, size_with
 from seppo_fast.reference.guidance import double, guided
-from seppo_fast.reference.solver import rollout_table
+from seppo_fast.reference.solver import SolverTable, rollout_table
 from seppo_fast.reference.tuning import changed
 from seppo_fast.training.adapter import adapted_network
 from seppo_fast.training.engine import precision, zero_stage
@@ -39,8 +39,8 @@ class Cost:
     sample: float  # FLOPs of one sample of a past policy
     improved: float  # FLOPs of one sample of the improvement model
     per_pair: float  # samples that are drawn for a pair: less than one where they are used again
-    training: float  # FLOPs of the policy's forward and backward on a pair
-    scoring: float  # FLOPs of the reference's forward on a pair
+    training: float  # FLOPs of the policy's forward and backward on a pair, and its forwards under further noises
+    scoring: float  # FLOPs of the reference's forwards on a pair
     weights: int
     reference: int
     optimizer: int
@@ -166,33 +166,47 @@ def estimate(model: Model, config: Config, batch: Batch, adapter: Adapter | None
     with linear_of(zero):
         meter = micro_batch(denoiser, lambda: denoise(denoiser, *micro), reference=online, gradient=taken, finish=taken.finish)
     training = meter.flops / batch.micro - (scoring if online else 0.0)
+    more = forward * (ours.aaf_draws - 1)  # the winner under further noises, by policy and reference
 
     samples = 1 if ours.sampler.batch_size == "auto" else ours.sampler.batch_size
     if not generated and not ours.evaluation.draws:
         samples = min(samples, ours.samples.per_prompt * (len(ours.samples.prompts) or GRID_PROMPTS))
-    looks = ours.samples.every > 0 or ours.evaluation.draws
-    draws = generated or looks
+    otherwise = ours.shown is not ours.sampler
+    draws = generated or ours.shows and not otherwise
     graph = draws and ours.sampler.cuda_graph and (ours.reference_offload == "none" or improves)  # the improvement model's stays
-    batch_drawn = inputs(branches * samples)
-    kept = len(guidance) - 1 if ours.sampler.unconditional_every > 1 else 0
-    known = 4 * (table.inputs.shape[1] + kept) * samples * one[0].numel()  # noises and the loop's outputs so far, in fp32
+
+    def cast(size: int) -> int:
+        """As autocast has it, which computes in half the bytes, and keeps a cast copy of the weights meanwhile."""
+        return (size + weights) // 2 if autocast and size else size
+
+    def drawing(settings: Sampler, table: SolverTable, branches: int, size: int) -> int:
+        """The most bytes while a batch is drawn: the network's, its prompts', and in fp32 the loop's noises and outputs."""
+        batch = inputs(branches * size)
+        kept = branches - 1 if settings.unconditional_every > 1 else 0
+        peak = inference(lambda: denoise(denoiser, *batch)).peak
+        prompts = sum(value.nbytes for value in batch[2].values())
+        return cast(peak) + prompts + 4 * (table.inputs.shape[1] + kept) * size * one[0].numel()
+
     with changed(adapted):
-        sampler = inference(lambda: denoise(denoiser, *batch_drawn)).peak if draws else 0
+        sampler = drawing(ours.sampler, table, branches, samples) if draws else 0
+    showing = 0
+    if otherwise:
+        other = rollout_table(model, ours.shown, latent_shape(model, ours.data), "seppo.samples.")
+        _, shown_by = guided(model, ours.shown.guidance_scale, (), "seppo.samples.guidance_scale")
+        calls_of(other.levels, len(shown_by), ours.shown)  # says so where no step lies in the interval
+        shown_branches = tripled if model.image_condition else len(shown_by)
+        showing = drawing(ours.shown, other, shown_branches, size_with(shown_branches, samples, branches))
     scored = inputs(halves * samples)
     ahead = bool(ours.flipper) and not online
     score = inference(lambda: denoise(denoiser, *scored)).peak if ahead else 0
     activations = meter.peak - engine.bucket
-    if autocast:  # computes in half the bytes, and keeps a cast copy of the weights meanwhile
-        activations, sampler, score = ((size + weights) // 2 if size else 0 for size in (activations, sampler, score))
 
-    sampler += known if draws else 0
     improver = improving = 0
     if improves:  # of the policy's architecture, but for its first convolution
         improvement = add_image_condition(model)
         with torch.device("meta"):
             improver = network_bytes(nn.Module.to(improvement.empty_denoiser(), dtype))
-        improving = inference(lambda: denoise(denoiser, *inputs(tripled * samples))).peak
-        improving = ((improving + weights) // 2 if autocast else improving) + known
+        improving = drawing(ours.sampler, table, tripled, samples)
     encoders = encoder_bytes(model, ours)
     vae, decoding = encoders.vae, encoders.decoding
 
@@ -201,15 +215,15 @@ def estimate(model: Model, config: Config, batch: Batch, adapter: Adapter | None
     return Cost(
         parameters=sum(weight.numel() for weight in denoiser.parameters()), trained=trained, forward=forward,
         sample=drawn * evaluated if generated else 0.0, improved=forward * tripled * steps if improves else 0.0,
-        per_pair=samples_of_a_pair(ours, batch), training=training, scoring=scoring,
+        per_pair=samples_of_a_pair(ours, batch), training=training + more, scoring=scoring + more,
         improver=improver, improving=improving, offloads_improver=ours.improvement.offload,
         adapter=0 if adapter is None else sum(value.numel() for value in adapter.tensors.values()) * dtype.itemsize,
         weights=weights + (weights // batch.world if stage == 3 else 0),  # gathered, and this rank's shard
         reference=reference_bytes(ours, denoiser, shares and stage < 3),
-        optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=activations,
-        update=engine.update, score=score, sampler=sampler, kept_gradients=engine.sampling, graph=graph,
-        encoders=encoders, grid=vae + decoding if ours.samples.every else 0,
-        evaluation=vae + max(decoding, 0 if graph else sampler) if ours.evaluation.draws else 0,
+        optimizer=engine.optimizer, gradients=engine.gradients, bucket=engine.bucket, activations=cast(activations),
+        update=engine.update, score=cast(score), sampler=sampler, kept_gradients=engine.sampling, graph=graph,
+        encoders=encoders, grid=max(vae + decoding, showing) if ours.samples.every else 0,
+        evaluation=vae + max(decoding, showing if otherwise else 0 if graph else sampler) if ours.evaluation.draws else 0,
         offloads=ours.moves_reference and not shares,
     )
 

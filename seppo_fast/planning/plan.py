@@ -23,7 +23,6 @@ from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.tokens import cut_off, token_counter
 from seppo_fast.planning.cost import Cost
 from seppo_fast.planning.engine_bytes import adam_temporaries, uses_bf16_optimizer
-from seppo_fast.sections import EVERYWHERE
 from seppo_fast.training.beta import FIRST, PRODUCT
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
 
@@ -55,6 +54,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
     lines = {
         "method": ours.method + (f", reference {ours.reference}, flipper {ours.flipper}, beta {_beta(ours)}, noise"
                                  f" {ours.noise}" if ours.flipper else "")
+                  + (f", signs of {ours.aaf_draws} noises" if ours.aaf_draws > 1 else "")
                   + (f", SFT weight {ours.sft_weight:g}" if ours.sft_weight else "") + _tasks(ours),
         "model": f"{ours.model.path}{f' with {ours.model.motion_adapter}' * bool(ours.model.motion_adapter)}{_size(cost)}, "
                  + _trained(ours.model, model) + (f", from the policy {ours.model.start_from}" if ours.model.start_from else ""),
@@ -82,8 +82,8 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
         if (unused := (kept or 0) - ours.updates_per_iteration * batch.size) > 0:
             each = f"{kept} an iteration, of which {unused} are never used"
         lines["reference samples"] = f"{samples} in all, {each}, in batches of {size}; {_drawn(ours.sampler)}"
-        if ours.looks and ours.shown is not ours.sampler:
-            lines["grids, evaluations"] = f"the policy by itself; {_drawn(ours.shown)}"
+    if ours.shown is not ours.sampler:
+        lines["grids, evaluations"] = f"the policy by itself; {_drawn(ours.shown)}"
     if method.winners == "improvement":
         lines["winners"] = (f"as many, made of the reference samples by {ours.improvement.path}, guidance"
                             f" {ours.improvement.guidance_scale:g}, image guidance {ours.improvement.image_guidance_scale:g}"
@@ -155,9 +155,10 @@ def _precision(config: Config) -> str:
 
 def _drawn(settings: Sampler) -> str:
     """How samples are drawn."""
-    text = f"{settings.solver}, {settings.steps} steps, guidance {settings.guidance_scale:g}"
-    low, high = settings.guidance_interval
-    if (low, high) != EVERYWHERE:
+    spaced = f", {settings.spacing} spacing" if settings.spacing else ""
+    text = f"{settings.solver}, {settings.steps} steps{spaced}, guidance {settings.guidance_scale:g}"
+    if "guidance_interval" in settings.limits:
+        low, high = settings.guidance_interval
         text += f" at noise levels from {low:g} to {high:g}"
     if settings.unconditional_every > 1:
         text += f", the branch without the prompt every {settings.unconditional_every} steps"

@@ -178,7 +178,10 @@ def _changes(config: Config, cost: Cost, model: Model, work: Work, rate: Rate) -
                 continue
             if (solver, steps) == (ours.sampler.solver, ours.sampler.steps) or ours.sampler.adapter is not None:
                 continue
-            other = calls_with(ours.sampler.model_copy(update={"solver": solver, "steps": steps}), model, latents)
+            try:
+                other = calls_with(ours.sampler.model_copy(update={"solver": solver, "steps": steps}), model, latents)
+            except UserError:  # it cannot do so few steps, or none of them lies in the guidance's interval
+                continue
             saved = cost.sampling * (1 - other / calls)
             rows[f"{solver}, {steps} steps ({other} evaluations)"] = replace(work, sampling=work.sampling - saved)
         for size in BATCHES:

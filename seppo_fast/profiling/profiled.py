@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from seppo_fast.config import METHODS
 from seppo_fast.configfile import Config, batch_plan, parse_config
@@ -29,6 +30,7 @@ from seppo_fast.profiling.report import (
     operators,
     phase_table,
 )
+from seppo_fast.profiling.waiting import activity, waiting
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import even
 from seppo_fast.run import run
@@ -37,6 +39,7 @@ from seppo_fast.training.engine import Step
 from seppo_fast.training.objective import Noised, Objective
 from seppo_fast.training.trainer import Trainer
 
+TRAINING = ("policy forward", "reference scoring", "backward", "optimizer step")  # phases of a micro-batch, the last of an update
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler")
 
 
@@ -48,7 +51,9 @@ class Clock:
     """Seconds by phase, without those of phases inside it. The clock waits for the device at each change."""
 
     def __init__(self, device: torch.device) -> None:
-        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        cuda = device.type == "cuda"
+        self._wait = torch.cuda.synchronize if cuda else lambda: None
+        self._marked: Callable[[str], AbstractContextManager] = record_function if cuda else nullcontext
         self._stack: list[str] = ["other"]
         self.restart()
 
@@ -76,12 +81,15 @@ class Clock:
         self._mark = now
 
     def timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
-        """`function`, with its time counted in `phase`."""
+        """`function`, with its time counted in `phase`, which is marked in a profile of a GPU."""
         @wraps(function)
         def measured(*args: Any, **kwargs: Any) -> Any:
             self.enter(phase)
             try:
-                return function(*args, **kwargs)
+                with self._marked(phase):
+                    result = function(*args, **kwargs)
+                    self._wait()
+                return result
             finally:
                 self.leave()
         return measured
@@ -141,10 +149,12 @@ class ProfiledTrainer(Trainer):
             noise, conditions = self.pairs.initial_noise(slots), self.pairs.prompts(slots)
             with (self.reference.on_device(), self.improver.on_device() if self.improver else nullcontext(),
                   new_profiler() as profiler):
-                losers = self.reference.sampler.draw(noise, conditions, later=partial(self.pairs.later_noise, slots))
+                draw = self.clock.timed(self.reference.sampler.draw, "sampling")
+                losers = draw(noise, conditions, later=partial(self.pairs.later_noise, slots))
                 if self.improver:
-                    self.improver.improve(losers, conditions, noise)
+                    self.clock.timed(self.improver.improve, "sampling")(losers, conditions, noise)
             self.found["sampling"] = operators(profiler, self.ranks.device), len(slots)
+            self.note_activity(profiler, "sampling")
 
     def update_policy(self, update: int) -> tuple[Step, Tensor]:
         """Line 4; in the last update, its last micro-batch runs under the profiler."""
@@ -154,7 +164,13 @@ class ProfiledTrainer(Trainer):
         if self.profiler:
             self.profiler.__exit__(None, None, None)
             self.found["training"] = operators(self.profiler, self.ranks.device), self.batch.micro
+            self.note_activity(self.profiler, *TRAINING)
         return done
+
+    def note_activity(self, profiler: torch.profiler.profile, *phases: str) -> None:
+        """Keep what the GPU did in these phases of a profile."""
+        if self.ranks.device.type == "cuda":
+            self.found.setdefault("activity", {}).update(activity(profiler.events(), phases))
 
     def stepped(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`engine.step`, which ends a micro-batch."""
@@ -231,8 +247,11 @@ def report(config: Config, ranks: Ranks, seconds: dict[str, float], uneven: floa
         # From stage 2 on gradients are reduced in every micro-batch, below once an update.
         collectives = communication(found["training"][0]) * (batch.accumulation if stage >= 2 else 1) / sum(seconds.values())
         parts.append(f"collectives: about {collectives:.1%} of an update, waiting for other ranks and what overlaps included")
-    cuda = ranks.device.type == "cuda"
-    lines = advice(seconds, config, batch, cuda, collectives)
+    idle: dict[str, float] = {}
+    if "activity" in found:
+        idle, table_of_idle = waiting(found, batch, config.seppo.sampler.steps)
+        parts.append(table_of_idle)
+    lines = advice(seconds, config, batch, ranks.device.type == "cuda", collectives, idle)
     return "\n\n".join([*parts, "\n".join(["what to turn on, by what was measured:", *(f"- {line}" for line in lines)])])
 
 

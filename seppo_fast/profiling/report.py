@@ -7,6 +7,7 @@ import torch
 from torch.autograd import DeviceType
 
 from seppo_fast.configfile import Batch, Config
+from seppo_fast.profiling.waiting import waits
 
 PHASES = ("sampling", "data", "policy forward", "reference scoring", "backward", "optimizer step", "loss and bookkeeping", "other")
 COMMUNICATION = ("gloo:", "nccl", "c10d::")  # the profiler's names of collectives begin so
@@ -25,7 +26,7 @@ def operators(profile: torch.profiler.profile, device: torch.device | str) -> li
     events = profile.key_averages()
     if torch.device(device).type == "cuda":
         found = [Operator(event.key, event.count, event.self_device_time_total / 1e6) for event in events
-                 if event.device_type == DeviceType.CUDA]
+                 if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     else:
         # Work on another thread, such as gloo's collectives, has no time of its own in this one.
         found = [Operator(event.key, event.count, (event.cpu_time_total if event.is_async else event.self_cpu_time_total) / 1e6)
@@ -59,8 +60,10 @@ def phase_table(seconds: Mapping[str, float], batch: Batch, updates: int, slowes
     return "\n".join(lines)
 
 
-def advice(seconds: Mapping[str, float], config: Config, batch: Batch, cuda: bool, in_collectives: float = 0.0) -> list[str]:
-    """What could make this configuration faster, by the time of its phases; `in_collectives` is a share of an update."""
+def advice(seconds: Mapping[str, float], config: Config, batch: Batch, cuda: bool, in_collectives: float = 0.0,
+           idle: Mapping[str, float] | None = None) -> list[str]:
+    """What could make this configuration faster, by the time of its phases; `in_collectives` is a share of an update, `idle` those
+    of phases in which a GPU had nothing to do."""
     ours, sampler = config.seppo, config.seppo.sampler
     total = sum(seconds.values())
     share = {name: seconds.get(name, 0.0) / total for name in PHASES}
@@ -69,8 +72,10 @@ def advice(seconds: Mapping[str, float], config: Config, batch: Batch, cuda: boo
     stage = int(zero.get("stage", 0))
     notes = []
 
+    waiting = {name: waits(idle or {}, seconds, *names)
+               for name, names in (("sampling", ["sampling"]), ("policy", ["policy forward", "backward"]))}
     if share["sampling"] > 0.3:
-        begin = f"sampling is {share['sampling']:.0%}: "
+        begin = f"sampling is {share['sampling']:.0%}{waiting['sampling']}: "
         if cuda and not sampler.cuda_graph:
             notes.append(begin + "seppo.sampler.cuda_graph is off; turn it on (the same samples, fewer launches)")
         if sampler.compile == "none":
@@ -92,12 +97,16 @@ def advice(seconds: Mapping[str, float], config: Config, batch: Batch, cuda: boo
         notes.append(f"reference scoring is {share['reference scoring']:.0%}: seppo.reference_score=rollout computes it in large"
                     " batches where the samples are made")
     if policy > 0.2:
-        begin = f"the policy's forward and backward are {policy:.0%}: "
+        begin = f"the policy's forward and backward are {policy:.0%}{waiting['policy']}: "
         if ours.model.gradient_checkpointing:
             notes.append(begin + "seppo.model.gradient_checkpointing computes each forward twice; turn it off if memory allows")
-        if cuda and ours.model.compile == "none":
+        whole = stage < 3 and not ours.model.quantize and ours.reference_offload == "none"
+        if cuda and waiting["policy"] and whole and ours.model.compile != "full":
+            notes.append(begin + "seppo.model.compile=full has the fewest launches (holds for the reference too; compilation comes"
+                        " first)")
+        elif cuda and ours.model.compile == "none":
             notes.append(begin + "seppo.model.compile=regional (holds for the reference too)")
-        if cuda and batch.accumulation > 1 and batch.micro < 4:
+        if cuda and batch.accumulation > 1 and (batch.micro < 4 or waiting["policy"]):
             notes.append(begin + f"micro-batches of {batch.micro}, {batch.accumulation} accumulated; a larger"
                         " train_micro_batch_size_per_gpu fills the GPU better if memory allows")
     if cuda and not ours.model.channels_last and share["sampling"] + policy > 0.3:

@@ -19,9 +19,10 @@ class Beside:
     up: nn.Module
     scale: float
 
-    def __call__(self, latents: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        latents = args[0] if args else kwargs["input"]  # motion modules name it
         given = latents.to(self.down.weight.dtype)  # type: ignore[arg-type]  # some layers compute in fp32 beside bf16
-        return self.forward(latents, *args, **kwargs) + self.up(self.down(given)) * self.scale
+        return self.forward(*args, **kwargs) + self.up(self.down(given)) * self.scale
 
 
 def beside(network: nn.Module, adapted: nn.Module, device: torch.device | str, dtype: torch.dtype) -> list[Change]:

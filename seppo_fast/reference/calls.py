@@ -17,17 +17,22 @@ def calls_of(levels: Sequence[float], branches: int, settings: Sampler) -> tuple
     Guidance in a limited interval is from Kynkaanniemi et al. 2024. `UserError` where no step lies in it.
     """
     low, high = settings.guidance_interval
+    calls: list[Call] = ["all"] * len(levels)
     if branches == 1:
-        return ("all",) * len(levels)
+        return tuple(calls)
     inside = [low <= level <= high for level in levels]
     if not any(inside):
         raise UserError(f"seppo.sampler.guidance_interval: none of the {len(levels)} steps lies in [{low:g}, {high:g}]; they are at"
                         f" {', '.join(f'{level:.3g}' for level in levels)}. Widen it, or set guidance_scale to 1")
-    calls: list[Call] = []
     for number, guided in enumerate(inside):
         turn = sum(inside[:number]) % settings.unconditional_every
-        calls.append("prompt" if not guided else "kept" if turn else "all")
+        calls[number] = "prompt" if not guided else "kept" if turn else "all"
     return tuple(calls)
+
+
+def size_with(branches: int, size: int, before: int) -> int:
+    """The batch size with so many branches whose batches have no more rows than `size` samples of `before` branches."""
+    return min(size, max(1, size * before // branches))
 
 
 def evaluations(calls: Sequence[Call], guidance: Guidance) -> int:

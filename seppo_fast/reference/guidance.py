@@ -64,5 +64,5 @@ def double(text_scale: float, image_scale: float, conditions: Iterable[str]) -> 
 
 
 def _needed(*branches: Branch) -> tuple[Branch, ...]:
-    """Without emptied ones that have no weight: at a scale of 1 there is nothing to subtract."""
-    return tuple(branch for branch in branches if branch.weight != 0 or not branch.empty)
+    """Without those that have no weight, but for the last: at a scale of 1 there is nothing to subtract."""
+    return (*(branch for branch in branches[:-1] if branch.weight != 0), branches[-1])

@@ -98,7 +98,7 @@ class Sampler:
             loop = self._open((size, *shape), self._plain)
             return lambda: first_step(loop)
 
-        with self._precision():
+        with tuning.changed([*self.adapted]), self._precision():
             size, why = measured_size(step_of, wanted, self.device, free)
         self.batch_size = agree(size)
         if self.device.type == "cuda":
@@ -155,7 +155,7 @@ class Sampler:
             loop, cache = self._open(shape, self._denoise), tuning.Cache()
             try:
                 with self._network():
-                    spent = sum(seconds(partial(first_step, loop, call), self.device) for call in dict.fromkeys(loop.calls))
+                    spent = sum(seconds(partial(first_step, loop, call), self.device) for call in sorted({*loop.calls}))
                     cost.append(f"compile {spent:.1f} s ({cache})")
             except Exception as error:  # whatever the compiler raises; a fault of the model's own comes back without it
                 warn_fallback("seppo.sampler.compile", error)
@@ -166,7 +166,7 @@ class Sampler:
             try:
                 self._pool = self._pool or new_pool(self.device)
                 graphs, spent = {}, 0.0
-                for call in dict.fromkeys(self.calls):
+                for call in sorted({*self.calls}):  # "all" first: the others, of fewer rows, fit into the memory that it leaves
                     with self._network():
                         graphs[call], each = capture(partial(first_step, ready.loop, call), partial(ready.loop.step, call),
                                                      self.device, self._pool)

@@ -49,6 +49,7 @@ FLOW_SOLVERS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "dpmsolver++": (DPMSolverMultistepScheduler, {**FLOW_SETTINGS, **SOLVERS["dpmsolver++"][1]}),
     "unipc": (UniPCMultistepScheduler, {**FLOW_SETTINGS, **SOLVERS["unipc"][1]}),
 }
+LEAST = 0.4  # the share of the schedule at which the first call must be; two leading steps are at 0.5 and 0
 ZERO_SNR = " (it does not know rescale_betas_zero_snr)"
 
 
@@ -139,9 +140,17 @@ def table_of(model: Model, solver: str, steps: int, latents: Sequence[int], labe
     return solver_table(scheduler_config, solver, steps, label, partial(model.set_timesteps, latents=latents))
 
 
-def rollout_table(model: Model, settings: config.Sampler, latents: Sequence[int]) -> SolverTable:
-    """The solver by which rollouts with latents of this shape are drawn."""
-    return table_of(model, settings.solver, settings.steps, latents, spacing=settings.spacing)
+def rollout_table(model: Model, settings: config.Sampler, latents: Sequence[int], label: str = "seppo.sampler.") -> SolverTable:
+    """The solver by which rollouts with latents of this shape are drawn, or by other settings the samples that show the policy.
+
+    `UserError` where its first call takes the initial noise for a nearly clean sample, as one step of "leading" spacing does.
+    """
+    table = table_of(model, settings.solver, settings.steps, latents, label, settings.spacing)
+    if table.levels[0] < LEAST:
+        raise UserError(f"{label}steps: solver {settings.solver!r} with {settings.steps} step{'s' * (settings.steps > 1)} begins at"
+                        f" timestep {float(table.timesteps[0]):g} of {model.num_train_timesteps}, where a sample is nearly clean,"
+                        " and would draw noise; take more steps, another solver, or sampler.spacing \"trailing\"")
+    return table
 
 
 def plain_steps(scheduler: Any, steps: int) -> None:

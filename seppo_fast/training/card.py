@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import seppo_fast
-from seppo_fast.config import Seppo
+from seppo_fast.config import Sampler, Seppo
 from seppo_fast.configfile import Batch, Config
 from seppo_fast.models import Model
 from seppo_fast.models.animatediff import SCHEDULER, AnimateDiff
@@ -33,7 +33,7 @@ tags: [{task}, {family}, {tag}{lora_tag}]
 ## Method
 {method_text}
 
-{started}{updates} optimizer updates of {batch} pairs, {skipped} of them skipped because they were not finite.
+{drawn}{started}{updates} optimizer updates of {batch} pairs, {skipped} of them skipped because they were not finite.
 
 ## Settings
 ```json
@@ -72,8 +72,8 @@ def is_policy(folder: Path) -> bool:
 
 
 def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: int, model: Model,
-               started: str | None = None) -> str:
-    """README.md of the trained model."""
+               started: str | None = None, drawn_with: str | None = None) -> str:
+    """README.md of the trained model; `drawn_with` is the checksum of the adapter with which losers were drawn."""
     settings = config.as_dict()
     for private in ("output_dir", "pool", "samples", "evaluation", "checkpoint"):  # where and how often: not how it was trained
         settings["seppo"].pop(private)
@@ -94,10 +94,18 @@ def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: i
         frames=f", {clips.frames} frames a clip ({clips.choice})" if model.video else "",
         method_text=METHOD_TEXT[ours.method].format(reference=ours.reference, flipper=ours.flipper,
                                                     improvement=ours.improvement.path), updates=updates,
+        drawn="" if drawn_with is None else few_steps(ours.sampler, drawn_with),
         started=f"Training began with the policy of `{started}`.\n\n" if started else "",
         batch=batch.size, skipped=skipped, settings=json.dumps(settings, indent=1),
         versions="\n".join(f"- {package} {version(package)}" for package in PACKAGES),
     )
+
+
+def few_steps(settings: Sampler, digest: str) -> str:
+    """Says that losers were drawn with an adapter, which is no part of the model."""
+    return (f"Losers were drawn with the distillation LoRA `{settings.adapter}` (XXH3 {digest}) beside the past policies' weights:"
+            f" {settings.solver}, {settings.steps} steps, guidance {settings.guidance_scale:g}. What scores the pairs, and the"
+            " trained model, are without it.\n\n")
 
 
 def usage(ours: Seppo, opened: Model) -> str:

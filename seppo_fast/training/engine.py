@@ -92,6 +92,9 @@ def check_engine_config(config: Config, batch: Batch) -> None:
     found = problems(config.deepspeed)
     if found:
         raise UserError("DeepSpeed's part of the configuration has problems:\n  " + "\n  ".join(found))
+    if config.seppo.model.compile == "full" and zero_stage(config.deepspeed) == 3:
+        raise UserError("seppo.model.compile: \"full\" does not go with zero_optimization.stage 3, which gathers the weights of one"
+                        " layer after another while the network runs; take stage 1 or 2, or \"none\"")
     if config.seppo.model.quantize and zero_stage(config.deepspeed) == 3:
         raise UserError(f"seppo.model.quantize: {config.seppo.model.quantize!r} does not go with zero_optimization.stage 3, which"
                         " would cut the quantized weights into pieces; take stage 1 or 2, which leave frozen weights whole")

@@ -14,6 +14,7 @@ from seppo_fast.models import Model
 from seppo_fast.models.export import save_pipeline
 from seppo_fast.signals import Stop
 from seppo_fast.training import checkpoint
+from seppo_fast.training.adapter import KEY as ADAPTER
 from seppo_fast.training.card import model_card
 from seppo_fast.training.engine import policy_weights
 from seppo_fast.training.trainer import Trainer
@@ -25,13 +26,19 @@ def export(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: i
     weights = policy_weights(trainer.engine)
     with stops_at_once(trainer):
         if trainer.ranks.rank == 0:
-            card = model_card(config, batch, rows, state.update, state.skipped, model, state.started_from)
+            card = card_of(model, config, batch, trainer, rows, state.update)
             save_pipeline(model, weights, final, ours.model.lora, card)
             say_how_it_ended(ours, trainer)
             if ours.evaluation.keep_best:
                 export_best(model, config, batch, trainer, rows)
     trainer.ranks.barrier()
     return final
+
+
+def card_of(model: Model, config: Config, batch: Batch, trainer: Trainer, rows: int, updates: int) -> str:
+    """The model card of the policy after so many updates."""
+    state = trainer.state
+    return model_card(config, batch, rows, updates, state.skipped, model, state.started_from, state.models.get(ADAPTER))
 
 
 def say_how_it_ended(ours: Seppo, trainer: Trainer) -> None:
@@ -70,7 +77,7 @@ def export_best(model: Model, config: Config, batch: Batch, trainer: Trainer, ro
                f"the checkpoint of the best one is not there, or is damaged ({value})")
         print(f"{best} is not written: {why}", flush=True)
         return
-    card = model_card(config, batch, rows, state.best_update, state.skipped, model, state.started_from)
+    card = card_of(model, config, batch, trainer, rows, state.best_update)
     save_pipeline(model, weights, best, ours.model.lora, card)
     print(f"{best}: the best {value}", flush=True)
 

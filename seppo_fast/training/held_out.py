@@ -93,8 +93,10 @@ class HeldOut:
 
 def open_held_out(pairs: PairSource, rows: Sequence[int], settings: Seppo, objective: Objective, size: int, ranks: Ranks
                   ) -> HeldOut:
-    """Measures on `rows` of the pairs' cache. Random numbers are not those of the training, and captions are never dropped."""
-    own = settings.model_copy(update={"seed": generator(settings.seed, "held out").initial_seed(), "caption_dropout": 0.0})
+    """Measures on `rows` of the pairs' cache. Random numbers are not those of the training, captions are never dropped, and one
+    noise decides a sign."""
+    own = settings.model_copy(update={"seed": generator(settings.seed, "held out").initial_seed(), "caption_dropout": 0.0,
+                                      "aaf_draws": 1})
     source = PairSource(pairs.cache, own, pairs.latent_scale, pairs.process, pairs.device, pairs.dtype, rows)
     return HeldOut(source, objective, ranks, size)
 

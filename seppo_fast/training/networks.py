@@ -19,11 +19,11 @@ from seppo_fast.ops import available_backends
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.adapter import beside
 from seppo_fast.reference.batching import free_memory
+from seppo_fast.reference.calls import size_with
 from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable, rollout_table
-from seppo_fast.sections import EVERYWHERE
 from seppo_fast.training.adapter import adapted_network
 from seppo_fast.training.engine import policy_weights, pool_dtype, precision, zero_stage
 from seppo_fast.training.folder import RunFolder
@@ -45,11 +45,9 @@ def check_network(model: Model, config: Config) -> None:
         raise UserError('seppo.model.quantize: "int8" overflows in fp16, because products are summed before they are scaled; enable'
                         ' bf16 in place of it, or take "nf4"')
     _, guidance = guided(model, ours.sampler.guidance_scale, ())
-    for key, given in (("guidance_interval", ours.sampler.guidance_interval != list(EVERYWHERE)),
-                       ("unconditional_every", ours.sampler.unconditional_every > 1)):
-        if given and len(guidance) == 1:
-            raise UserError(f"seppo.sampler.{key}: {model.path} is guided by an input of its network, not by a second call without"
-                            " the prompt that could be left out; leave the key out")
+    if ours.sampler.limits and len(guidance) == 1:
+        raise UserError(f"seppo.sampler.{ours.sampler.limits[0]}: {model.path} is guided by an input of its network, not by a"
+                        " second call without the prompt that could be left out; leave the key out")
     if model.denoiser == "transformer":
         if ours.model.attention == "xformers":
             raise UserError(f"seppo.model.attention: the transformer of {model.path} has no \"xformers\" attention here, but"
@@ -71,12 +69,12 @@ def load_policies(model: Model, config: Config, latents: tuple[int, ...], ranks:
     if ours.model.quantize:
         quantize(policy, ours.model.quantize, ranks.device, dtype)
     choose_trained(policy.train(), ours.model.lora, ours.seed)
+    if ours.model.gradient_checkpointing:  # of the reference too, which runs with gradients where it is compiled
+        policy.enable_gradient_checkpointing()
     reference = None
     if ours.flipper or ours.looks:
         # ZeRO-3 leaves the policy's parameters empty where it has partitioned them
         reference = copy_beside(policy, shares=zero_stage(config.deepspeed) < 3).eval()
-    if ours.model.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
     prepare_denoisers([*filter(None, (policy, reference))], ours.networks, latents, precision(config.deepspeed).autocast or dtype,
                       ranks.device, ranks.say, ranks.largest,
                       inputs=partial(block_inputs, model.empty_denoiser, partial(call_once, model)))
@@ -105,10 +103,15 @@ def open_shown(model: Model, config: Config, objective: Objective, reference: nn
     ours, empty = config.seppo, pairs.unconditional
     if ours.shown is ours.sampler:
         return sampler
-    table = rollout_table(model, ours.shown, pairs.cache.shape).to(ranks.device)
-    _, guidance = guided(model, ours.shown.guidance_scale, empty, "seppo.samples.guidance_scale")
-    settings = ours.shown.model_copy(update={"batch_size": sampler.batch_size})
-    return Sampler(reference, objective.denoise, table, empty, guidance, settings, objective.dtype, objective.autocast, ranks.say)
+    table = rollout_table(model, ours.shown, pairs.cache.shape, "seppo.samples.").to(ranks.device)
+    # A network that is given its guidance as an input is trained with the sampler's, and shown with this one.
+    denoise, guidance = guided(model, ours.shown.guidance_scale, empty, "seppo.samples.guidance_scale")
+    if ours.method == "improvement":
+        empty, guidance = with_image(pairs, ours.improvement)
+    assert sampler.batch_size is not None, "the sampler of rollouts has not found its batch size"
+    size = size_with(len(guidance), sampler.batch_size, len(sampler.guidance))
+    settings = ours.shown.model_copy(update={"batch_size": size})
+    return Sampler(reference, denoise, table, empty, guidance, settings, objective.dtype, objective.autocast, ranks.say)
 
 
 def hold(fixed: Model, config: Config, folder: RunFolder, ranks: Ranks) -> Pool:

@@ -67,9 +67,19 @@ class PairSource:
         if len(latents) == 2 and self.settings.noise == "independent":
             noise.append(normal(self.cache.shape, seed, "loser noise", slots))
         prompts = [0 if self._dropped(slot) else prompt for slot, prompt in zip(slots, rows.prompts, strict=True)]
+        more = [normal(self.cache.shape, seed, f"noise {i}", slots) for i in range(1, self.settings.aaf_draws)]
         scores = [rollout["ref_mse"] for rollout in drawn if "ref_mse" in rollout]
         return Pairs(self._to_device(torch.cat(latents)), self._to_device(torch.cat(noise)), self._timesteps(slots),
-                     self._embeddings(prompts), self._to_device(torch.stack(scores, dim=1).flatten()) if scores else None)
+                     self._embeddings(prompts), self._to_device(torch.stack(scores, dim=1).flatten()) if scores else None,
+                     more_noise=self._to_device(torch.stack(more)) if more else None)
+
+    def blank(self, size: int) -> Pairs:
+        """Zeros and no prompts in the shapes of a micro-batch of `size`."""
+        zeros = self._to_device(torch.zeros(size, *self.cache.shape))
+        conditions = {name: torch.cat([value] * size) for name, value in self.unconditional.items()}
+        if self.settings.method == "improvement":
+            conditions[IMAGE] = zeros.to(self.dtype)
+        return Pairs(torch.cat([zeros] * (2 if self.settings.flipper else 1)), zeros, self._timesteps(range(size)), conditions)
 
     def _tasks(self, slots: Sequence[int], rows: CachedRows) -> Pairs:
         """One picture a slot, with what its task gives: image and prompt, the image alone, or nothing (Eq. 6, 7, 8)."""

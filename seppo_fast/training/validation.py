@@ -105,7 +105,7 @@ def request_of(config: Config, model: Model, say: Callable[[str], None]) -> Requ
     check_real(real, model, f"{SECTION}.real")
     check_weights(asked.weights, f"{SECTION}.weights")
     drawing = Drawing(asked.seed, asked.per_prompt, ours.data.resolution, ours.data.video.frames if model.video else None,
-                      precision(config.deepspeed).dtype, ours.sampler)
+                      precision(config.deepspeed).dtype, ours.shown)
     prompts = prompts_of(config, say)
     tell_truncated(prompts, model, say)
     return Request([], prompts, scores, dict(asked.weights), drawing,

@@ -77,7 +77,7 @@ def test_the_table_pairs_by_seed() -> None:
     assert len(lines) == 2 + 1 + len(METHODS)
     rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines[2:]}
     assert rows["base"][:2] == ["60.1% ± 25.1", "-30.0 [-30.0, -30.0]"] and rows["base"][4:] == ["", " |"]
-    assert rows["SFT"][1] == "-5.2 [-5.7, -4.7]" and rows["without AAF"][4:] == ["0.70", "0.65 |"]
+    assert rows["SFT"][1] == "-5.2 [-5.7, -4.7]" and rows["without AAF (reference uniform)"][4:] == ["0.70", "0.65 |"]
     assert rows[METHODS["seppo_w"].label][1] == ""
 
 
@@ -147,6 +147,17 @@ def test_the_readme_block_on_the_flow_speaks_of_its_rows_alone(tmp_path: Path) -
     text = ablation_flow(tmp_path)
     assert text == report(some).rstrip() and "SePPO-r" not in text and "SePPO-w is better than SFT" in text
     assert "SePPO-r on one picture" in report(result())
+
+
+def test_the_text_says_which_reference_without_aaf_has(tmp_path: Path) -> None:
+    """What it says is what the configuration resolves to."""
+    found = load_config("quickstart.json", overrides(tmp_path, 0, "no_aaf", Settings())).seppo
+    assert (found.method, found.reference, found.flipper) == ("seppo", "uniform", "none")
+    said = "Without AAF, the sign is always -1 (flipper none) and the rest is SePPO-w's: the reference is uniform, a past policy"
+    assert said in report(result()) and METHODS["no_aaf"].label == "without AAF (reference uniform)"
+    some = result()
+    some["runs"] = [run for run in some["runs"] if run["method"] != "no_aaf"]
+    assert "Without AAF" not in report(some)
 
 
 def test_past_policies_are_where_the_trainer_leaves_them(tmp_path: Path) -> None:

@@ -70,4 +70,5 @@ def test_every_step_has_its_code() -> None:
     """Only a machine with a GPU runs the steps."""
     others = {"build", "memcheck", "racecheck", *checks.TESTS}
     assert others <= steps.STEPS.keys() and training_steps.NEEDED.keys() <= steps.STEPS.keys()
+    assert sorted(name for group in steps.GROUPS.values() for name in group) == sorted(steps.STEPS)
     assert all(callable(getattr(loss_steps, name)) for name in steps.LOSS.keys() - others)

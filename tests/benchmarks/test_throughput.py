@@ -12,7 +12,8 @@ import torch
 
 from benchmarks import jobs, networks
 from benchmarks.result_files import Row
-from benchmarks.throughput import loop, ranks, samplers, swap
+from benchmarks.throughput import loop, micro_batch, ranks, samplers, swap
+from benchmarks.throughput.__main__ import others
 from benchmarks.throughput.loop import Case
 from benchmarks.throughput.obvious_trainer import ObviousTrainer
 from benchmarks.throughput.readme import throughput
@@ -109,6 +110,17 @@ def test_swaps_bring_every_byte(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.safetensors"))) == 4
 
 
+@pytest.mark.slow
+def test_a_micro_batch_is_timed_and_its_calls_are_counted() -> None:
+    kept: list[Row] = []
+    micro_batch.measure("cpu", kept.append, seconds=100, repeats=0.01, ways=["none"])
+    row, = kept[-1]["rows"]
+    assert (row["network"], row["pairs"], row["compile"]) == ("quickstart", 1, "none")
+    assert 1e3 * row["first_s"] >= row["ms"] / 2 > 0 and row["calls"] > 2000
+    micro_batch.measure("cpu", kept.append, seconds=0)
+    assert len(kept) == 1, "none is begun when the time is over"
+
+
 def cpu_result(**changes: float) -> Row:
     """What `python -m benchmarks.throughput` writes on the CPU."""
     ratio = changes.get("ratio", 4.0)
@@ -122,6 +134,18 @@ def cpu_result(**changes: float) -> Row:
                         "ratios": [{"network": "quickstart", "batch": 64, "steps": 20, "best": "ours", "images_per_s": 12.3,
                                     "of_matmul": 0.3, "over_diffusers": 1.1}]},
             "swap": {"rows": [{"network": "quickstart", "from": "disk", "bytes": 3_900_000, "seconds": 0.004, "gb_s": 1.0}]}}
+
+
+def test_parts_that_are_measured_alone_keep_the_others_with_their_commit(tmp_path: Path) -> None:
+    earlier, now = cpu_result(), {"machine": {"cpu": "Some CPU"}, "versions": {"torch": "2.99"}, "commit": "def"}
+    kept = others(earlier, now, ["loop", "sampler", "profile"])
+    assert kept == {"loop": {"commit": "abc"} | earlier["loop"], "sampler": {"commit": "abc"} | earlier["sampler"]}
+    assert others(now | kept, now | {"commit": "ghi"}, ["loop"])["loop"]["commit"] == "abc"
+    assert others(earlier, now | {"versions": {"torch": "3"}}, ["loop"]) == others({}, now, ["loop"]) == {}
+    assert others(earlier, now | {"machine": {"cpu": "Another"}}, ["loop"]) == {}
+    result = cpu_result() | {"commit": "def", "loop": kept["loop"]}
+    (tmp_path / "throughput_cpu.json").write_text(json.dumps(result))
+    assert ", commit `def`; loop of commit `abc`, load average" in throughput(tmp_path)
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
@@ -160,6 +184,10 @@ def test_the_readme_block_has_the_measured_figures(tmp_path: Path) -> None:
         assert line in text.splitlines(), text
     assert "On Some CPU, 2 of 4 cores, torch 2.99, commit `abc`, load average 0.1 to 1.9;" in text
     assert text.count("not measured yet") == 1
-    suite = {"machine": {"gpu": "Some GPU", "torch": "2.99"}, "commit": "abc", "sampler": {"outcome": "stopped after 9 s"}}
+    rows = [{"network": "sd15", "pairs": 1, "compile": "full", "ms": 41.26, "calls": 900, "launches": 850, "idle": 0.114,
+             "first_s": 70}]
+    suite = {"machine": {"gpu": "Some GPU", "torch": "2.99"}, "commit": "abc", "sampler": {"outcome": "stopped after 9 s"},
+             "micro_batch": {"rows": rows}}
     (tmp_path / "gpu_suite_some.json").write_text(json.dumps(suite))
+    assert "| sd15, 1 | full | 41.3 | 900 | 11% of the time, 850 launches | 70.0 |" in throughput(tmp_path)
     assert "On Some GPU, torch 2.99" in throughput(tmp_path) and "training in less than 24 GB" in throughput(tmp_path)

@@ -10,6 +10,7 @@ from fused_parity import (
     FLIPPERS,
     SHAPES,
     assert_alone,
+    assert_callers_sign,
     assert_only_the_winner_pays,
     assert_same_bits,
     assert_tie,
@@ -29,14 +30,14 @@ runs = pytest.mark.skipif(native.why_not(torch.device("cuda")) is not None or no
                           reason=f"no GPU, or: {native.why_not(torch.device('cuda'))}")
 
 
-def planned(inputs, plan=AUTO, blocks=0, flipper=0, wants_grad=True, sft_weight=0.0):
+def planned(inputs, plan=AUTO, blocks=0, flipper=0, wants_grad=True, sft_weight=0.0, sign=None):
     """Outputs by name, of memory that held NaN where the allocator gives back what was freed last."""
     pairs = len(inputs[0]) // 2
     poison = [torch.full(size, torch.nan, dtype=dtype, device=inputs[0].device)
               for size, dtype in (((), None), ((7 * pairs + 2,), None), (inputs[0].shape, inputs[0].dtype))]
     del poison
     loss, stats, grad = torch.ops.seppo_fast.pair_loss_planned(*inputs, 2000.0, flipper, sft_weight, 0.37, 1 / pairs, wants_grad,
-                                                               plan, blocks)
+                                                               plan, blocks, sign)
     names = ("model_mse", "ref_mse", "sign", "logits", "losses", "implicit_acc", "aaf_rate")
     parts = stats.split([2 * pairs, 2 * pairs, pairs, pairs, pairs, 1, 1])
     return {"loss": loss, **dict(zip(names, parts, strict=True)), "grad": grad}
@@ -93,6 +94,20 @@ def test_sft_weight(shape, dtype):
         first = planned(inputs, sft_weight=0.5)
         for plan, blocks in plans_for(SHAPES[shape]):
             assert_same_bits(first, planned(inputs, plan, blocks, sft_weight=0.5))
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_callers_sign(shape, dtype):
+    predicted = make(SHAPES[shape], dtype, "cuda")
+    sign = torch.tensor([1.0, 0.0, -1.0]).repeat(2)[:len(predicted[0]) // 2].cuda()
+    for inputs in (predicted, scored(predicted)):
+        assert_callers_sign(inputs, "native")
+        assert_within_twice(inputs, "native", sign=sign, upstream=0.37)
+        first = planned(inputs, sign=sign)
+        for plan, blocks in plans_for(SHAPES[shape]):
+            assert_same_bits(first, planned(inputs, plan, blocks, sign=sign))
 
 
 @runs

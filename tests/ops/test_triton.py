@@ -13,6 +13,7 @@ from fused_parity import (
     DTYPES,
     FLIPPERS,
     assert_alone,
+    assert_callers_sign,
     assert_only_the_winner_pays,
     assert_same_bits,
     assert_tie,
@@ -105,6 +106,17 @@ def test_sft_weight(shape, dtype):
         inputs = form(make(SHAPES[shape], dtype, DEVICE))
         assert_within_twice(inputs, "triton", sft_weight=300.0, flipper=flipper, reduction=reduction, upstream=0.37)
         assert_only_the_winner_pays(inputs, "triton")
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["odd", "seven", "odd_large"])
+def test_callers_sign(shape, dtype):
+    for form in (list, scored):
+        inputs = form(make(SHAPES[shape], dtype, DEVICE))
+        assert_callers_sign(inputs, "triton")
+        sign = torch.tensor([1.0, 0.0, -1.0]).repeat(2)[:len(inputs[0]) // 2].to(DEVICE)
+        assert_within_twice(inputs, "triton", sign=sign, flipper="none", upstream=0.37)
 
 
 @runs

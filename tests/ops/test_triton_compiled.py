@@ -26,15 +26,15 @@ def test_the_plan_covers_every_element(elements, size):
         assert elements > triton_kernel.ONE_PROGRAM and held == triton_kernel.PART and warps == triton_kernel.PART_WARPS
 
 
-def compiled(kernel, chip, policy, other, elements, shared=False, options=(), **constants):
+def compiled(kernel, chip, policy, other, elements, shared=False, options=(), signed=False, **constants):
     """PTX, cubin and so on of the kernel for samples of so many elements, dense and aligned."""
     names = kernel.arg_names
     _, how = triton_kernel.plan(elements, 4 if policy == "fp32" else 2)
-    usual = dict(FLIPPER=0, SFT=False, SCORED=False, SHARED=shared, WANTS_GRAD=True)
+    usual = dict(FLIPPER=0, SFT=False, SCORED=False, SHARED=shared, WANTS_GRAD=True) | ({} if signed else {"signs": None})
     constants = {name: value for name, value in (how | usual | constants).items() if name in names}
     if elements == 1:
         constants["elements"] = 1  # as the launcher does with this number
-    types = dict.fromkeys(("loss", "stats", "partial"), "*fp32") | {"counters": "*i32"}
+    types = dict.fromkeys(("signs", "loss", "stats", "partial"), "*fp32") | {"counters": "*i32"}
     types |= {"policy": "*" + policy, "grad": "*" + policy, "target": "*" + other}
     types["reference"] = "*fp32" if constants.get("SCORED") else "*" + other
     numbers = ("steepness", "strength", "sft_weight", "sft_strength", "inverse", "weight")
@@ -57,17 +57,18 @@ def resources(asm, folder):
     return dict(zip(("registers", "stack", "shared", "local"), map(int, found[0]), strict=True))
 
 
-def assert_traffic(asm, policy, other, elements, rows=2, inputs=3):
+def assert_traffic(asm, policy, other, elements, rows=2, inputs=3, signed=False):
     """`elements` of winner and loser: each of the inputs read once, the gradient written once, 16 bytes at a time.
 
-    What else goes to and from memory is a number a thread, and the ticket; of two inputs, the reference's errors besides.
+    What else goes to and from memory is a number a thread, and the ticket; of two inputs, the reference's errors besides; and the
+    caller's sign.
     """
     per_thread = rows * elements // (32 * asm_warps(asm))
     bytes_of = {"fp32": 4, "bf16": 2, "fp16": 2}
     loads = re.findall(r"ld\.global\.v\S*", asm["ptx"])
     assert loads == ["ld.global.v4.b32"] * (per_thread * (bytes_of[policy] + (inputs - 1) * bytes_of[other]) // 16), loads
     others = set(re.findall(r"ld\.global\S*", asm["ptx"])) - set(loads)
-    errors = {"ld.global.b32"} if inputs == 2 else set()
+    errors = {"ld.global.b32"} if inputs == 2 or signed else set()
     assert errors <= others <= {"ld.global.cg.b32", "ld.global.gpu.acquire.b32"} | errors, others
     stores = re.findall(r"st\.global\S*", asm["ptx"])
     assert stores.count("st.global.v4.b32") == per_thread * bytes_of[policy] // 16, stores
@@ -126,20 +127,20 @@ def test_compiled_in_turn(chip, tmp_path):
         compiled(kernel, chip, "fp32", "bf16", elements, PHASE=triton_kernel.TOGETHER.value, SCORED=True)
 
 
-@pytest.mark.parametrize("inputs", [3, 2])
+@pytest.mark.parametrize(("inputs", "signed"), [(3, False), (2, False), (3, True)])
 @pytest.mark.parametrize("policy", ["fp32", "bf16"])
 @pytest.mark.parametrize("chip", [80, 90])
-def test_compiled_with_an_sft_weight(chip, policy, inputs, tmp_path):
-    """No more traffic and no spills: the winner's error is there already."""
+def test_compiled_with_an_sft_weight(chip, policy, inputs, signed, tmp_path):
+    """No more traffic and no spills: the winner's error is there already. Nor with a sign a pair."""
     together = {"PHASE": triton_kernel.TOGETHER.value, "SCORED": inputs == 2, "SFT": True}
     registers = 65536 // (triton_kernel.RESIDENT * 32 * triton_kernel.PART_WARPS)
     for kernel, elements, each, options in ((triton_kernel.pair_kernel, 16384, 16384, {}),
                                             (triton_kernel.parts_kernel, 65536, triton_kernel.PART, {"maxnreg": registers})):
-        asm = compiled(kernel, chip, policy, policy, elements, options=options, **together)
+        asm = compiled(kernel, chip, policy, policy, elements, options=options, signed=signed, **together)
         used = resources(asm, tmp_path)
         assert used["stack"] == used["local"] == 0 and used["registers"] * 32 * asm_warps(asm) <= 65536, used
-        assert_traffic(asm, policy, policy, each, inputs=inputs)
-    compiled(triton_kernel.results_kernel, chip, policy, policy, 65536, **together)
+        assert_traffic(asm, policy, policy, each, inputs=inputs, signed=signed)
+    compiled(triton_kernel.results_kernel, chip, policy, policy, 65536, signed=signed, **together)
 
 
 def summed_layouts(asm):

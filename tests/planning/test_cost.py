@@ -243,6 +243,14 @@ def test_channels_last_is_in_the_plan(small: Callable[..., Cost]) -> None:
     assert contiguous.forward == last.forward
 
 
+def test_further_noises_of_a_sign_are_in_the_plan(small: Callable[..., Cost]) -> None:
+    """Policy and reference answer once more for each, on the winner alone."""
+    one, four = small(), small(**{"seppo.aaf_draws": 4})
+    assert four.pair - one.pair == pytest.approx(3 * 2 * one.forward, rel=1e-12)
+    assert four.scoring - one.scoring == four.training - one.training == pytest.approx(3 * one.forward, rel=1e-12)
+    assert four.peaks == one.peaks
+
+
 def test_grids_and_evaluations_are_in_the_plan(small: Callable[..., Cost]) -> None:
     """One sample in the VAE's fp32, beside what stays between updates; sampling for them counts without losers, too."""
     evaluation = {"seppo.evaluation.every": 1, "seppo.evaluation.prompts": ["a cat"]}

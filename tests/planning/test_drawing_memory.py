@@ -28,7 +28,8 @@ def test_drawing_with_guidance_is_what_the_cpu_allocates(make: Callable[..., Pat
     """With a LoRA and two branches; checkpoints change nothing where there are no gradients."""
     changes = {"seppo.model.path": str(make(tmp_path / "model", num_layers=3)), "seppo.data.source": None,
                "seppo.data.resolution": 32, "seppo.data.video": {"frames": 5}, "seppo.model.lora": {"rank": 4},
-               "seppo.model.gradient_checkpointing": True, "bf16": {"enabled": True}, "seppo.sampler.batch_size": 16}
+               "seppo.model.gradient_checkpointing": True, "bf16": {"enabled": True}, "seppo.sampler.batch_size": 16,
+               "seppo.sampler.solver": "euler", "seppo.sampler.steps": 4}
     config = parse_config(settings(**changes))
     model, sampler = open_model(config.seppo.model.path, frames=5), config.seppo.sampler
     shape = model.latent_shape(32, 5)

@@ -57,6 +57,11 @@ def test_the_plan_says_how_beta_is_chosen(settings: Callable[..., dict[str, Any]
         assert f", beta {said}, noise" in dry_run(parse_config(settings(**{"seppo.beta": beta})), 1)
 
 
+def test_the_plan_says_how_many_noises_decide_a_sign(settings: Callable[..., dict[str, Any]]) -> None:
+    printed = [dry_run(parse_config(settings(**{"seppo.aaf_draws": n})), 1) for n in (1, 4)]
+    assert ", signs of 4 noises" in printed[1] and "signs of" not in printed[0]
+
+
 @pytest.mark.parametrize(("override", "expected"), [
     ("zero_optimization.stage=2", "reduces the gradients between the ranks in each of the 32 micro-batches"),
     ("communication_data_type=null", '"communication_data_type": "fp32"'),

@@ -29,6 +29,7 @@ def test_a_run_is_profiled_and_leaves_nothing_but_the_cache(settings: Callable[.
     assert {"sampling", "data", "policy forward", "reference scoring", "backward", "optimizer step"} <= shares.keys()
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
     assert "sampling, 8 samples in one batch: " in text and "training, 4 pairs in one micro-batch" in text
+    assert ("the GPU waits for the host" in text) == torch.cuda.is_available()
     assert "aten::mkldnn_convolution" in text and "convolution_backward" in text
     for name, worth in (("sampling", 30), ("reference scoring", 5)):  # which advice there is depends on the times
         assert (f"\n- {name} is " in text) == (shares[name] > worth), name

@@ -9,6 +9,7 @@ from seppo_fast.models import open_model
 from seppo_fast.reference import Branch, Guidance, classifier_free, double, sample, solver_table
 from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.solver import SOLVERS, open_scheduler
+from seppo_fast.sections import FEW_STEPS
 from tests.tiny import tiny_flux, tiny_sd, unet
 
 NAMES = ("prompt_embeds", "image_latents")
@@ -54,7 +55,7 @@ def pix2pix(sd_folder):
     return pipeline
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [solver for solver in SOLVERS if solver not in FEW_STEPS])  # these add noise on their way
 def test_the_loop_draws_what_diffusers_pipeline_draws(solver, pix2pix, sd_folder):
     random = torch.Generator().manual_seed(3)
     noise, image = torch.randn(2, 4, 8, 8, generator=random), torch.rand(2, 3, 16, 16, generator=random)

@@ -71,7 +71,7 @@ def test_what_is_compared_is_made_by_engines_that_do_not_ask_for_gradients(
     """Also what gradient checkpointing computes again; and what a sampler compiles that the reference is scored with."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: None)
     train(settings(**{"seppo.model.gradient_checkpointing": True, "seppo.iterations": 1, "seppo.updates_per_iteration": 1,
-                      "train_batch_size": 2, "train_micro_batch_size_per_gpu": 2, "seppo.sampler.steps": 1, **changes}))
+                      "train_batch_size": 2, "train_micro_batch_size_per_gpu": 2, "seppo.sampler.steps": 2, **changes}))
     same, every = {"flash", "efficient", "math"}, {*ENGINES}
     scored = "seppo.reference_score" in changes
     assert seen["policy"] and seen["again"] and seen["score" if scored else "reference"]

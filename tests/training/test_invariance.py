@@ -27,7 +27,8 @@ FP32 = {
 BF16 = {"bf16 " + name: {"bf16": {"enabled": True}, **FP32[name]} for name in ("zero 0", "zero 2", "zero 3")}
 AUTOCAST = {"autocast zero 2": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, **FP32["zero 2"]}}
 EVERY = FP32 | BF16 | AUTOCAST | {"lora zero 3": {"seppo.model.lora": {"rank": 2, "alpha": 4.0}, **FP32["zero 3"]},
-                                  "sft zero 2": {"seppo.method": "sft", **FP32["zero 2"]}}
+                                  "sft zero 2": {"seppo.method": "sft", **FP32["zero 2"]},
+                                  "draws zero 3": {"seppo.aaf_draws": 4, **FP32["zero 3"]}}
 
 
 @pytest.fixture
@@ -71,6 +72,14 @@ def test_sft_and_lora_on_ranks(trained: Trained, on_two_ranks: dict[str, Path]) 
     assert apart(weights(sft), weights(on_two_ranks["sft zero 2"])) < 2e-6
     lora = trained(**STEADY, **{"seppo.model.lora": {"rank": 2, "alpha": 4.0}, "seppo.reference": "latest"})
     assert apart(weights(lora), weights(on_two_ranks["lora zero 3"])) < 2e-6
+
+
+def test_the_noises_of_a_sign_on_ranks(trained: Trained, on_two_ranks: dict[str, Path]) -> None:
+    changes = {"seppo.reference": "latest", "seppo.aaf_draws": 4}
+    one, two = trained(**STEADY, **changes, train_micro_batch_size_per_gpu=1), on_two_ranks["draws zero 3"]
+    assert apart(weights(one), weights(two)) < 2e-6
+    same_metrics(one, two)
+    assert column(one, "aaf_rate") != column(trained(**STEADY, **{"seppo.reference": "latest"}), "aaf_rate")
 
 
 @pytest.mark.parametrize("name", [*BF16, *AUTOCAST])

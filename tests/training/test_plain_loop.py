@@ -59,8 +59,16 @@ def plain_loop(raw: dict[str, Any], cache: LatentCache) -> tuple[dict[str, Tenso
                     prompt = empty
                 target = a * noise - b * x if ddim.config.prediction_type == "v_prediction" else noise
                 batch = (a * x + b * noise, t, prompt.expand(len(x), -1, -1))
+                further = []
+                for i in range(1, ours.get("aaf_draws", 1)):
+                    more = draw(f"noise {i}")
+                    wanted = a * more - b * x[:1] if ddim.config.prediction_type == "v_prediction" else more
+                    with torch.no_grad():
+                        errors = [F.mse_loss(unet(a * x[:1] + b * more, t, prompt).sample, wanted) for unet in (policy, reference)]
+                    excess = errors[0] - errors[1]
+                    further.append(excess * (excess.abs() > 1e-6))  # equal networks may round a single sample differently
                 table.append(app_b2(target, policy(*batch).sample, reference, batch, beta, method,
-                                    ours.get("sft_weight", 0.0)))
+                                    ours.get("sft_weight", 0.0), further))
                 (table[-1][0] / size).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), raw["gradient_clipping"])))
             optimizer.step()
@@ -86,8 +94,9 @@ def guided_sample(unet: UNet2DConditionModel, ddim: DDIMScheduler, latents: Tens
 
 
 def app_b2(target: Tensor, model_pred: Tensor, ref_unet: torch.nn.Module, model_batch_args: tuple, beta_dpo: float,
-           train_method: str, sft_weight: float) -> Tensor:
-    """The paper's App. B.2, line by line, for one pair, and the winner's own error; Diffusion-DPO has the sign fixed."""
+           train_method: str, sft_weight: float, further: list[Tensor]) -> Tensor:
+    """The paper's App. B.2, line by line, for one pair, and the winner's own error; Diffusion-DPO has the sign fixed.
+    `further`: by how much the policy is worse on the winner under the other noises that decide the sign."""
     if train_method == "sft":
         return F.mse_loss(model_pred.float(), target.float(), reduction="mean")[None]
     model_losses = (model_pred - target).pow(2).mean(dim=[1, 2, 3])
@@ -97,6 +106,7 @@ def app_b2(target: Tensor, model_pred: Tensor, ref_unet: torch.nn.Module, model_
         ref_losses = (ref_pred - target).pow(2).mean(dim=[1, 2, 3])
         ref_losses_w, ref_losses_l = ref_losses.chunk(2)
         pos_losses_w = model_losses_w - ref_losses_w
+        pos_losses_w = torch.stack([pos_losses_w, *(each[None] for each in further)]).mean(0)
         sign = torch.where(pos_losses_w > 0, torch.tensor(1.0), torch.tensor(-1.0))
         if train_method == "dpo":
             sign = torch.full_like(sign, -1.0)
@@ -115,6 +125,8 @@ CASES: dict[str, dict[str, Any]] = {
     "seppo, beta auto": {"seppo.beta": "auto"},
     "seppo, v prediction, shared noise, SFT weight": {"v": True, "seppo.noise": "shared", "seppo.sampler.batch_size": 5,
                                                       "seppo.sft_weight": 3.0},
+    "seppo, signs of 4 noises": {"seppo.aaf_draws": 4},
+    "seppo, v prediction, signs of 3 noises": {"v": True, "seppo.aaf_draws": 3, "seppo.noise": "shared"},
     "dpo": {"seppo.method": "dpo"},
     "sft": {"seppo.method": "sft", "seppo.caption_dropout": 0.5, "seppo.data.posterior": "mean"},
 }

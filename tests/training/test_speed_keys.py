@@ -34,14 +34,15 @@ def test_ties_with_channels_last(trained: Trained) -> None:
     assert [(rate, low) for rate, low in zip(column(run, "aaf_rate"), column(run, "logit_p05"), strict=True)][::2] == [(1, 0)] * 2
 
 
-def test_ties_with_compiled_blocks(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("noises", [1, 3])
+def test_ties_with_compiled_blocks(noises: int, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler makes other kernels with gradients than without: what they round differently must not decide the first signs."""
     def rounds_by_mode(block: torch.nn.Module, **_: Any) -> None:
         plain = block.forward
         block.forward = lambda *given, **named: plain(*given, **named) * (1 + 1e-6 * torch.is_grad_enabled())
 
     monkeypatch.setattr(torch.nn.Module, "compile", rounds_by_mode)
-    run = trained(**{"seppo.model.compile": "regional", "seppo.reference": "latest"})
+    run = trained(**{"seppo.model.compile": "regional", "seppo.reference": "latest", "seppo.aaf_draws": noises})
     assert [(rate, low) for rate, low in zip(column(run, "aaf_rate"), column(run, "logit_p05"), strict=True)][::2] == [(1, 0)] * 2
 
 
