@@ -67,15 +67,15 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.time_to_quality.report import report
 
     began, started = about("cpu", "diffusers", "deepspeed"), time.perf_counter()
-    each = [name for name in given.methods if name != TIMED]
-    of_all = len(each) < len(given.methods) or DRAWN in each  # these look at every way
-    adapters = [DISTILLED] if of_all or any(ways[name].adapter for name in each) else []
-    timed = [(seeds[0], TIMED)] if TIMED in given.methods else []
-    # Each needs what comes before it; the longest runs come first, so that both workers end at about the same time.
+    every_way = {DRAWN, TIMED} & {*given.methods}  # these look at all of them
+    adapters = [DISTILLED] if every_way or any(ways[name].adapter for name in given.methods) else []
+    each, timed = [name for name in given.methods if name != TIMED], [TIMED] if TIMED in given.methods else []
     module = "benchmarks.time_to_quality.runs"
-    if not (made(module, work, seeds, ([BASE], adapters, each)) and made(module, work, seeds[:1], [[TIMED]] if timed else [])):
+    # Each needs what comes before it; the longest runs come first, so that both workers end at about the same time.
+    if not (made(module, work, seeds, ([BASE], adapters, each)) and made(module, work, seeds[:1], [timed])):
         return 130
-    result = result_of(work, seeds, (BASE, *adapters, *each), given.settings, began, started, timed)
+    result = result_of(work, seeds, (BASE, *adapters, *each), given.settings, began, started,
+                       [(seeds[0], name) for name in timed])
     (out / f"{given.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     front(out / f"{given.name}.png", result)
     text = report(result)

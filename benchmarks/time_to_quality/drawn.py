@@ -1,6 +1,7 @@
 """How near a way's rollouts are to what the base draws in the paper's way: an energy distance of pictures."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,9 @@ def within_prompts(one: Tensor, other: Tensor, labels: Sequence[int]) -> float:
 def energy(one: Tensor, other: Tensor) -> float:
     """The energy distance of the distributions behind (N, D) and (M, D) (Szekely and Rizzo 2013), estimated without bias: about
     zero where they are the same, and by chance below."""
-    def within(rows: Tensor) -> Tensor:
-        return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum() / (len(rows) * (len(rows) - 1))
+    apart = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # exactly 0 between a row and itself
 
-    return float(2 * torch.cdist(one, other).mean() - within(one) - within(other))
+    def within(rows: Tensor) -> Tensor:
+        return apart(rows, rows).sum() / (len(rows) * (len(rows) - 1))
+
+    return float(2 * apart(one, other).mean() - within(one) - within(other))

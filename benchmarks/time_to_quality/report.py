@@ -160,21 +160,21 @@ def obvious(result: Result) -> str:
             " curve is the paper's by construction, and only its time was measured.")
 
 
-def seconds(result: Result) -> str:
+def about_seconds(result: Result) -> str:
     """Where the seconds are from."""
     clock = timed(result)
     if clock is None:
         return " Seconds: not timed."
     return (" Seconds: updates times the seconds of one update's sampling and training of the way, medians of what was timed in one"
             f" process on seed {clock['seed']}'s base, one way after the other, in {clock['turns']} turns, because the runs had"
-            f" others beside them (it had a processor for {clock['cpu_seconds'] / clock['seconds']:.0%} of the time);"
+            f" others beside them (it had a processor for {min(1.0, clock['busy']):.0%} of the time);"
             f" {seconds_of_an_update(clock, PAPER):.3g} s an update and"
             f" {mean(totals(result, PAPER, 'seconds')):.0f} s in all of the paper's. Data, checkpoints and judging are not in them."
             f" Where an adapter's training is counted, they include {clock['points'][0]['distillation_s']:.0f} s of its"
             " distillation.")
 
 
-def distances(result: Result) -> str:
+def about_distance(result: Result) -> str:
     """What the distance is."""
     if not made(result, DRAWN):
         return ""
@@ -198,7 +198,7 @@ def about(result: Result) -> str:
         f" {settings['iterations']} iterations of {settings['updates']} updates of {settings['batch_size']} pairs, with learning"
         f" rate {settings['lr']:g} and beta {settings['beta']:g}; each row is the first one with one change. FLOPs: as the"
         f" trainer's plan counts them, samples, training and scoring; the paper's are {paper / 1e12:.3g} TFLOP for {pairs} pairs."
-        f"{seconds(result)}{distances(result)}"
+        f"{about_seconds(result)}{about_distance(result)}"
         " A run ends at the mean of its last two judged policies. What is spent until a quality is reached is the median over the"
         " seeds, a share of all that the paper's run spends; what is reached is where the same seed's run with the paper's losers"
         " ends; between two judged policies we interpolate. At equal FLOPs: where the way's run ends, or at half of the paper's"

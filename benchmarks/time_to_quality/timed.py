@@ -3,6 +3,7 @@
 The runs' own seconds cannot be: each run has other programs beside it.
 """
 
+import time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,8 @@ UPDATES = 4  # of a training in each turn; the first one is not counted: its pol
 
 
 def seconds_of_updates(home: Path, seed: int, settings: Settings, turns: int = TURNS) -> dict[str, Any]:
-    """`updates`: the seconds of one update of each way by medians, sampling and training; `obvious`: of the obvious trainer's.
+    """`updates`: the seconds of one update of each way by medians, sampling and training; `obvious`: of the obvious trainer's;
+    `busy`: the share of the time in which a processor was at work on this.
 
     A sample's seconds are those of a batch like the run's; an update costs as many as it draws, fewer where they are reused.
     """
@@ -38,13 +40,16 @@ def seconds_of_updates(home: Path, seed: int, settings: Settings, turns: int = T
     trainings = {f"training, {name}": partial(train_some, home, seed, name, settings, took) for name, took in training.items()}
     trainers = obvious_trainers(home, seed, settings) if task.obvious else {}
     updates = {name: partial(trainer.update, batch) for name, trainer in trainers.items()}
+    began, computed = time.perf_counter(), time.process_time()
     times = {name: median(took[1:]) for name, took in alternated({**draws, **trainings, **updates}, 0.0, least=turns).items()}
+    busy = (time.process_time() - computed) / (time.perf_counter() - began)
 
     found = {}
     for name, way in task.ways.items():
         drawing = 0.0 if name == SFT else batch / way.reuse * times[like[name]] / samples
         found[name] = {"sampling_s": round(drawing, 5), "training_s": round(median(training[SFT if name == SFT else PAPER]), 5)}
-    return {"updates": found, "obvious": {name: round(times[name], 4) for name in updates}, "turns": turns - 1}
+    return {"updates": found, "obvious": {name: round(times[name], 4) for name in updates}, "turns": turns - 1,
+            "busy": round(busy, 3)}
 
 
 def train_some(home: Path, seed: int, name: str, settings: Settings, took: list[float]) -> None:

@@ -73,7 +73,7 @@ def result(seeds: int = 3, **changes: list[float]) -> dict:
                   "points": [{way: COST["one_step"] / flops + 0.01 * seed for way, flops in COST.items() if way != SFT}]}]
         runs += [trained(seed, way, [value + 0.001 * seed * (way == "ddim_20") for value in values])
                  for way, values in ends.items()]
-    runs.append({"seed": 0, "method": TIMED, "commit": "abc", "turns": 3, "seconds": 600.0, "cpu_seconds": 588.0,
+    runs.append({"seed": 0, "method": TIMED, "commit": "abc", "turns": 3, "busy": 0.98,
                  "points": [{"distillation_s": 20.0}], "obvious": {"a_prompt_a_call": 800 / 64, "a_batch_a_call": 300 / 64},
                  "updates": {way: {"sampling_s": flops / 64, "training_s": flops / 64} for way, flops in COST.items()}})
     return {"machine": {"cpu": "Some CPU"}, "versions": {"torch": "2.99"}, "seconds": {"processor": 120}, "runs": runs,
@@ -242,7 +242,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_way_and_the_obvious_trainer_are_timed(home: Path) -> None:
     found = seconds_of_updates(home, 0, SMALL, turns=2)
     updates, paper = found["updates"], found["updates"][PAPER]
-    assert updates.keys() == TASKS["digits"].ways.keys() and found["turns"] == 1
+    assert updates.keys() == TASKS["digits"].ways.keys() and found["turns"] == 1 and found["busy"] > 0
     assert updates["reuse_4"]["sampling_s"] == pytest.approx(paper["sampling_s"] / 4, abs=1e-5)
     assert all(each["sampling_s"] > 0 and each["training_s"] == paper["training_s"] > 0 for way, each in updates.items()
                if way != SFT)
@@ -259,8 +259,7 @@ def test_rollouts_are_those_of_diffusers(home: Path) -> None:
     theirs = pipeline([CAPTIONS[label_of(number)] for number in numbers], height=16, width=16, num_inference_steps=5,
                       guidance_scale=2.0, latents=normal((4, 8, 8), 0, "initial noise", numbers), output_type="latent").images
     assert torch.allclose(rollouts.draw(rollouts.sampler(PAPER), numbers), theirs, atol=1e-4)
-    plain = rollouts.draw(rollouts.sampler("one_step"), numbers)
-    assert not torch.allclose(rollouts.draw(rollouts.sampler("adapter"), numbers), plain, atol=1e-2)
+    assert rollouts.sampler("adapter").adapted and not rollouts.sampler(PAPER).adapted
 
 
 def test_what_the_ways_draw_is_compared_with_other_samples_of_the_papers(home: Path) -> None:
