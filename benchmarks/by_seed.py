@@ -237,10 +237,12 @@ def made(module: str, work: Path, seeds: Sequence[int], stages: Iterable[Sequenc
     return True
 
 
-def result_of(work: Path, seeds: Sequence[int], methods: Sequence[str], settings: Any, about: Mapping[str, Any], started: float
-              ) -> dict[str, Any]:
-    """What the JSON of a benchmark holds; `started`, by the performance counter, is when the command began."""
-    runs = [json.loads(result_file(work, seed, method).read_text()) for method in methods for seed in seeds]
+def result_of(work: Path, seeds: Sequence[int], methods: Sequence[str], settings: Any, about: Mapping[str, Any], started: float,
+              more: Sequence[tuple[int, str]] = ()) -> dict[str, Any]:
+    """What the JSON of a benchmark holds; `started`, by the performance counter, is when the command began. `more`: runs that not
+    every seed has."""
+    names = [*((seed, method) for method in methods for seed in seeds), *more]
+    runs = [json.loads(result_file(work, *name).read_text()) for name in names]
     # Of a run that was interrupted, the seconds of its last process alone.
     seconds = {"runs": sum(run["seconds"] for run in runs), "processor": sum(run["cpu_seconds"] for run in runs),
                "command": time.perf_counter() - started}

@@ -1,10 +1,12 @@
 """What cheaper rollouts cost the result: `python -m benchmarks.time_to_quality --out benchmarks/results`.
 
 Trains with the paper's rollouts (50 guided steps) and with each way of making them cheaper, from the same base model, data and
-noise; judges the policies on the way, and sets their quality beside the FLOPs that the trainer's plan counts and the seconds that
-it took. `--task` chooses the model and the data. Writes time_to_quality_TASK.json, _table.md and .png. Finished runs in --work are
-kept: after an interruption the same command continues, and with more seeds or methods it adds runs. `--bases` takes the base
-models of another --work, also of the ablation's. Seeds from 10 on were used to choose settings.
+noise; judges the policies on the way, and sets their quality beside the FLOPs that the trainer's plan counts. `drawn` compares what
+the ways draw with the base. `timed`, made last and alone, measures the seconds of an update of each way in turn; without it no
+seconds are reported, because each run has another one beside it. `--task` chooses the model and the data. Writes
+time_to_quality_TASK.json, _table.md and .png. Finished runs in --work are kept: after an interruption the same command continues,
+and with more seeds or methods it adds runs. `--bases` takes the base models of another --work, also of the ablation's. Seeds from
+10 on were used to choose settings.
 """
 
 import argparse
@@ -16,7 +18,17 @@ from pathlib import Path
 
 from benchmarks.ablation.runs import RECIPE, check_bases, link_base
 from benchmarks.by_seed import checked, made, open_work, parser_of, result_file, result_of
-from benchmarks.time_to_quality.ways import ADAPTER, BASE, DISTILLED, OBVIOUS, PAPER, TASKS, Settings, judged_iterations
+from benchmarks.time_to_quality.ways import (
+    ADAPTER,
+    BASE,
+    DISTILLED,
+    DRAWN,
+    PAPER,
+    TASKS,
+    TIMED,
+    Settings,
+    judged_iterations,
+)
 from seppo_fast.errors import UserError
 from seppo_fast.quickstart.steps import explained
 
@@ -55,11 +67,15 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.time_to_quality.report import report
 
     began, started = about("cpu", "diffusers", "deepspeed"), time.perf_counter()
-    adapters = [DISTILLED] if any(ways[name].adapter for name in given.methods if name != OBVIOUS) else []
+    every_way = {DRAWN, TIMED} & {*given.methods}  # these look at all of them
+    adapters = [DISTILLED] if every_way or any(ways[name].adapter for name in given.methods) else []
+    each, timed = [name for name in given.methods if name != TIMED], [TIMED] if TIMED in given.methods else []
+    module = "benchmarks.time_to_quality.runs"
     # Each needs what comes before it; the longest runs come first, so that both workers end at about the same time.
-    if not made("benchmarks.time_to_quality.runs", work, seeds, ([BASE], adapters, given.methods)):
+    if not (made(module, work, seeds, ([BASE], adapters, each)) and made(module, work, seeds[:1], [timed])):
         return 130
-    result = result_of(work, seeds, (BASE, *adapters, *given.methods), given.settings, began, started)
+    result = result_of(work, seeds, (BASE, *adapters, *each), given.settings, began, started,
+                       [(seeds[0], name) for name in timed])
     (out / f"{given.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     front(out / f"{given.name}.png", result)
     text = report(result)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any
 
-from benchmarks.time_to_quality.ways import BASE, DISTILLED, PAPER
+from benchmarks.time_to_quality.ways import BASE, DISTILLED, PAPER, TIMED
 
 Result = Mapping[str, Any]
 Point = Mapping[str, float]
@@ -23,12 +23,37 @@ def made(result: Result, method: str) -> bool:
 
 
 def curve(result: Result, way: str, seed: int, with_training: bool = False) -> list[Point]:
-    """The base and the judged policies. `with_training`: the adapter's own training comes first."""
-    (base,), points = run_of(result, BASE, seed)["points"], run_of(result, way, seed)["points"]
+    """The base and the judged policies. `with_training`: the adapter's own training comes first.
+
+    Seconds are the updates' times what one of the way takes in the timed run; without that there are none.
+    """
+    (base,), run, clock = run_of(result, BASE, seed)["points"], run_of(result, way, seed), timed(result)
     if not with_training:
-        return [base, *points]
+        return [clocked(point, clock, way) for point in (base, *run["points"])]
     (first,) = run_of(result, DISTILLED, seed)["points"]
-    return [base, *({**point, **{key: point[key] + first[key] for key in first}} for point in [base, *points])]
+    before = {"flops": first["flops"], "seconds": clock["points"][0]["distillation_s"] if clock else 0.0}
+    after = [clocked(point, clock, way) for point in (base, *run["points"])]
+    return [clocked(base, clock, way), *({key: value + before.get(key, 0.0) for key, value in point.items()} for point in after)]
+
+
+def clocked(point: Point, clock: Mapping[str, Any] | None, way: str) -> Point:
+    """The point with what its updates take in the timed run in place of its run's own seconds, which other programs lengthened."""
+    seconds = {"seconds": point["update"] * seconds_of_an_update(clock, way)} if clock else {}
+    return {key: value for key, value in point.items() if key not in ("seconds", "sampling_s", "training_s")} | seconds
+
+
+def timed(result: Result) -> Mapping[str, Any] | None:
+    """The run that measured seconds, if it was made."""
+    return next((run for run in result["runs"] if run["method"] == TIMED), None)
+
+
+def seconds_of_an_update(clock: Mapping[str, Any], way: str) -> float:
+    return sum(clock["updates"][way].values())
+
+
+def units(result: Result) -> tuple[str, ...]:
+    """What is spent: FLOPs, and seconds where they were measured."""
+    return ("flops", "seconds") if timed(result) else ("flops",)
 
 
 def end(points: Sequence[Point], measure: str) -> float:

@@ -13,13 +13,18 @@ from benchmarks.time_to_quality.curves import (
     ends,
     made,
     run_of,
+    seconds_of_an_update,
     seeds_of,
     shares_until,
+    timed,
     totals,
+    units,
 )
-from benchmarks.time_to_quality.ways import BASE, DISTILLED, OBVIOUS, PAPER, TASKS
+from benchmarks.time_to_quality.ways import BASE, DISTILLED, DRAWN, PAPER, SFT, TASKS
 
 ONE_STEP = "one_step"
+NAMES = {"flops": "FLOPs", "seconds": "seconds"}
+DISTANCE = "distance to the policy's own samples"
 COUNTED = ", its own training counted"
 
 
@@ -53,15 +58,19 @@ def judgement(result: Result, way: str) -> str:
 
 def end_table(result: Result) -> str:
     """A row for each way: what it spends on the whole run, and where that ends."""
-    lines = ["| losers | FLOPs of paper's | seconds of paper's | prompt accuracy | to paper's | cleanliness | to paper's | Vendi |"
-             " to paper's | quality |", "|---" * 10 + "|"]
+    spent, drawn = units(result), made(result, DRAWN)
+    header = row("losers", *(f"{NAMES[unit]} of paper's" for unit in spent), "prompt accuracy", "to paper's", "cleanliness",
+                 "to paper's", "Vendi", "to paper's", "quality", *[DISTANCE] * drawn)
+    lines = [header, "|---" * (header.count("|") - 1) + "|"]
     base = [run_of(result, BASE, seed)["points"][0] for seed in seeds_of(result)]
     shares = [cell for measure in MEASURES for cell in (share(interval([point[measure] for point in base])), "")]
-    lines.append(row("base", "", "", *shares, f"{mean(point['vendi'] for point in base):.2f}", "", ""))
+    lines.append(row("base", *[""] * len(spent), *shares, f"{mean(point['vendi'] for point in base):.2f}", *[""] * (2 + drawn)))
     for name, way, counted in rows_of(result):
-        spent = [f"{mean(totals(result, way, unit, counted)) / mean(totals(result, PAPER, unit)):.1%}"
-                 for unit in ("flops", "seconds")]
-        lines.append(row(name, *spent, *([""] * 7 if counted else ending(result, way))))
+        cells = [f"{mean(totals(result, way, unit, counted)) / mean(totals(result, PAPER, unit)):.1%}" for unit in spent]
+        cells += [""] * 7 if counted else ending(result, way)
+        if drawn:
+            cells.append("" if counted else distance(result, way))
+        lines.append(row(name, *cells))
     return "\n".join(lines)
 
 
@@ -72,6 +81,14 @@ def ending(result: Result, way: str) -> list[str]:
         cells += [share(interval(ends(result, way, measure))), "" if itself else points(to_paper(result, way, measure))]
     cells += [f"{mean(ends(result, way, 'vendi')):.2f}", "" if itself else number(to_paper(result, way, "vendi"))]
     return [*cells, "" if itself else judgement(result, way)]
+
+
+def distance(result: Result, way: str) -> str:
+    """From the base's samples drawn in this way to those drawn in the paper's from other noise."""
+    if way == SFT:
+        return ""
+    found = interval([run_of(result, DRAWN, seed)["points"][0][way] for seed in seeds_of(result)])
+    return f"{found.mean:.3f}" + ("" if found.half is None else f" ± {found.half:.3f}")
 
 
 def row(*cells: str) -> str:
@@ -85,12 +102,14 @@ def number(found: Interval) -> str:
 
 def time_table(result: Result) -> str:
     """A row for each way: what it spends until it is as good as `paper` ends, and the difference at equal FLOPs."""
-    lines = ["| losers | prompt accuracy: FLOPs | seconds | seeds | cleanliness: FLOPs | seconds | seeds |"
-             " prompt accuracy at equal FLOPs | cleanliness at equal FLOPs |", "|---" * 9 + "|"]
+    spent = units(result)
+    reached = [cell for name in MEASURES.values() for cell in (f"{name}: FLOPs", *["seconds"] * (len(spent) - 1), "seeds")]
+    header = row("losers", *reached, *(f"{name} at equal FLOPs" for name in MEASURES.values()))
+    lines = [header, "|---" * (header.count("|") - 1) + "|"]
     for name, way, counted in rows_of(result):
         cells = []
         for measure in MEASURES:
-            found = {unit: shares_until(result, way, measure, unit, counted) for unit in ("flops", "seconds")}
+            found = {unit: shares_until(result, way, measure, unit, counted) for unit in spent}
             cells += [*map(of_whole, found.values()), f"{sum(value < inf for value in found['flops'])}/{len(seeds_of(result))}"]
         cells += ["" if way == PAPER else points(interval(at_equal_flops(result, way, measure, counted))) for measure in MEASURES]
         lines.append(row(name, *cells))
@@ -129,15 +148,41 @@ def floor(result: Result) -> str:
 
 def obvious(result: Result) -> str:
     """The obvious trainer's seconds for the same losers, beside ours."""
-    if not made(result, OBVIOUS):
+    clock, settings = timed(result), result["settings"]
+    if clock is None or not clock["obvious"]:
         return ""
-    ours = mean(totals(result, PAPER, "seconds"))
-    theirs = {name: mean(run_of(result, OBVIOUS, seed)["points"][0][f"{key}_s"] for seed in seeds_of(result))
+    updates, ours = settings["iterations"] * settings["updates"], mean(totals(result, PAPER, "seconds"))
+    theirs = {name: updates * clock["obvious"][key]
               for key, name in (("a_prompt_a_call", "a prompt a call"), ("a_batch_a_call", "a batch a call"))}
     each = ", ".join(f"{seconds:.0f} s with {name} ({seconds / ours:.2g}x)" for name, seconds in theirs.items())
-    return (f"The obvious trainer would take {each} for the same updates with the paper's losers, by the mean of"
-            f" {result['settings']['obvious_updates']} updates; ours takes {ours:.0f} s. It makes the same step, so its curve is"
-            " the paper's by construction, and only its time was measured.")
+    return (f"The obvious trainer would take {each} for the same updates with the paper's losers, by the median of"
+            f" {clock['turns']} updates that were timed in turn with ours; ours takes {ours:.0f} s. It makes the same step, so its"
+            " curve is the paper's by construction, and only its time was measured.")
+
+
+def about_seconds(result: Result) -> str:
+    """Where the seconds are from."""
+    clock = timed(result)
+    if clock is None:
+        return " Seconds: not timed."
+    return (" Seconds: updates times the seconds of one update's sampling and training of the way, medians of what was timed in one"
+            f" process on seed {clock['seed']}'s base, one way after the other, in {clock['turns']} turns, because the runs had"
+            f" others beside them (it had a processor for {min(1.0, clock['busy']):.0%} of the time);"
+            f" {seconds_of_an_update(clock, PAPER):.3g} s an update and"
+            f" {mean(totals(result, PAPER, 'seconds')):.0f} s in all of the paper's. Data, checkpoints and judging are not in them."
+            f" Where an adapter's training is counted, they include {clock['points'][0]['distillation_s']:.0f} s of its"
+            " distillation.")
+
+
+def about_distance(result: Result) -> str:
+    """What the distance is."""
+    if not made(result, DRAWN):
+        return ""
+    return (f" {DISTANCE.capitalize()}: the energy distance, within a prompt and in the judge's 8x8 grey, of"
+            f" {run_of(result, DRAWN, seeds_of(result)[0])['samples']} samples that the"
+            " base draws in this way to as many that it draws in the paper's from other noise, estimated without bias; the first"
+            " row's is what chance leaves of none. It says how true losers are to the policy, which the judge does not: it likes"
+            " averaged pictures.")
 
 
 def about(result: Result) -> str:
@@ -145,7 +190,7 @@ def about(result: Result) -> str:
     settings, machine = result["settings"], result["machine"]
     count = len(seeds_of(result))
     seeds = f"{count} seeds" if count > 1 else "one seed (so no intervals)"
-    paper, seconds = (mean(totals(result, PAPER, unit)) for unit in ("flops", "seconds"))
+    paper = mean(totals(result, PAPER, "flops"))
     pairs = settings["iterations"] * settings["updates"] * settings["batch_size"]
     return (
         f"Means over {seeds}; each seed has its own base model, data and trainings. ± and [ ] are 95 % t-intervals over the seeds;"
@@ -153,9 +198,9 @@ def about(result: Result) -> str:
         f" {settings['iterations']} iterations of {settings['updates']} updates of {settings['batch_size']} pairs, with learning"
         f" rate {settings['lr']:g} and beta {settings['beta']:g}; each row is the first one with one change. FLOPs: as the"
         f" trainer's plan counts them, samples, training and scoring; the paper's are {paper / 1e12:.3g} TFLOP for {pairs} pairs."
-        f" Seconds: the trainer's wall clock from its first update to its last, {seconds:.0f} s of the paper's."
-        " A run ends at the mean of its last two judged policies. FLOPs and seconds until a quality is reached are medians over the"
-        " seeds, as shares of all that the paper's run spends; what is reached is where the same seed's run with the paper's losers"
+        f"{about_seconds(result)}{about_distance(result)}"
+        " A run ends at the mean of its last two judged policies. What is spent until a quality is reached is the median over the"
+        " seeds, a share of all that the paper's run spends; what is reached is where the same seed's run with the paper's losers"
         " ends; between two judged policies we interpolate. At equal FLOPs: where the way's run ends, or at half of the paper's"
         " FLOPs if it ends later. Prompt accuracy and cleanliness: the quickstart's judge on"
         f" {settings['judge_samples']} samples in {settings['judge_steps']} steps, from the same noise for all policies of a seed,"

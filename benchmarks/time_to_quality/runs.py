@@ -1,7 +1,8 @@
 """One run of the benchmark in a process of its own: `python -m benchmarks.time_to_quality.runs WORK SEED METHOD`.
 
-"base" makes the seed's base model and its data, as for the ablation, "distilled" its few-step adapter, "obvious" times the obvious
-trainer; the others train, and judge the policies on the way.
+"base" makes the seed's base model and its data, as for the ablation, "distilled" its few-step adapter; "drawn" compares what the
+ways draw with the base; "timed" measures seconds, and needs the machine for itself; the others train, and judge the policies on the
+way.
 
     WORK/seed_0/base/                 a pipeline directory
     WORK/seed_0/pairs.parquet         the data, as in Pick-a-Pic
@@ -17,15 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.ablation import runs as ablation
 from benchmarks.by_seed import Run, policy_file, report_run, train
-from benchmarks.time_to_quality.ways import (
-    ADAPTER,
-    BASE,
-    DISTILLED,
-    OBVIOUS,
-    Settings,
-    judged_iterations,
-    overrides,
-)
+from benchmarks.time_to_quality.ways import ADAPTER, BASE, DISTILLED, DRAWN, TIMED, Settings, judged_iterations, overrides
 
 if TYPE_CHECKING:  # the command and the README need no network
     from seppo_fast.planning.cost import Cost
@@ -102,19 +95,27 @@ def judged(base: Path, weights: Sequence[Path | None], seed: int, settings: Sett
     return points
 
 
-def time_obvious(home: Path, seed: int, settings: Settings) -> Run:
-    """The seconds that the obvious trainer takes for as many updates, by the mean of a few; a prompt a call, and a batch a call."""
-    from benchmarks.time_to_quality.obvious import seconds_of_an_update
+def compare_drawn(home: Path, seed: int, settings: Settings) -> Run:
+    """How far what each way draws lies from what the paper's draws, with the base."""
+    from benchmarks.time_to_quality.drawn import SAMPLES, distances
 
-    total = settings.iterations * settings.updates
-    return {"points": [{"update": total} | {f"{name}_s": round(total * seconds, 1)
-                                            for name, seconds in seconds_of_an_update(home, seed, settings).items()}]}
+    return {"points": [distances(home, seed, settings)], "samples": SAMPLES}
+
+
+def time_updates(home: Path, seed: int, settings: Settings) -> Run:
+    """Seconds of an update of each way, and of the adapter's distillation, which is made once more for that."""
+    from benchmarks.time_to_quality.distil import distil
+    from benchmarks.time_to_quality.timed import seconds_of_updates
+
+    took = distil(home / "base", home / TIMED / ADAPTER, seed, guidance=settings.guidance_scale)
+    found = seconds_of_updates(home, seed, settings)
+    return found | {"points": [{"distillation_s": took["seconds"]}]}
 
 
 def main(work: Path, seed: int, method: str) -> None:
     """Make one run's result file."""
     settings, home = Settings(**json.loads((work / "settings.json").read_text())), work / f"seed_{seed}"
-    special = {BASE: make_base, DISTILLED: make_adapter, OBVIOUS: time_obvious}
+    special = {BASE: make_base, DISTILLED: make_adapter, DRAWN: compare_drawn, TIMED: time_updates}
     report_run(work, seed, method, lambda: special[method](home, seed, settings) if method in special
                else train_and_judge(home, seed, method, settings))
 

@@ -1,20 +1,21 @@
 """The ways to make rollouts cheaper, each as changes of the paper's setting, and the tasks on which they are measured."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.ablation import runs as ablation
 from benchmarks.by_seed import assignments
 
-BASE, DISTILLED, PAPER, OBVIOUS, SFT = "base", "distilled", "paper", "obvious", "sft"
+BASE, DISTILLED, PAPER, SFT = "base", "distilled", "paper", "sft"
+DRAWN, TIMED = "drawn", "timed"  # no ways: what each one draws with the base, and its seconds
 ADAPTER = "adapter"  # the folder of a seed's LoRA file
 
 
 @dataclass(frozen=True)
 class Settings(ablation.Settings):
     """The ablation's, with the paper's 50 steps, and fewer pairs for that. `judged_every`: iterations between two policies that are
-    judged; `obvious_updates`: of the obvious trainer, for its speed."""
+    judged. `obvious_updates` is not used any more, but in the settings.json of runs that are made."""
 
     task: str = "digits"
     updates: int = 8
@@ -79,7 +80,8 @@ FLOW_WAYS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its data and its training; the `ways` that are compared on it, `paper` first."""
+    """A model, its data and its training; the `ways` that are compared on it, `paper` first. `obvious`: whether the obvious trainer
+    makes the same step, and is timed, too."""
 
     title: str
     settings: Settings
@@ -90,7 +92,7 @@ class Task:
     @property
     def methods(self) -> list[str]:
         """What is made by default."""
-        return [*self.ways, *([OBVIOUS] if self.obvious else [])]
+        return [*self.ways, DRAWN, TIMED]
 
 
 TASKS = {
@@ -100,6 +102,12 @@ TASKS = {
                   method="ditto"),
     "flow": Task("digits, flow", Settings(task="flow", model="flow", denoiser_steps=1200, beta=65.0), FLOW_WAYS),
 }
+
+
+def drawn_like(ways: Mapping[str, Way]) -> dict[str, str]:
+    """For each way that draws the first one whose samples are drawn like its own; one that reuses them only draws fewer."""
+    alike = {name: replace(way, label="", reuse=1) for name, way in ways.items() if name != SFT}
+    return {name: next(other for other in alike if alike[other] == way) for name, way in alike.items()}
 
 
 def overrides(work: Path, seed: int, name: str, settings: Settings) -> list[str]:
