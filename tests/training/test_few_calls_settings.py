@@ -77,6 +77,8 @@ def test_what_a_flow_and_an_embedded_guidance_show(settings: Settings, flux: Pat
     for path, changes, said in (
             (str(flux), {INTERVAL: [0.1, 0.9]}, "guidance_interval: .* is guided by an input of its network"),
             (str(flux), {"seppo.sampler.unconditional_every": 2}, "unconditional_every: .* is guided by an input"),
+            (str(flux), {"seppo.sampler.adapter": "x", "seppo.sampler.guidance_scale": 1},
+             "guidance_scale: .* is given the scale as an input, in training too"),
             (sd3, {"seppo.sampler.spacing": "trailing"}, "seppo.sampler.spacing: 'trailing' has no meaning for a flow"),
             (sd3, {"seppo.samples": {"every": 1, "solver": "ddim"}}, "seppo.samples.solver: 'ddim' is for DDPM-like models"),
             (sd3, {"seppo.sampler.adapter": "x", **LCM}, "seppo.sampler.adapter x: there is no such file here")):
