@@ -49,8 +49,8 @@ def check_network(model: Model, config: Config) -> None:
         raise UserError(f"seppo.sampler.{ours.sampler.limits[0]}: {model.path} is guided by an input of its network, not by a"
                         " second call without the prompt that could be left out; leave the key out")
     if ours.sampler.adapter is not None and model.embeds_guidance and ours.sampler.guidance_scale == 1:
-        raise UserError(f"seppo.sampler.guidance_scale: {model.path} is given the scale as an input, in training too, and an adapter"
-                        " makes it 1 where none is given; give the adapter's own (of FLUX.1-Turbo-Alpha it is 3.5)")
+        raise UserError(f"seppo.sampler.guidance_scale: {model.path} is given the scale as an input, in training too, and an"
+                        " adapter makes it 1 where none is given; give the adapter's own (of FLUX.1-Turbo-Alpha it is 3.5)")
     if model.denoiser == "transformer":
         if ours.model.attention == "xformers":
             raise UserError(f"seppo.model.attention: the transformer of {model.path} has no \"xformers\" attention here, but"
