@@ -16,7 +16,7 @@ from seppo_fast.planning.encoders import EncoderBytes
 GB = 10**9
 NOTHING = dict.fromkeys((
     "parameters", "trained", "forward", "sample", "improved", "per_pair", "training", "scoring", "reference", "optimizer",
-    "gradients", "bucket", "update", "score", "kept_gradients", "improver", "improving", "grid", "evaluation"), 0)
+    "gradients", "bucket", "update", "score", "kept_gradients", "adapter", "improver", "improving", "grid", "evaluation"), 0)
 WHOLE, AS_IT_IS, CHECKPOINTING = Batches(8, 8, 8), Way((), ()), Way(("checkpointing",), ("x=true",))
 
 
