@@ -90,7 +90,7 @@ def test_a_key_like_no_other_gets_no_advice() -> None:
     ("seppo.sampler.steps", 2.5, "valid integer (got 2.5)"),
     ("seppo.sampler.guidance_scale", -0.5, "greater than or equal to 0"),
     ("seppo.sampler.guidance_scale", float("nan"), "finite"),
-    ("seppo.sampler.solver", "dim", "'ddim', 'dpmsolver++', 'pndm', 'unipc' or 'euler' (got 'dim')"),
+    ("seppo.sampler.solver", "dim", "'ddim', 'dpmsolver++', 'pndm', 'unipc', 'euler', 'lcm' or 'tcd' (got 'dim')"),
     ("seppo.sampler.batch_size", 0, "batch_size: expected a whole number above 0, or \"auto\" (got 0)"),
     ("seppo.sampler.batch_size", "atuo", "batch_size: expected a whole number above 0, or \"auto\" (got 'atuo')"),
     ("seppo.sampler.batch_size", 2.5, "batch_size: expected a whole number above 0, or \"auto\" (got 2.5)"),

@@ -53,7 +53,7 @@ def test_what_is_assumed_is_said(cost: Cost) -> None:
     text = time_plan(CONFIG, BATCH, cost, published_model(CONFIG.seppo.model.path), load_rates(None))
     (h200,) = [line for line in text.splitlines() if "790 TFLOP/s" in line]
     assert "assumed: that of NVIDIA A100" in h200 and "assumed: sampling's at this batch" in h200
-    assert "pndm, 50 steps (51 evaluations)" in text and "ddim, 20 steps (20 evaluations)" in text
+    assert "pndm, 50 steps (102 evaluations)" in text and "ddim, 20 steps (40 evaluations)" in text
     own = RATE.model_copy(update={"device": "NVIDIA H200"})
     text = time_plan(CONFIG, BATCH, cost, published_model(CONFIG.seppo.model.path), [own])
     assert "assumed" not in text and "hours on NVIDIA H200 with" in text
