@@ -23,6 +23,16 @@ def expanded(path: str) -> Path:
     return Path(path if os.path.lexists(path) else os.path.expanduser(path))
 
 
+def named_file(given: str, name: str, key: str, advice: str) -> Path:
+    """The file that a key of the configuration gives, itself or by the folder in which it is called `name`."""
+    path = expanded(given)
+    file = path / name if path.is_dir() else path
+    if not file.is_file():
+        why = f"the folder has no {name}" if path.is_dir() else "there is no such file here"
+        raise UserError(f"{key} {given}: {why}; {advice}")
+    return file
+
+
 def open_regular(path: Path) -> BinaryIO:
     """The opened file; `OSError` where it cannot be opened, `NotRegular` where it is not a regular file."""
     _check_regular(path, os.stat(path))  # before opening: some devices act when they are opened

@@ -1,7 +1,5 @@
 """The few-step adapter of the sampler (seppo.sampler.adapter): found, and checked against the model and the policy."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
 
@@ -11,21 +9,11 @@ from seppo_fast.errors import UserError, few
 from seppo_fast.evaluation.adapters import Adapter, read_adapter
 from seppo_fast.evaluation.candidates import LORA
 from seppo_fast.models import Model
-from seppo_fast.opening import expanded
+from seppo_fast.opening import named_file
 from seppo_fast.training import start
 from seppo_fast.training.card import is_policy
 
 KEY = "seppo.sampler.adapter"
-
-
-def find(given: str) -> Path:
-    """The adapter's file, which the key names itself or by its folder."""
-    path = expanded(given)
-    file = path / LORA if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"{KEY} {given}: " + (f"the folder has no {LORA}" if path.is_dir() else "there is no such file here") +
-                        "; give the safetensors file of a distillation LoRA, fetched from the hub if it is there")
-    return file
 
 
 def read(settings: Seppo, model: Model) -> Adapter | None:
@@ -33,7 +21,7 @@ def read(settings: Seppo, model: Model) -> Adapter | None:
     given = settings.sampler.adapter
     if given is None:
         return None
-    file = find(given)
+    file = named_file(given, LORA, KEY, "give the safetensors file of a distillation LoRA, fetched from the hub if it is there")
     if is_policy(file.parent):
         raise UserError(f"{KEY} {given}: it is a policy that seppo_fast trained, no distillation; to begin with it, take its"
                         f" checkpoint as {start.KEY}")

@@ -16,7 +16,7 @@ from seppo_fast.models import Model
 from seppo_fast.models.files import check_tensors
 from seppo_fast.models.finite import check_finite
 from seppo_fast.models.lora import choose_trained, trainable_weights
-from seppo_fast.opening import expanded
+from seppo_fast.opening import named_file
 from seppo_fast.training import checkpoint
 from seppo_fast.training.checkpoint import POLICY
 from seppo_fast.training.marker import listed, missing
@@ -26,11 +26,8 @@ KEY = "seppo.model.start_from"
 
 def find(given: str) -> Path:
     """The policy's file that the key names, itself or by a complete checkpoint's folder."""
-    path = expanded(given)
-    file = path / POLICY if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"{KEY} {given}: " + (f"the folder has no {POLICY}" if path.is_dir() else "there is no such file") +
-                        f"; give a checkpoint's folder, its {POLICY}, or a past policy's file in a run's pool folder")
+    advice = f"give a checkpoint's folder, its {POLICY}, or a past policy's file in a run's pool folder"
+    file = named_file(given, POLICY, KEY, advice)
     if file.name == POLICY and (lack := missing(file.parent)):
         raise UserError(f"{KEY} {given}: the checkpoint is not complete ({lack}); give an earlier one, or a policy from the pool")
     check_tensors(file)
