@@ -4,10 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from seppo_fast.sampling import DRAWN, LIMITS, Sampler, Samples
 from seppo_fast.sections import (
-    DRAWN,
     HELD_OUT,
-    LIMITS,
     Checkpoint,
     Data,
     Evaluation,
@@ -19,8 +18,6 @@ from seppo_fast.sections import (
     Pool,
     Positive,
     ReferenceModel,
-    Sampler,
-    Samples,
     Section,
     Seed,
     Share,

@@ -37,7 +37,7 @@ from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.solver import rollout_table
-from seppo_fast.sections import DRAWN
+from seppo_fast.sampling import DRAWN
 from seppo_fast.signals import StopSignals
 from seppo_fast.training import checkpoint, csv_files, start
 from seppo_fast.training.adapter import KEY as ADAPTER

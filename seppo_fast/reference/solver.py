@@ -30,7 +30,7 @@ from seppo_fast import config
 from seppo_fast.errors import UserError, reason
 from seppo_fast.models import Model
 from seppo_fast.models.schedules import is_flow, static_shift
-from seppo_fast.sections import FEW_STEPS
+from seppo_fast.sampling import FEW_STEPS
 
 # Clipping and thresholding are for pixels, and are not linear. The other settings are those that each name stands for.
 SOLVERS: dict[str, tuple[Any, Mapping[str, Any]]] = {

@@ -17,7 +17,7 @@ from seppo_fast.reference.guidance import Guidance, double
 from seppo_fast.reference.improver import Improver
 from seppo_fast.reference.sampler import Sampler
 from seppo_fast.reference.solver import SolverTable
-from seppo_fast.sections import EVERYWHERE
+from seppo_fast.sampling import EVERYWHERE
 from seppo_fast.training.objective import Objective
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.samples import PROMPTS, Grids

@@ -9,7 +9,7 @@ from seppo_fast.models import open_model
 from seppo_fast.reference import Branch, Guidance, classifier_free, double, sample, solver_table
 from seppo_fast.reference.guidance import guided
 from seppo_fast.reference.solver import SOLVERS, open_scheduler
-from seppo_fast.sections import FEW_STEPS
+from seppo_fast.sampling import FEW_STEPS
 from tests.tiny import tiny_flux, tiny_sd, unet
 
 NAMES = ("prompt_embeds", "image_latents")
