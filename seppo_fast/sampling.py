@@ -33,6 +33,8 @@ class Sampler(Section):
     """The network's output without the prompt is computed in every n-th guided step, and kept in between."""
     adapter: Name | None = None
     """A distillation LoRA's file (LCM, TCD, Hyper-SD, Lightning, turbo), on the drawing network alone and only while it draws."""
+    adapter_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Strength of the adapter, beside what its file says; Hyper-SD for FLUX.1-dev and SD3: 0.125."""
     batch_size: Positive | Literal["auto"] = 16
     """Samples that are drawn at once; `auto` is measured."""
     cuda_graph: bool = True
@@ -75,10 +77,12 @@ class Sampler(Section):
 
     @model_validator(mode="after")
     def adapter_fits(self) -> "Sampler":
-        """Refuse a solver for distilled networks without an adapter, and an adapter on projections that are fused."""
+        """Refuse what is for adapters without one, and an adapter on projections that are fused."""
         if self.adapter is None and self.solver in FEW_STEPS:
             raise ValueError(f"sampler.solver={self.solver!r} is for networks that were distilled to few steps: set an adapter,"
                              " or another solver")
+        if self.adapter is None and self.adapter_scale != 1:
+            raise ValueError(f"sampler.adapter_scale={self.adapter_scale:g} goes with sampler.adapter, which is not set")
         if self.adapter is not None and self.fuse_projections:
             raise ValueError("sampler.adapter does not go with sampler.fuse_projections, which replaces the projections that the"
                              " adapter sits beside; set it to false")

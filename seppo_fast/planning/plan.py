@@ -162,7 +162,8 @@ def _drawn(settings: Sampler) -> str:
         text += f" at noise levels from {low:g} to {high:g}"
     if settings.unconditional_every > 1:
         text += f", the branch without the prompt every {settings.unconditional_every} steps"
-    return text + (f", with the adapter {settings.adapter}" if settings.adapter else "")
+    scaled = f" x {settings.adapter_scale:g}" if settings.adapter_scale != 1 else ""
+    return text + (f", with the adapter {settings.adapter}{scaled}" if settings.adapter else "")
 
 
 def _beta(ours: Seppo) -> str:

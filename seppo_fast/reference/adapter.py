@@ -25,8 +25,9 @@ class Beside:
         return self.forward(*args, **kwargs) + self.up(self.down(given)) * self.scale
 
 
-def beside(network: nn.Module, adapted: nn.Module, device: torch.device | str, dtype: torch.dtype) -> list[Change]:
-    """Changes of `network` that put the LoRA of `adapted` beside its layers, those of the same names.
+def beside(network: nn.Module, adapted: nn.Module, device: torch.device | str, dtype: torch.dtype, scale: float = 1.0
+           ) -> list[Change]:
+    """Changes of `network` that put the LoRA of `adapted`, `scale` times, beside its layers, those of the same names.
 
     `adapted` is a network of the same architecture on which PEFT has put the LoRA; no other weights of it are read. Names and
     storage of the network's own weights stay, so that past policies are loaded, captured steps replayed and other adapters used
@@ -38,5 +39,5 @@ def beside(network: nn.Module, adapted: nn.Module, device: torch.device | str, d
         if isinstance(part, LoraLayer):
             for one in part.lora_A:
                 down, up = (side[one].to(device, dtype).requires_grad_(False) for side in (part.lora_A, part.lora_B))
-                changes.append((layers[name], "forward", Beside(layers[name].forward, down, up, part.scaling[one])))
+                changes.append((layers[name], "forward", Beside(layers[name].forward, down, up, part.scaling[one] * scale)))
     return changes

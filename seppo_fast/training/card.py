@@ -103,9 +103,9 @@ def model_card(config: Config, batch: Batch, rows: int, updates: int, skipped: i
 
 def few_steps(settings: Sampler, digest: str) -> str:
     """Says that losers were drawn with an adapter, which is no part of the model."""
-    return (f"Losers were drawn with the distillation LoRA `{settings.adapter}` (XXH3 {digest}) beside the past policies' weights:"
-            f" {settings.solver}, {settings.steps} steps, guidance {settings.guidance_scale:g}. What scores the pairs, and the"
-            " trained model, are without it.\n\n")
+    return (f"Losers were drawn with the distillation LoRA `{settings.adapter}` (XXH3 {digest}, scale {settings.adapter_scale:g})"
+            f" beside the past policies' weights: {settings.solver}, {settings.steps} steps, guidance"
+            f" {settings.guidance_scale:g}. What scores the pairs, and the trained model, are without it.\n\n")
 
 
 def usage(ours: Seppo, opened: Model) -> str:

@@ -91,7 +91,8 @@ def open_sampler(model: Model, config: Config, batch: Batch, objective: Objectiv
     _, guidance = guided(model, ours.sampler.guidance_scale, empty)
     if ours.method == "improvement":
         empty, guidance = with_image(pairs, ours.improvement)
-    adapted = [] if adapter is None else beside(reference, adapted_network(adapter, model), ranks.device, objective.dtype)
+    adapted = [] if adapter is None else beside(reference, adapted_network(adapter, model), ranks.device, objective.dtype,
+                                                ours.sampler.adapter_scale)
     sampler = Sampler(reference, objective.denoise, table.to(ranks.device), empty, guidance, ours.sampler, objective.dtype,
                       objective.autocast, ranks.say, adapted)
     updates = 1 if ours.sampler.window == "update" else ours.updates_per_iteration

@@ -39,11 +39,12 @@ def stored(run: Path, iteration: int = 1) -> Tensor:
 
 @torch.no_grad()
 def drawn_by_diffusers(pipeline: Path, scheduler: Any, steps: int, prompts: list[str], seed: int, lora: Path | None = None,
-                       guidance: Callable[[float], float] = lambda level: 1.0) -> Tensor:
+                       guidance: Callable[[float], float] = lambda level: 1.0, lora_scale: float = 1.0) -> Tensor:
     """One sample a prompt from the noises of the slots 0, 1, ...; `guidance`: the scale at a timestep's share of the schedule."""
     loaded = DiffusionPipeline.from_pretrained(pipeline)
     if lora is not None:
-        loaded.load_lora_weights(lora.parent, weight_name=lora.name)
+        loaded.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="few")
+        loaded.set_adapters("few", lora_scale)
     scheduler = scheduler.from_config(loaded.scheduler.config, clip_sample=False)
     given, empty = (loaded.encode_prompt(texts, "cpu", 1, False)[0] for texts in (prompts, [""] * len(prompts)))
     slots, found = range(len(prompts)), []

@@ -73,16 +73,16 @@ def test_losers_are_those_of_plain_diffusers(way: str, few: Settings, train: Tra
 
 
 def test_losers_of_a_trailing_euler(few: Settings, train: Train, sd: Path, lora: Path) -> None:
-    """As Lightning and Hyper-SD are drawn."""
-    raw = few(**{"seppo.sampler": {"adapter": str(lora), "solver": "euler", "steps": 2, "spacing": "trailing", "batch_size": 8,
-                                   "samples_per_iteration": 8}})
+    """As Lightning and Hyper-SD are drawn, at a strength that is not the file's."""
+    raw = few(**{"seppo.sampler": {"adapter": str(lora), "adapter_scale": 0.4, "solver": "euler", "steps": 2, "batch_size": 8,
+                                   "spacing": "trailing", "samples_per_iteration": 8}})
 
     class Trailing(EulerDiscreteScheduler):
         @classmethod
         def from_config(cls, config: Any, **changes: Any) -> EulerDiscreteScheduler:
             return EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing", **changes)
 
-    want = drawn_by_diffusers(sd, Trailing, 2, prompts_of(8), 3, lora)
+    want = drawn_by_diffusers(sd, Trailing, 2, prompts_of(8), 3, lora, lora_scale=0.4)
     torch.testing.assert_close(stored(train(raw)), want, rtol=1e-3, atol=2e-3)
 
 
@@ -224,7 +224,7 @@ def test_held_out_measures_need_no_settings_of_grids(few: Settings, train: Train
 def test_the_card_says_what_drew_the_losers(few: Settings, train: Train, lora: Path) -> None:
     config = parse_config(raw := few())
     card = (train(raw) / "final" / "README.md").read_text()
-    assert (f"Losers were drawn with the distillation LoRA `{lora}` (XXH3 {checksum(lora)}) beside the past policies' weights: lcm,"
-            " 2 steps, guidance 1.") in card
+    assert (f"Losers were drawn with the distillation LoRA `{lora}` (XXH3 {checksum(lora)}, scale 1) beside the past policies'"
+            " weights: lcm, 2 steps, guidance 1.") in card
     adapter = read(config.seppo, open_model(config.seppo.model.path))
     assert adapter is not None and adapter.file == lora

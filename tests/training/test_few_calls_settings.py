@@ -42,6 +42,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ({"seppo.sampler.unconditional_every": 0}, "unconditional_every"),
     ({"seppo.sampler.unconditional_every": 2, "seppo.sampler.guidance_scale": 1.0}, "unconditional_every does not go with"),
     ({"seppo.sampler.solver": "lcm"}, "solver='lcm' is for networks that were distilled"),
+    ({"seppo.sampler.adapter_scale": 0.5}, "adapter_scale=0.5 goes with sampler.adapter, which is not set"),
     ({"seppo.sampler.spacing": "karras"}, "spacing"),
     ({INTERVAL: [0.2, 0.8], "seppo.method": "improvement"}, "sampler.guidance_interval does not go with method='improvement'"),
     ({"seppo.samples.guidance_scale": 3.0, "seppo.method": "improvement"}, "samples.guidance_scale does not go with method='impr"),
