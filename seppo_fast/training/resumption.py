@@ -54,9 +54,10 @@ def state_of(path: Path, run_id: str, batch: Batch, config: dict[str, Any]) -> S
         raise UserError(f"{path} was written by another version of this program: in its state.json, {error}") from None
     differing = [] if size == batch.size else [f"pairs of an update: {size} there, {batch.size} now"]
     differing += [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(fixed(then.as_dict()), fixed(config))]
-    if not differing and state.world != batch.world and _cuts_matter(config) and max(map(zero_stage, (then.deepspeed, config))) > 0:
-        differing = [f"number of ranks: {state.world} there, {batch.world} now; optimizer.type {config['optimizer']['type']} scales"
-                     " what a rank holds under ZeRO by its norm"]
+    if not differing and str(config["optimizer"]["type"]).lower() == "lamb":
+        cuts, cuts_now = ((zero_stage(raw) and (world, zero_stage(raw))) for world, raw in ((state.world, then.deepspeed),
+                                                                                            (batch.world, config)))
+        differing = [] if cuts == cuts_now else ["ranks or ZeRO stage: LAMB scales by its norm what ZeRO gives to a rank"]
     if differing:
         raise UserError(f"{path} was written with another configuration; use that one's values; {anew(path)}. What differs:\n  "
                         + "\n  ".join(differing))
@@ -78,11 +79,6 @@ def _offloads(config: Mapping[str, Any]) -> str:
     zero = config.get("zero_optimization", {})
     parts = [name for name in ("optimizer", "param") if (zero.get(f"offload_{name}") or {}).get("device", "none") != "none"]
     return f" with {' and '.join(parts)} offloaded" if parts else ""
-
-
-def _cuts_matter(config: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's step depends on how ZeRO cuts the weights."""
-    return str(config["optimizer"]["type"]).lower() == "lamb"
 
 
 def fixed(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
