@@ -42,7 +42,7 @@ KILLS = {
     "between two micro-batches of the second update": (Strike("seppo_fast.training.objective:Objective.__call__", 4), None),
     "after one update": (Strike("seppo_fast.training.trainer:Trainer.report", 1, after=True), None),
     "sampling": (Strike("seppo_fast.reference.sampler:Sampler.draw", 1, after=True), None),
-    "a checkpoint with a rank's share alone": (Strike("seppo_fast.training.checkpoint:save_file", 1), "checkpoints/.*.tmp"),
+    "a checkpoint with a rank's share alone": (Strike("seppo_fast.training.checkpoint:save_file", 1), "checkpoints/.*.tmp/rank_0.safetensors"),
     "a checkpoint without its marker": (Strike("seppo_fast.training.checkpoint:flush_tree", 1, after=True), "checkpoints/.*.tmp"),
     "a checkpoint under its temporary name": (Strike("pathlib:Path.rename", 1), "checkpoints/.*.tmp/complete.json"),
     "a past policy under its temporary name": (Strike("seppo_fast.reference.pool:flush", 1), "pool/policy_*.tmp"),
