@@ -105,6 +105,8 @@ SAME = {
     "warm-up": schedule("WarmupLR", warmup_num_steps=9, warmup_max_lr=1e-2, warmup_type="linear"),
     "one cycle": schedule("OneCycle", cycle_min_lr=1e-4, cycle_max_lr=1e-2, cycle_first_step_size=4) | zero(1),
     "steps": schedule("MultiStepLR", milestones=[4, 6]), "cosine": schedule("CosineAnnealingLR", T_max=6),
+    "one cycle of torch": schedule("OneCycleLR", max_lr=0.1, total_steps=20),
+    "cyclic": schedule("CyclicLR", base_lr=0.01, max_lr=0.1),
 }
 
 
@@ -180,8 +182,10 @@ def test_a_file_of_many_types_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_flat(tmp_path / "file.safetensors", tensors, {"a": 1})
     assert {name: tensor.tolist() for name, tensor in load_file(tmp_path / "file.safetensors").items()} == {
         name: tensor.flatten().tolist() for name, tensor in tensors.items()}
-    with safe_open(tmp_path / "file.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["about"]) == {"a": 1}
+    write_flat(tmp_path / "none.safetensors", {}, {"a": 1})  # of a rank that has no part in the weights
+    for name, size in (("file", len(tensors)), ("none", 0)):
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            assert json.loads(file.metadata()["about"]) == {"a": 1} and len(file.keys()) == size
 
 
 def test_the_last_bit_and_the_sign_of_a_zero_are_kept(engine: Engine, written: Any) -> None:
