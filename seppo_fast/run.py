@@ -1,8 +1,9 @@
 """A run from its configuration to `final/`: makes what Algorithm 1 needs, trains, and exports the model."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import torch
 from deepspeed.monitor.csv_monitor import csvMonitor
 from torch import Tensor
 
-from seppo_fast.checksums import checksum
 from seppo_fast.config import METHODS
-from seppo_fast.configfile import Config, batch_plan, parse_config
+from seppo_fast.configfile import Batch, Config, batch_plan, parse_config
 from seppo_fast.data import ClipStream, LatentCache
 from seppo_fast.data.cache import build_cache
 from seppo_fast.data.fingerprint import latent_shape
@@ -21,12 +21,11 @@ from seppo_fast.data.order import split
 from seppo_fast.data.sources import Source, open_source
 from seppo_fast.disk import complete_or_not
 from seppo_fast.errors import UserError
-from seppo_fast.evaluation.adapters import Adapter
 from seppo_fast.evaluation.request import Request
 from seppo_fast.machine import cores, too_many_threads
 from seppo_fast.models import Model, open_model
 from seppo_fast.models.engines import same_with_gradients
-from seppo_fast.models.improvement import improvement_model, network_checksum, reference_model
+from seppo_fast.models.improvement import improvement_model, reference_model
 from seppo_fast.models.lora import share_frozen, trains_a_part
 from seppo_fast.models.vae_memory import VaeMemory, with_vae_memory
 from seppo_fast.planning.cost import estimate
@@ -39,10 +38,11 @@ from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.solver import rollout_table
 from seppo_fast.sampling import DRAWN
 from seppo_fast.signals import StopSignals
-from seppo_fast.training import checkpoint, csv_files, start
+from seppo_fast.training import checkpoint, csv_files, resumption, start
 from seppo_fast.training.adapter import KEY as ADAPTER
 from seppo_fast.training.adapter import read as read_adapter
 from seppo_fast.training.checkpoint import State
+from seppo_fast.training.contents import files_of, sums_of
 from seppo_fast.training.engine import check_engine_config, pool_dtype, precision, start_engine, unsupported
 from seppo_fast.training.export import export
 from seppo_fast.training.folder import RunFolder, alone_in, open_folder
@@ -57,7 +57,7 @@ from seppo_fast.training.one_graph import with_whole_networks
 from seppo_fast.training.pairs import PairSource
 from seppo_fast.training.past import check_past
 from seppo_fast.training.reporter import Reporter
-from seppo_fast.training.rollouts import open_rollouts
+from seppo_fast.training.rollouts import open_rollouts, owns
 from seppo_fast.training.samples import PROMPTS, Grids
 from seppo_fast.training.trainer import Trainer
 from seppo_fast.training.validation import Validation, check_scores, open_validation, request_of
@@ -91,7 +91,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     if ranks.rank == 0:
         print(plan(config, batch, cost, model, source), flush=True)
     folder = open_folder(config, resume, ranks)
-    state = starting_state(folder, config, [improvement, fixed], adapter, ranks)
+    files = files_of(model, [improvement, fixed]) | ({} if adapter is None else {ADAPTER: [adapter.file]})
+    state = starting_state(folder, config, batch, files, ranks)
     if folder.resume_from:
         check_past(config, folder.path, state, ranks)
     started: dict[str, Tensor] = {}
@@ -139,7 +140,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
             improver = open_improver(improvement, ours, objective, table, pairs, size, ranks)
         if ours.model.compile == "full":
             objective = with_whole_networks(objective, engine.module, second, pairs.blank(batch.micro), ranks.say)
-    rollouts = checkpoint.load(folder.resume_from, engine, ranks) if folder.resume_from else {}
+    rollouts = checkpoint.load(folder.resume_from, engine, partial(owns, batch, ranks.rank)) if folder.resume_from else {}
     if (monitor := engine.monitor.csv_monitor) is not None:  # on rank 0
         continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
     if ours.reference is not None:
@@ -186,21 +187,32 @@ def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Mode
     return model, improvement, fixed, source
 
 
-def starting_state(folder: RunFolder, config: Config, others: Sequence[Model | None], adapter: Adapter | None, ranks: Ranks
-                   ) -> State:
-    """The state of the checkpoint, checked to be of this run and configuration; without a checkpoint, the one of update 0."""
-    models = {other.directory.labels.path: network_checksum(other) for other in others if other is not None and ranks.rank == 0}
-    if adapter is not None and ranks.rank == 0:
-        models[ADAPTER] = checksum(adapter.file)
-    fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict(), models=ranks.objects(models)[0])
+def starting_state(folder: RunFolder, config: Config, batch: Batch, files: dict[str, list[Path]], ranks: Ranks) -> State:
+    """The state of the checkpoint, checked to be of this run and configuration; without a checkpoint, the one of update 0.
+
+    `files` are those of the models, by the key that names them.
+    """
+    fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict())
+    state = fresh
+    if folder.resume_from:
+        state = resumption.state_of(folder.resume_from, folder.run_id, batch, fresh.config)
+    given, then = config.seppo.model.start_from, state.config["seppo"]["model"].get("start_from")
+    if given is not None and (given != then or not folder.resume_from):
+        files = files | {start.KEY: [start.find(given)]}
+    found = sums_of(files, state.models, state.stamps) if ranks.rank == 0 else None
+    fresh.models, fresh.stamps = ranks.objects(found)[0]
     if folder.resume_from is None:
         return fresh
-    state = checkpoint.state_of(folder.resume_from, folder.run_id, ranks.world, fresh.config)
-    checkpoint.check_models(folder.resume_from, state, fresh.models)
+    if given is not None and given == then:  # what it began with is in the checkpoint: the file may be gone
+        fresh.models |= {key: value for key, value in state.models.items() if key == start.KEY}
+        fresh.stamps |= {key: value for key, value in state.stamps.items() if key == start.KEY}
+    resumption.check_models(folder.resume_from, state, fresh.models)
+    if line := resumption.moved(state, batch, fresh.config):
+        ranks.say(line)
     if measured(parse_config(state.config)) != measured(config) and state.evaluated is not None:
         ranks.say("seppo.evaluation measures otherwise than before: the best policy is searched anew from the next one on")
         state.compare_anew()
-    state.config, state.models = fresh.config, fresh.models
+    state.config, state.models, state.stamps, state.world = fresh.config, fresh.models, fresh.stamps, fresh.world
     return state
 
 
@@ -214,7 +226,7 @@ def measured(config: Config) -> dict[str, Any]:
 def begin(folder: RunFolder, state: State, cache: LatentCache | ClipStream, ranks: Ranks) -> None:
     """Check that the checkpoint is of these data, remove what the run folder has of later updates, write config.json."""
     if folder.resume_from:
-        checkpoint.check_data(folder.resume_from, state, cache.fingerprint, cache.content)
+        resumption.check_data(folder.resume_from, state, cache.fingerprint, cache.content)
     state.data, state.content = cache.fingerprint, cache.content
     ranks.barrier()  # every rank has agreed to the checkpoint before anything in the folder changes
     if ranks.rank == 0:

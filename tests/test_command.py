@@ -211,7 +211,7 @@ def test_sigterm_before_the_ranks_have_joined(settings: Callable[..., dict[str, 
 
 
 @pytest.mark.parametrize("place", ["seppo_fast.data.cache:encoded", "seppo_fast.reference.sampler:Sampler.draw",
-                                   "seppo_fast.training.objective:Objective.__call__", "seppo_fast.training.checkpoint:save_file"])
+                                   "seppo_fast.training.objective:Objective.__call__", "seppo_fast.training.engine_state:write_flat"])
 def test_one_rank_killed_ends_the_other_with_a_word(place: str, settings: Callable[..., dict[str, Any]], forks: Forks,
                                                     tmp_path: Path) -> None:
     anew = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seppo_fast.checksums import checksum, checksum_of
+from seppo_fast.checksums import checksum
 from seppo_fast.config import OtherModel
 from seppo_fast.errors import UserError
 from seppo_fast.models import AnimateDiff, Model, StableDiffusionXL, open_improvement_model, open_model
@@ -51,10 +51,9 @@ def check_reference_model(model: Model, policy: Model, device: torch.device | st
             "The reference must be a model of the policy's architecture, with its VAE and text encoders")
 
 
-def network_checksum(model: Model) -> str:
-    """The checksum of the files that decide what a model's network answers."""
-    files = [model.path / model.denoiser / "config.json", *model.directory.weights[model.denoiser].files]
-    return checksum_of("".join(map(checksum, files)).encode())
+def network_files(model: Model) -> list[Path]:
+    """The files that decide what a model's network answers."""
+    return [model.path / model.denoiser / "config.json", *model.directory.weights[model.denoiser].files]
 
 
 def _refuse(model: Model, policy: Model, problems: list[str], advice: str) -> None:

@@ -1,11 +1,15 @@
-"""Checkpoints: complete or ignored. DeepSpeed's files, the policy as safetensors, the rest as JSON, then a marker.
+"""Checkpoints: complete or ignored. Tensors as safetensors, the rest as JSON, then a marker. Any number of ranks goes on with them.
 
     checkpoints/update_00000030/
-        deepspeed/             DeepSpeed's shards: weights, optimizer, schedule (pickles, of which only tensors are read)
-        policy.safetensors     the trainable weights, for people and other programs
-        rank_0.safetensors     rollouts that are not used yet, random states; one file a rank
-        state.json             how far the run was, of which configuration and data
-        complete.json          every file with its size and checksum, written last
+        engine.json              DeepSpeed's counters and schedule, the optimizer's settings (`engine_state.py`)
+        rank_0.safetensors       weights and optimizer state by name; one file a rank
+        rollouts_0.safetensors   a rank's rollouts that are not used yet, by slot, where it has some
+        policy.safetensors       the trainable weights, for people and other programs
+        state.json               how far the run was, of which configuration and data
+        complete.json            every file with its size and checksum, written last
+
+No random states: each draw has a generator of its own, and dropout's is seeded for each update and rank. With dropout and another
+number of ranks, its masks are others.
 """
 
 import json
@@ -13,7 +17,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,30 +30,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seppo_fast.checksums import checksum
-from seppo_fast.configfile import parse_config
 from seppo_fast.disk import flush, flush_tree, follow_umask
 from seppo_fast.errors import UserError, reason
 from seppo_fast.ranks import Ranks
-from seppo_fast.training import deepspeed_files
+from seppo_fast.training import engine_state
 from seppo_fast.training.beta import Margins
+from seppo_fast.training.contents import Stamps
 from seppo_fast.training.divergence import REMEMBERED, largest_in_range
 from seppo_fast.training.engine import policy_weights
-from seppo_fast.training.marker import MARKER, Written, damaged, declare, differs, first_problem, listed, missing
+from seppo_fast.training.marker import MARKER, damaged, declare, differs, first_problem, listed, missing
 from seppo_fast.training.pairs import Rollout
 
 POLICY = "policy.safetensors"
-
-# Keys that may change between a run and its resumption: they decide where and how often, never what is learned (`check_data` sees
-# that a moved source is the same).
-FREE_KEYS = ("seppo.output_dir", "seppo.iterations", "seppo.samples", "seppo.evaluation", "seppo.checkpoint", "seppo.max_nonfinite",
-             "seppo.pool.host_memory_gb", "seppo.data.source", "seppo.data.cache_dir", "seppo.data.cache_prompts",
-             "seppo.data.workers", "seppo.data.encode_batch_size", "seppo.data.max_skipped", "seppo.data.allow_outside",
-             "seppo.data.video.folder", "seppo.sampler.batch_size", "seppo.sampler.window",
-             "seppo.sampler.cuda_graph", "seppo.sampler.compile", "seppo.sampler.fuse_projections", "seppo.improvement.offload",
-             "seppo.reference_offload", "seppo.model.gradient_checkpointing", "seppo.model.vae_slicing", "tensorboard", "wandb",
-             "csv_monitor", "comet", "comms_logger", "flops_profiler", "steps_per_print",
-             "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "log_level")
 
 
 @dataclass
@@ -80,7 +72,8 @@ class State:
     errors: list[float] = field(default_factory=list)
     started_from: str | None = None  # seppo.model.start_from's file and its checksum
     heldout_error: float | None = None  # the initial model's on the held-out winners
-    models: dict[str, str] = field(default_factory=dict)  # checksums of improvement and reference model, by their key
+    models: dict[str, str] = field(default_factory=dict)  # checksums of the models' files, by their key
+    stamps: Stamps = field(default_factory=dict)  # and which files they were: what has not changed is not read again
     margins: Margins = Margins()
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -116,9 +109,10 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, rollouts: dict[int
     """Write a checkpoint; every rank must call. A crash, a kill or a full disk leaves the earlier ones as they were.
 
     The newest `keep_last` stay, with `keep_best` the best policy's, and the newest one that is known to be sound. A checkpoint's
-    name counts the updates, and the slots for which each rank holds rollouts: the later one sorts last.
+    name counts the updates, and the slots for which there are rollouts already: the later one sorts last.
     """
-    final = folder / (f"update_{state.update:08d}" + (f"_{len(rollouts):08d}" if rollouts else ""))
+    held = sum(ranks.objects(len(rollouts)))
+    final = folder / (f"update_{state.update:08d}" + (f"_{held:08d}" if held else ""))
     if ranks.largest(ranks.rank == 0 and missing(final) is None):  # one rank decides: file systems may lag on another machine
         return final
     temporary = folder / f".{final.name}.tmp"
@@ -129,10 +123,9 @@ def save(folder: Path, engine: DeepSpeedEngine, state: State, rollouts: dict[int
     ranks.barrier()
     weights = policy_weights(engine, keep=ranks.rank == 0)
     with _clear_errors(final):
-        written = deepspeed_files.save(engine, temporary)
-        own = temporary / f"rank_{ranks.rank}.safetensors"
-        save_file(_rank_tensors(rollouts), own)
-        written[own.name] = Written(size=own.stat().st_size, xxh3_128=checksum(own))
+        written = engine_state.save(engine, temporary, ranks)
+        if rollouts:
+            save_file(_by_slot(rollouts), temporary / f"rollouts_{ranks.rank}.safetensors")
         if ranks.rank == 0:
             save_file(weights, temporary / POLICY)
             (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
@@ -169,32 +162,31 @@ def last_sound(folder: Path, state: State) -> Path | None:
 def _clear_errors(final: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three, by who was writing
-        written_short = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
-        if isinstance(error, RuntimeError) and not written_short:
-            raise
+    except (OSError, SafetensorError) as error:  # a full disk is either, by who was writing
         previous = complete(final.parent)
         valid = f"the last complete checkpoint is {previous[-1]}" if previous else "there is no complete checkpoint yet"
-        # torch.save does not say why a write fell short.
-        reason = "a file could not be written in full, the disk may be full" if written_short else error
-        raise UserError(f"could not write the checkpoint {final}: {reason}; {valid}. Free some space (lower"
+        raise UserError(f"could not write the checkpoint {final}: {error}; {valid}. Free some space (lower"
                         " seppo.checkpoint.keep_last) and resume with --resume auto") from error
 
 
-def load(path: Path, engine: DeepSpeedEngine, ranks: Ranks) -> dict[int, dict[str, Tensor]]:
-    """Restore engine and random states; returns the rollouts that are not used yet. Check `flaw` and `state_of` first."""
-    deepspeed_files.load(engine, path)
-    file = path / f"rank_{ranks.rank}.safetensors"
-    try:
-        tensors = load_file(file)
-        torch.set_rng_state(tensors["rng_cpu"])
-        if "rng_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng_cuda"])
-        slots = tensors["slots"].tolist() if "slots" in tensors else []
-        rollouts = {name.removeprefix("made."): tensor for name, tensor in tensors.items() if name.startswith("made.")}
-        return {slot: {name: tensor[i] for name, tensor in rollouts.items()} for i, slot in enumerate(slots)}
-    except (OSError, SafetensorError, KeyError, TypeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{file} cannot be read ({reason(error)}); {deepspeed_files.INSTEAD}") from error
+def load(path: Path, engine: DeepSpeedEngine, owns: Callable[[int], bool]) -> dict[int, Rollout]:
+    """Restore the engine; returns the rollouts that are not used yet of the slots that this rank owns, whichever rank made them.
+
+    Every rank must call. Check `flaw` and `state_of` first.
+    """
+    engine_state.load(engine, path)
+    found: dict[int, Rollout] = {}
+    for name in sorted(listed(path)):
+        if not (name.startswith("rollouts_") and name.endswith(".safetensors")):
+            continue
+        try:
+            with safe_open(path / name, framework="pt") as file:
+                slots = file.get_tensor("slots").tolist()
+                made = {entry.removeprefix("made."): file.get_slice(entry) for entry in file.keys() if entry != "slots"}
+                found |= {slot: {entry: rows[i] for entry, rows in made.items()} for i, slot in enumerate(slots) if owns(slot)}
+        except (OSError, SafetensorError, TypeError, IndexError) as error:
+            raise UserError(f"{path / name} cannot be read ({reason(error)}); {engine_state.INSTEAD}") from error
+    return found
 
 
 def complete(folder: Path) -> list[Path]:
@@ -229,19 +221,13 @@ def _named(folder: Path) -> list[Path]:
 
 def flaw(path: Path, ranks: Ranks) -> str | None:
     """What is damaged in a complete checkpoint, or None; every rank must call, and all get the same answer."""
-    return next(filter(None, ranks.objects(damaged(path, ranks.rank, ranks.world) or _unreadable(path, ranks.rank))), None)
+    return next(filter(None, ranks.objects(damaged(path, ranks.rank, ranks.world) or _unreadable(path))), None)
 
 
-def _unreadable(path: Path, rank: int) -> str | None:
-    """Damage that shows before anything is loaded, also in checkpoints without checksums; or None."""
-    own = path / f"rank_{rank}.safetensors"
+def _unreadable(path: Path) -> str | None:
+    """Damage to state.json, also in checkpoints without checksums; or None."""
     try:
         read_state(path)
-        if own.exists():  # else another number of ranks wrote it
-            with safe_open(own, framework="pt"):
-                pass
-    except (OSError, SafetensorError) as error:
-        return f"{own.name} cannot be read ({reason(error)})"
     except ValueError as error:
         return str(error)
     return None
@@ -284,64 +270,7 @@ def read_state(path: Path) -> State:
         raise ValueError(f"its state.json cannot be read ({first_problem(error)})") from None
 
 
-def state_of(path: Path, run_id: str, world: int, config: dict[str, Any]) -> State:
-    """A checkpoint's state, checked to be of this run, configuration and world size."""
-    try:
-        state = read_state(path)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; {deepspeed_files.INSTEAD}") from None
-    if state.run_id != run_id:
-        raise UserError(f"{path} was written by another run, whose past policies are not in this run's pool. Resume with the"
-                        f" output_dir of the run that wrote it; {anew(path)}")
-    if state.world != world:
-        raise UserError(f"{path} was written by {state.world} rank{'s' * (state.world > 1)} and this run has {world}: resume with"
-                        f" {state.world} (DeepSpeed's shards are per rank); {anew(path)}")
-    try:
-        then = parse_config(state.config).as_dict()  # with the defaults of keys that came later
-    except UserError as error:
-        raise UserError(f"{path} was written by another version of this program: in its state.json, {error}") from None
-    differing = [f"{key}: {old!r} there, {new!r} now" for key, old, new in _differences(fixed(then), fixed(config))]
-    if differing:
-        raise UserError(f"{path} was written with another configuration; use that one's values; {anew(path)}. What differs:\n  "
-                        + "\n  ".join(differing))
-    return state
-
-
-def fixed(config: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """A configuration without the keys that may change between a run and its resumption."""
-    return {key: fixed(value, f"{path}{key}.") if isinstance(value, dict) else value for key, value in config.items()
-            if path + key not in FREE_KEYS}
-
-
-def check_models(path: Path, state: State, models: dict[str, str]) -> None:
-    """Check that the improvement model and the reference model have the weights with which the checkpoint was trained."""
-    for key, then in state.models.items():
-        if models.get(key) != then:
-            raise UserError(f"{path} was trained with other weights than those that {key} has now: put that model back;"
-                            f" {anew(path)}")
-
-
-def check_data(path: Path, state: State, data: str, content: str | None) -> None:
-    """Check that the checkpoint was trained on what the cache holds: by its `content`, else by its fingerprint `data`."""
-    same = state.data == data if None in (content, state.content) else state.content == content
-    if not same:
-        raise UserError(f"{path} was trained on other data or another model's latents (cache {state.data}, now {data}):"
-                        f" restore seppo.data.source and seppo.model.path; {anew(path)}")
-
-
-def _rank_tensors(rollouts: dict[int, Rollout]) -> dict[str, Tensor]:
-    tensors = {"rng_cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng_cuda"] = torch.cuda.get_rng_state()
-    if rollouts:
-        slots = sorted(rollouts)
-        tensors["slots"] = torch.tensor(slots)
-        tensors |= {f"made.{name}": torch.stack([rollouts[slot][name] for slot in slots]) for name in rollouts[slots[0]]}
-    return tensors
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if old == new else [(path, old, new)]
+def _by_slot(rollouts: dict[int, Rollout]) -> dict[str, Tensor]:
+    slots = sorted(rollouts)
+    return {"slots": torch.tensor(slots)} | {f"made.{name}": torch.stack([rollouts[slot][name] for slot in slots])
+                                             for name in rollouts[slots[0]]}

@@ -16,6 +16,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
 from seppo_fast.configfile import explain_all, nearest, unknown
+from seppo_fast.errors import UserError
+from seppo_fast.training.engine_state import parted
 
 MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config,
@@ -56,7 +58,37 @@ def problems(raw: Mapping[str, Any]) -> list[str]:
     for section, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):
         if isinstance(raw.get(section), Mapping) and raw[section].get(key) is False:
             found.append(f"{section}.{key}: false would write gradients that are not finite into the weights; leave it out")
+    return found + _out_of_reach(raw) + _schedule_of_torch(raw)
+
+
+def _out_of_reach(raw: Mapping[str, Any]) -> list[str]:
+    """Settings of ZeRO with which a checkpoint would not have all of the optimizer's state."""
+    zero = raw.get("zero_optimization")
+    if not isinstance(zero, Mapping):
+        return []
+    offloads = {key: zero[key] for key in ("offload_optimizer", "offload_param") if isinstance(zero.get(key), Mapping)}
+    found = [f'zero_optimization.{key}.device: checkpoints cannot hold what is swapped to NVMe; take "cpu"'
+             for key, section in offloads.items() if section.get("device") == "nvme"]
+    optimizer = offloads.get("offload_optimizer", {})
+    if optimizer.get("ratio", 1.0) != 1.0:
+        found.append(f"zero_optimization.offload_optimizer.ratio: {optimizer['ratio']} makes a second optimizer on the GPU, whose"
+                     " state checkpoints do not hold; leave it out")
+    if optimizer.get("super_offload"):
+        found.append("zero_optimization.offload_optimizer.super_offload: checkpoints cannot hold its state; leave it out")
+    if zero.get("zenflow") is not None:
+        found.append("zero_optimization.zenflow: checkpoints cannot hold its state; leave it out")
     return found
+
+
+def _schedule_of_torch(raw: Mapping[str, Any]) -> list[str]:
+    """DeepSpeed gives torch's schedules an optimizer of its own, which they take only where it is torch's."""
+    name = raw["scheduler"].get("type") if isinstance(raw.get("scheduler"), Mapping) else None
+    half = any(isinstance(raw.get(key), Mapping) and raw[key].get("enabled") for key in ("bf16", "fp16"))
+    zero = raw.get("zero_optimization")
+    if name is None or hasattr(lr_schedules, str(name)) or not (half or isinstance(zero, Mapping) and zero.get("stage")):
+        return []
+    return [f"scheduler.type: {name} is PyTorch's, which DeepSpeed can use in fp32 at ZeRO stage 0 alone; take one of"
+            f" {', '.join(lr_schedules.VALID_LR_SCHEDULES)}"]
 
 
 EXAMPLES = {"zero_optimization": "stage", "data_types": "grad_accum_dtype", "scheduler": "type", "optimizer": "type"}
@@ -87,7 +119,22 @@ def _optimizer_problems(section: Mapping[str, Any]) -> list[str]:
             known |= set(inspect.signature(fused).parameters) - {"params", "model_params"}
     found = [unknown(f"optimizer.params.{key}", key, known) for key in params if key not in known]
     taken = {key: value for key, value in params.items() if key in inspect.signature(own).parameters}
-    return found or _cannot("optimizer.params", lambda: own(_dummy(), **taken))
+    return found or _cannot("optimizer.params", lambda: own(_dummy(), **taken)) or _cannot_be_saved(own, taken)
+
+
+def _cannot_be_saved(kind: type[torch.optim.Optimizer], params: Mapping[str, Any]) -> list[str]:
+    """Whether a step works without further arguments, and leaves a state that a checkpoint can hold."""
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    weight.grad = torch.ones(2, 3)
+    try:
+        optimizer = kind([weight], **{key: value for key, value in params.items() if key != "capturable"})  # that is for GPUs
+        optimizer.step()
+        parted(optimizer, weight)
+    except UserError as error:
+        return [str(error)]
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        return [f"optimizer.type: {kind.__name__} cannot make a step here ({error}); choose another optimizer"]
+    return []
 
 
 def _scheduler_problems(section: Mapping[str, Any]) -> list[str]:

@@ -86,9 +86,8 @@ def engine_config(config: Config, batch: Batch) -> dict[str, Any]:
 def check_engine_config(config: Config, batch: Batch) -> None:
     """Have DeepSpeed read its part before any model loads; what it refuses becomes a `UserError`. And what needs the batch."""
     samples = config.seppo.sampler.samples_per_iteration
-    if samples is not None and (samples < batch.size or samples % batch.world):
-        raise UserError(f"seppo.sampler.samples_per_iteration={samples}: it must be at least the {batch.size} pairs of an update,"
-                        f" and divisible by the number of ranks, {batch.world}")
+    if samples is not None and samples < batch.size:
+        raise UserError(f"seppo.sampler.samples_per_iteration={samples}: it must be at least the {batch.size} pairs of an update")
     found = problems(config.deepspeed)
     if found:
         raise UserError("DeepSpeed's part of the configuration has problems:\n  " + "\n  ".join(found))

@@ -26,10 +26,10 @@ from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks, even
 from seppo_fast.reference.pool import Pool, pick
 from seppo_fast.seeds import generator
-from seppo_fast.training import checkpoint
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.folder import RunFolder
 from seppo_fast.training.pairs import Rollout
+from seppo_fast.training.resumption import fixed
 
 
 def not_finite(batch: Mapping[str, Tensor]) -> dict[int, str]:
@@ -54,8 +54,17 @@ def blame(names: Iterable[str]) -> str:
     return "; ".join([*lines, "bf16 and fp32 have a larger range than fp16"])
 
 
+def owns(batch: Batch, rank: int, slot: int) -> bool:
+    """Whether a rank trains on a slot: each has an equal share of an update's, one after another."""
+    return slot % batch.size // (batch.size // batch.world) == rank
+
+
 class OneUse(dict[int, Rollout]):
     """A rollout for each slot of an update, drawn for it alone."""
+
+    def __init__(self, unused: Mapping[int, Rollout] | None = None, ranks: Ranks | None = None) -> None:
+        super().__init__(unused or {})
+        self._ranks = ranks
 
     @property
     def unused(self) -> dict[int, Rollout]:
@@ -67,13 +76,20 @@ class OneUse(dict[int, Rollout]):
         return slot
 
     def missing(self, k: int, window: Sequence[int], most: int) -> list[Sequence[int]]:
-        """The slots of a window that have none, in batches of at most `most`."""
-        return list(chunks([slot for slot in window if slot not in self], even(len(window), most)))
+        """The slots of a window that have none, in batches of at most `most`, equally many on each rank. Every rank must call.
+
+        What another number of ranks drew before a stop is not shared out equally. Each step asks all ranks for signals, so a rank
+        that lacks fewer draws some again, which changes nothing.
+        """
+        lacking = [slot for slot in window if slot not in self]
+        most_lacking = len(lacking) if self._ranks is None else self._ranks.largest(len(lacking))
+        again = [slot for slot in window if slot in self][: most_lacking - len(lacking)]
+        return list(chunks(lacking + again, even(len(window), most)))
 
     def add(self, numbers: Sequence[int], drawn: dict[str, Tensor]) -> None:
         """Take a batch in: of each name a tensor (B, ...)."""
         for i, slot in enumerate(numbers):
-            self[slot] = {name: tensor[i] for name, tensor in drawn.items()}
+            self.setdefault(slot, {name: tensor[i] for name, tensor in drawn.items()})
 
     def forget(self, slots: Iterable[int]) -> None:
         """These slots' update is made."""
@@ -86,12 +102,18 @@ class OneUse(dict[int, Rollout]):
                 for name in not_finite({name: tensor[None] for name, tensor in self[slot].items()}).values()]
 
 
+def split(batches: Sequence[Sequence[int]], rank: int, world: int) -> Sequence[Sequence[int]]:
+    """A rank's share of some batches: those that follow each other, and the last ranks may have fewer."""
+    share = -(-len(batches) // world)
+    return batches[rank * share : (rank + 1) * share]
+
+
 class SampleSet:
-    """`size` samples for each iteration, each rank's equal share drawn by itself, in `folder/iteration_00001/`.
+    """`size` samples for each iteration, an equal share drawn by each rank, in `folder/iteration_00001/`.
 
     A file holds a batch, is complete or absent, and says what drew it: the answer of `origin(k)`. What is damaged, or of another
-    origin, is drawn anew. A sample that is not finite is dropped. Reading maps one file at a time, so that memory does not grow
-    with the set.
+    origin, is drawn anew, by whichever ranks there are now. A sample that is not finite is dropped. Reading maps one file at a
+    time, so that memory does not grow with the set.
     """
 
     unused: dict[int, Rollout] = {}  # a checkpoint refers to the files
@@ -100,10 +122,11 @@ class SampleSet:
                  origin: Callable[[int], dict[str, Any]], say: Callable[[str], None]) -> None:
         self.folder, self.size, self.slots_per_iteration, self.least = folder, size, slots_per_iteration, least
         self.seed, self.ranks, self.origin, self.say = seed, ranks, origin, say
-        self.share = size // ranks.world
-        self.batch = 0  # samples of a file, but for each share's last one
+        self.share = self.batch = 0  # how the set was shared out when it was first drawn, and the samples of a file
         self.iteration: int | None = None  # the one whose set is complete
         self._walk(1, range(size))
+        self._batches: list[Sequence[int]] = []  # the files' samples
+        self._own: set[int] = set()  # the first numbers of the files that this rank writes
         # By the first number of a file that is known to be right: which samples are not finite, and in what.
         self._dropped: dict[int, dict[int, str]] = {}
 
@@ -115,23 +138,37 @@ class SampleSet:
         return iteration * self.size + self._order.row(place)
 
     def missing(self, k: int, window: Sequence[int], most: int) -> list[Sequence[int]]:
-        """What this rank has to draw for iteration k, in batches; empty once every rank has drawn. Every rank must call."""
+        """What this rank has to draw for iteration k, in batches; empty once every rank has drawn. Every rank must call.
+
+        Equally many batches on each rank, because each step asks all ranks for signals: one that has fewer draws another's, too,
+        which changes nothing.
+        """
         if self.iteration == k:
             return []
-        if self.iteration is not None or not self.batch:
+        if self.iteration is not None or not self._batches:
             self.iteration, self._dropped = None, {}
-            self.batch = self.ranks.objects(self._batch_of_files(k) or even(self.share, most))[0]
-        first = (k - 1) * self.size + self.ranks.rank * self.share
-        batches = list(chunks(range(first, first + self.share), self.batch))
-        # Each step asks all ranks for signals: a batch that one of them lacks is drawn by all, which changes nothing.
-        own = [i for i, batch in enumerate(batches) if not self._intact(k, batch)]
-        if lacking := {i for each in self.ranks.objects(own) for i in each}:
-            return [batches[i] for i in sorted(lacking)]
-        self._open(k)
-        return []
+            share = -(-self.size // self.ranks.world)
+            self.share, self.batch = self.ranks.objects(self._as_drawn(k) or (share, even(share, most)))[0]
+            first = (k - 1) * self.size
+            self._batches = [batch for start in range(0, self.size, self.share) for batch in
+                             chunks(range(first + start, first + min(start + self.share, self.size)), self.batch)]
+        self._agree()
+        unknown = [batch for batch in self._batches if batch[0] not in self._dropped]
+        for batch in split(unknown, self.ranks.rank, self.ranks.world):
+            self._check(k, batch)
+        self._agree()
+        lacking = [batch for batch in self._batches if batch[0] not in self._dropped]
+        if not lacking:
+            self._open(k)
+            return []
+        own = split(lacking, self.ranks.rank, self.ranks.world)
+        self._own = {batch[0] for batch in own}
+        return [*own, *[lacking[0]] * (-(-len(lacking) // self.ranks.world) - len(own))]
 
     def add(self, numbers: Sequence[int], drawn: dict[str, Tensor]) -> None:
         """Write a batch: of each name a tensor (B, ...)."""
+        if numbers[0] not in self._own:  # another rank writes it
+            return
         k = numbers[0] // self.size + 1
         path = self._path(numbers[0])
         tensors = {name: tensor.contiguous() for name, tensor in drawn.items()}
@@ -174,10 +211,14 @@ class SampleSet:
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def _agree(self) -> None:
+        """Tell all ranks which files are known to be right."""
+        for each in self.ranks.objects(self._dropped):
+            self._dropped |= each
+
     def _open(self, k: int) -> None:
-        """Iteration k's set is drawn by all ranks: agree on what is usable of it."""
-        dropped = {number: name for each in self.ranks.objects(self._dropped) for some in each.values()
-                   for number, name in some.items()}
+        """Iteration k's set is complete: which of it is usable."""
+        dropped = {number: name for some in self._dropped.values() for number, name in some.items()}
         first = (k - 1) * self.size
         usable = [place for place in range(self.size) if first + place not in dropped]
         if dropped:
@@ -192,37 +233,35 @@ class SampleSet:
         """Iteration k goes through these places of its set, in seeded epochs."""
         self._order_of, self._order = k, Order(self.size, generator(self.seed, "samples", k).initial_seed(), usable)
 
-    def _intact(self, k: int, numbers: Sequence[int]) -> bool:
-        """Whether a batch's file is there, as it was written, and of this origin; what this process wrote is not read again."""
-        if numbers[0] in self._dropped:
-            return True
+    def _check(self, k: int, numbers: Sequence[int]) -> None:
+        """Enter a batch's file among those that are known to be right, if it is there, as it was written, and of this origin."""
         try:
             with safe_open(self._path(numbers[0]), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 written = json.loads((file.metadata() or {}).get("rollouts", "null"))
         except (OSError, SafetensorError, ValueError):
-            return False
-        if written != self._written(k, numbers, tensors):
-            return False
-        self._dropped[numbers[0]] = {numbers[i]: name for i, name in not_finite(tensors).items()}
-        return True
+            return
+        if written == self._written(k, numbers, tensors):
+            self._dropped[numbers[0]] = {numbers[i]: name for i, name in not_finite(tensors).items()}
 
     def _written(self, k: int, numbers: Sequence[int], tensors: dict[str, Tensor]) -> dict[str, Any]:
         """What a file says of itself."""
         sums = {name: checksum_of(tensor.numpy()) for name, tensor in sorted(tensors.items())}
-        return {"origin": self.origin(k), "samples": [numbers[0], numbers[-1]], "xxh3_128": sums}
+        return {"origin": self.origin(k), "samples": [numbers[0], numbers[-1]], "share": self.share, "batch": self.batch,
+                "xxh3_128": sums}
 
-    def _batch_of_files(self, k: int) -> int:
-        """The samples of a file of iteration k, where there is one already: a resumed run may draw in batches of another size."""
+    def _as_drawn(self, k: int) -> tuple[int, int] | None:
+        """Share and batch of iteration k's files, where there are some already: a resumed run may have others."""
         for path in sorted(self._folder(k).glob("[0-9]*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
-                    first, last = json.loads((file.metadata() or {})["rollouts"])["samples"]
-                if 0 < last + 1 - first <= self.share:
-                    return int(last + 1 - first)
+                    written = json.loads((file.metadata() or {})["rollouts"])
+                share, batch = written["share"], written["batch"]
+                if written["origin"] == self.origin(k) and 0 < batch <= share <= self.size:
+                    return int(share), int(batch)
             except (OSError, SafetensorError, ValueError, KeyError, TypeError):
                 continue
-        return 0
+        return None
 
     def _folder(self, k: int) -> Path:
         return self.folder / f"iteration_{k:05d}"
@@ -238,9 +277,9 @@ def open_rollouts(unused: dict[int, Rollout], config: Config, batch: Batch, fold
     ours = config.seppo
     strategy, seed = ours.reference, ours.seed
     if ours.sampler.samples_per_iteration is None or strategy is None:
-        return OneUse(unused)
+        return OneUse(unused, ranks)
     # Until its first checkpoint a run may be begun anew, with other settings, data or models in the same folder.
-    settings = json.dumps([checkpoint.fixed(state.config), state.content or state.data, state.models], sort_keys=True)
+    settings = json.dumps([fixed(state.config), state.content or state.data, state.models], sort_keys=True)
 
     def origin(k: int) -> dict[str, str]:
         """What draws in iteration k."""

@@ -111,6 +111,8 @@ class Trainer:
         while batches := self.rollouts.missing(k, window, self.reference.batch_size):  # where there are none it stays offloaded
             with self.timed("data"):
                 batches = self.pairs.hold(batches)
+                # Equally many on each rank, where the first batches are not of one size.
+                batches = batches[: -self.ranks.largest(-len(batches))]
             with (self.timed("sampling"), self.reference.drawing(k - 1 if method.losers == "latest" else None),
                   self.improver.on_device() if self.improver else nullcontext(),
                   self.reporter.sampling(sum(map(len, batches))) as progress):

@@ -10,7 +10,8 @@ from powerless import powerless
 
 from seppo_fast.data import metadata
 from seppo_fast.errors import UserError
-from seppo_fast.training.checkpoint import State, check_data
+from seppo_fast.training.checkpoint import State
+from seppo_fast.training.resumption import check_data
 
 
 def test_touched_and_moved_images_keep_their_cache(model, tmp_path):

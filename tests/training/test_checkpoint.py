@@ -89,7 +89,7 @@ def test_what_a_checkpoint_holds_is_what_its_marker_says(finished: dict[str, Any
     assert marker["format"] == 2 and {name: file["xxh3_128"] for name, file in marker["files"].items()} == {
         name: checksum(path / name) for name in sizes}
     assert files.keys() - sizes.keys() == {"complete.json"} and sizes.items() <= files.items()
-    assert {"policy.safetensors", "rank_0.safetensors", "state.json"} <= sizes.keys()
+    assert sizes.keys() == {"engine.json", "policy.safetensors", "rank_0.safetensors", "state.json"}
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -109,16 +109,16 @@ def marker_cut(path: Path) -> None:
 
 
 def file_cut(path: Path) -> None:
-    os.truncate(path / "deepspeed" / "mp_rank_00_model_states.pt", 1000)
+    os.truncate(path / "rank_0.safetensors", 1000)
 
 
 def file_missing(path: Path) -> None:
-    (path / "rank_0.safetensors").unlink()
+    (path / "engine.json").unlink()
 
 
 @pytest.mark.parametrize(("tear", "lack"), [
     (without_marker, "it has no complete.json"), (marker_cut, "its complete.json cannot be read"),
-    (file_cut, "deepspeed/mp_rank_00_model_states.pt has 1000 bytes, not "), (file_missing, "rank_0.safetensors is missing"),
+    (file_cut, "rank_0.safetensors has 1000 bytes, not "), (file_missing, "engine.json is missing"),
 ])
 def test_a_torn_checkpoint_is_ignored_and_the_one_before_is_used(tear: Callable[[Path], None], lack: str, finished: dict[str, Any],
                                                                  forks: Forks) -> None:
@@ -181,8 +181,20 @@ def test_a_checkpoint_of_another_run_is_refused(finished: dict[str, Any], settin
     refused(forks, empty, "holds no run", resume=str(foreign))
 
 
-def test_another_number_of_ranks_is_refused(finished: dict[str, Any], forks: Forks) -> None:
-    refused(forks, finished, "was written by 1 rank and this run has 2: resume with 1", ranks=2)
+def test_a_checkpoint_of_an_earlier_version_is_refused(finished: dict[str, Any], forks: Forks) -> None:
+    """It had DeepSpeed's own files, of as many ranks as there were."""
+    path = folder(finished) / "checkpoints" / LAST
+    (path / "deepspeed").mkdir()
+    (path / "engine.json").rename(path / "deepspeed" / "mp_rank_00_model_states.pt")
+    declare(path, {})
+    refused(forks, finished, f"{path} was written by an earlier version of this program", f"seppo.model.start_from={path}")
+
+
+def test_another_batch_is_refused(finished: dict[str, Any], forks: Forks) -> None:
+    finished["train_batch_size"] = 16
+    refused(forks, finished, "pairs of an update: 8 there, 16 now")
+    finished["train_batch_size"], finished["zero_optimization"] = 8, {"stage": 1, "zero_quantized_gradients": True}
+    refused(forks, finished, "zero_optimization: None there, {'zero_quantized_gradients': True} now")
 
 
 def test_other_data_are_refused(finished: dict[str, Any], forks: Forks, demonstrations: Path, tmp_path: Path) -> None:
@@ -257,7 +269,7 @@ def test_a_past_policy_that_is_missing_or_torn(finished: dict[str, Any], forks: 
     refused(forks, finished, f"{pool} lacks past policies [1]")
 
 
-@pytest.mark.parametrize("megabytes", [5, 2])  # DeepSpeed's file has 9.5 MB, a past policy 3.2
+@pytest.mark.parametrize("megabytes", [5, 2])  # a rank's file has 9.5 MB, a past policy 3.2
 def test_no_room_for_a_file_stops_the_run_and_the_checkpoint_before_stays(
         megabytes: int, finished: dict[str, Any], settings: Callable[..., dict[str, Any]], forks: Forks, tmp_path: Path) -> None:
     raw = settings(**{"seppo.output_dir": str(tmp_path / "limited"), "seppo.checkpoint.every": 1})
@@ -266,7 +278,7 @@ def test_no_room_for_a_file_stops_the_run_and_the_checkpoint_before_stays(
     result = forks.run(raw, "--resume", "auto", file_limit=megabytes * 10**6)
     assert result.status == 2 and result.output.count("seppo_fast: ") == 1 and "Traceback" not in result.output
     words = ["policy_00001.safetensors: past policy 1", "File too large", "make room"] if megabytes == 2 else [
-        "could not write the checkpoint", "update_00000002", "the disk may be full", f"the last complete checkpoint is {good}"]
+        "could not write the checkpoint", "update_00000002", "File too large", f"the last complete checkpoint is {good}"]
     for word in words:
         assert word in result.output, result.output[-1500:]
     assert checkpoint.complete(good.parent) == [good]

@@ -16,8 +16,8 @@ from seppo_fast.training.marker import MARKER, Written, damaged, declare, missin
 def whole(tmp_path: Path) -> Path:
     """A folder of three files and their marker."""
     folder = tmp_path / "update_00000004"
-    (folder / "deepspeed").mkdir(parents=True)
-    for name, size in (("deepspeed/states.pt", 3000), ("rank_0.safetensors", 200), ("state.json", 10)):
+    (folder / "shares").mkdir(parents=True)
+    for name, size in (("shares/states.safetensors", 3000), ("rank_0.safetensors", 200), ("state.json", 10)):
         (folder / name).write_bytes(os.urandom(size))
     declare(folder, {})
     return folder
@@ -57,7 +57,7 @@ def test_a_marker_that_is_no_file(whole: Path) -> None:
 
 
 def test_a_marker_of_the_first_format_counts_and_is_judged_by_sizes(whole: Path) -> None:
-    sizes = {name: (whole / name).stat().st_size for name in ("deepspeed/states.pt", "rank_0.safetensors", "state.json")}
+    sizes = {name: (whole / name).stat().st_size for name in ("shares/states.safetensors", "rank_0.safetensors", "state.json")}
     (whole / MARKER).write_text(json.dumps(sizes))
     flip(whole / "state.json")
     assert missing(whole) is None and damaged(whole) is None
@@ -65,7 +65,7 @@ def test_a_marker_of_the_first_format_counts_and_is_judged_by_sizes(whole: Path)
     assert missing(whole) == "state.json has 9 bytes, not 10"
 
 
-@pytest.mark.parametrize("name", ["deepspeed/states.pt", "rank_0.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["shares/states.safetensors", "rank_0.safetensors", "state.json"])
 def test_a_flipped_bit_is_found_by_the_rank_whose_share_it_is(name: str, whole: Path) -> None:
     flip(whole / name)
     assert missing(whole) is None, "the size is as it was"
@@ -76,12 +76,12 @@ def test_a_flipped_bit_is_found_by_the_rank_whose_share_it_is(name: str, whole: 
 
 
 def test_what_was_summed_while_it_was_written_is_not_read_again(whole: Path) -> None:
-    known = Written(size=3000, xxh3_128=checksum(whole / "deepspeed/states.pt"))
-    flip(whole / "deepspeed/states.pt")  # after it was written, and before the marker was
-    declare(whole, {"deepspeed/states.pt": known})
-    assert str(damaged(whole)).startswith("deepspeed/states.pt is damaged")
+    known = Written(size=3000, xxh3_128=checksum(whole / "shares/states.safetensors"))
+    flip(whole / "shares/states.safetensors")  # after it was written, and before the marker was
+    declare(whole, {"shares/states.safetensors": known})
+    assert str(damaged(whole)).startswith("shares/states.safetensors is damaged")
     with pytest.raises(OSError, match="has 3000 bytes, and 2999 were written"):
-        declare(whole, {"deepspeed/states.pt": Written(size=2999)})
+        declare(whole, {"shares/states.safetensors": Written(size=2999)})
 
 
 def test_a_copy_beside_is_no_checkpoint_of_the_run(whole: Path) -> None:

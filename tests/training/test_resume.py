@@ -42,7 +42,7 @@ KILLS = {
     "between two micro-batches of the second update": (Strike("seppo_fast.training.objective:Objective.__call__", 4), None),
     "after one update": (Strike("seppo_fast.training.trainer:Trainer.report", 1, after=True), None),
     "sampling": (Strike("seppo_fast.reference.sampler:Sampler.draw", 1, after=True), None),
-    "a checkpoint with DeepSpeed's files alone": (Strike("seppo_fast.training.checkpoint:save_file", 1), "checkpoints/.*.tmp"),
+    "a checkpoint with a rank's share alone": (Strike("seppo_fast.training.checkpoint:save_file", 1), "checkpoints/.*.tmp/rank_0.safetensors"),
     "a checkpoint without its marker": (Strike("seppo_fast.training.checkpoint:flush_tree", 1, after=True), "checkpoints/.*.tmp"),
     "a checkpoint under its temporary name": (Strike("pathlib:Path.rename", 1), "checkpoints/.*.tmp/complete.json"),
     "a past policy under its temporary name": (Strike("seppo_fast.reference.pool:flush", 1), "pool/policy_*.tmp"),
@@ -51,7 +51,7 @@ KILLS = {
 }
 # One rank goes through every place. The folder of two ranks looks otherwise where both write (a checkpoint) and where rank 0 alone
 # does; a half-done update differs by precision, ZeRO stage and window.
-OF_TWO = ("between two micro-batches", "a checkpoint with DeepSpeed's files alone", "a checkpoint without its marker",
+OF_TWO = ("between two micro-batches", "a checkpoint with a rank's share alone", "a checkpoint without its marker",
           "a checkpoint under its temporary name", "a past policy without its checkpoint", "the export")
 HALF_DONE = ("between two micro-batches of the second update", "sampling")
 TORN = ("between two micro-batches of the second update", "a checkpoint without its marker")

@@ -69,7 +69,7 @@ def test_scores_are_in_the_checkpoint(settings: Any, train: Any, monkeypatch: py
     raw = settings(**ROLLOUT, **{"seppo.sampler.window": "iteration", "seppo.checkpoint.every": 1})
     run = train(raw)
     first = run / "checkpoints" / "update_00000003_00000008"
-    kept = load_file(first / "rank_0.safetensors")
+    kept = load_file(first / "rollouts_0.safetensors")
     assert kept["made.ref_mse"].shape == (8, 2) and kept["made.loser"].shape == (8, 4, 8, 8)
     before = weights(run)
     monkeypatch.setattr(Objective, "score", None)
