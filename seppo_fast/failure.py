@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,6 +45,14 @@ class FirstFailure:
         """Print `words` on stderr, unless another rank failed first."""
         if self._is_first():
             print(words, file=sys.stderr, flush=True)
+
+    def lost(self, then: str) -> Callable[[str], None]:
+        """The last words of a process that ends because another one is gone, and what to do `then`; it leaves with them."""
+        def say(words: str) -> None:
+            self.say(f"seppo_fast: {words}; {then}")
+            self.close()
+
+        return say
 
     def close(self) -> None:
         """Leave; the last one removes the file, once all ranks have come."""

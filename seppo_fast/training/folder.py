@@ -39,7 +39,7 @@ def open_folder(config: Config, resume: str | None, ranks: Ranks) -> RunFolder:
         if not isinstance(run_id, str):
             raise TypeError("not a text")
     except OSError as error:
-        raise UserError(f"{identity}: {error.strerror}; every rank needs the same folder as seppo.output_dir") from None
+        raise UserError(f"{identity} cannot be read here ({error.strerror}), though rank 0 wrote it") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{identity} is damaged, so the run in {path} cannot be told from others: choose another"
                         " seppo.output_dir") from None
