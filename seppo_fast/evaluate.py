@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace, lost: Callable[[str], None] | None = None
     result = evaluate(request_of(arguments, ranks, ranks.say), ranks, ranks.say)
     if result is not None:
         print(f"\n{markdown(result)}\n{arguments.out / 'index.html'}", flush=True)
-    if ranks.objects(result is not None and nothing_scored(result))[0]:
+    if ranks.from_first(result is not None and nothing_scored(result)):
         raise UserError(f"every score that was asked for is missing; what each lacks is said above. The samples are kept in"
                         f" {arguments.out}, and the same command scores them once it is there")
 

@@ -56,7 +56,7 @@ def check_shared(folders: Mapping[str, Path], ranks: Ranks) -> None:
         return
     marks = {key: _marked(folder) for key, folder in folders.items()} if ranks.rank == 0 else {}
     try:
-        names = ranks.objects({key: mark and mark.name for key, mark in marks.items()})[0]
+        names = ranks.from_first({key: mark and mark.name for key, mark in marks.items()})
         unseen = {key: str(folders[key].absolute()) for key, name in names.items() if name and not _sees(folders[key], name)}
         found = ranks.objects((socket.gethostname(), unseen))
     finally:

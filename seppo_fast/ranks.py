@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -22,6 +22,7 @@ from seppo_fast.contact import part, to_stderr, watch
 from seppo_fast.errors import UserError
 from seppo_fast.rendezvous import Launch, launched, meet, patience, within
 
+T = TypeVar("T")
 # The environment that a launcher would give to the only rank.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -63,6 +64,14 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value, whatever the others give; every rank must call."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0, group=self.control)
+        return values[0]
 
     def say(self, line: str) -> None:
         """Print a line once for all ranks; at once, also into a pipe."""

@@ -207,7 +207,7 @@ def starting_state(folder: RunFolder, config: Config, others: Sequence[Model | N
     models = {other.directory.labels.path: network_checksum(other) for other in others if other is not None and ranks.rank == 0}
     if adapter is not None and ranks.rank == 0:
         models[ADAPTER] = checksum(adapter.file)
-    fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict(), models=ranks.objects(models)[0])
+    fresh = State(folder.run_id, ranks.world, data=None, config=config.as_dict(), models=ranks.from_first(models))
     if folder.resume_from is None:
         return fresh
     state = checkpoint.state_of(folder.resume_from, folder.run_id, ranks.world, fresh.config)

@@ -47,7 +47,7 @@ class Node:
     def start(self, *command: str, output: Path, **environment: str) -> subprocess.Popen:
         """Start a command of this source there, its output going to a file."""
         with open(output, "a") as file:
-            return subprocess.Popen(self.inside(*command), cwd=ROOT, stdout=file, stderr=file,
+            return subprocess.Popen(self.inside("env", "-C", str(ROOT), *command), stdout=file, stderr=file,
                                     env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment)
 
     def processes(self) -> list[int]:

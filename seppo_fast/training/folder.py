@@ -105,7 +105,7 @@ def _start(path: Path, resume: str | None, ranks: Ranks) -> Path | None:
         return None
     folder = path / "checkpoints"
     # Rank 0 looks, and all ranks take what it sees: file systems may lag on another machine.
-    good, unusable = ranks.objects((checkpoint.complete(folder), checkpoint.torn(folder)) if ranks.rank == 0 else None)[0]
+    good, unusable = ranks.from_first((checkpoint.complete(folder), checkpoint.torn(folder)) if ranks.rank == 0 else ([], []))
     if resume != "auto":
         return _chosen(Path(resume), good, ranks)
     taken = None
@@ -131,7 +131,7 @@ def _start(path: Path, resume: str | None, ranks: Ranks) -> Path | None:
 
 def _chosen(path: Path, good: list[Path], ranks: Ranks) -> Path:
     """The checkpoint that `--resume` names, which must be whole."""
-    lack = ranks.objects((checkpoint.missing(path) if path.is_dir() else "there is no such folder") if ranks.rank == 0 else None)[0]
+    lack = ranks.from_first((checkpoint.missing(path) if path.is_dir() else "there is no such folder") if ranks.rank == 0 else None)
     lack = lack or checkpoint.flaw(path, ranks)
     if lack:
         others = ", ".join(str(other) for other in good if other != path)

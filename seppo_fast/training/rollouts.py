@@ -120,7 +120,7 @@ class SampleSet:
             return []
         if self.iteration is not None or not self.batch:
             self.iteration, self._dropped = None, {}
-            self.batch = self.ranks.objects(self._batch_of_files(k) or even(self.share, most))[0]
+            self.batch = self.ranks.from_first(self._batch_of_files(k) or even(self.share, most))
         first = (k - 1) * self.size + self.ranks.rank * self.share
         batches = list(chunks(range(first, first + self.share), self.batch))
         # Each step asks all ranks for signals: a batch that one of them lacks is drawn by all, which changes nothing.
