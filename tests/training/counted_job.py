@@ -1,4 +1,4 @@
-"""On every rank: trains the configuration `--config FILE`, and counts what is sent; rank 0 writes it to `sent.json` in the run folder.
+"""On every rank: trains the configuration `--config FILE`, and counts what is sent; rank 0 writes `sent.json` into the run folder.
 
 `sent.json` lists the collectives in order: [update, who called, operation, bytes of this rank, whether inside the solver's loop].
 `who` is the first function of this package above the call, `ranks.py` apart; DeepSpeed's own calls are "deepspeed".
@@ -33,7 +33,7 @@ def caller() -> tuple[str, bool]:
 
 
 def size(value: Any) -> int:
-    """The bytes of a tensor; of the output's list of an all_gather nothing."""
+    """The bytes of a tensor; none of the list that an all_gather fills."""
     return value.nbytes if isinstance(value, torch.Tensor) else 0
 
 
@@ -51,14 +51,16 @@ def main() -> int:
         @functools.wraps(original)
         def call(*arguments: Any, **named: Any) -> Any:
             if trainers:
-                sent.append([trainers[0].state.update, caller()[0], name, max(map(size, arguments), default=0), caller()[1]])
+                who, draws = caller()
+                sent.append([trainers[0].state.update, who, name, max(map(size, [*arguments, *named.values()]), default=0), draws])
             return original(*arguments, **named)
 
         return call
 
     for name in OPERATIONS:
-        for module in (dist, dist.distributed_c10d):  # the second is what objects are sent with
-            setattr(module, name, counted(name, getattr(dist.distributed_c10d, name)) if module is dist else getattr(dist, name))
+        wrapped = counted(name, getattr(dist, name))
+        for module in (dist, dist.distributed_c10d):  # the second sends objects
+            setattr(module, name, wrapped)
     train = Trainer.train
 
     def watched(self: Trainer) -> None:

@@ -74,6 +74,36 @@ def test_they_train_as_one_machine(on_nodes: Callable[..., Result], raw: Callabl
     as_whole(tmp_path / "run")
 
 
+def test_they_evaluate_as_one_machine(on_nodes: Callable[..., Result], forks: Forks, sd: Path, tmp_path: Path) -> None:
+    from tiny import tiny_clip
+
+    (tmp_path / "prompts.txt").write_text("a red cat\na blue sky\na dog\n")
+    clip = tiny_clip(tmp_path / "clip")
+    arguments = ["--models", f"base={sd}", "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2", "--scores", "pickscore",
+                 "vendi", "--weights", f"pickscore={clip}", f"vendi={clip}", "--batch-size", "1", "--out"]
+    on_one = forks.run([[*arguments, str(tmp_path / "one")]], ranks=2, module="evaluation.on_ranks")
+    on_two = on_nodes([[*arguments, str(tmp_path / "two")]], module="evaluation.on_ranks")
+    assert on_one.statuses == on_two.statuses == [0, 0], on_one.output[-2000:] + on_two.output[-3000:]
+    one, two = ({file.name: file.read_bytes() for file in (tmp_path / name / "samples" / "base").iterdir()}
+                for name in ("one", "two"))
+    assert len(one) == 3 and one == two
+    one, two = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("one", "two"))
+    assert one["samples"] == two["samples"] and one["table"] == two["table"]
+
+
+def test_deepspeed_without_ssh(nodes: tuple[Node, Node], raw: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """DeepSpeed's launcher, started on each machine; the one that uses ssh is not tested."""
+    (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
+    (tmp_path / "config.json").write_text(json.dumps(raw(tmp_path / "run", **{"seppo.iterations": 1})))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(tmp_path / "hostfile"), "--no_ssh",
+               "--master_addr", "node-a", "--master_port", "29500"]
+    started = [node.start(*command, "--node_rank", str(rank), "seppo_fast/train.py", "--config", str(tmp_path / "config.json"),
+                          output=tmp_path / node.name) for rank, node in enumerate(nodes)]
+    said = [(process.wait(150), (tmp_path / node.name).read_text()) for process, node in zip(started, nodes, strict=True)]
+    assert [status for status, _ in said] == [0, 0], "".join(words[-3000:] for _, words in said)
+    assert f"done: the trained model is in {tmp_path / 'run' / 'final'}" in said[0][1]
+
+
 def test_what_they_do_not_share_is_named(on_nodes: Callable[..., Result], raw: Callable[..., dict[str, Any]], tmp_path: Path,
                                          nodes: tuple[Node, Node], sd: Path) -> None:
     one, other = nodes
