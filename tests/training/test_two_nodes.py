@@ -4,6 +4,7 @@ The machines are namespaces (two_nodes.py), joined by one cable. Real ones, ssh 
 """
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -174,7 +175,7 @@ def test_a_killed_machine_comes_back(nodes: tuple[Node, Node], raw: Callable[...
     other.kill()
     killed = time.monotonic()
     lost.wait()
-    until(lambda: "seppo_fast: " in outputs[0].read_text().partition("lost ")[0], lambda: time.monotonic() < killed + MINUTE)
+    until(lambda: bool(re.search("^seppo_fast: .*lost ", outputs[0].read_text(), re.M)), lambda: time.monotonic() < killed + MINUTE)
     again = other.start(*torchrun, output=outputs[2], **share)
     assert (first.wait(150), again.wait(60)) == (0, 0), "".join(output.read_text()[-3000:] for output in outputs)
     assert "resuming from" in outputs[0].read_text() + outputs[2].read_text()
