@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -49,8 +49,11 @@ def watch(rank: int, world: int, host: str, store: dist.Store, lost: Callable[[s
     else:
         connection, names[0] = _connect(rank, names[rank], host, store)
         _peers.append(connection)
+    for connection in _connections():  # two ranks may lose each other that both reach rank 0; it comes first where it knows
+        _ask_for_life(connection, 2 * SILENCE)
     for peer in _peers:
-        _ask_for_life(peer)
+        peer.settimeout(None)
+        _ask_for_life(peer, SILENCE)
     others = dict(zip((peer.fileno() for peer in _peers), (names[other] for other in sorted(names) if other != rank), strict=True))
     threading.Thread(target=_until_lost, args=(others, lost), daemon=True).start()
 
@@ -118,12 +121,25 @@ def _line(connection: socket.socket) -> Any:
     return json.loads(line)
 
 
-def _ask_for_life(connection: socket.socket) -> None:
-    """Let the kernel end the connection once nothing has come from the other machine for SILENCE seconds."""
-    connection.settimeout(None)
+def _connections() -> Iterator[socket.socket]:
+    """This process's TCP connections, also those of gloo, which gives no access to them. Each is a copy, closed afterwards."""
+    folder = "/proc/self/fd"
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        try:
+            if not os.readlink(f"{folder}/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername():
+                    yield connection
+        except OSError:  # it listens, or was closed meanwhile
+            pass
+
+
+def _ask_for_life(connection: socket.socket, seconds: int) -> None:
+    """Let the kernel end the connection once nothing has come from the other machine for so many seconds."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", (SILENCE - 10) // 5),
-                          ("TCP_USER_TIMEOUT", 1000 * SILENCE)):
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", (seconds - 10) // 5),
+                          ("TCP_USER_TIMEOUT", 1000 * seconds)):
         if hasattr(socket, option):  # Linux
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 

@@ -147,5 +147,6 @@ def lost_contact(error: Exception) -> bool:
     """Whether an error says no more than that another rank is gone."""
     from torch import distributed as dist
 
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Connection timed out",
+             "No route to host")
     return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -57,6 +57,15 @@ def test_a_killed_rank_ends_the_others_with_its_name(tmp_path: Path, monkeypatch
     assert on_three(work, tmp_path) == [(1, words), (-signal.SIGKILL, ""), (1, words)]
 
 
+def test_every_connection_of_a_rank_is_asked_for_signs_of_life(tmp_path: Path) -> None:
+    """gloo's too, by which two ranks may lose each other that both reach rank 0."""
+    def work(ranks: Ranks) -> str:
+        found = [connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) for connection in contact._connections()]
+        return str(sorted({*found})) if len(found) >= 5 else f"only {len(found)} connections"  # two groups of two others, rank 0
+
+    assert on_three(work, tmp_path) == [(0, "[30000, 60000]")] * 3
+
+
 def test_who_leaves_in_order_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contact, "GRACE", 0.1)
 
