@@ -17,10 +17,11 @@ def announce() -> None:
               file=sys.stderr, flush=True)
 
 
-def carried_out(work: Callable[[StopSignals], None], kept: str = "") -> int:
-    """Do `work`, which joins the ranks. Exit status: 0, 2 for bad input, 1 for any other error, 128 + the number of a signal.
+def carried_out(work: Callable[[StopSignals, Callable[[str], None]], None], kept: str = "") -> int:
+    """Do `work`, which joins the ranks, with its second argument for the message of a lost rank.
 
-    `kept` is printed after the name of a signal that stopped the work. Only the first rank that fails prints.
+    Exit status: 0, 2 for bad input, 1 for any other error, 128 + the number of a signal. `kept` is printed after the name of a
+    signal that stopped the work. Only the first rank that fails prints.
     """
     failure, signals = FirstFailure(), StopSignals()
     announce()
@@ -28,7 +29,7 @@ def carried_out(work: Callable[[StopSignals], None], kept: str = "") -> int:
         from seppo_fast.ranks import leave, quiet_libraries
 
         quiet_libraries()
-        work(signals)
+        work(signals, failure.lost(kept or "start again"))
         leave()
         failure.close()
         return 0

@@ -9,6 +9,7 @@ weights is reported at once and left out; if every score is missing, the exit st
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # see train.py
@@ -72,22 +73,29 @@ def main(argv: list[str] | None = None, prog: str = "python -m seppo_fast.evalua
     arguments = parse_arguments(argv, prog)
     from seppo_fast.command import carried_out
 
-    return carried_out(lambda signals: run(arguments), "what is drawn is kept, and the same command goes on from there")
+    return carried_out(lambda signals, lost: run(arguments, lost), "what is drawn is kept, and the same command goes on from there")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Evaluate, and print the tables; UserError on every rank where each score that was asked for is missing."""
+def run(arguments: argparse.Namespace, lost: Callable[[str], None] | None = None) -> None:
+    """Evaluate, and print the tables; UserError on every rank where each score that was asked for is missing.
+
+    `lost` prints the message of a process that ends because another one is gone.
+    """
+    from seppo_fast.contact import to_stderr
     from seppo_fast.errors import UserError
     from seppo_fast.evaluation.arguments import request_of
     from seppo_fast.evaluation.report.table import markdown
     from seppo_fast.evaluation.run import evaluate, nothing_scored
+    from seppo_fast.nodes import check_programs, check_shared
     from seppo_fast.ranks import join
 
-    ranks = join()
+    ranks = join(lost or to_stderr)
+    check_programs(ranks, vars(arguments) | {"local_rank": None})
+    check_shared({"--out": arguments.out}, ranks)
     result = evaluate(request_of(arguments, ranks, ranks.say), ranks, ranks.say)
     if result is not None:
         print(f"\n{markdown(result)}\n{arguments.out / 'index.html'}", flush=True)
-    if ranks.objects(result is not None and nothing_scored(result))[0]:
+    if ranks.from_first(result is not None and nothing_scored(result)):
         raise UserError(f"every score that was asked for is missing; what each lacks is said above. The samples are kept in"
                         f" {arguments.out}, and the same command scores them once it is there")
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,6 +45,14 @@ class FirstFailure:
         """Print `words` on stderr, unless another rank failed first."""
         if self._is_first():
             print(words, file=sys.stderr, flush=True)
+
+    def lost(self, then: str) -> Callable[[str], None]:
+        """The last words of a process that ends because another one is gone, and what to do `then`; it leaves with them."""
+        def say(words: str) -> None:
+            self.say(f"seppo_fast: {words}; {then}")
+            self.close()
+
+        return say
 
     def close(self) -> None:
         """Leave; the last one removes the file, once all ranks have come."""
@@ -138,5 +147,6 @@ def lost_contact(error: Exception) -> bool:
     """Whether an error says no more than that another rank is gone."""
     from torch import distributed as dist
 
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Connection timed out",
+             "No route to host")
     return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)

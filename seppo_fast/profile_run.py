@@ -7,6 +7,7 @@ phases of an update, the operators that took longest, and what could be turned o
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,20 +36,22 @@ def main(argv: list[str] | None = None, prog: str = "python -m seppo_fast.profil
     arguments = parse_arguments(argv, prog)
     from seppo_fast.command import carried_out
 
-    return carried_out(lambda signals: run(arguments, signals))
+    return carried_out(lambda signals, lost: run(arguments, signals, lost))
 
 
-def run(arguments: argparse.Namespace, signals: "StopSignals") -> None:
-    """Profile, and print what was found."""
+def run(arguments: argparse.Namespace, signals: "StopSignals", lost: Callable[[str], None]) -> None:
+    """Profile, and print what was found; `lost` prints the message of a process that ends because another one is gone."""
     from seppo_fast.configfile import load_config
     from seppo_fast.errors import UserError
+    from seppo_fast.nodes import check_programs
     from seppo_fast.profiling.profiled import profile
     from seppo_fast.ranks import join
 
     if arguments.updates < 1:
         raise UserError(f"--updates {arguments.updates}: at least one update has to be measured")
     config = load_config(arguments.config, arguments.overrides)
-    ranks = join()
+    ranks = join(lost)
+    check_programs(ranks, config.as_dict())
     text = profile(config, ranks, signals, arguments.updates, arguments.rows)
     if ranks.rank == 0:
         print(text, flush=True)

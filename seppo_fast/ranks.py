@@ -3,11 +3,11 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -18,9 +18,11 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from seppo_fast.contact import part, to_stderr, watch
 from seppo_fast.errors import UserError
 from seppo_fast.rendezvous import Launch, launched, meet, patience, within
 
+T = TypeVar("T")
 # The environment that a launcher would give to the only rank.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -37,11 +39,15 @@ class Ranks:
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' values; every rank must call."""
+        return self.largest_of_each([value])[0]
+
+    def largest_of_each(self, values: Sequence[int]) -> list[int]:
+        """For each place, the largest of the ranks' values; every rank must call."""
         if self.world == 1:
-            return value
-        tensor = torch.tensor(value)
+            return [*values]
+        tensor = torch.tensor(values)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return int(tensor)
+        return tensor.tolist()
 
     def gather(self, table: Tensor) -> Tensor:
         """The ranks' CPU tables, which have one shape, one below the other; every rank must call."""
@@ -59,6 +65,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def from_first(self, value: T) -> T:
+        """Rank 0's value, whatever the others give; every rank must call."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0, group=self.control)
+        return values[0]
+
     def say(self, line: str) -> None:
         """Print a line once for all ranks; at once, also into a pipe."""
         if self.rank == 0:
@@ -69,8 +83,11 @@ class Ranks:
         self.largest(0)
 
 
-def join() -> Ranks:
-    """Join the ranks that the launcher started, or be the only rank where there was no launcher."""
+def join(lost: Callable[[str], None] = to_stderr) -> Ranks:
+    """Join the ranks that the launcher started, or be the only rank where there was no launcher.
+
+    From then on this process ends within a minute once another rank is gone; `lost` prints the message.
+    """
     launch = launched()
     if launch is None:
         # DeepSpeed looks for MPI unless all of these are set. The store is in this process, so that no port has to be free.
@@ -87,7 +104,12 @@ def join() -> Ranks:
     get_accelerator().set_device(launch.local_rank)
     control = within(patience(), lambda: connect(launch, store),
                      lambda: f"rank {launch.rank} met all others at {launch.address}, but could not connect to each of them: one"
-                             " ended at once (see what it printed), or a firewall is between the machines")
+                             " ended at once (see what it printed), or a firewall is between the machines, or a machine's own name"
+                             " leads to an address that others cannot reach (GLOO_SOCKET_IFNAME=eth0 names the interface)")
+    if store is not None and launch.world > 1:
+        within(patience(), lambda: watch(launch.rank, launch.world, launch.host, store, lost),
+               lambda: f"rank {launch.rank} met all others at {launch.address}, but not all of them could connect to rank 0: see"
+                       " what they printed, or a firewall is between the machines")
     deepspeed.init_distributed(verbose=False)
     device = torch.device(get_accelerator().current_device_name())
     return Ranks(launch.rank, launch.world, launch.local_world, device, control)
@@ -103,12 +125,13 @@ def connect(launch: Launch, store: dist.Store | None) -> dist.ProcessGroup:
         device = accelerator.device(launch.local_rank) if launch.world > 1 and accelerator.device_name() == "cuda" else None
         dist.init_process_group(accelerator.communication_backend_name(), store=store, rank=launch.rank, world_size=launch.world,
                                 timeout=default_pg_timeout, device_id=device)
-    # One rank may keep the others waiting for long: caching, checkpoints, sampling.
+    # One rank may keep the others waiting for long: caching, checkpoints, sampling. One that is gone does not (contact.py).
     return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
 
 def leave() -> None:
     """Leave the other ranks at the end of a run."""
+    part()
     deepspeed.comm.destroy_process_group()  # PyTorch's and DeepSpeed's groups, or the next run would find them
 
 

@@ -6,8 +6,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from seppo_fast.errors import UserError, few
 
 PATIENCE = 60  # seconds
+ATTEMPT = "seppo_fast/attempt"
 T = TypeVar("T")
 
 
@@ -68,21 +69,40 @@ class Meeting:
 
     launch: Launch
     lacking: list[int] | None = None
-    store: dist.Store | None = field(default=None)
+    store: dist.Store | None = None
 
     def meet(self) -> dist.Store:
         """A store of this launch alone, once all of its ranks have come."""
         launch, myself = self.launch, uuid.uuid4().hex
         # torchrun's own process holds the store, and keeps it when it starts the ranks again.
-        here = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self.store = dist.TCPStore(launch.host, launch.port, launch.world, here, timedelta(hours=1), wait_for_workers=False)
-        attempt = f"seppo_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        store = dist.PrefixStore(attempt, self.store)
-        store.set(f"rank {launch.rank}", myself)
-        names = self._gather(store) if launch.rank == 0 else self._hear(store)
-        if names[launch.rank:launch.rank + 1] != [myself]:
-            raise UserError(f"at {launch.address} the ranks of another run meet: give this one a port of its own (--master_port)")
-        return dist.PrefixStore(hashlib.sha256("".join(names).encode()).hexdigest(), store)
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.store = dist.TCPStore(launch.host, launch.port, launch.world, launch.rank == 0 and not kept, timedelta(hours=1),
+                                   wait_for_workers=False)
+        if launch.rank == 0:
+            self.store.set(ATTEMPT, myself)
+        past: set[str] = set()
+        while True:
+            attempt = self._attempt(past)
+            store = dist.PrefixStore(attempt, self.store)
+            store.set(f"rank {launch.rank}", myself)
+            names = self._gather(store) if launch.rank == 0 else self._hear(store, attempt)
+            if names[launch.rank:launch.rank + 1] == [myself]:
+                return dist.PrefixStore(hashlib.sha256("".join(names).encode()).hexdigest(), store)
+            if not kept:
+                raise UserError(f"at {launch.address} the ranks of another run meet: give this one a port of its own"
+                                " (--master_port)")
+            past.add(attempt)
+
+    def _attempt(self, past: Collection[str]) -> str:
+        """The word that rank 0 of the present attempt chose, and none of the `past` ones.
+
+        torchrun counts restarts, but each machine counts its own, and one that came later has other numbers.
+        """
+        while True:
+            if self.store.check([ATTEMPT]) and (attempt := self.store.get(ATTEMPT).decode()) not in past:
+                return attempt
+            self.lacking = [0]
+            time.sleep(0.05)
 
     def _gather(self, store: dist.Store) -> list[str]:
         """What rank 0 does: wait for all, publish who has not come yet, and in the end the names of all."""
@@ -97,10 +117,13 @@ class Meeting:
                 return names
             time.sleep(0.05)
 
-    def _hear(self, store: dist.Store) -> list[str]:
+    def _hear(self, store: dist.Store, attempt: str) -> list[str]:
+        """What the others do: wait for the names of all; of an attempt that another one replaced, there are none."""
         while not store.check(["all"]):
             self.lacking = json.loads(store.get("lacking")) if store.check(["lacking"]) else [0]
             time.sleep(0.05)
+            if self.store.get(ATTEMPT).decode() != attempt:
+                return []
         return json.loads(store.get("all"))
 
     def failed(self, seconds: float) -> str:

@@ -11,11 +11,11 @@ import torch
 from deepspeed.monitor.csv_monitor import csvMonitor
 from torch import Tensor
 
-from seppo_fast.config import METHODS
+from seppo_fast.config import METHODS, Seppo
 from seppo_fast.configfile import Batch, Config, batch_plan, parse_config
 from seppo_fast.data import ClipStream, LatentCache
 from seppo_fast.data.cache import build_cache
-from seppo_fast.data.fingerprint import latent_shape
+from seppo_fast.data.fingerprint import cache_root, latent_shape
 from seppo_fast.data.memory import give_back_memory
 from seppo_fast.data.order import split
 from seppo_fast.data.sources import Source, open_source
@@ -28,6 +28,7 @@ from seppo_fast.models.engines import same_with_gradients
 from seppo_fast.models.improvement import improvement_model, reference_model
 from seppo_fast.models.lora import share_frozen, trains_a_part
 from seppo_fast.models.vae_memory import VaeMemory, with_vae_memory
+from seppo_fast.nodes import SHARED, check_same, check_shared, in_turn, sizes
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
@@ -67,6 +68,8 @@ def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         make_trainer: Callable[..., Trainer] = Trainer) -> Path:
     """Train from `config`, alone in its run folder, and return the folder of the trained model; every rank calls."""
     with alone_in(Path(config.seppo.output_dir), ranks):
+        check_shared({"seppo.output_dir": Path(config.seppo.output_dir), "seppo.data.cache_dir": cache_root(config.seppo.data)},
+                     ranks)
         return trained(config, resume, ranks, signals, make_trainer)
 
 
@@ -100,7 +103,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         started, state.started_from = start.read(ours.model.start_from, model, ours.model, ours.seed)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].needs_losers,
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
-                        progress=ranks.rank == 0, output_dir=folder.path)
+                        progress=ranks.rank == 0, output_dir=folder.path, agree=partial(check_source, ours, ranks))
     trained_on, held = split(len(cache), ours.data.hold_out, ours.seed)
     begin(folder, state, cache, ranks)
     usable = "preference pairs" if METHODS[ours.method].needs_losers else "demonstrations"
@@ -164,27 +167,38 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     return export(model, config, batch, trainer, len(trained_on))
 
 
+def check_source(ours: Seppo, ranks: Ranks, names: str) -> None:
+    """Refuse demonstrations whose digest of names, sizes and times is not the same on all machines; every rank calls."""
+    check_same(f"seppo.data.source {ours.data.source}", {"digest of the files' names, sizes and times of change": names}, ranks,
+               f"{SHARED}; a copy on each machine must have the same times, too (rsync -a, cp -p)")
+
+
 def open_inputs(config: Config, ranks: Ranks) -> tuple[Model, Model | None, Model | None, Source]:
     """The model, the improvement model, the reference model and the demonstrations, checked but not loaded.
 
     A hub id is fetched by rank 0 first.
     """
     ours = config.seppo
-    improvement = fixed = None
-    for turn in (ranks.rank == 0, ranks.rank != 0):
-        if turn:
-            model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
-                               motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames,
-                               image_condition=ours.method == "improvement", quantize_text=ours.model.quantize_text)
-            with_vae_memory(model, VaeMemory(ours.model.vae_tiling, ours.model.vae_slicing))
-            if ours.improvement.path is not None:
-                improvement = improvement_model(ours.improvement, model, ranks.device)
-            if ours.reference_model.path is not None:
-                fixed = reference_model(ours.reference_model, model, ranks.device)
-            source = open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed,
-                                 video=model.video, method=ours.method)
-        ranks.barrier()
-    return model, improvement, fixed, source
+
+    def opened() -> tuple[Model, Model | None, Model | None, Source]:
+        improvement = fixed = None
+        model = open_model(ours.model.path, revision=ours.model.revision, variant=ours.model.variant,
+                           motion_adapter=ours.model.motion_adapter, frames=ours.data.video.frames,
+                           image_condition=ours.method == "improvement", quantize_text=ours.model.quantize_text)
+        with_vae_memory(model, VaeMemory(ours.model.vae_tiling, ours.model.vae_slicing))
+        if ours.improvement.path is not None:
+            improvement = improvement_model(ours.improvement, model, ranks.device)
+        if ours.reference_model.path is not None:
+            fixed = reference_model(ours.reference_model, model, ranks.device)
+        source = open_source(ours.data, needs_loser=METHODS[ours.method].needs_losers, seed=ours.seed,
+                             video=model.video, method=ours.method)
+        return model, improvement, fixed, source
+
+    found = in_turn(ranks, opened)
+    for each in found[:3]:
+        if each is not None:
+            check_same(f"{each.directory.labels.path} {each.path}", sizes(each.path), ranks)
+    return found
 
 
 def starting_state(folder: RunFolder, config: Config, batch: Batch, files: dict[str, list[Path]], ranks: Ranks) -> State:
@@ -200,7 +214,7 @@ def starting_state(folder: RunFolder, config: Config, batch: Batch, files: dict[
     if given is not None and (given != then or not folder.resume_from):
         files = files | {start.KEY: [start.find(given)]}
     found = sums_of(files, state.models, state.stamps) if ranks.rank == 0 else None
-    fresh.models, fresh.stamps = ranks.objects(found)[0]
+    fresh.models, fresh.stamps = ranks.from_first(found)
     if folder.resume_from is None:
         return fresh
     if given is not None and given == then:  # what it began with is in the checkpoint: the file may be gone

@@ -8,7 +8,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None, prog: str = "seppo_fast/train.py") -> in
     failure, signals = FirstFailure(), StopSignals()
     announce()
     try:
-        work(arguments, signals)
+        work(arguments, signals, failure.lost("go on with --resume auto"))
         failure.close()
         return 0
     except Stop as stop:
@@ -93,6 +93,9 @@ def main(argv: list[str] | None = None, prog: str = "seppo_fast/train.py") -> in
             if os.environ["RANK"] == "0":
                 print(words, file=sys.stderr, flush=True)
             failure.close()
+            from seppo_fast.contact import part
+
+            part()
             return status
         # A rank alone may be here: the launcher ends the others with SIGTERM when one of them fails.
     except UserError as error:
@@ -109,9 +112,10 @@ def main(argv: list[str] | None = None, prog: str = "seppo_fast/train.py") -> in
     os._exit(status)
 
 
-def work(arguments: argparse.Namespace, signals: "StopSignals") -> None:
-    """Train, or print the plan."""
+def work(arguments: argparse.Namespace, signals: "StopSignals", lost: Callable[[str], None]) -> None:
+    """Train, or print the plan; `lost` prints the message of a process that ends because another one is gone."""
     from seppo_fast.configfile import load_config
+    from seppo_fast.nodes import check_programs
     from seppo_fast.ranks import join, leave, quiet_libraries
     from seppo_fast.rendezvous import launched
 
@@ -124,8 +128,9 @@ def work(arguments: argparse.Namespace, signals: "StopSignals") -> None:
         if launch is None or launch.rank == 0:
             print(dry_run(config, launch.world if launch else 1, arguments.rates), flush=True)
         return
-    ranks = join()
+    ranks = join(lost)
     signals.joined = True
+    check_programs(ranks, config.as_dict())
     import torch
 
     if hint := unused_devices(ranks.world, torch.cuda.device_count()):

@@ -6,6 +6,7 @@ or after it. SIGKILL goes to the whole group, as when a machine goes down; anyth
 `Forks().run_both(raw, ...)` starts the same command twice.
 """
 
+import ctypes
 import faulthandler
 import fcntl
 import functools
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,19 +93,21 @@ class Forks:
                 self._stream = connected(folder / "forks")
 
     def run(self, raw: dict[str, Any] | list[dict[str, Any]] | str, *arguments: str, ranks: int = 1, strike: Strike | None = None,
-            file_limit: int | None = None, timeout: float = 120, module: str = "seppo_fast.train") -> Result:
+            file_limit: int | None = None, timeout: float = 120, module: str = "seppo_fast.train",
+            nodes: Sequence[int] = ()) -> Result:
         """Train on a configuration, by the `main` of `module`; `file_limit` is the largest file, in bytes, that it may write.
 
-        `raw` is the configuration, or a shipped file's name; `run_jobs` takes a list.
+        `raw` is the configuration, or a file's name; `run_jobs` takes a list. `nodes`: for each rank the process whose namespaces
+        are its machine (two_nodes.py).
         """
         job = {"arguments": ["--config", self._config(raw), *arguments], "ranks": ranks, "file_limit": file_limit,
-               "timeout": timeout, "module": module, "strike": strike and asdict(strike), "delay": 0.0}
+               "timeout": timeout, "module": module, "strike": strike and asdict(strike), "delay": 0.0, "nodes": [*nodes]}
         return self._ask([job])[0]
 
     def run_both(self, one: dict[str, Any], other: dict[str, Any], *arguments: str, ranks: int = 1, apart: float = 0.0,
                  timeout: float = 120) -> list[Result]:
         """Train on two configurations at once, the other one started `apart` seconds after the first."""
-        job = {"ranks": ranks, "file_limit": None, "timeout": timeout, "module": "seppo_fast.train", "strike": None}
+        job = {"ranks": ranks, "file_limit": None, "timeout": timeout, "module": "seppo_fast.train", "strike": None, "nodes": []}
         return self._ask([job | {"arguments": ["--config", self._config(raw, number), *arguments], "delay": number * apart}
                           for number, raw in enumerate((one, other))])
 
@@ -258,6 +262,9 @@ def be_rank(rank: int, port: int, output: int, job: dict[str, Any], struck: mmap
         os.dup2(output, 2)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_SIZE=str(job["ranks"]),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        if job["nodes"]:
+            enter(job["nodes"][rank])
+            os.environ.update(LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="node-a")
         faulthandler.dump_traceback_later(job["timeout"] - 2)  # where it hangs, if it does
         time.sleep(job["delay"])
         sys.argv = ["seppo_fast/train.py", f"--local_rank={rank}", *job["arguments"]]
@@ -274,6 +281,16 @@ def be_rank(rank: int, port: int, output: int, job: dict[str, Any], struck: mmap
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def enter(process: int) -> None:
+    """Be on the machine that the process's namespaces are."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("net", "uts", "mnt"):
+        with open(f"/proc/{process}/ns/{kind}") as namespace:
+            if libc.setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"the {kind} namespace of process {process}")
+    os.chdir(ROOT)
 
 
 def arm(strike: Strike, struck: mmap.mmap) -> None:

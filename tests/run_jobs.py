@@ -7,7 +7,7 @@ from pathlib import Path
 
 def main() -> int:
     from seppo_fast.configfile import parse_config
-    from seppo_fast.ranks import join, quiet_libraries
+    from seppo_fast.ranks import join, leave, quiet_libraries
     from seppo_fast.run import run
     from seppo_fast.signals import StopSignals
 
@@ -15,4 +15,5 @@ def main() -> int:
     ranks = join()
     for raw in json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text()):
         run(parse_config(raw), None, ranks, StopSignals())
+    leave()
     return 0

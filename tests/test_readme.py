@@ -33,7 +33,7 @@ def test_the_front_page_is_one_page() -> None:
 ROOT = README.parent
 
 
-@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("seppo_fast/*/README.md")],
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("seppo_fast/*/*.md")],
                          ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):

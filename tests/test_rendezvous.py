@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+import torch.distributed as dist
 from conftest import free_port
 
 from seppo_fast.errors import UserError
@@ -96,6 +97,19 @@ def test_another_run_meets_there(start: Callable[..., Rank]) -> None:
     assert {rank.words() for rank in ranks} == {"met here here"}
     for rank in (1, 2):
         assert start(rank, 3, port).words().startswith("UserError: at MASTER_ADDR:MASTER_PORT 127.0.0.1:"), rank
+
+
+def test_a_machine_that_came_later_meets_the_others_again(start: Callable[..., Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's process keeps the store over restarts, and the restarts that each machine counts are its own."""
+    store = dist.TCPStore("127.0.0.1", int(free_port()), 2, True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for restarts in ((0, 0), (1, 0)):
+        ranks = []
+        for rank in (1, 0):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts[rank]))
+            ranks.append(start(rank, 2, store.port))
+            time.sleep(0.3)  # rank 1 comes first, and finds the attempt before
+        assert {rank.words() for rank in ranks} == {"met here here"}
 
 
 def test_a_signal_is_heard_while_the_others_are_waited_for() -> None:

@@ -10,6 +10,7 @@ one noise or more. In the run with one noise, pairs are watched.
 import json
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,8 +78,8 @@ def train_watched(run: Path, config: str, changes: list[str], updates: list[int]
     make = partial(Watching, views=run.parent / "views", watched=updates, averaged=averaged,
                    draws=(DRAWS[-1], TIMES))
 
-    def work(signals: StopSignals) -> None:
-        trained(load_config(config, changes), "auto", join(), signals, make)
+    def work(signals: StopSignals, lost: Callable[[str], None]) -> None:
+        trained(load_config(config, changes), "auto", join(lost), signals, make)
 
     if status := carried_out(work, "the same command goes on"):
         sys.exit(status)

@@ -20,7 +20,7 @@ def main() -> None:
         os.sched_setaffinity(0, {given.core})
 
     from seppo_fast.configfile import parse_config
-    from seppo_fast.ranks import join, quiet_libraries
+    from seppo_fast.ranks import join, leave, quiet_libraries
     from seppo_fast.run import run
     from seppo_fast.signals import StopSignals
     from seppo_fast.training.trainer import Trainer
@@ -43,6 +43,7 @@ def main() -> None:
     ranks = join()
     run(parse_config(json.loads(given.config.read_text())), None, ranks, StopSignals())
     (given.out / f"rank{ranks.rank}.json").write_text(json.dumps({"samples": samples, "ended": ended}) + "\n")
+    leave()
 
 
 if __name__ == "__main__":

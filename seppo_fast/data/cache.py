@@ -71,13 +71,16 @@ class Job:
 @readable()
 def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, needs_loser: bool, output_dir: Path,
                 rank: int = 0, world: int = 1, device: str | torch.device = "cpu",
-                barrier: Callable[[], None] = lambda: None, progress: bool = True) -> LatentCache | ClipStream:
+                barrier: Callable[[], None] = lambda: None, progress: bool = True,
+                agree: Callable[[str], None] = lambda names: None) -> LatentCache | ClipStream:
     """The cache of this source, model and preprocessing. What is not in it yet is made first; each rank makes its share.
 
-    Every rank calls it with the same arguments; `barrier` must wait for all. Rank 0 writes `output_dir/skipped.jsonl`.
+    Every rank calls it with the same arguments; `barrier` must wait for all, and `agree` may refuse the digest of the
+    files' names, sizes and times. Rank 0 writes `output_dir/skipped.jsonl`.
     """
     streaming = streams(source, data, model.video)
     names, written = source.identity()
+    agree(names)
     about = made_of(source, names, model, data, seed, needs_loser, streaming)
     fingerprint = digest(about)
     kept = of_files_alone(about) if streaming else about

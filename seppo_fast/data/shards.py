@@ -3,10 +3,9 @@
 import errno
 import json
 import os
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,13 +69,19 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def remove_stale(folder: Path) -> None:
-    """Deletes temporary files of killed runs: those that nobody wrote to for a day."""
-    for left in folder.glob("*/.*.tmp"):
-        try:
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                left.unlink()
-        except OSError:  # another job was faster, or the cache is read-only
-            pass
+    """Deletes temporary files of killed runs: those that nobody wrote to for a day, by the file system's own clock."""
+    found = [*folder.glob("*/.*.tmp")]
+    if not found:
+        return
+    probe = folder / f".{uuid.uuid4().hex}.clock"
+    with suppress(OSError):  # the cache is read-only
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        for left in found:
+            with suppress(OSError):  # another job was faster
+                if now - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink()
 
 
 class Shard:

@@ -17,17 +17,17 @@ from seppo_fast.evaluation.weights import flags
 from seppo_fast.models import Model
 from seppo_fast.models.contract import HALF
 from seppo_fast.models.vae_memory import VaeMemory
+from seppo_fast.nodes import agreed, check_same, in_turn, sizes
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.solver import default_solver
 
 
 def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str], None]) -> Request:
     """The request, checked as far as possible before anything is loaded; rank 0 downloads from the hub first."""
-    for turn in (ranks.rank == 0, ranks.rank != 0):
-        if turn:
-            candidates = open_candidates(arguments.models, arguments.variant, arguments.motion_adapter, arguments.frames,
-                                         VaeMemory(arguments.vae_tiling, arguments.vae_slicing))
-        ranks.barrier()
+    candidates = in_turn(ranks, lambda: open_candidates(arguments.models, arguments.variant, arguments.motion_adapter,
+                                                        arguments.frames, VaeMemory(arguments.vae_tiling, arguments.vae_slicing)))
+    for candidate in candidates:
+        check_same(f"--models {candidate.name}={candidate.given}", sizes(candidate.model.path), ranks)
     video = candidates[0].model.video
     frames = arguments.frames or frames_of(candidates) if video else None
     scores = chosen(arguments.scores, video, "--scores", several=arguments.per_prompt > 1)
@@ -38,7 +38,8 @@ def request_of(arguments: argparse.Namespace, ranks: Ranks, say: Callable[[str],
     drawing = Drawing(arguments.seed, arguments.per_prompt, arguments.resolution, frames,
                       dtype_of(arguments.dtype, ranks.device, candidates), sampler, scales_of(arguments, candidates))
     check_drawing(candidates, drawing)
-    prompts = read_prompts(arguments.prompts, arguments.limit, say)
+    prompts = agreed(ranks, lambda: read_prompts(arguments.prompts, arguments.limit, say))
+    check_same("--prompts", {f"prompt {number}": prompt.text for number, prompt in enumerate(prompts)}, ranks)
     return Request(candidates, prompts, scores, weights_of(arguments.weights), drawing, arguments.out, arguments.real,
                    arguments.score_batch_size)
 

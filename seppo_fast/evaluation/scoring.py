@@ -26,6 +26,7 @@ from seppo_fast.evaluation.video.real import read_clip
 from seppo_fast.evaluation.video.scores import VIDEO_SCORES, VideoScore
 from seppo_fast.evaluation.weights import locate, source
 from seppo_fast.extras import need
+from seppo_fast.nodes import agreed, in_turn
 from seppo_fast.ranks import Ranks
 from seppo_fast.reference.batching import chunks
 
@@ -95,25 +96,6 @@ def kind_of(score: AnyScore) -> str:
     if isinstance(score, SetScore):
         return "prompt" if score.within_prompts else "set"
     return score.kind if isinstance(score, VideoScore) else "sample"
-
-
-def agreed(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """What `work` returns on this rank. A UserError on one rank is raised on all, which stay in step; every rank must call."""
-    found, why = None, None
-    try:
-        found = work()
-    except UserError as error:
-        why = str(error)
-    reason = next(filter(None, ranks.objects(why)), None)
-    if reason:
-        raise UserError(reason)
-    return found
-
-
-def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """The same, with the first rank before the others, because it downloads from the hub."""
-    first = agreed(ranks, lambda: work() if ranks.rank == 0 else None)
-    return agreed(ranks, lambda: first if ranks.rank == 0 else work())
 
 
 def loaded(score: AnyScore, job: Job) -> Any:

@@ -99,7 +99,9 @@ class Pool:
         Until then, memory may hold one policy more than `host_memory_bytes` allows. `load_into` raises what is wrong with the file.
         """
         path = self.path(index)
-        if index in self._host or self._coming is not None and self._coming[0] == index or not path.exists():
+        if index in self._host or self._coming is not None and self._coming[0] == index:
+            return
+        if index not in self._on_disk():  # listed: NFS remembers for a while that a name asked for was not there
             return
         if path.stat().st_size <= self.host_memory_bytes:
             self._coming = index, self._reader.submit(self._read, index)

@@ -39,7 +39,7 @@ def open_folder(config: Config, resume: str | None, ranks: Ranks) -> RunFolder:
         if not isinstance(run_id, str):
             raise TypeError("not a text")
     except OSError as error:
-        raise UserError(f"{identity}: {error.strerror}; every rank needs the same folder as seppo.output_dir") from None
+        raise UserError(f"{identity} cannot be read here ({error.strerror}), though rank 0 wrote it") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{identity} is damaged, so the run in {path} cannot be told from others: choose another"
                         " seppo.output_dir") from None
@@ -105,7 +105,7 @@ def _start(path: Path, resume: str | None, ranks: Ranks) -> Path | None:
         return None
     folder = path / "checkpoints"
     # Rank 0 looks, and all ranks take what it sees: file systems may lag on another machine.
-    good, unusable = ranks.objects((checkpoint.complete(folder), checkpoint.torn(folder)) if ranks.rank == 0 else None)[0]
+    good, unusable = ranks.from_first((checkpoint.complete(folder), checkpoint.torn(folder)) if ranks.rank == 0 else ([], []))
     if resume != "auto":
         return _chosen(Path(resume), good, ranks)
     taken = None
@@ -131,7 +131,7 @@ def _start(path: Path, resume: str | None, ranks: Ranks) -> Path | None:
 
 def _chosen(path: Path, good: list[Path], ranks: Ranks) -> Path:
     """The checkpoint that `--resume` names, which must be whole."""
-    lack = ranks.objects((checkpoint.missing(path) if path.is_dir() else "there is no such folder") if ranks.rank == 0 else None)[0]
+    lack = ranks.from_first((checkpoint.missing(path) if path.is_dir() else "there is no such folder") if ranks.rank == 0 else None)
     lack = lack or checkpoint.flaw(path, ranks)
     if lack:
         others = ", ".join(str(other) for other in good if other != path)

@@ -58,7 +58,7 @@ class Looks:
         every, update = self.settings.evaluation.every, self.state.update
         if not every or update % every or self.state.evaluated == update:
             return
-        started, watched, check = time.perf_counter(), self.settings.evaluation.watched, partial(self.signals.check, self.ranks)
+        started, watched, check = time.perf_counter(), self.settings.evaluation.watched, self._check
         row: dict[str, Any] = {}
         better = dict.fromkeys(HELD_OUT, "higher")
         notes: list[str] = []
@@ -78,6 +78,9 @@ class Looks:
         self.state.judge(row.get(watched if watched in HELD_OUT else f"eval_{watched}"), better[watched])
         seconds = round(time.perf_counter() - started, 4)
         self.reporter.evaluation({"update": update, **row, "seconds_evaluation": seconds}, notes)
+
+    def _check(self) -> None:
+        self.signals.check_now_and_then(self.ranks, "evaluation")
 
     @contextmanager
     def policy_in_reference(self, here: bool = True) -> Iterator[None]:

@@ -133,7 +133,7 @@ def fill_pool(pool: Pool, engine: DeepSpeedEngine, last: int | None, ranks: Rank
         pool.truncate(-1 if last is None else last)
     if last is None:
         pool.add(0, policy_weights(engine), write=ranks.rank == 0)
-    pool.checksums.update(ranks.objects(pool.checksums)[0])  # rank 0 wrote
+    pool.checksums.update(ranks.from_first(pool.checksums))  # it wrote
 
 
 def loss_backend(device: torch.device) -> str:

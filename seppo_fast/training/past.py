@@ -31,7 +31,7 @@ def check_past(config: Config, folder: Path, state: State, ranks: Ranks) -> None
             if _restore(pool, index, folder / "checkpoints", ours.updates_per_iteration):
                 lost.pop(index, None)
                 damaged.pop(index, None)
-    lost, damaged, checksums = ranks.objects((lost, damaged, pool.checksums))[0]
+    lost, damaged, checksums = ranks.from_first((lost, damaged, pool.checksums))
     state.pool.update(checksums)
     if not lost and not damaged:
         return

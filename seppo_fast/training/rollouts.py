@@ -148,7 +148,7 @@ class SampleSet:
         if self.iteration is not None or not self._batches:
             self.iteration, self._dropped = None, {}
             share = -(-self.size // self.ranks.world)
-            self.share, self.batch = self.ranks.objects(self._as_drawn(k) or (share, even(share, most)))[0]
+            self.share, self.batch = self.ranks.from_first(self._as_drawn(k) or (share, even(share, most)))
             first = (k - 1) * self.size
             self._batches = [batch for start in range(0, self.size, self.share) for batch in
                              chunks(range(first + start, first + min(start + self.share, self.size)), self.batch)]

@@ -125,12 +125,12 @@ class Trainer:
         drawn: dict[str, Tensor] = {}
         if METHODS[self.settings.method].draws:
             prompts = self.pairs.prompts(numbers)
-            losers = reference.sampler.draw(self.pairs.initial_noise(numbers), prompts, self.check_signals,
+            losers = reference.sampler.draw(self.pairs.initial_noise(numbers), prompts, self.check_drawing,
                                             partial(self.pairs.later_noise, numbers))
             drawn["loser"] = losers.cpu()
             if self.improver is not None:
                 noise = self.pairs.initial_noise(numbers, "improvement noise")
-                drawn["winner"] = self.improver.improve(losers, prompts, noise, self.check_signals).cpu()
+                drawn["winner"] = self.improver.improve(losers, prompts, noise, self.check_drawing).cpu()
         if self.settings.reference_score == "rollout":
             rollouts = {number: {name: value[i] for name, value in drawn.items()} for i, number in enumerate(numbers)}
             drawn["ref_mse"] = self.objective.score(reference.module, self.pairs.pairs(numbers, rollouts)).cpu()
@@ -156,7 +156,7 @@ class Trainer:
                     done = step(self.engine)
                 tables.append(table)
                 if done is None:  # after the last one, the update must be counted first
-                    self.check_signals()
+                    self.signals.check_now_and_then(self.ranks, "micro-batches")
         with self.timed("training"):
             return done, self.ranks.gather(torch.cat(tables).cpu())
 
@@ -214,7 +214,7 @@ class Trainer:
             pool.add(k, policy_weights(self.engine), write=self.ranks.rank == 0)
             self.ranks.barrier()
         self.state.unmoved = True
-        pool.checksums.update(self.ranks.objects(pool.checksums)[0])  # rank 0 wrote
+        pool.checksums.update(self.ranks.from_first(pool.checksums))  # it wrote
 
     def evaluate(self) -> None:
         """Measure the present policy, if it is its turn."""
@@ -236,6 +236,10 @@ class Trainer:
     def check_signals(self) -> None:
         """Raise `Stop` on all ranks once one of them was signalled."""
         self.signals.check(self.ranks)
+
+    def check_drawing(self) -> None:
+        """The same before each solver step, every few seconds."""
+        self.signals.check_now_and_then(self.ranks, "solver steps")
 
     def gets_no_better(self) -> bool:
         """Whether the last `patience` evaluations brought no better policy."""

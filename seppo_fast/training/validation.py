@@ -71,7 +71,7 @@ class Validation:
         scored = score_all(Job(request, own_samples(request, problems, ranks), ranks))
         give_back_memory()
         row, notes = summary(request, scored.scores, scored.samples, scored.set_rows)
-        return ranks.objects((row, notes))[0]  # a set's value is the first rank's alone
+        return ranks.from_first((row, notes))  # a set's value is the first rank's alone
 
     def embed(self, prompts: list[str]) -> Conditions:
         """Their conditions on the device."""

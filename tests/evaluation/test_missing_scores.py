@@ -51,7 +51,7 @@ def test_what_is_missing_is_told_before_anything_is_drawn(arguments: Any, ranks:
 
 def test_all_missing_is_an_error_after_the_pictures_were_made(arguments: Any, ranks: Any, tmp_path: Path,
                                                              capsys: pytest.CaptureFixture) -> None:
-    with (patch("seppo_fast.ranks.join", lambda: ranks),
+    with (patch("seppo_fast.ranks.join", lambda *_: ranks),
           pytest.raises(UserError, match=r"every score that was asked for is missing.*the same command scores them")):
         run(arguments(tmp_path, "--scores", "pickscore", "vendi"))
     printed = capsys.readouterr().out

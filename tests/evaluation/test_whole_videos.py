@@ -20,7 +20,7 @@ SHAPE = ("--frames", 9, "--resolution", 32, "--batch-size", 1)
 
 def command(arguments: list[str], ranks: Any) -> None:
     """All of the command but its ends: this process has joined."""
-    with patch("seppo_fast.ranks.join", lambda: ranks):
+    with patch("seppo_fast.ranks.join", lambda *_: ranks):
         evaluate.run(evaluate.parse_arguments(arguments))
 
 
