@@ -22,7 +22,7 @@ from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import pick
 from seppo_fast.seeds import generator
 from seppo_fast.signals import Stop, StopSignals
-from seppo_fast.training import checkpoint
+from seppo_fast.training import checkpoint, status
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.divergence import largest_in_range
 from seppo_fast.training.engine import Step, image_weight_norm, policy_weights, step, upstream_gradient
@@ -232,7 +232,8 @@ class Trainer:
         return range(first, first + share)
 
     def check_signals(self) -> None:
-        """Raise `Stop` on all ranks once one of them was signalled."""
+        """Raise `Stop` on all ranks once one of them was signalled; called often, and so it says that the run is alive."""
+        status.alive(self.reporter.status)
         self.signals.check(self.ranks)
 
     def gets_no_better(self) -> bool:
@@ -245,6 +246,7 @@ class Trainer:
         path = checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.rollouts.unused, self.ranks,
                                self.settings.checkpoint.keep_last, self.settings.evaluation.keep_best)
         self.remove_old_rollouts()
+        self.reporter.checkpoint(path)
         return path
 
     def report(self, k: int, done: Step, table: Tensor) -> None:
