@@ -29,6 +29,7 @@ from seppo_fast.models.engines import same_with_gradients
 from seppo_fast.models.improvement import improvement_model, network_checksum, reference_model
 from seppo_fast.models.lora import share_frozen, trains_a_part
 from seppo_fast.models.vae_memory import VaeMemory, with_vae_memory
+from seppo_fast.planning import disk
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
@@ -100,9 +101,11 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         started, state.started_from = start.read(ours.model.start_from, model, ours.model, ours.seed)
     if ranks.rank == 0:
         status.begin(progress, folder.path, ours.updates, ours.updates_per_iteration, folder.resume_from, state.update)
+    parts = disk.parts_of(config, batch, cost, model)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].needs_losers,
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
-                        progress=ranks.rank == 0, output_dir=folder.path)
+                        progress=ranks.rank == 0, output_dir=folder.path,
+                        room=lambda into, size: disk.check(folder.path, disk.left_of(parts, folder.path), into, size))
     trained_on, held = split(len(cache), ours.data.hold_out, ours.seed)
     begin(folder, state, cache, ranks)
     usable = "preference pairs" if METHODS[ours.method].needs_losers else "demonstrations"
@@ -155,7 +158,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     trainer = make_trainer(settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs,
                            reference=reference, improver=improver, looks=looks, reporter=reporter, signals=signals,
                            folder=folder.path, state=state,
-                           rollouts=open_rollouts(rollouts, config, batch, folder, state, pool, ranks))
+                           rollouts=open_rollouts(rollouts, config, batch, folder, state, pool, ranks),
+                           room=disk.watched(folder.path, parts))
     status.train(progress, folder.path / "metrics.jsonl")
     try:
         with same_with_gradients():

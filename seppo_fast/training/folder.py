@@ -59,8 +59,8 @@ def alone_in(path: Path, ranks: Ranks) -> Iterator[None]:
                 after.callback(_remove_empty, folder)
             after.enter_context(locked(path / LOCK))
         except Busy as other:
-            gone = ("" if not other.unproven else ". This file system has no flock, so from here nobody can see whether that process"
-                    f" still runs: if it does not, remove {path / LOCK} and start again")
+            gone = ("" if not other.unproven else ". This file system has no flock, so it cannot be seen from here whether that"
+                    f" process still runs: if it does not, remove {path / LOCK} and start again")
             raise UserError(f"{path} (seppo.output_dir) is in use by another run: {other}. Wait for its end, stop it, or choose"
                             f" another seppo.output_dir{gone}") from None
         except OSError as error:

@@ -29,8 +29,8 @@ Evaluation = dict[str, Any]
 class Status:
     """What the file says, on rank 0; on other ranks `folder` is None, and nothing is ever written.
 
-    `seconds` are those of the updates since this start, `horizon` is how many of them the estimated end goes by: an iteration's, for
-    the first of its updates may draw all of its samples. `shown` is when the file was last written, by the monotonic clock.
+    `seconds` are those of the updates since this start, `horizon` is how many of them the estimated end goes by: an iteration's,
+    for the first of its updates may draw all of its samples. `shown` is when the file was last written, by the monotonic clock.
     """
 
     folder: Path | None = None

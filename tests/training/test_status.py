@@ -91,8 +91,8 @@ def test_a_full_disk_is_no_obstacle(tmp_path: Path) -> None:
 def test_the_last_evaluation_of_earlier_starts(tmp_path: Path) -> None:
     rows = tmp_path / "metrics.jsonl"
     assert status.last_evaluation(rows) is None
-    rows.write_text('{"update": 0, "eval_x": 1.5, "seconds_evaluation": 1}\n{"update": 1, "eval_x": null}\n{"update": 2, "loss": 1}\n'
-                    '{"update": 2, "eval_\n')
+    rows.write_text("\n".join(['{"update": 0, "eval_x": 1.5, "seconds_evaluation": 1}', '{"update": 1, "eval_x": null}',
+                               '{"update": 2, "loss": 1}', '{"update": 2, "eval_']))
     assert status.last_evaluation(rows) == {"update": 1, "eval_x": None}
     assert status.evaluation_of({"update": 3, "heldout_gain": float("nan")}) == {"update": 3, "heldout_gain": None}
 
