@@ -254,5 +254,5 @@ def test_help_names_every_argument(forks: Forks) -> None:
 
     result = subprocess.run([sys.executable, "seppo_fast/train.py", "--help"], cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 0
-    for argument in ("--config", "--set", "--resume auto|PATH", "--dry-run", "--rates FILE"):
+    for argument in ("--config", "--set", "--resume auto|PATH", "--dry-run", "--rates FILE", "--gpus N"):
         assert argument in result.stdout

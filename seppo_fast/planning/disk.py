@@ -159,8 +159,8 @@ def watched(run: Path, parts: Parts) -> Callable[[], str | None]:
             return None
         kinds = ", ".join(f"{name} {gb(size)}" for name, size in left.items())
         return (f"the disk fills up: {gb(room)} are free for {run}, and the rest of this run needs about {gb(needed)} ({kinds},"
-                " and a margin). Free some now: nothing is lost so far, and a checkpoint that cannot be written ends the run with the"
-                f" one before. {QUOTAS}")
+                " and a margin). Free some now: nothing is lost so far, and a checkpoint that cannot be written ends the run with"
+                f" the one before. {QUOTAS}")
 
     return look
 
