@@ -85,7 +85,7 @@ def advance(status: Status, update: int, seconds: float) -> None:
 
 
 def alive(status: Status) -> None:
-    """Write again if the file is older than a few seconds; call it often."""
+    """Write again if the file is older than a few seconds; called between batches."""
     if status.shown is not None and time.monotonic() - status.shown >= PAUSE:
         write(status)
 

@@ -118,6 +118,7 @@ class Trainer:
                 for numbers in batches:
                     self.rollouts.add(numbers, self.draw(self.reference, numbers))
                     progress.update(len(numbers))
+                    status.alive(self.reporter.status)
 
     def draw(self, reference: Reference, numbers: Sequence[int]) -> dict[str, Tensor]:
         """A batch of rollouts, on the CPU; scored in batches as large as those in which they are drawn."""
@@ -147,6 +148,7 @@ class Trainer:
                                    chunks(self.slots(update), self.batch.micro), self.ranks.device)
         with closing(micro_batches):
             while done is None:
+                status.alive(self.reporter.status)
                 with self.timed("data"):
                     pairs = next(micro_batches)
                 with self.timed("training"):
@@ -233,8 +235,7 @@ class Trainer:
         return range(first, first + share)
 
     def check_signals(self) -> None:
-        """Raise `Stop` on all ranks once one of them was signalled; called often, and so it says that the run is alive."""
-        status.alive(self.reporter.status)
+        """Raise `Stop` on all ranks once one of them was signalled."""
         self.signals.check(self.ranks)
 
     def gets_no_better(self) -> bool:
