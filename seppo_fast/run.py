@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].needs_losers,
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
                         progress=ranks.rank == 0, output_dir=folder.path,
-                        room=lambda into, size: disk.check(folder.path, disk.left_of(parts, folder.path), into, size))
+                        room=partial(disk.check, folder.path, disk.left_of(parts, folder.path, ours.updates - state.update)))
     trained_on, held = split(len(cache), ours.data.hold_out, ours.seed)
     begin(folder, state, cache, ranks)
     usable = "preference pairs" if METHODS[ours.method].needs_losers else "demonstrations"

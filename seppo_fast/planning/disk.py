@@ -26,15 +26,20 @@ QUOTAS = "Quotas are not seen here."
 
 @dataclass(frozen=True)
 class Part:
-    """Files of one kind: the bytes of one, how many are there at once at most, and the pattern of those in the run folder."""
+    """Files of one kind: the bytes of one, how many are there at once at most, and the pattern of those in the run folder.
+
+    `every`: the updates from one to the next, where not all of them stay.
+    """
 
     size: int
     count: int
     pattern: str
+    every: int | None = None
 
-    def left(self, run: Path) -> int:
-        """The bytes of those that are not there yet."""
-        return self.size * max(0, self.count - sum(1 for _ in run.glob(self.pattern)))
+    def left(self, run: Path, updates: int) -> int:
+        """The bytes by which they will grow in so many updates."""
+        missing = self.count - sum(1 for _ in run.glob(self.pattern))
+        return self.size * max(0, missing if self.every is None else min(missing, -(-updates // self.every)))
 
 
 Parts = Mapping[str, Part]
@@ -45,7 +50,10 @@ def parts_of(config: Config, batch: Batch, cost: Cost, model: Model) -> dict[str
     ours = config.seppo
     size, method = precision(config.deepspeed).dtype.itemsize, METHODS[ours.method]
     kept = kept_checkpoints(ours)
-    found = {"checkpoints": Part(checkpoint_bytes(config, batch, cost, model), kept, "checkpoints/update_*")}
+    every = ours.checkpoint.every or ours.updates_per_iteration
+    if ours.evaluation.keep_best:
+        every = min(every, ours.evaluation.every)
+    found = {"checkpoints": Part(checkpoint_bytes(config, batch, cost, model), kept, "checkpoints/update_*", every)}
     if method.references:
         found["past policies"] = Part(cost.trained * pool_dtype(config).itemsize, ours.iterations + 1, "pool/policy_*.safetensors")
     if ours.sampler.samples_per_iteration and method.draws:
@@ -108,9 +116,9 @@ def final_bytes(config: Config, cost: Cost, model: Model, size: int) -> int:
     return rest + (cost.parameters + twice) * (4 if lora else size)
 
 
-def left_of(parts: Parts, run: Path) -> dict[str, int]:
-    """The bytes that are still to be written, by kind."""
-    return {name: left for name, part in parts.items() if (left := part.left(run))}
+def left_of(parts: Parts, run: Path, updates: int) -> dict[str, int]:
+    """The bytes by which the run folder will grow, by kind, in so many updates that are left."""
+    return {name: left for name, part in parts.items() if (left := part.left(run, updates))}
 
 
 def with_margin(size: int) -> int:
@@ -146,13 +154,13 @@ def check(run: Path, left: Mapping[str, int], cache: Path, encoded: int) -> None
                             f" choose another seppo.output_dir or seppo.data.cache_dir. {QUOTAS}")
 
 
-def watched(run: Path, parts: Parts) -> Callable[[], str | None]:
-    """A function that gives a warning when the room falls below what the run still has to write: once, until there is enough."""
+def watched(run: Path, parts: Parts) -> Callable[[int], str | None]:
+    """A function of the updates that are left: a warning when there is less room than they need, once until there is enough."""
     low = False
 
-    def look() -> str | None:
+    def look(updates: int) -> str | None:
         nonlocal low
-        left = left_of(parts, run)
+        left = left_of(parts, run, updates)
         needed, room = with_margin(sum(left.values())), free(run)
         low, before = needed > room, low
         if not low or before:

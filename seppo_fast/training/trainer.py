@@ -41,7 +41,7 @@ PHASES = ("sampling", "training", "data", "evaluation", "grids", "pool", "checkp
 class Trainer:
     """One run. `looks` is None without grids and evaluations; `reference` is None for SFT without `looks`.
 
-    `rollouts` are what past policies drew for the updates to come. `room` gives a warning where the disk fills up.
+    `rollouts` are what past policies drew for the updates to come. `room` warns where the disk fills up.
     """
 
     settings: Seppo
@@ -58,7 +58,7 @@ class Trainer:
     folder: Path
     state: State
     rollouts: OneUse | SampleSet = field(default_factory=OneUse)
-    room: Callable[[], str | None] = lambda: None
+    room: Callable[[int], str | None] = lambda updates: None
     seconds: dict[str, float] = field(default_factory=dict)
     last_row: float = 0.0  # when it was written, by the performance counter
     unproven: int | None = None  # the update of a checkpoint whose policy's error is not known yet
@@ -245,7 +245,7 @@ class Trainer:
 
     def save(self) -> Path:
         """A checkpoint of this moment; in the middle of a window, of the window's start and its rollouts."""
-        if self.ranks.rank == 0 and (warning := self.room()):
+        if self.ranks.rank == 0 and (warning := self.room(self.settings.updates - self.state.update + 1)):  # and this one
             self.reporter.say(warning)
         path = checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.rollouts.unused, self.ranks,
                                self.settings.checkpoint.keep_last, self.settings.evaluation.keep_best)

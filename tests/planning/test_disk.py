@@ -53,9 +53,9 @@ def test_what_runs_wrote(changes: dict[str, Any], wide: Path, settings: Settings
                 assert real < 100_000 > part.size
             else:
                 assert part.size == pytest.approx(real, rel=0.1), name
-    assert disk.left_of(parts, run) == {}
+    assert disk.left_of(parts, run, 2) == {}
     (found[0].rename(run / "elsewhere"))
-    assert disk.left_of(parts, run) == {name: part.size}
+    assert disk.left_of(parts, run, 2) == {name: part.size}
 
 
 def test_checkpoints_that_are_there_at_once(settings: Settings) -> None:
@@ -109,14 +109,17 @@ def test_the_warning_comes_once_a_crossing(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "checkpoints" / "update_00000001").mkdir(parents=True)
     room = [22 * 10**9]
     monkeypatch.setattr(disk, "free", lambda folder: room[0])
-    look = disk.watched(tmp_path, {"checkpoints": Part(10**10, 3, "checkpoints/update_*")})
-    assert look() is None
+    look = disk.watched(tmp_path, {"checkpoints": Part(10**10, 3, "checkpoints/update_*", every=5)})
+    assert look(100) is None
     said = []
     for room[0] in (int(20.9e9), int(19e9), int(21.1e9), int(15e9)):
-        said.append(look())
+        said.append(look(6))
     assert said[1] is said[2] is None
     assert "20.9 GB are free" in said[0] and "needs about 21 GB (checkpoints 20 GB, and a margin)" in said[0]
     assert "15 GB are free" in said[3]
+    assert look(5) is None, "only one is still to come"
+    room[0] = 0
+    assert look(0) is None, "and now none"
 
 
 def test_a_run_goes_on_and_warns(settings: Settings, train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
