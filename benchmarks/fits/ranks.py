@@ -1,13 +1,15 @@
 """Whether the plan for more ranks is right: `python -m benchmarks.fits.ranks --out benchmarks/results`.
 
-The quickstart's training on the CPU with one and with two ranks in turn, a thread each, and the rate of gloo's all-reduce of its
-gradients' bytes over loopback. From one rank's times and this rate the plan predicts how much faster two ranks are. Writes
-ranks_cpu.json; five minutes on 2 cores that have nothing else to do.
+The quickstart's training on the CPU with one and with two ranks in turn, a thread each; the rate of gloo's all-reduce of its
+gradients' bytes over loopback; and how much slower the network is in each of two processes at once, which send nothing: on a CPU
+they share more than GPUs do. From one rank's times, this rate and this slowdown (the plan's stragglers) the plan predicts how much
+faster two ranks are. Writes ranks_cpu.json; ten minutes on 2 cores that have nothing else to do.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -61,7 +63,7 @@ def trained(work: Path, ranks: int, updates: int) -> list[Row]:
     return [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
 
 
-# On each of two ranks: seconds of an all-reduce of so many bytes, the median of 21.
+# On each rank: the median seconds of an all-reduce of so many bytes.
 ALL_REDUCE = """
 import statistics, sys, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -71,21 +73,51 @@ for _ in range(24):
     start = time.perf_counter()
     dist.all_reduce(values)
     seconds.append(time.perf_counter() - start)
-if dist.get_rank() == 0:
-    print("seconds", statistics.median(seconds[3:]))
+print("seconds", statistics.median(seconds[3:]))
+dist.destroy_process_group()
+"""
+# On each rank: the mean seconds of the network's forward and backward on 32 samples, while all ranks do this and send nothing.
+COMPUTE = """
+import sys, time, torch, torch.distributed as dist
+from diffusers import UNet2DConditionModel
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+unet = UNet2DConditionModel.from_pretrained(sys.argv[1], subfolder="unet").train()
+noisy, text = torch.randn(32, 4, 8, 8), torch.randn(32, 77, unet.config.cross_attention_dim)
+for turn in range(2 + 12):
+    if turn == 2:
+        dist.barrier()
+        start = time.perf_counter()
+    unet(noisy, torch.full((32,), 500), text).sample.square().mean().backward()
+print("seconds", (time.perf_counter() - start) / 12)
+dist.barrier()
 dist.destroy_process_group()
 """
 
 
+def slowest(program: str, ranks: int, argument: str) -> float:
+    """The most seconds that one of the ranks of a program says."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "program.py"
+        script.write_text(program)
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, "-m", *launcher, str(script), argument]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ONE_THREAD)
+    found = [float(seconds) for seconds in re.findall(r"seconds ([0-9.e+-]+)", run.stdout)]
+    if run.returncode or len(found) != ranks:
+        raise RuntimeError(f"{command[1:]} ended with status {run.returncode}:\n{run.stderr[-2000:]}")
+    return max(found)
+
+
 def link_rate(size: int) -> float:
     """GB/s that each of two ranks sends, one way, in an all-reduce of `size` bytes: as many as it has."""
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "all_reduce.py"
-        script.write_text(ALL_REDUCE)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(size)]
-        run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | ONE_THREAD)
-    (seconds,) = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("seconds")]
-    return size / seconds / 1e9
+    return size / slowest(ALL_REDUCE, 2, str(size)) / 1e9
+
+
+def in_each_others_way(base: Path, turns: int) -> float:
+    """How much longer two processes compute at once than one: they share the processor's caches, memory and perhaps cores."""
+    one, two = ([slowest(COMPUTE, ranks, str(base)) for _ in range(turns)] for ranks in COUNT)
+    return max(0.0, statistics.median(two) / statistics.median(one) - 1)
 
 
 def summary(rows: Sequence[Row], ranks: int) -> Row:
@@ -95,10 +127,10 @@ def summary(rows: Sequence[Row], ranks: int) -> Row:
                                for name in ("seconds", "sampling", "training")}}
 
 
-def predicted(config: Config, model: Model, one: Row, link: float) -> float:
+def predicted(config: Config, model: Model, one: Row, link: float, stragglers: float) -> float:
     """How many times as fast two ranks are as one, by the plan: from one rank's rates of sampling and training, and the link's."""
     updates = config.seppo.updates
-    cluster = Cluster(gpus_per_node=2, link_gb_s=link, network_gb_s=link, reached=1.0, stragglers=STRAGGLERS, source="measured")
+    cluster = Cluster(gpus_per_node=2, link_gb_s=link, network_gb_s=link, reached=1.0, stragglers=stragglers, source="measured")
     costs = {ranks: cost_of(config, model, ranks) for ranks in COUNT}
     rate = measured_rate(config, costs[1], one)
     times = {ranks: hours_of(config, fit(config, ranks), cost, rate, cluster, written=0).all for ranks, cost in costs.items()}
@@ -160,13 +192,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                          for row in trained(work, ranks, given.updates)]
                 print(summary(rows, ranks) | {"round": turn, "run": round(time.perf_counter() - began)}, flush=True)
             one, two = (summary(rows, ranks) for ranks in COUNT)
-            link = link_rate(size)
-            plan, measured = predicted(config, model, one, link), one["seconds"] / two["seconds"]
-            result = start | {"updates": given.updates, "rounds": turn + 1, "gradient_bytes": size, "link_gb_s": round(link, 4),
-                              "stragglers": STRAGGLERS, "measured": round(measured, 4), "predicted": round(plan, 4),
-                              "apart": round(plan / measured - 1, 4), "ranks": [one, two], "rows": rows}
-            (given.out / "ranks_cpu.json").write_text(one_row_a_line(result))
-            print({name: result[name] for name in ("measured", "predicted", "apart", "link_gb_s")}, flush=True)
+            link, slower = link_rate(size), in_each_others_way(work / "base", given.rounds)
+            plan, as_assumed = (predicted(config, model, one, link, stragglers) for stragglers in (slower, STRAGGLERS))
+            measured = one["seconds"] / two["seconds"]
+            figures = {"link_gb_s": round(link, 4), "slower_at_once": round(slower, 4), "measured": round(measured, 4),
+                       "predicted": round(plan, 4), "apart": round(plan / measured - 1, 4),
+                       "predicted_with_assumed_stragglers": round(as_assumed, 4)}
+            print(figures, flush=True)
+            result = start | {"updates": given.updates, "rounds": turn + 1, "gradient_bytes": size} | figures
+            (given.out / "ranks_cpu.json").write_text(one_row_a_line(result | {"ranks": [one, two], "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ def ranks(results: Path) -> str:
                       f" {result['updates']} updates in each of {result['rounds']} rounds, {machine['cpu']}, a thread a rank, load"
                       f" average {machine['load_average_at_start']} at the start, torch {result['versions']['torch']}, commit"
                       f" `{result['commit']}`. Gradients of {gb(result['gradient_bytes'])} an update over gloo and loopback,"
-                      f" measured: {result['link_gb_s']:.2f} GB/s."])
+                      f" measured: {result['link_gb_s']:.2f} GB/s. Two processes at once that send nothing are slower by"
+                      f" {result['slower_at_once']:.1%} than one; with the plan's usual 5% in place of this,"
+                      f" {result['predicted_with_assumed_stragglers']:.2f} times would be expected."])
 
 
 def cell(found: Row) -> str:

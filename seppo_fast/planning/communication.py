@@ -20,7 +20,7 @@ class Cluster(BaseModel):
     link_gb_s: Positive  # of a GPU, within its node
     network_gb_s: Positive  # of a node, to all others together
     reached: Annotated[float, Field(gt=0, le=1)] = 0.7  # the share of these rates that collectives reach
-    stragglers: Annotated[float, Field(ge=0, lt=1)] = 0.05  # how much longer the slowest rank computes than the mean
+    stragglers: Annotated[float, Field(ge=0)] = 0.05  # how much longer the slowest rank computes than the mean
     disk_gb_s: Positive = 2.0  # of the shared disk, for checkpoints and past policies
     source: str
 

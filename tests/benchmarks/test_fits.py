@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fits.__main__ import CASES, ways
-from benchmarks.fits.ranks import cost_of, link_rate, predicted, summary
+from benchmarks.fits.ranks import cost_of, link_rate, predicted, slowest, summary
 from benchmarks.fits.readme import fits, gpus, ranks
 from benchmarks.fits.search import Batches, Way, best
 from benchmarks.result_files import about
@@ -85,14 +85,16 @@ def test_the_predicted_ratio_of_two_ranks(settings: Callable[..., dict], sd: Pat
     """Of 3 s sampling and 1 s training an update, two ranks take half and 5% of it, and the time of the gradients' bytes once."""
     raw = settings(train_batch_size=64, train_micro_batch_size_per_gpu=64)
     config, model, one = parse_config(raw), open_model(str(sd)), {"sampling": 3.0, "training": 1.0}
-    assert predicted(config, model, one, link=1e9) == pytest.approx(2 / 1.05)
+    assert predicted(config, model, one, link=1e9, stragglers=0.05) == pytest.approx(2 / 1.05)
     size = 4 * cost_of(config, model, 1).trained
-    assert predicted(config, model, one, link=size / 0.9 / 1e9) == pytest.approx(4 / (2 * 1.05 + 0.9))
+    assert predicted(config, model, one, link=size / 0.9 / 1e9, stragglers=0.3) == pytest.approx(4 / (2 * 1.3 + 0.9))
 
 
 @pytest.mark.slow
 def test_the_rate_of_a_link_is_measured() -> None:
     assert 0.001 < link_rate(4_000_000) < 1000
+    with pytest.raises(RuntimeError, match="ended with status 1:"):
+        slowest("raise SystemExit('no')", 1, "")
 
 
 def test_the_table_of_ranks(tmp_path: Path) -> None:
@@ -100,7 +102,8 @@ def test_the_table_of_ranks(tmp_path: Path) -> None:
     rows = [{"ranks": count, "update": 3, "seconds": seconds, "sampling": 0.5 * seconds, "training": 0.25 * seconds}
             for count, seconds in ((1, 2.0), (1, 4.0), (1, 9.0), (2, 2.0))]
     result = about("cpu") | {"ranks": [summary(rows, 1), summary(rows, 2)], "measured": 2.0, "predicted": 1.8, "apart": -0.1,
-                             "updates": 3, "rounds": 1, "gradient_bytes": 4_000_000, "link_gb_s": 1.5}
+                             "updates": 3, "rounds": 1, "gradient_bytes": 4_000_000, "link_gb_s": 1.5, "slower_at_once": 0.11,
+                             "predicted_with_assumed_stragglers": 1.9}
     (tmp_path / "ranks_cpu.json").write_text(json.dumps(result))
     said = ranks(tmp_path)
     assert "| 1 | 4.000 | 2.000 | 1.000 |" in said
