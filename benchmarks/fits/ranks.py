@@ -116,8 +116,12 @@ def link_rate(size: int) -> float:
 
 def in_each_others_way(base: Path, turns: int) -> float:
     """How much longer two processes compute at once than one: they share the processor's caches, memory and perhaps cores."""
-    one, two = ([slowest(COMPUTE, ranks, str(base)) for _ in range(turns)] for ranks in COUNT)
-    return max(0.0, statistics.median(two) / statistics.median(one) - 1)
+    found: dict[int, list[float]] = {ranks: [] for ranks in COUNT}
+    for _ in range(turns):
+        for ranks, seconds in found.items():
+            seconds.append(slowest(COMPUTE, ranks, str(base)))
+    one, two = map(statistics.median, found.values())
+    return max(0.0, two / one - 1)
 
 
 def summary(rows: Sequence[Row], ranks: int) -> Row:
