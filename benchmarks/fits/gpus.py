@@ -12,8 +12,8 @@ from pathlib import Path
 from benchmarks.fits.__main__ import model_of
 from benchmarks.result_files import about, one_row_a_line
 from seppo_fast.configfile import load_config
-from seppo_fast.planning.gpus import chosen, plans
-from seppo_fast.planning.time_plan import load_rates
+from seppo_fast.planning.gpus import assumptions, chosen, plans
+from seppo_fast.planning.time_plan import duration, load_rates
 
 CONFIGURATION = "ds_a100.json"
 GPUS = (8, 64, 512, 2048, 4096)
@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for found, spent in plans(config, model_of(config), GPUS, rate, cluster):
         shown = None if spent is None else {**asdict(spent), "all": spent.all}
         rows.append({"gpus": found.gpus, "share": found.share, "accumulation": found.batch and found.batch.accumulation,
-                     "note": found.note, "hours": shown})
+                     "note": found.note, "in_all": spent and duration(spent.all), "hours": shown})
         print(rows[-1], flush=True)
-    result = about("cpu", "diffusers") | {"configuration": CONFIGURATION, "device": rate.device, "cluster": cluster.model_dump(),
+    result = about("cpu", "diffusers") | {"configuration": CONFIGURATION, "device": rate.device, "assumptions": assumptions(cluster),
                                           "pairs": config.seppo.updates * config.deepspeed["train_batch_size"], "rows": rows}
     (out / "gpus.json").write_text(one_row_a_line(result))
 

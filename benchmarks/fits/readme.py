@@ -7,10 +7,6 @@ from pathlib import Path
 
 from benchmarks.fits import CARDS, MOST_APART, SHARE
 from benchmarks.result_files import Row
-from seppo_fast.planning.communication import Cluster
-from seppo_fast.planning.disk import gb
-from seppo_fast.planning.gpus import assumptions
-from seppo_fast.planning.time_plan import duration
 
 
 def fits(results: Path) -> str:
@@ -64,9 +60,9 @@ def gpus(results: Path) -> str:
             continue
         shares = " | ".join(f"{spent[part] / spent['all']:.1%}" for part in parts)
         lines.append(f"| {row['gpus']} | {row['share']} in {row['accumulation']} | {spent['rollouts']} in {spent['batches']} |"
-                     f" {duration(spent['all'])} | {shares} | {gb(spent['memory'])} |")
+                     f" {row['in_all']} | {shares} | {spent['memory'] / 1e9:.3g} GB |")
     notes = [f"- {row['gpus']} GPUs: {row['note']}" for row in result["rows"] if row["note"]]
-    about = "; ".join(line.strip() for line in assumptions(Cluster(**result["cluster"])))
+    about = "; ".join(line.strip() for line in result["assumptions"])
     return "\n".join([*lines, "", *notes, "", f"Planned, not run: `{result['configuration']}`, {result['pairs']} pairs, on"
                       f" {result['device']}, commit `{result['commit']}`, diffusers {result['versions']['diffusers']}. Pairs are"
                       f" those of an update, in so many micro-batches; rollouts are drawn in so many batches. {about}."])
@@ -87,7 +83,7 @@ def ranks(results: Path) -> str:
                       f" {result['predicted']:.2f} times: {result['apart']:+.1%} (at most {MOST_APART:.0%}: {verdict}). Medians of"
                       f" {result['updates']} updates in each of {result['rounds']} rounds, {machine['cpu']}, a thread a rank, load"
                       f" average {machine['load_average_at_start']} at the start, torch {result['versions']['torch']}, commit"
-                      f" `{result['commit']}`. Gradients of {gb(result['gradient_bytes'])} an update over gloo and loopback,"
+                      f" `{result['commit']}`. Gradients of {result['gradient_bytes'] / 1e6:.3g} MB an update over gloo and loopback,"
                       f" measured: {result['link_gb_s']:.2f} GB/s. Two processes at once that send nothing are slower by"
                       f" {result['slower_at_once']:.1%} than one; with the plan's usual 5% in place of this,"
                       f" {result['predicted_with_assumed_stragglers']:.2f} times would be expected."])

@@ -114,14 +114,13 @@ def test_the_table_of_gpus(tmp_path: Path) -> None:
     assert gpus(tmp_path).startswith("Not planned yet (`python -m benchmarks.fits.gpus")
     spent = {"sampling": 1.5, "training": 0.25, "communication": 0.05, "stragglers": 0.1, "writing": 0.1, "memory": 2 * 10**10,
              "rollouts": 32, "batches": 1, "all": 2.0}
-    cluster = {"link_gb_s": 300, "network_gb_s": 200, "source": "published: a data sheet"}
-    rows = [{"gpus": 64, "share": 32, "accumulation": 4, "note": "", "hours": spent},
-            {"gpus": 4096, "share": 0, "accumulation": None, "note": "no work", "hours": None}]
+    rows = [{"gpus": 64, "share": 32, "accumulation": 4, "note": "", "in_all": "2 hours", "hours": spent},
+            {"gpus": 4096, "share": 0, "accumulation": None, "note": "no work", "in_all": None, "hours": None}]
     result = {"commit": "c", "versions": {"diffusers": "1"}, "configuration": "x.json", "pairs": 64, "device": "an A100",
-              "cluster": cluster, "rows": rows}
+              "assumptions": ["  8 GPUs a node", "  published: a data sheet"], "rows": rows}
     (tmp_path / "gpus.json").write_text(json.dumps(result))
     said = gpus(tmp_path)
     assert "| 64 | 32 in 4 | 32 in 1 | 2 hours | 75.0% | 12.5% | 2.5% | 5.0% | 5.0% | 20 GB |" in said
     assert "| 4096 | - | - | - | - | - | - | - | - | - |" in said and "- 4096 GPUs: no work" in said
-    assert "300 GB/s a GPU within it" in said and "published: a data sheet." in said
+    assert said.endswith("drawn in so many batches. 8 GPUs a node; published: a data sheet.")
     assert len({line.count("|") for line in said.splitlines() if line.startswith("|")}) == 1
