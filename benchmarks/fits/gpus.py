@@ -33,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append({"gpus": found.gpus, "share": found.share, "accumulation": found.batch and found.batch.accumulation,
                      "note": found.note, "in_all": spent and duration(spent.all), "hours": shown})
         print(rows[-1], flush=True)
-    result = about("cpu", "diffusers") | {"configuration": CONFIGURATION, "device": rate.device, "assumptions": assumptions(cluster),
-                                          "pairs": config.seppo.updates * config.deepspeed["train_batch_size"], "rows": rows}
+    pairs = config.seppo.updates * config.deepspeed["train_batch_size"]
+    result = about("cpu", "diffusers") | {"configuration": CONFIGURATION, "device": rate.device, "pairs": pairs,
+                                          "assumptions": assumptions(cluster), "rows": rows}
     (out / "gpus.json").write_text(one_row_a_line(result))
 
 

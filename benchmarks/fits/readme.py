@@ -78,12 +78,12 @@ def ranks(results: Path) -> str:
     for row in result["ranks"]:
         lines.append(f"| {row['ranks']} | {row['seconds']:.3f} | {row['sampling']:.3f} | {row['training']:.3f} |")
     verdict = "met" if abs(result["apart"]) <= MOST_APART else "**missed**"
-    machine = result["machine"]
+    machine, size = result["machine"], result["gradient_bytes"] / 1e6
     return "\n".join([*lines, "", f"Two ranks are {result['measured']:.2f} times as fast as one, and by the plan"
                       f" {result['predicted']:.2f} times: {result['apart']:+.1%} (at most {MOST_APART:.0%}: {verdict}). Medians of"
                       f" {result['updates']} updates in each of {result['rounds']} rounds, {machine['cpu']}, a thread a rank, load"
                       f" average {machine['load_average_at_start']} at the start, torch {result['versions']['torch']}, commit"
-                      f" `{result['commit']}`. Gradients of {result['gradient_bytes'] / 1e6:.3g} MB an update over gloo and loopback,"
+                      f" `{result['commit']}`. Gradients of {size:.3g} MB an update over gloo and loopback,"
                       f" measured: {result['link_gb_s']:.2f} GB/s. Two processes at once that send nothing are slower by"
                       f" {result['slower_at_once']:.1%} than one; with the plan's usual 5% in place of this,"
                       f" {result['predicted_with_assumed_stragglers']:.2f} times would be expected."])
