@@ -21,21 +21,35 @@ _held: set[int] = set()
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a lock, as its file says; `started` tells it from a later process with the same number."""
+    """The process that holds a lock, as its file says; `started` tells it from a later process with the same number.
+
+    `numbering` is the PID namespace in which the number counts: containers may share a machine's name, but not its processes.
+    """
 
     host: str
     pid: int
     started: str
     since: str
+    numbering: str = ""  # empty where the system does not say, or an earlier version wrote the file
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
     def is_gone(self) -> bool:
         """Whether the process has ended, as far as this machine can tell."""
-        if self.host != socket.gethostname():
-            return False
-        return started(self.pid) != self.started
+        return self.is_here and started(self.pid) != self.started
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the process is, or was, one of those that this process can see."""
+        return self.host == socket.gethostname() and self.numbering in ("", numbering())
+
+
+def numbering() -> str:
+    """What tells this process's PID namespace from others of the machine; empty where the system does not say."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def started(pid: int) -> str | None:
@@ -51,11 +65,15 @@ def started(pid: int) -> str | None:
 
 
 class Busy(Exception):
-    """Another process holds the lock; `owner` is None where its file does not say which."""
+    """Another process holds the lock; `owner` is None where its file does not say which.
 
-    def __init__(self, path: Path, owner: Owner | None) -> None:
+    `unproven`: only the file says that it lives, which cannot be checked from here.
+    """
+
+    def __init__(self, path: Path, owner: Owner | None, unproven: bool = False) -> None:
         super().__init__(str(owner) if owner else f"a process that {path} does not name")
         self.owner = owner
+        self.unproven = unproven
 
 
 @contextmanager
@@ -130,7 +148,7 @@ os.register_at_fork(after_in_child=_forget)
 
 def _myself() -> bytes:
     since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
-    owner = Owner(socket.gethostname(), os.getpid(), started(os.getpid()) or "", since)
+    owner = Owner(socket.gethostname(), os.getpid(), started(os.getpid()) or "", since, numbering())
     return (json.dumps(asdict(owner)) + "\n").encode()
 
 
@@ -157,7 +175,7 @@ def _linked(path: Path) -> Iterator[None]:
             except FileExistsError:
                 owner = _owner(path)
                 if owner is not None and not owner.is_gone():  # it appears with its content, so an empty file is nobody's lock
-                    raise Busy(path, owner) from None
+                    raise Busy(path, owner, unproven=not owner.is_here) from None
                 _take_away(path, owner)
     finally:
         temporary.unlink()

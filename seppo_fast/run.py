@@ -29,6 +29,7 @@ from seppo_fast.models.improvement import improvement_model, reference_model
 from seppo_fast.models.lora import share_frozen, trains_a_part
 from seppo_fast.models.vae_memory import VaeMemory, with_vae_memory
 from seppo_fast.nodes import SHARED, check_same, check_shared, in_turn, sizes
+from seppo_fast.planning import disk
 from seppo_fast.planning.cost import estimate
 from seppo_fast.planning.plan import plan
 from seppo_fast.ranks import Ranks
@@ -39,7 +40,7 @@ from seppo_fast.reference.pool import Pool
 from seppo_fast.reference.solver import rollout_table
 from seppo_fast.sampling import DRAWN
 from seppo_fast.signals import StopSignals
-from seppo_fast.training import checkpoint, csv_files, resumption, start
+from seppo_fast.training import checkpoint, csv_files, resumption, start, status
 from seppo_fast.training.adapter import KEY as ADAPTER
 from seppo_fast.training.adapter import read as read_adapter
 from seppo_fast.training.checkpoint import State
@@ -67,13 +68,14 @@ from seppo_fast.training.validation import Validation, check_scores, open_valida
 def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
         make_trainer: Callable[..., Trainer] = Trainer) -> Path:
     """Train from `config`, alone in its run folder, and return the folder of the trained model; every rank calls."""
-    with alone_in(Path(config.seppo.output_dir), ranks):
+    with alone_in(Path(config.seppo.output_dir), ranks), status.reported(status.Status()) as progress:
         check_shared({"seppo.output_dir": Path(config.seppo.output_dir), "seppo.data.cache_dir": cache_root(config.seppo.data)},
                      ranks)
-        return trained(config, resume, ranks, signals, make_trainer)
+        return trained(config, resume, ranks, signals, make_trainer, progress)
 
 
-def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals, make_trainer: Callable[..., Trainer]) -> Path:
+def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals, make_trainer: Callable[..., Trainer],
+            progress: status.Status) -> Path:
     """The folder of the trained model."""
     ours = config.seppo
     batch = batch_plan(config.deepspeed, ranks.world)
@@ -101,9 +103,13 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     started: dict[str, Tensor] = {}
     if ours.model.start_from and folder.resume_from is None:
         started, state.started_from = start.read(ours.model.start_from, model, ours.model, ours.seed)
+    if ranks.rank == 0:
+        status.begin(progress, folder.path, ours.updates, ours.updates_per_iteration, folder.resume_from, state.update)
+    parts = disk.parts_of(config, batch, cost, model)
     cache = build_cache(source, model, ours.data, seed=ours.seed, needs_loser=METHODS[ours.method].needs_losers,
                         rank=ranks.rank, world=ranks.world, device=ranks.device, barrier=ranks.barrier,
-                        progress=ranks.rank == 0, output_dir=folder.path, agree=partial(check_source, ours, ranks))
+                        progress=ranks.rank == 0, output_dir=folder.path, agree=partial(check_source, ours, ranks),
+                        room=partial(disk.check, folder.path, disk.left_of(parts, folder.path, ours.updates - state.update)))
     trained_on, held = split(len(cache), ours.data.hold_out, ours.seed)
     begin(folder, state, cache, ranks)
     usable = "preference pairs" if METHODS[ours.method].needs_losers else "demonstrations"
@@ -148,7 +154,7 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
         continue_csv(monitor, state, engine.global_samples, resumed=resume is not None)
     if ours.reference is not None:
         fill_pool(pool, engine, state.update // ours.updates_per_iteration if folder.resume_from else None, ranks)
-    reporter = Reporter(folder.path, ours.updates, state.update, engine.monitor, ranks.rank)
+    reporter = Reporter(folder.path, ours.updates, state.update, engine.monitor, ranks.rank, progress)
     looks = None
     if reference is not None and ours.looks:
         looks = Looks(ours, ranks, engine, reference, grids, validation,
@@ -156,7 +162,9 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     trainer = make_trainer(settings=ours, batch=batch, ranks=ranks, engine=engine, objective=objective, pairs=pairs,
                            reference=reference, improver=improver, looks=looks, reporter=reporter, signals=signals,
                            folder=folder.path, state=state,
-                           rollouts=open_rollouts(rollouts, config, batch, folder, state, pool, ranks))
+                           rollouts=open_rollouts(rollouts, config, batch, folder, state, pool, ranks),
+                           room=disk.watched(folder.path, parts))
+    status.train(progress, folder.path / "metrics.jsonl")
     try:
         with same_with_gradients():
             trainer.train()
@@ -164,6 +172,8 @@ def trained(config: Config, resume: str | None, ranks: Ranks, signals: StopSigna
     finally:
         trainer.reporter.close()
         cache.close()
+    progress.state = "exporting"
+    status.write(progress)
     return export(model, config, batch, trainer, len(trained_on))
 
 

@@ -64,10 +64,13 @@ def parse_arguments(argv: list[str] | None = None, prog: str = "seppo_fast/train
                         help="check everything that can be checked, print the plan, train nothing")
     parser.add_argument("--rates", metavar="FILE",
                         help="with --dry-run: a device's speed, as `python -m benchmarks.throughput` measures it")
+    parser.add_argument("--gpus", nargs="+", default=[], metavar="N",
+                        help="with --dry-run: plan for these numbers of GPUs, too, e.g. --gpus 8 64 512")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.rates and not arguments.dry_run:
-        parser.error("--rates goes with --dry-run")
+    for name in ("rates", "gpus"):
+        if getattr(arguments, name) and not arguments.dry_run:
+            parser.error(f"--{name} goes with --dry-run")
     return arguments
 
 
@@ -126,7 +129,7 @@ def work(arguments: argparse.Namespace, signals: "StopSignals", lost: Callable[[
 
         launch = launched()
         if launch is None or launch.rank == 0:
-            print(dry_run(config, launch.world if launch else 1, arguments.rates), flush=True)
+            print(dry_run(config, launch.world if launch else 1, arguments.rates, arguments.gpus), flush=True)
         return
     ranks = join(lost)
     signals.joined = True

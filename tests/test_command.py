@@ -211,7 +211,8 @@ def test_sigterm_before_the_ranks_have_joined(settings: Callable[..., dict[str, 
 
 
 @pytest.mark.parametrize("place", ["seppo_fast.data.cache:encoded", "seppo_fast.reference.sampler:Sampler.draw",
-                                   "seppo_fast.training.objective:Objective.__call__", "seppo_fast.training.engine_state:write_flat"])
+                                   "seppo_fast.training.objective:Objective.__call__",
+                                   "seppo_fast.training.engine_state:write_flat"])
 def test_one_rank_killed_ends_the_other_with_a_word(place: str, settings: Callable[..., dict[str, Any]], forks: Forks,
                                                     tmp_path: Path) -> None:
     anew = {}
@@ -254,5 +255,5 @@ def test_help_names_every_argument(forks: Forks) -> None:
 
     result = subprocess.run([sys.executable, "seppo_fast/train.py", "--help"], cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 0
-    for argument in ("--config", "--set", "--resume auto|PATH", "--dry-run", "--rates FILE"):
+    for argument in ("--config", "--set", "--resume auto|PATH", "--dry-run", "--rates FILE", "--gpus N"):
         assert argument in result.stdout

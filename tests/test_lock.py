@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -118,6 +120,25 @@ def test_without_flock_a_dead_processs_lock_is_taken_and_another_machines_is_not
         path.write_text(json.dumps(owner))
         with locked(path):
             assert json.loads(path.read_text())["started"] != 1.0
-    path.write_text(json.dumps(earlier | {"host": "elsewhere"}))
-    with pytest.raises(Busy, match="on elsewhere, since long ago"), locked(path):
-        pass
+    # On another machine, and in another container of this one: both cannot be seen from here.
+    for owner in (earlier | {"host": "elsewhere"}, earlier | {"pid": gone.pid, "numbering": "pid:[1]"}):
+        path.write_text(json.dumps(owner))
+        with pytest.raises(Busy, match="on .*, since long ago") as busy, locked(path):
+            pass
+        assert busy.value.unproven and json.loads(path.read_text()) == owner
+
+
+def test_a_run_is_told_how_to_remove_the_lock_of_a_machine_that_died(without_flock: None, tmp_path: Path) -> None:
+    from seppo_fast.errors import UserError
+    from seppo_fast.training.folder import LOCK, alone_in
+
+    ranks: Any = SimpleNamespace(rank=0)
+    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 7, "started": "1", "since": "Monday"}))
+    with pytest.raises(UserError, match=rf"process 7 on elsewhere, since Monday\. .* remove {tmp_path / LOCK} and start again"):
+        with alone_in(tmp_path, ranks):
+            pass
+    (tmp_path / LOCK).unlink()
+    with alone_in(tmp_path, ranks):  # a live one of this machine: no advice to remove what protects it
+        with pytest.raises(UserError) as refused, alone_in(tmp_path, ranks):
+            pass
+    assert f"process {os.getpid()} on " in str(refused.value) and "remove" not in str(refused.value)

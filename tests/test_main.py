@@ -32,6 +32,7 @@ def test_version() -> None:
     (["--config", "x.json"], "usage: seppo-fast"),
     (["train"], "seppo-fast train: error: the following arguments are required: --config"),
     (["train", "--config", "x", "--rates", "y"], "seppo-fast train: error: --rates goes with --dry-run"),
+    (["train", "--config", "x", "--gpus", "8"], "seppo-fast train: error: --gpus goes with --dry-run"),
     (["plan", "--config", "x", "--updates", "3"], "seppo-fast plan: error: unrecognized arguments: --updates 3"),
     (["profile", "--config", "x", "--resume", "auto"], "seppo-fast profile: error: unrecognized arguments: --resume auto"),
     (["evaluate", "--models", "a=b"], "seppo-fast evaluate: error: the following arguments are required: --prompts, --out"),

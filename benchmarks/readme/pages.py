@@ -5,7 +5,7 @@ from functools import partial
 
 from benchmarks import ROOT
 from benchmarks.ablation.readme import ablation, ablation_flow
-from benchmarks.fits.readme import fits, hours
+from benchmarks.fits.readme import fits, gpus, hours, ranks
 from benchmarks.flipper.readme import flipper
 from benchmarks.improvement.readme import improvement
 from benchmarks.loss.readme import loss
@@ -24,7 +24,8 @@ CONFIGS = ROOT / "seppo_fast" / "configs" / "README.md"
 PAGES = (README, BENCHMARKS, CONFIGS)
 RESULTS = ROOT / "benchmarks" / "results"
 TABLES = {"keys": keys, **{name: partial(table, RESULTS) for name, table in (
-    ("quickstart", quickstart), ("fits", fits), ("hours", hours), ("headlines", headlines), ("quickstart_flow", flow),
+    ("quickstart", quickstart), ("fits", fits), ("hours", hours), ("gpus", gpus), ("ranks", ranks), ("headlines", headlines),
+    ("quickstart_flow", flow),
     ("quickstart_video", video),
     ("quickstart_video_flow", partial(video, name="quickstart_video_flow")),
     ("quickstart_improvement", quickstart_improvement), ("loss", loss), ("throughput", throughput), ("decoding", decoding),

@@ -72,11 +72,13 @@ class Job:
 def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, needs_loser: bool, output_dir: Path,
                 rank: int = 0, world: int = 1, device: str | torch.device = "cpu",
                 barrier: Callable[[], None] = lambda: None, progress: bool = True,
-                agree: Callable[[str], None] = lambda names: None) -> LatentCache | ClipStream:
+                agree: Callable[[str], None] = lambda names: None,
+                room: Callable[[Path, int], None] = lambda folder, size: None) -> LatentCache | ClipStream:
     """The cache of this source, model and preprocessing. What is not in it yet is made first; each rank makes its share.
 
     Every rank calls it with the same arguments; `barrier` must wait for all, and `agree` may refuse the digest of the
-    files' names, sizes and times. Rank 0 writes `output_dir/skipped.jsonl`.
+    files' names, sizes and times. Rank 0 writes `output_dir/skipped.jsonl`, and calls `room` with the cache's folder and the bytes
+    that are about to be added, as far as they are known.
     """
     streaming = streams(source, data, model.video)
     names, written = source.identity()
@@ -91,12 +93,16 @@ def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, nee
     folder = settle(folder, kept, source, holds, list(written), data.workers, rank, patience, barrier, say)
     remove_stale(folder)
     job = Job(source, model, data, seed, needs_loser, Path(output_dir), folder, holds, prod(about["shape"]), device, say)
+    if rank == 0:
+        room(folder, latent_bytes(job))
     write_parts(job, range(rank, len(source.parts), world), show)
     barrier()
     images = open_images(folder, len(source.parts), patience, holds)
     check_skipped(images.stamps, data.max_skipped, source.name, job.output_dir, write=rank == 0)
     on_disk = keeps_prompts(model, data, len(images.prompts.texts))
     say(of_prompts(len(images.prompts.texts), prompt_bytes(model, data), on_disk))
+    if rank == 0:
+        room(folder, embedding_bytes(job, images.prompts.texts) if on_disk else 0)
     if on_disk:
         encode_prompts(job, images.prompts.texts, range(rank, prompt_shards(images.prompts), world), show)
     barrier()
@@ -109,6 +115,24 @@ def build_cache(source: Source, model: Any, data: config.Data, *, seed: int, nee
         return LatentCache(folder, images, patience, content, prompts)
     return ClipStream(images, prompts, source.root, model, data, seed=seed,
                       fingerprint=fingerprint, content=content, shape=tuple(about["shape"]), device=device, say=say)
+
+
+def latent_bytes(job: Job) -> int:
+    """The bytes of the latents that are not in the cache yet; 0 where it is not known how many rows there are."""
+    parts = range(len(job.source.parts))
+    missing = sum(read_stamp(row_shard(job.folder, part, job.holds)) is None for part in parts)
+    if job.holds == "clips" or not job.source.count or not parts:
+        return 0
+    tensors = 4 if job.needs_loser else 2  # mean and standard deviation, of each image
+    row = tensors * job.latent_size * getattr(torch, job.data.cache_dtype).itemsize
+    return job.source.count * row * missing // len(parts)
+
+
+def embedding_bytes(job: Job, texts: pa.Array) -> int:
+    """The bytes of the prompts' embeddings that are not in the cache yet."""
+    missing = sum(min(PROMPTS_PER_SHARD, len(texts) - start) for number, start in enumerate(range(0, len(texts), PROMPTS_PER_SHARD))
+                  if read_stamp(prompt_shard(job.folder, number)) is None)
+    return missing * prompt_bytes(job.model, job.data)
 
 
 def write_parts(job: Job, mine: range, show: bool) -> None:

@@ -108,12 +108,11 @@ def sort_metadata(path: Path) -> None:
 def copy_components(model: Model, folder: Path) -> None:
     """Every component but those that are trained, byte for byte, with one set of weights each, under the name loaded by default."""
     source, index = model.path, dict(model.directory.index)
-    for component, value in model.directory.index.items():
-        if component in TRAINED or not (isinstance(value, list) and value and value[0]):
-            continue
-        if component in model.components or (source / component).is_dir():
-            library = "diffusers" if value[0] == "diffusers" else "transformers"
-            copy_component(source / component, folder / component, library, model, component)
+    for component, files in copied(model).items():
+        if files is not None:
+            (folder / component).mkdir(parents=True)
+            for file, name in files.items():
+                shutil.copyfile(file, folder / component / name)
         else:  # an optional component (the safety checker) that the source does not have
             index[component] = [None, None]
             if component == "safety_checker":
@@ -128,22 +127,34 @@ def write_json(value: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_component(source: Path, target: Path, library: str, model: Model, component: str) -> None:
-    """Copy the small files, and of the weights only the set that this run read, without its variant's name."""
-    target.mkdir(parents=True)
+def copied(model: Model) -> dict[str, dict[Path, str] | None]:
+    """By component the files that are copied, and their new names; None for one that the source does not have."""
+    files: dict[str, dict[Path, str] | None] = {}
+    for component, value in model.directory.index.items():
+        if component in TRAINED or not (isinstance(value, list) and value and value[0]):
+            continue
+        there = component in model.components or (model.path / component).is_dir()
+        library = "diffusers" if value[0] == "diffusers" else "transformers"
+        files[component] = copied_of(model.path / component, library, model, component) if there else None
+    return files
+
+
+def copied_bytes(model: Model) -> int:
+    """The size of all that is copied."""
+    return sum(file.stat().st_size for files in copied(model).values() for file in files or ())
+
+
+def copied_of(source: Path, library: str, model: Model, component: str) -> dict[Path, str]:
+    """The small files, and of the weights only the set that this run read, without its variant's name."""
     names = {path.name for path in source.iterdir() if path.is_file()}
-    for name in sorted(names):
-        if name.endswith(SMALL) and ".index." not in name:
-            shutil.copyfile(source / name, target / name)
+    files = {source / name: name for name in sorted(names) if name.endswith(SMALL) and ".index." not in name}
     taken = model.directory.weights.get(component)
     found = entry_point(names, library, taken.variant if taken else model.directory.weights[model.denoiser].variant)
     if found is None:
-        return
+        return files
     entry, variant, _ = found
-    plain = entry.replace(f".{variant}.", ".") if variant else entry
-    shutil.copyfile(source / entry, target / plain)
-    for name in shards(source / entry) if entry.endswith(".json") else ():
-        shutil.copyfile(source / name, target / name)
+    files[source / entry] = entry.replace(f".{variant}.", ".") if variant else entry
+    return files | {source / name: name for name in (shards(source / entry) if entry.endswith(".json") else ())}
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """--dry-run: everything that can be checked without training, and the plan."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from seppo_fast.models.labels import OF_IMPROVEMENT, OF_REFERENCE
 from seppo_fast.models.published import published_model, supported
 from seppo_fast.models.vae_memory import VaeMemory, with_vae_memory
 from seppo_fast.planning.cost import estimate
+from seppo_fast.planning.gpus import check_numbers, gpus_plan
 from seppo_fast.planning.plan import plan
 from seppo_fast.planning.this_machine import own_rate
 from seppo_fast.planning.time_plan import load_rates, time_plan
@@ -28,11 +30,12 @@ from seppo_fast.training.noise import noise_process
 from seppo_fast.training.validation import request_of
 
 
-def dry_run(config: Config, world: int, rates: str | None = None) -> str:
+def dry_run(config: Config, world: int, rates: str | None = None, gpus: Sequence[str] = ()) -> str:
     """The plan, and what is still missing; raises `UserError` for what is wrong.
 
-    `rates` is a file of a device's measured speed, in addition to the shipped rates.
+    `rates` is a file of a device's measured speed, in addition to the shipped rates. `gpus`: other numbers of GPUs to plan for.
     """
+    numbers = check_numbers(gpus)
     ours = config.seppo
     batch = batch_plan(config.deepspeed, world)
     check_engine_config(config, batch)
@@ -53,10 +56,14 @@ def dry_run(config: Config, world: int, rates: str | None = None) -> str:
     if model is not None:
         latents = latent_shape(model, ours.data)
         noise_process(model.scheduler_config, ours.timesteps, model.time_shift(latents))
-        cost = estimate(model, config, batch, read_adapter(ours, model))
+        adapter = read_adapter(ours, model)
+        cost = estimate(model, config, batch, adapter)
         here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         known_rates += own_rate(known_rates, here, precision(config.deepspeed).dtype)
         times = [time_plan(config, batch, cost, model, known_rates, here, held)]
+        times += [gpus_plan(config, model, numbers, known_rates, here, held, adapter)] if numbers else []
+    elif numbers:
+        missing.append("--gpus: nothing can be planned without the model's shape")
     path = Path(ours.output_dir)
     if (path / "run.json").exists() and results_in(path):
         missing.append(f"{ours.output_dir} already holds a run: go on with it by --resume auto, or choose another seppo.output_dir")

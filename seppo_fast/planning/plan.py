@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import islice
 from math import prod
-from shutil import disk_usage
+from pathlib import Path
 
 import torch
 
@@ -22,6 +22,7 @@ from seppo_fast.models import Model
 from seppo_fast.models.animatediff import AnimateDiff
 from seppo_fast.models.tokens import cut_off, token_counter
 from seppo_fast.planning.cost import Cost
+from seppo_fast.planning.disk import free, gb, in_words, parts_of
 from seppo_fast.planning.engine_bytes import adam_temporaries, uses_bf16_optimizer
 from seppo_fast.training.beta import FIRST, PRODUCT
 from seppo_fast.training.engine import engine_config, pool_dtype, precision
@@ -90,14 +91,17 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
                             + (", in host memory while the policy is trained" if ours.improvement.offload else ""))
     if samples and kept and model is not None:
         tensors = 2 if method.winners == "improvement" else 1
-        lines["sample store"] = (f"{_gb(4 * tensors * kept * prod(latent_shape(model, ours.data)))} an iteration, in"
+        lines["sample store"] = (f"{gb(4 * tensors * kept * prod(latent_shape(model, ours.data)))} an iteration, in"
                                  f" {ours.output_dir}/rollouts; kept as long as a checkpoint of the iteration")
     if ours.reference_model.path is not None:
         lines["reference"] = f"{ours.reference_model.path}, in place of the initial policy"
     if method.references:
-        size = "" if cost is None else f", {_gb(cost.trained * pool_dtype(config).itemsize)} each"
+        size = "" if cost is None else f", {gb(cost.trained * pool_dtype(config).itemsize)} each"
         kept = f"{ours.pool.host_memory_gb:g} GB of host memory, the rest on disk"
         lines["pool"] = f"{ours.iterations + 1} past policies at the end{size}; {kept}"
+    if cost is not None and model is not None:
+        lines["disk"] = (f"{in_words(parts_of(config, batch, cost, model))}; in {ours.output_dir}"
+                         f" ({gb(free(Path(ours.output_dir)))} free, quotas apart)")
     if cost:
         lines["compute"] = (f"{cost.forward / 1e12:.3g} TFLOP a forward, {cost.pair / 1e12:.3g} a pair,"
                             f" {cost.sampling_share:.0%} of it for reference samples"
@@ -105,7 +109,7 @@ def plan(config: Config, batch: Batch, cost: Cost | None, model: Model | None, s
                                if cost.improved else ""))
         lines["memory a rank"], lines["of it"] = _memory(config, cost)
         if cost.embeds:
-            lines["host memory"] = f"{_gb(cost.encoders.text)} a rank for the text encoders, while they rest"
+            lines["host memory"] = f"{gb(cost.encoders.text)} a rank for the text encoders, while they rest"
     for number, line in enumerate(advice(config, batch, cost), 1):
         lines[f"advice {number}"] = line
     width = max(map(len, lines))
@@ -119,7 +123,7 @@ def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
     offload = (raw.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
     lines = []
     if stage >= 2 and batch.world > 1 and batch.accumulation > 1:
-        size = "" if cost is None else f" ({_gb(cost.trained * dtype.itemsize)})"
+        size = "" if cost is None else f" ({gb(cost.trained * dtype.itemsize)})"
         lines.append(f"zero_optimization.stage {stage} reduces the gradients{size} between the ranks in each of the"
                      f" {batch.accumulation} micro-batches of an update; stage 1 does so once")
     if dtype.itemsize < 4 and batch.accumulation > 1 and raw.get("data_types", {}).get("grad_accum_dtype") != "fp32":
@@ -130,14 +134,14 @@ def advice(config: Config, batch: Batch, cost: Cost | None) -> list[str]:
             lines.append("the fp32 gradient sums are rounded to bf16 before they are reduced, on one rank too; not so with"
                          ' "communication_data_type": "fp32"')
         if not raw["bf16"].get("immediate_grad_update"):
-            size = "" if cost is None else f" of {_gb(2 * cost.trained)}"
+            size = "" if cost is None else f" of {gb(2 * cost.trained)}"
             lines.append("gradients are kept in bf16 beside their fp32 sums; bf16.immediate_grad_update true saves that"
                          f" copy{size}")
     if config.seppo.model.quantize in ("int8", "fp8") and not config.seppo.model.gradient_checkpointing:
         lines.append(f"{config.seppo.model.quantize} weights stay in {str(dtype).removeprefix('torch.')} from forward to backward,"
                      " as large as without quantization; with seppo.model.gradient_checkpointing true those of one block at a time")
     if adam_temporaries(raw) and not offload:
-        size = "" if cost is None else f" {_gb(adam_temporaries(raw) * cost.trained // (batch.world if stage else 1))}"
+        size = "" if cost is None else f" {gb(adam_temporaries(raw) * cost.trained // (batch.world if stage else 1))}"
         lines.append(f"optimizer.params.fused true saves{size or ' memory'} at the optimizer's update, and many launches")
     return lines
 
@@ -209,20 +213,20 @@ def _watched(asked: Evaluation) -> str:
 
 def _memory(config: Config, cost: Cost) -> tuple[str, str]:
     """The memory a rank needs, and what it is made of."""
-    peaks = ", ".join(f"{name} {_gb(size)}" for name, size in cost.peaks.items())
-    graph = f", and {_gb(cost.kept_graphs)} stay with the sampler's CUDA graph" if cost.kept_graphs else ""
-    bucket = f", buckets {_gb(cost.bucket)}" if cost.bucket else ""
-    sampler = f", sampler {_gb(cost.sampler)}" if cost.sampler else ""
+    peaks = ", ".join(f"{name} {gb(size)}" for name, size in cost.peaks.items())
+    graph = f", and {gb(cost.kept_graphs)} stay with the sampler's CUDA graph" if cost.kept_graphs else ""
+    bucket = f", buckets {gb(cost.bucket)}" if cost.bucket else ""
+    sampler = f", sampler {gb(cost.sampler)}" if cost.sampler else ""
     if config.seppo.sampler.batch_size == "auto" and cost.sampler:
         sampler += " a sample, of which batch_size auto takes as many as pay and fit"
     if cost.improver:
-        sampler += f", improvement model {_gb(cost.improver)} and its sampler {_gb(cost.improving)}"
+        sampler += f", improvement model {gb(cost.improver)} and its sampler {gb(cost.improving)}"
         sampler += " while it samples" * cost.offloads_improver
     offloads = " while it samples" if cost.offloads else " of its blocks" if config.seppo.reference_offload == "blocks" else ""
-    encoders = f", VAE {_gb(cost.encoders.vae)}, text encoders {_gb(cost.encoders.text)} while they encode"
-    parts = (f"weights {_gb(cost.weights)}, reference {_gb(cost.reference)}{offloads}, optimizer {_gb(cost.optimizer)}, gradients"
-             f" {_gb(cost.gradients)}{bucket}, activations {_gb(cost.activations)}{sampler}{encoders}")
-    return f"about {_gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts}; not kernels' workspaces, nor the allocator's slack"
+    encoders = f", VAE {gb(cost.encoders.vae)}, text encoders {gb(cost.encoders.text)} while they encode"
+    parts = (f"weights {gb(cost.weights)}, reference {gb(cost.reference)}{offloads}, optimizer {gb(cost.optimizer)}, gradients"
+             f" {gb(cost.gradients)}{bucket}, activations {gb(cost.activations)}{sampler}{encoders}")
+    return f"about {gb(cost.reserved)}; peaks: {peaks}{graph}", f"{parts}; not kernels' workspaces, nor the allocator's slack"
 
 
 def _first_rows(config: Config, model: Model | None, source: Source | None) -> dict[str, str]:
@@ -246,9 +250,8 @@ def _first_rows(config: Config, model: Model | None, source: Source | None) -> d
 
 def _cache(config: Config, row_bytes: int | None, rows: int | None) -> str:
     root = cache_root(config.seppo.data)
-    existing = next(path for path in [root, *root.absolute().parents] if path.exists())
-    size = "" if row_bytes is None or rows is None else f"about {_gb(row_bytes * rows)}, "
-    return f"{size}in {root} ({_gb(disk_usage(existing).free)} free)"
+    size = "" if row_bytes is None or rows is None else f"about {gb(row_bytes * rows)}, "
+    return f"{size}in {root} ({gb(free(root))} free)"
 
 
 def with_data(cost: Cost, data: Data, model: Model, source: Source | None) -> Cost:
@@ -273,13 +276,13 @@ def _embeds(data: Data, model: Model, rows: int | None) -> bool:
 
 def of_prompts(data: Data, model: Model | None, rows: int | None) -> str:
     """How large the prompts' embeddings are, as far as it is known, and where they are."""
-    size = "" if model is None else f"{_gb(prompt_bytes(model, data))} each different prompt, "
+    size = "" if model is None else f"{gb(prompt_bytes(model, data))} each different prompt, "
     cached, embeds = "beside the latents", "embedded when they are needed, by text encoders that rest in host memory"
     if data.cache_prompts != "auto":
         return size + (cached if data.cache_prompts else embeds)
     if model is not None and rows is not None and keeps_prompts(model, data, rows + 1):
-        return f"{size}at most {_gb((rows + 1) * prompt_bytes(model, data))}, {cached}"
-    return f"{size}{cached} up to {_gb(LARGEST_CACHE)} in all, otherwise {embeds}"
+        return f"{size}at most {gb((rows + 1) * prompt_bytes(model, data))}, {cached}"
+    return f"{size}{cached} up to {gb(LARGEST_CACHE)} in all, otherwise {embeds}"
 
 
 def _learning_rate(config: Config) -> str:
@@ -297,7 +300,3 @@ def _size(cost: Cost | None) -> str:
 
 def _number(weights: int) -> str:
     return f"{weights / 1e9:.4g} B" if weights >= 1e10 else f"{weights / 1e6:.4g} M"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"

@@ -15,6 +15,7 @@ from seppo_fast.data.fingerprint import latent_shape
 from seppo_fast.errors import UserError
 from seppo_fast.models.schedules import is_flow
 from seppo_fast.opening import read_text
+from seppo_fast.planning.communication import Cluster
 from seppo_fast.planning.cost import Cost, Model
 from seppo_fast.reference.calls import calls_of, evaluations
 from seppo_fast.reference.guidance import guided
@@ -41,6 +42,8 @@ class Rate(BaseModel):
     sampling_fraction: Shares = None
     training_fraction: Shares = None
     source: str
+    cluster: Cluster | None = None
+    """How such devices are joined."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ def load_rates(path: str | None) -> list[Rate]:
         own = Rate.model_validate(raw["rates"])
     except ValidationError as error:
         raise UserError("\n  ".join([f"--rates {path}:", *explain_all(error, Rate, "rates")])) from None
-    return [own, *(rate for rate in shipped if not own.device.startswith(rate.device))]
+    replaced = [rate for rate in shipped if own.device.startswith(rate.device)]
+    if own.cluster is None and replaced:
+        own = own.model_copy(update={"cluster": replaced[0].cluster})
+    return [own, *(rate for rate in shipped if rate not in replaced)]
 
 
 def fraction(shares: Shares, batch: int) -> float:
@@ -121,16 +127,13 @@ def rollout(work: Work, cost: Cost) -> Work:
 def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Sequence[Rate], here: str = "", held_out: int = 0
               ) -> str:
     """Hours on every known device, and how other settings change them: on `here` if its rate is known, else on the first device."""
-    work = work_of(config, batch, cost, held_out)
-    known = next(rate for rate in reversed(rates) if rate.sampling_fraction is not None)  # a shipped one: own rates come first
-    whole = [rate if rate.sampling_fraction is not None else rate.model_copy(update={"sampling_fraction": known.sampling_fraction})
-             for rate in rates]
+    work, known, filled = work_of(config, batch, cost, held_out), known_rate(rates), whole(rates)
     lines = [f"time for {work.pairs} pairs = {config.seppo.iterations} iterations x {work.pairs // config.seppo.iterations} on"
              f" {work.gpus} GPU{'s' * (work.gpus > 1)}, by FLOPs alone: no communication, data, checkpoints, warm-up"]
-    for rate, filled in zip(rates, whole, strict=True):
-        sampling, training = hours(filled, work)
-        shares = [fraction(filled.sampling_fraction, work.sampler_batch),
-                  fraction(filled.training_fraction or filled.sampling_fraction, work.micro)]
+    for rate, complete in zip(rates, filled, strict=True):
+        sampling, training = hours(complete, work)
+        shares = [fraction(complete.sampling_fraction, work.sampler_batch),
+                  fraction(complete.training_fraction or complete.sampling_fraction, work.micro)]
         assumed = "" if rate.sampling_fraction is not None else f", assumed: that of {known.device}"
         sampled = f" sampling {shares[0]:.0%} of it ({work.sampler_batch} at a time{assumed});" if work.sampling else ""
         trained = "" if rate.training_fraction is not None else ", assumed: sampling's at this batch"
@@ -141,8 +144,19 @@ def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Seq
             f" pair{'s' * (work.micro > 1)} at a time{trained})",
             f"    {rate.source}",
         ]
-    chosen = next((rate for rate in whole if _is(rate, here)), whole[0])
+    chosen = next((rate for rate in filled if _is(rate, here)), filled[0])
     return "\n".join([*lines, *_changes(config, cost, model, work, chosen)])
+
+
+def known_rate(rates: Sequence[Rate]) -> Rate:
+    """A rate whose sampling is known, for those of which it is not: a shipped one, for own rates come first."""
+    return next(rate for rate in reversed(rates) if rate.sampling_fraction is not None)
+
+
+def whole(rates: Sequence[Rate]) -> list[Rate]:
+    """The rates, with a share of sampling where it is not known."""
+    share = known_rate(rates).sampling_fraction
+    return [rate if rate.sampling_fraction is not None else rate.model_copy(update={"sampling_fraction": share}) for rate in rates]
 
 
 def duration(hours: float) -> str:

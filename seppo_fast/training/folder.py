@@ -59,8 +59,10 @@ def alone_in(path: Path, ranks: Ranks) -> Iterator[None]:
                 after.callback(_remove_empty, folder)
             after.enter_context(locked(path / LOCK))
         except Busy as other:
+            gone = ("" if not other.unproven else ". This file system has no flock, so it cannot be seen from here whether that"
+                    f" process still runs: if it does not, remove {path / LOCK} and start again")
             raise UserError(f"{path} (seppo.output_dir) is in use by another run: {other}. Wait for its end, stop it, or choose"
-                            " another seppo.output_dir") from None
+                            f" another seppo.output_dir{gone}") from None
         except OSError as error:
             raise UserError(f"seppo.output_dir {path}: cannot be written ({error.strerror}); choose another folder") from None
         yield

@@ -14,20 +14,22 @@ from tqdm import tqdm
 
 from seppo_fast.disk import explained
 from seppo_fast.errors import UserError
+from seppo_fast.training import status
 from seppo_fast.training.metrics import append_row
-
-MEASURES = ("eval_", "heldout_")  # how the names of an evaluation's measures begin
+from seppo_fast.training.status import MEASURES, Status
 
 MONITORS = "put this right, or switch off tensorboard, wandb, csv_monitor or comet, and go on with --resume auto"
 
 
 class Reporter:
-    """Rank 0's bars and files; on other ranks it is silent."""
+    """Rank 0's bars and files; on other ranks it is silent. `status` is what status.json says."""
 
-    def __init__(self, folder: Path, total_updates: int, done: int, monitor: MonitorMaster, rank: int) -> None:
+    def __init__(self, folder: Path, total_updates: int, done: int, monitor: MonitorMaster, rank: int,
+                 progress: Status | None = None) -> None:
         self._silent = rank != 0
         self._rows, self._identity = folder / "metrics.jsonl", folder / "run.json"
         self._monitor = monitor
+        self.status = progress or Status()
         self._told_of_ties = False
         self._tasks: list[dict[str, Any]] = []  # the rows of an iteration that have losses by task
         self._bar = tqdm(total=total_updates, initial=done, desc="training", unit="update", disable=self._silent)
@@ -41,6 +43,7 @@ class Reporter:
         if self._silent:
             return
         self._record(row)
+        status.advance(self.status, row["update"], row["seconds"])
         self.see_whether_the_image_counts(row)
         shown = {"k": row["iteration"], "ref": row["reference"], "loss": f"{row['loss']:.4f}"}
         shown |= {short: f"{row[name]:.2f}" for short, name in (("aaf", "aaf_rate"), ("acc", "implicit_acc")) if name in row}
@@ -72,10 +75,17 @@ class Reporter:
         if self._silent:
             return
         self._record(row)
+        self.status.evaluation = status.evaluation_of(row)
+        status.write(self.status)
         scores = ", ".join(f"{name.removeprefix('eval_')} {'none' if value is None else f'{value:.4g}'}"
                            for name, value in row.items() if name.startswith(MEASURES))
         for line in (f"update {row['update']}: {scores}", *notes):
             self._bar.write(line)
+
+    def checkpoint(self, path: Path) -> None:
+        """There is a new checkpoint."""
+        self.status.checkpoint = path
+        status.write(self.status)
 
     def grid(self, update: int, file: Path) -> None:
         """Show a grid of samples in TensorBoard and W&B; of video clips, the middle frame."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from seppo_fast.reference.network import Reference
 from seppo_fast.reference.pool import pick
 from seppo_fast.seeds import generator
 from seppo_fast.signals import Stop, StopSignals
-from seppo_fast.training import checkpoint
+from seppo_fast.training import checkpoint, status
 from seppo_fast.training.checkpoint import State
 from seppo_fast.training.divergence import largest_in_range
 from seppo_fast.training.engine import Step, image_weight_norm, policy_weights, step, upstream_gradient
@@ -41,7 +41,7 @@ PHASES = ("sampling", "training", "data", "evaluation", "grids", "pool", "checkp
 class Trainer:
     """One run. `looks` is None without grids and evaluations; `reference` is None for SFT without `looks`.
 
-    `rollouts` are what past policies drew for the updates to come.
+    `rollouts` are what past policies drew for the updates to come. `room` warns where the disk fills up.
     """
 
     settings: Seppo
@@ -58,6 +58,7 @@ class Trainer:
     folder: Path
     state: State
     rollouts: OneUse | SampleSet = field(default_factory=OneUse)
+    room: Callable[[int], str | None] = lambda updates: None
     seconds: dict[str, float] = field(default_factory=dict)
     last_row: float = 0.0  # when it was written, by the performance counter
     unproven: int | None = None  # the update of a checkpoint whose policy's error is not known yet
@@ -119,6 +120,7 @@ class Trainer:
                 for numbers in batches:
                     self.rollouts.add(numbers, self.draw(self.reference, numbers))
                     progress.update(len(numbers))
+                    status.alive(self.reporter.status)
 
     def draw(self, reference: Reference, numbers: Sequence[int]) -> dict[str, Tensor]:
         """A batch of rollouts, on the CPU; scored in batches as large as those in which they are drawn."""
@@ -148,6 +150,7 @@ class Trainer:
                                    chunks(self.slots(update), self.batch.micro), self.ranks.device)
         with closing(micro_batches):
             while done is None:
+                status.alive(self.reporter.status)
                 with self.timed("data"):
                     pairs = next(micro_batches)
                 with self.timed("training"):
@@ -248,9 +251,12 @@ class Trainer:
 
     def save(self) -> Path:
         """A checkpoint of this moment; in the middle of a window, of the window's start and its rollouts."""
+        if self.ranks.rank == 0 and (warning := self.room(self.settings.updates - self.state.update + 1)):  # and this one
+            self.reporter.say(warning)
         path = checkpoint.save(self.folder / "checkpoints", self.engine, self.state, self.rollouts.unused, self.ranks,
                                self.settings.checkpoint.keep_last, self.settings.evaluation.keep_best)
         self.remove_old_rollouts()
+        self.reporter.checkpoint(path)
         return path
 
     def report(self, k: int, done: Step, table: Tensor) -> None:

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fits.__main__ import CASES, ways
-from benchmarks.fits.readme import fits
+from benchmarks.fits.ranks import cost_of, link_rate, predicted, summary
+from benchmarks.fits.readme import fits, gpus, ranks
 from benchmarks.fits.search import Batches, Way, best
+from benchmarks.result_files import about
+from seppo_fast.configfile import parse_config
+from seppo_fast.models import open_model
 from seppo_fast.planning.cost import Cost
 from seppo_fast.planning.encoders import EncoderBytes
 
@@ -75,3 +79,48 @@ def test_the_table(tmp_path: Path) -> None:
     (tmp_path / "fits.json").write_text(json.dumps({"rows": [row], "commit": "abc", "versions": {"diffusers": "1"}}))
     assert ("| A model, 1.4 B, 480 pixels, 49 frames (`a.json`) | 31 GB | no: encoding 33 GB | 2 and 4, 22 GB; checkpointing |"
             in fits(tmp_path))
+
+
+def test_the_predicted_ratio_of_two_ranks(settings: Callable[..., dict], sd: Path) -> None:
+    """Of 3 s sampling and 1 s training an update, two ranks take half and 5% of it, and the time of the gradients' bytes once."""
+    raw = settings(train_batch_size=64, train_micro_batch_size_per_gpu=64)
+    config, model, one = parse_config(raw), open_model(str(sd)), {"sampling": 3.0, "training": 1.0}
+    assert predicted(config, model, one, link=1e9, stragglers=0.05) == pytest.approx(2 / 1.05)
+    size = 4 * cost_of(config, model, 1).trained
+    assert predicted(config, model, one, link=size / 0.9 / 1e9, stragglers=0.3) == pytest.approx(4 / (2 * 1.3 + 0.9))
+
+
+@pytest.mark.slow
+def test_the_rate_of_a_link_is_measured() -> None:
+    assert 0.001 < link_rate(4_000_000) < 1000
+
+
+def test_the_table_of_ranks(tmp_path: Path) -> None:
+    assert ranks(tmp_path).startswith("Not measured yet (`python -m benchmarks.fits.ranks")
+    rows = [{"ranks": count, "update": 3, "seconds": seconds, "sampling": 0.5 * seconds, "training": 0.25 * seconds}
+            for count, seconds in ((1, 2.0), (1, 4.0), (1, 9.0), (2, 2.0))]
+    result = about("cpu") | {"ranks": [summary(rows, 1), summary(rows, 2)], "measured": 2.0, "predicted": 1.8, "apart": -0.1,
+                             "updates": 3, "rounds": 1, "gradient_bytes": 4_000_000, "link_gb_s": 1.5, "slower_at_once": 0.11,
+                             "predicted_with_assumed_stragglers": 1.9}
+    (tmp_path / "ranks_cpu.json").write_text(json.dumps(result))
+    said = ranks(tmp_path)
+    assert "| 1 | 4.000 | 2.000 | 1.000 |" in said
+    assert "2.00 times as fast as one, and by the plan 1.80 times: -10.0% (at most 15%: met)" in said
+    (tmp_path / "ranks_cpu.json").write_text(json.dumps(result | {"apart": 0.2}))
+    assert "**missed**" in ranks(tmp_path)
+
+
+def test_the_table_of_gpus(tmp_path: Path) -> None:
+    assert gpus(tmp_path).startswith("Not planned yet (`python -m benchmarks.fits.gpus")
+    spent = {"sampling": 1.5, "training": 0.25, "communication": 0.05, "stragglers": 0.1, "writing": 0.1, "memory": 2 * 10**10,
+             "rollouts": 32, "batches": 1, "all": 2.0}
+    rows = [{"gpus": 64, "share": 32, "accumulation": 4, "note": "", "in_all": "2 hours", "hours": spent},
+            {"gpus": 4096, "share": 0, "accumulation": None, "note": "no work", "in_all": None, "hours": None}]
+    result = {"commit": "c", "versions": {"diffusers": "1"}, "configuration": "x.json", "pairs": 64, "device": "an A100",
+              "assumptions": ["  8 GPUs a node", "  published: a data sheet"], "rows": rows}
+    (tmp_path / "gpus.json").write_text(json.dumps(result))
+    said = gpus(tmp_path)
+    assert "| 64 | 32 in 4 | 32 in 1 | 2 hours | 75.0% | 12.5% | 2.5% | 5.0% | 5.0% | 20 GB |" in said
+    assert "| 4096 | - | - | - | - | - | - | - | - | - |" in said and "- 4096 GPUs: no work" in said
+    assert said.endswith("drawn in so many batches. 8 GPUs a node; published: a data sheet.")
+    assert len({line.count("|") for line in said.splitlines() if line.startswith("|")}) == 1

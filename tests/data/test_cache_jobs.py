@@ -70,6 +70,19 @@ def test_two_ranks_write_what_one_writes_and_two_jobs_at_once_do_no_harm(forks: 
         assert contents(cache) == whole
 
 
+def test_what_will_be_added_is_known_before(model, tmp_path):
+    data = settings(write_folder(tmp_path / "d", 300), tmp_path)
+    said: list[tuple[Path, int]] = []
+    folder = cached(model, data, tmp_path, room=lambda *given: said.append(given)).folder
+    latents, prompts = (sum(file.stat().st_size for file in folder.glob(f"{kind}/*.arrow")) for kind in ("latents", "prompts"))
+    assert [into for into, _ in said] == [folder, folder]
+    assert said[0][1] == pytest.approx(latents, rel=0.1) and said[1][1] == pytest.approx(prompts, rel=0.1)
+    said.clear()
+    (folder / "latents" / "00001.json").unlink()
+    cached(model, data, tmp_path, room=lambda *given: said.append(given))
+    assert [size for _, size in said] == [300 * 4 * 8 * 8 * 2 * 2 // 2, 0], "the second of two parts"
+
+
 @pytest.mark.slow
 def test_no_room_left_names_the_folder_and_leaves_no_debris(model, tmp_path):
     data = settings(write_folder(tmp_path / "d", 300), tmp_path, encode_batch_size=16)

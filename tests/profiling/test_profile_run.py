@@ -11,18 +11,25 @@ from tiny import tiny_flux, tiny_improvement, tiny_sd3
 
 from seppo_fast.configfile import batch_plan, parse_config
 from seppo_fast.errors import UserError
+from seppo_fast.lock import locked
 from seppo_fast.profiling.profiled import Clock, profile
 from seppo_fast.profiling.report import PHASES, advice
 from seppo_fast.reference.improver import Improver
 from seppo_fast.signals import StopSignals
+from seppo_fast.training.folder import LOCK
 
 
 def test_a_run_is_profiled_and_leaves_nothing_but_the_cache(settings: Callable[..., dict[str, Any]], ranks: Any, train: Any,
                                                             tmp_path: Path) -> None:
+    """Beside a run of the same configuration, whose folder it leaves alone."""
+    run = tmp_path / "run"
+    run.mkdir()
     before = set(tmp_path.iterdir())
     raw = settings(**{"seppo.checkpoint.every": 1, "csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv")},
                       "seppo.samples.every": 1})
-    text = profile(parse_config(raw), ranks, StopSignals(), updates=1)
+    with locked(run / LOCK):
+        text = profile(parse_config(raw), ranks, StopSignals(), updates=1)
+        assert [file.name for file in run.iterdir()] == [LOCK]
     assert "mean of 1 updates of 8 pairs on 1 rank," in text
     shares = {name: float(line.split("%")[0].split()[-1]) for line in text.splitlines() for name in PHASES
               if line.startswith(f"  {name} ")}

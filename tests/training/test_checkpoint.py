@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -308,13 +310,33 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+def resize(disk: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
 def test_a_full_disk_stops_the_run_and_the_checkpoint_before_stays(
         small_disk: Path, finished: dict[str, Any], settings: Callable[..., dict[str, Any]], forks: Forks) -> None:
+    """Too small at the start, it is refused; filled by others after the second checkpoint, there is a warning, and then an end."""
     raw = settings(**{"seppo.output_dir": str(small_disk / "run"), "seppo.checkpoint.every": 1})
+    checkpoints = small_disk / "run" / "checkpoints"
+    refused = forks.run(raw)
+    assert refused.status == 2 and not checkpoints.exists() and refused.output.count("seppo_fast: ") == 1
+    assert f"seppo_fast: {small_disk / 'run'} (seppo.output_dir): " in refused.output and "checkpoints" in refused.output
+
+    def fill() -> None:
+        while len(checkpoint.complete(checkpoints)) < 2:  # after the iteration's past policy, which would be the first to fail
+            time.sleep(0.002)
+        resize(small_disk, shutil.disk_usage(small_disk).used + 2 * 10**6)
+
+    resize(small_disk, 300 * 10**6)
+    others = threading.Thread(target=fill, daemon=True)
+    others.start()
     result = forks.run(raw)
+    others.join()
     assert result.status == 2 and "Traceback" not in result.output and result.output.count("seppo_fast: ") == 1
-    good = checkpoint.complete(small_disk / "run" / "checkpoints")
+    good = checkpoint.complete(checkpoints)
     assert good and f"the last complete checkpoint is {good[-1]}" in result.output
-    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    assert result.output.count("the disk fills up: ") == 1, result.output[-3000:]
+    resize(small_disk, 300 * 10**6)
     assert forks.run(raw, "--resume", "auto").status == 0
     assert final_bytes(small_disk / "run") == final_bytes(folder(finished))

@@ -141,5 +141,5 @@ def test_caches_and_runs_are_apart(trained: Trained, cache_dir: Path) -> None:
     """Nothing but what the design names is in a run folder."""
     run = trained(**GRIDS)
     assert {path.name for path in run.iterdir()} == {"run.json", "config.json", "metrics.jsonl", "skipped.jsonl", "samples",
-                                                     "checkpoints", "pool", "final"}
+                                                     "checkpoints", "pool", "final", "status.json"}
     assert torch.tensor(column(run, "loss")).isfinite().all() and any(cache_dir.iterdir())
