@@ -223,7 +223,7 @@ def starting_state(folder: RunFolder, config: Config, batch: Batch, files: dict[
     given, then = config.seppo.model.start_from, state.config["seppo"]["model"].get("start_from")
     if given is not None and (given != then or not folder.resume_from):
         files = files | {start.KEY: [start.find(given)]}
-    found = sums_of(files, state.models, state.stamps) if ranks.rank == 0 else None
+    found = sums_of(files, state.models, state.stamps) if ranks.rank == 0 else ({}, {})
     fresh.models, fresh.stamps = ranks.from_first(found)
     if folder.resume_from is None:
         return fresh
