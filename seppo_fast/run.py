@@ -66,9 +66,10 @@ from seppo_fast.training.validation import Validation, check_scores, open_valida
 
 
 def run(config: Config, resume: str | None, ranks: Ranks, signals: StopSignals,
-        make_trainer: Callable[..., Trainer] = Trainer) -> Path:
+        make_trainer: Callable[..., Trainer] = Trainer, progress: status.Status | None = None) -> Path:
     """Train from `config`, alone in its run folder, and return the folder of the trained model; every rank calls."""
-    with alone_in(Path(config.seppo.output_dir), ranks), status.reported(status.Status()) as progress:
+    progress = progress or status.Status()
+    with alone_in(Path(config.seppo.output_dir), ranks), status.reported(progress):
         check_shared({"seppo.output_dir": Path(config.seppo.output_dir), "seppo.data.cache_dir": cache_root(config.seppo.data)},
                      ranks)
         return trained(config, resume, ranks, signals, make_trainer, progress)

@@ -121,6 +121,7 @@ def work(arguments: argparse.Namespace, signals: "StopSignals", lost: Callable[[
     from seppo_fast.nodes import check_programs
     from seppo_fast.ranks import join, leave, quiet_libraries
     from seppo_fast.rendezvous import launched
+    from seppo_fast.training import status
 
     quiet_libraries()
     config = load_config(arguments.config, arguments.overrides)
@@ -131,7 +132,8 @@ def work(arguments: argparse.Namespace, signals: "StopSignals", lost: Callable[[
         if launch is None or launch.rank == 0:
             print(dry_run(config, launch.world if launch else 1, arguments.rates, arguments.gpus), flush=True)
         return
-    ranks = join(lost)
+    progress = status.Status()
+    ranks = join(status.noted(progress, lost))
     signals.joined = True
     check_programs(ranks, config.as_dict())
     import torch
@@ -140,7 +142,7 @@ def work(arguments: argparse.Namespace, signals: "StopSignals", lost: Callable[[
         print(hint, flush=True)
     from seppo_fast.run import run
 
-    final = run(config, arguments.resume, ranks, signals)
+    final = run(config, arguments.resume, ranks, signals, progress=progress)
     if ranks.rank == 0:
         print(f"done: the trained model is in {final}", flush=True)
     leave()

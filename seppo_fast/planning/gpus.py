@@ -56,12 +56,10 @@ def fit(config: Config, gpus: int) -> Fit:
     """How the effective batch is shared by so many GPUs. The micro-batch becomes smaller where it has to."""
     given = config.deepspeed
     size = given.get("train_batch_size")
-    samples = config.seppo.sampler.samples_per_iteration
-    odd = f"{gpus} do not divide samples_per_iteration {samples}, which is refused" if samples and samples % gpus else ""
     try:
         batch = batch_plan(given, gpus)
         grows = f"{batch.size} pairs an update" if size is None else ""
-        return Fit(gpus, batch.size, batch.size // gpus, batch, "; ".join(filter(None, (grows, odd))))
+        return Fit(gpus, batch.size, batch.size // gpus, batch, grows)
     except UserError:
         if not size:
             raise
@@ -78,7 +76,7 @@ def fit(config: Config, gpus: int) -> Fit:
     batch = Batch(size, micro, share // micro, gpus)
     keys = dict(zip(BATCH_KEYS[1:], (micro, share // micro), strict=True))
     changes = ", ".join(f"{key}={value}" for key, value in keys.items() if given.get(key) not in (None, value))
-    return Fit(gpus, size, share, batch, "; ".join(filter(None, (f"with {changes}", odd))))
+    return Fit(gpus, size, share, batch, f"with {changes}")
 
 
 def nearest_divisors(size: int, number: int) -> list[int]:

@@ -5,7 +5,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -60,6 +60,15 @@ def reported(status: Status) -> Iterator[Status]:
         end(status, "stopped", f"by {type(error).__name__}")
         raise
     end(status, "done")
+
+
+def noted(status: Status, lost: Callable[[str], None]) -> Callable[[str], None]:
+    """`lost`, which says that another rank is gone, after the same was written: this process then ends without an exception."""
+    def say(words: str) -> None:
+        end(status, "failed", words)
+        lost(words)
+
+    return say
 
 
 def begin(status: Status, folder: Path, updates: int, horizon: int, resume_from: Path | None, update: int) -> None:

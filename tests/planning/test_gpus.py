@@ -81,9 +81,6 @@ def test_how_the_papers_batch_is_shared() -> None:
     beyond = fit(CONFIG, 4096)
     assert beyond.batch is None
     assert beyond.note.startswith("2048 of them have no work: an update has 2048 pairs, so use at most 2048 GPUs")
-    samples = "seppo.sampler.samples_per_iteration=30724"
-    assert shared(4, samples)[3] == ""
-    assert shared(2048, samples)[3].endswith("; 2048 do not divide samples_per_iteration 30724, which is refused")
 
 
 def test_a_batch_that_grows_with_the_ranks(settings: Callable[..., dict[str, Any]]) -> None:

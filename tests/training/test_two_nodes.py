@@ -157,6 +157,8 @@ def test_a_dead_machine_ends_the_other_with_a_message(on_nodes: Callable[..., Re
     for rank, host in enumerate(("node-a", "node-b")):
         assert (f"seppo_fast: lost contact with rank {rank} on {host}, of whose machine nothing was heard for 30 seconds: it is"
                 " down, or cut off; go on with --resume auto") in done.output, done.output[-3000:]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and status["message"].startswith("lost contact with rank 1 on node-b")
 
 
 def test_a_killed_machine_comes_back(nodes: tuple[Node, Node], raw: Callable[..., dict[str, Any]], tmp_path: Path,
