@@ -10,6 +10,7 @@ from benchmarks.intervals import Interval, interval, minus
 
 COLUMNS = {"base": "better", "said": "s = +1", "precision": "precision", "recall": "recall", "balanced": "balanced accuracy",
            "auc": "AUC", "signed": "balanced accuracy within an update", "within": "AUC within an update"}
+LITTLE = 5  # points above chance
 FEW = ("base", "precision", "signed", "within")  # of the tables by level and iteration
 
 
@@ -112,8 +113,10 @@ def said(result: Result) -> str:
     figures = ", ".join(f"balanced accuracy {share(Interval(0.5 + each.mean, each.half))} by the {label}"
                         for label, each in main.items())
     if names:
-        return (f"**The sign is better than chance** by the {' and the '.join(names)} ({figures}; a coin has 50 %): within an"
-                " update the winner's error says something about which sample is better.")
+        gain = 100 * max(main[label].mean for label in names)
+        return (f"**The sign is better than chance by {gain:.1f} points** by the {' and the '.join(names)} ({figures}; a coin has"
+                f" 50 %): within an update the winner's error says {'little' if gain < LITTLE else 'something'} about which sample"
+                " is better.")
     if worse:
         return (f"**The sign is worse than chance** by the {' and the '.join(worse)} ({figures}; a coin has 50 %): within an"
                 " update the reference's sample is more often the better one where the sign keeps it as the loser.")
@@ -160,4 +163,6 @@ def report(result: Result) -> str:
 
 def headline(result: Result) -> str:
     """One line for the front page."""
-    return f"Does the flipper judge rightly (digits, {result['settings']['seeds']} seeds)? " + said(result).replace("**", "")
+    by = ", ".join(f"{share(Interval(0.5 + each.mean, each.half))} by the {comparison.decides}"
+                   for comparison, each in judged(result) if comparison.decides)
+    return f"The flipper's sign finds the better sample (digits, {result['settings']['seeds']} seeds; a coin has 50 %): {by}."

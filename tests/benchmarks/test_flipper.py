@@ -90,7 +90,7 @@ def test_more_noises_tell_more_where_there_is_something_to_tell() -> None:
     assert len(of["levels"]) == LEVELS and len(of["iterations"]) == ITERATIONS
 
 
-@pytest.mark.parametrize(("tells", "words"), [(2.0, "**The sign is better than chance** by the log-probability"),
+@pytest.mark.parametrize(("tells", "words"), [(2.0, "**The sign is better than chance by 3"),
                                               (0.0, "**The sign is no better than chance**"),
                                               (-2.0, "**The sign is worse than chance**")])
 def test_the_verdict_is_plain(tells: float, words: str, tmp_path: Path) -> None:

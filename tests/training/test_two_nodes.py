@@ -20,6 +20,7 @@ from two_nodes import ROOT, Node, impossible, two_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why := impossible()), reason=why)]
 MINUTE = 60
+SHARE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else torch 2.13 does not tell a new machine where rank 0 is (nodes.md)
 
 
 @pytest.fixture(scope="module")
@@ -167,21 +168,41 @@ def test_a_killed_machine_comes_back(nodes: tuple[Node, Node], raw: Callable[...
     one, other = nodes
     config = tmp_path / "config.json"
     config.write_text(json.dumps(raw(tmp_path / "run")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2:2", "--nproc_per_node=1", "--max-restarts=2",
-                "--rdzv_backend=c10d", "--rdzv_endpoint=node-a:29400", "--rdzv_id=run", "seppo_fast/train.py",
-                "--config", str(config), "--resume", "auto"]
+    torchrun = torchrun_of("2:2", config)
     outputs = [tmp_path / name for name in ("one", "other", "new")]
-    share = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else torch 2.13 does not tell a new machine where rank 0 is (nodes.md)
-    first, lost = (node.start(*torchrun, output=output, **share) for node, output in zip(nodes, outputs, strict=False))
+    first, lost = (node.start(*torchrun, output=output, **SHARE) for node, output in zip(nodes, outputs, strict=False))
     until(lambda: any((tmp_path / "run" / "checkpoints").glob("update_*")), lambda: first.poll() is None)
     other.kill()
     killed = time.monotonic()
     lost.wait()
     until(lambda: bool(re.search("^seppo_fast: .*lost ", outputs[0].read_text(), re.M)), lambda: time.monotonic() < killed + MINUTE)
-    again = other.start(*torchrun, output=outputs[2], **share)
+    again = other.start(*torchrun, output=outputs[2], **SHARE)
     assert (first.wait(150), again.wait(60)) == (0, 0), "".join(output.read_text()[-3000:] for output in outputs)
     assert "resuming from" in outputs[0].read_text() + outputs[2].read_text()
     as_whole(tmp_path / "run")
+
+
+def test_the_machine_that_is_left_goes_on_alone(nodes: tuple[Node, Node], raw: Callable[..., dict[str, Any]],
+                                                tmp_path: Path) -> None:
+    """torchrun with a range of machines: the same pairs on one rank in place of two."""
+    config, run = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(json.dumps(raw(run)))
+    outputs = [tmp_path / name for name in ("one", "other")]
+    left, lost = (node.start(*torchrun_of("1:2", config), output=output, **SHARE)
+                  for node, output in zip(nodes, outputs, strict=True))
+    until(lambda: any((run / "checkpoints").glob("update_*")), lambda: left.poll() is None)
+    nodes[1].kill()
+    lost.wait()
+    assert left.wait(150) == 0, outputs[0].read_text()[-3000:]
+    assert "the checkpoint was written by 2 ranks" in (said := outputs[0].read_text()) and "going on with 1 rank at" in said
+    assert (run / "final").exists() and [row["update"] for row in steady_rows(run)] == [*range(1, 7)]
+
+
+def torchrun_of(machines: str, config: Path) -> list[str]:
+    """The command that is given on each machine."""
+    return [sys.executable, "-m", "torch.distributed.run", f"--nnodes={machines}", "--nproc_per_node=1", "--max-restarts=2",
+            "--rdzv_backend=c10d", "--rdzv_endpoint=node-a:29400", "--rdzv_id=run", "seppo_fast/train.py",
+            "--config", str(config), "--resume", "auto"]
 
 
 def until(condition: Callable[[], bool], going: Callable[[], bool]) -> None:
