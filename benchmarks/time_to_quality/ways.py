@@ -60,9 +60,11 @@ UNET_WAYS = {
     "one_step": ONE_STEP,
     "best": Way("together: DPM-Solver++, 10 steps, guidance in [0.2, 0.8], used twice",
                 {"solver": "dpmsolver++", "steps": 10, "guidance_interval": "[0.2, 0.8]"}, reuse=2),
+    "fast": Way("DPM-Solver++, 20 steps, guidance in [0.07, 0.81], unconditional branch every 2nd step",
+                {"solver": "dpmsolver++", "steps": 20, "guidance_interval": "[0.07, 0.81]", "unconditional_every": 2}),
     SFT: Way("SFT"),
 }
-OF_DITTO = (PAPER, "ddim_10", "dpmsolver_10", "unipc_10", "interval", "every_2", "reuse_4", "adapter", "one_step", "best", SFT)
+OF_DITTO = (PAPER, "ddim_10", "dpmsolver_10", "unipc_10", "interval", "every_2", "reuse_4", "adapter", "one_step", "best", "fast", SFT)
 FLOW_WAYS = {
     PAPER: Way("Euler, 50 steps, guided"),
     "euler_20": Way("Euler, 20 steps", {"steps": 20}),
