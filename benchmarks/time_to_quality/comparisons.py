@@ -12,7 +12,8 @@ MARGIN = 0.05  # the most that a way may lose by the interval's lower end and st
 COMPARED = {
     "digits": ("ddim_20", "ddim_10", "dpmsolver_20", "dpmsolver_10", "unipc_10", "interval", "every_2", "every_4", "reuse_2",
                "reuse_4", "adapter", "one_step", "best", "fast", "sft"),
-    "ditto": ("ddim_10", "dpmsolver_10", "unipc_10", "interval", "every_2", "reuse_4", "adapter", "one_step", "best", "fast", "sft"),
+    "ditto": ("ddim_10", "dpmsolver_10", "unipc_10", "interval", "every_2", "reuse_4", "adapter", "one_step", "best", "fast",
+              "sft"),
     "flow": ("euler_20", "euler_8", "unipc_10", "interval", "reuse_2", "adapter", "one_step", "best", "sft"),
 }
 COSTS, NOTHING, OPEN = "costs quality", "costs nothing measurable", "these seeds do not tell"

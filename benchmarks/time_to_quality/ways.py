@@ -64,7 +64,8 @@ UNET_WAYS = {
                 {"solver": "dpmsolver++", "steps": 20, "guidance_interval": "[0.07, 0.81]", "unconditional_every": 2}),
     SFT: Way("SFT"),
 }
-OF_DITTO = (PAPER, "ddim_10", "dpmsolver_10", "unipc_10", "interval", "every_2", "reuse_4", "adapter", "one_step", "best", "fast", SFT)
+OF_DITTO = (PAPER, "ddim_10", "dpmsolver_10", "unipc_10", "interval", "every_2", "reuse_4", "adapter", "one_step", "best", "fast",
+            SFT)
 FLOW_WAYS = {
     PAPER: Way("Euler, 50 steps, guided"),
     "euler_20": Way("Euler, 20 steps", {"steps": 20}),
