@@ -28,7 +28,8 @@ class Way(NamedTuple):
 
 GPUS = 8
 LCM = {"adapter": "pytorch_lora_weights.safetensors", "solver": "lcm", "steps": 4, "guidance_scale": 1.0,
-       "guidance_interval": [0.0, 1.0]}
+       "guidance_interval": [0.0, 1.0], "unconditional_every": 1}
+TWICE = {"samples_per_iteration": 30720}  # half of an iteration's pairs
 LEVELS = [0.22, 0.84]  # of a flow: sigma / (1 + sigma) of the noise levels that are 0.07 and 0.81 of Stable Diffusion's schedule
 
 
@@ -37,15 +38,17 @@ def ways() -> list[Way]:
     fast = load_config("ds_a100_fast.json").seppo.sampler
     solver = {"solver": fast.solver, "steps": fast.steps}
     interval = {"guidance_interval": fast.guidance_interval}
-    reuse = {"samples_per_iteration": fast.samples_per_iteration}
+    every = {"unconditional_every": fast.unconditional_every}
     return [
         Way("the paper's setting", "ds_a100", {}),
         Way(f"{fast.solver}, {fast.steps} steps", "ds_a100", solver),
         Way("guidance in an interval", "ds_a100", interval),
-        Way("each sample used twice", "ds_a100", reuse),
+        Way(f"the branch without the prompt every {fast.unconditional_every} steps", "ds_a100", every),
         Way("these three", "ds_a100_fast", {}),
-        Way("an LCM adapter, 4 steps", "ds_a100_fast", LCM | {"samples_per_iteration": None}),
-        Way("an LCM adapter, 4 steps, each sample used twice", "ds_a100_fast", LCM),
+        Way("each sample used twice", "ds_a100", TWICE),
+        Way("these three, each sample used twice", "ds_a100_fast", TWICE),
+        Way("an LCM adapter, 4 steps", "ds_a100_fast", LCM),
+        Way("an LCM adapter, 4 steps, each sample used twice", "ds_a100_fast", LCM | TWICE),
         Way("SD3.5 Medium", "ds_a100_sd35", {}),
         Way("SD3.5 Medium, guidance in an interval", "ds_a100_sd35", {"guidance_interval": LEVELS}),
         Way("SD3.5 Medium, also each sample used twice", "ds_a100_sd35",

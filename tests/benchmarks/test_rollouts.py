@@ -17,6 +17,7 @@ from seppo_fast.config import Sampler
 from seppo_fast.configfile import given_config, load_config
 from seppo_fast.models import open_model
 from seppo_fast.models.published import published_model
+from seppo_fast.sampling import DRAWN
 
 
 def test_every_way_is_measured(tmp_path: Path) -> None:
@@ -27,14 +28,14 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
     rows = {row["way"]: row for row in kept[-1]["rows"]}
     assert rows.keys() == rollouts.WAYS.keys() and not kept[-1]["not_reached"]
     assert {name: row["calls"] for name, row in rows.items()} == {
-        "fewer steps, interval": 4, "paper": 4, "adapter": 4, "fewer steps": 4, "interval": 3, "every second": 3}
+        "these three": 3, "paper": 4, "adapter": 4, "fewer steps": 4, "interval": 3, "every second": 3}
     assert all(row["difference"] == 0 and row["captured_images_per_s"] > 0 for row in rows.values())
 
 
 def test_the_ways_are_the_presets() -> None:
     fast = load_config("ds_a100_fast.json").seppo.sampler
-    both = Sampler(**rollouts.WAYS["fewer steps, interval"])
-    assert (both.solver, both.steps, both.guidance_interval) == (fast.solver, fast.steps, fast.guidance_interval)
+    both = Sampler(**rollouts.WAYS["these three"])
+    assert both.model_dump(include=DRAWN) == fast.model_dump(include=DRAWN)
     for way in ways():
         sampler = given_config(f"{way.configuration}.json", {f"seppo.sampler.{key}": value for key, value in way.changes.items()})
         assert sampler.seppo.sampler.model_dump().items() >= dict(way.changes).items(), way
@@ -44,7 +45,7 @@ def test_the_pages_command_with_an_adapter_is_right() -> None:
     (text,) = re.findall(r"^deepspeed .*ds_a100_fast.*$", CONFIGS.read_text().replace("\\\n", ""), re.MULTILINE)
     command = shlex.split(text)
     sampler = load_config("ds_a100_fast.json", command[command.index("--set") + 1:]).seppo.sampler
-    assert (sampler.solver, sampler.steps, sampler.guidance_scale, sampler.samples_per_iteration) == ("lcm", 4, 1, 30720)
+    assert (sampler.solver, sampler.steps, sampler.guidance_scale, sampler.limits) == ("lcm", 4, 1, [])
 
 
 def test_the_adapter_is_as_large_as_the_lcm_lora() -> None:
