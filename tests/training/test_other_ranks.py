@@ -62,8 +62,8 @@ def test_ranks_and_stages_come_and_go(name: str, of_twelve: Any, train: Callable
         for key in ("model_mse_winner", "ref_mse_loser") + ("loss", "grad_norm") * (not half):
             assert mine[key] == pytest.approx(other[key], rel=1e-2 if half else 2e-3), key
         assert (mine["lr"], mine["reference"]) == (other["lr"], other["reference"])
-    if name != "full":  # rollouts of a whole iteration, found by whoever goes on
-        assert [seconds > 0 for seconds in column(run, "seconds_sampling")] == [True, False, False] * 2
+    if name != "full":  # rollouts of a whole iteration, found by whoever goes on; the stop may have come after all were drawn
+        assert [seconds > 0 for seconds in column(run, "seconds_sampling")][1:] == [False, False, True, False, False]
 
 
 def test_the_messages_name_what_changed(of_twelve: Any, forks: Forks, tmp_path: Path) -> None:
