@@ -11,7 +11,7 @@ from seppo_fast.models import Model
 from seppo_fast.planning.communication import Cluster, one_way, sent
 from seppo_fast.planning.cost import Cost, estimate
 from seppo_fast.planning.disk import Parts, gb, parts_of
-from seppo_fast.planning.time_plan import Rate, duration, hours, known_rate, whole, work_of
+from seppo_fast.planning.time_plan import Rate, duration, hours, known_rate, planned_with, work_of
 from seppo_fast.reference.batching import even
 
 HEAD = ("GPUs", "pairs", "rollouts", "in all", "sampling", "training", "network", "stragglers", "disk", "memory a rank")
@@ -166,8 +166,7 @@ def assumptions(cluster: Cluster) -> list[str]:
 
 def chosen(rates: Sequence[Rate], here: str = "") -> tuple[Rate, Cluster]:
     """The rate that is planned with, without gaps, and its links; those of another device where its own are not known."""
-    filled = whole(rates)
-    rate = next((rate for rate in filled if here.startswith(rate.device)), filled[0])
+    rate = planned_with(rates, here)
     if rate.cluster is not None:
         return rate, rate.cluster
     device, known = next((other.device, other.cluster) for other in (known_rate(rates), *rates) if other.cluster is not None)

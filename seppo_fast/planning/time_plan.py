@@ -144,8 +144,7 @@ def time_plan(config: Config, batch: Batch, cost: Cost, model: Model, rates: Seq
             f" pair{'s' * (work.micro > 1)} at a time{trained})",
             f"    {rate.source}",
         ]
-    chosen = next((rate for rate in filled if _is(rate, here)), filled[0])
-    return "\n".join([*lines, *_changes(config, cost, model, work, chosen)])
+    return "\n".join([*lines, *_changes(config, cost, model, work, planned_with(rates, here))])
 
 
 def known_rate(rates: Sequence[Rate]) -> Rate:
@@ -157,6 +156,12 @@ def whole(rates: Sequence[Rate]) -> list[Rate]:
     """The rates, with a share of sampling where it is not known."""
     share = known_rate(rates).sampling_fraction
     return [rate if rate.sampling_fraction is not None else rate.model_copy(update={"sampling_fraction": share}) for rate in rates]
+
+
+def planned_with(rates: Sequence[Rate], here: str) -> Rate:
+    """The rate of other settings' hours, without gaps: that of `here` if it is known, else the first one."""
+    filled = whole(rates)
+    return next((rate for rate in filled if _is(rate, here)), filled[0])
 
 
 def duration(hours: float) -> str:
