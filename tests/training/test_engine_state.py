@@ -31,7 +31,8 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": stage, **more}, "zero_allow_untested_optimizer": True}
+    # ZeRO-3's default bucket of 2 GB stays with each engine: after a dozen of them this process could start no other any more.
+    return {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000, **more}, "zero_allow_untested_optimizer": True}
 
 
 def adam(**params: Any) -> dict[str, Any]:
